@@ -1,0 +1,16 @@
+"""Which implementation serves a call.
+
+An operation's file lists its implementations, best first. "auto" takes the first; a named one is taken or refused,
+never replaced by another.
+"""
+
+from collections.abc import Callable, Mapping
+
+
+def choose(operation: str, impl: str, implementations: Mapping[str, Callable]) -> Callable:
+    """The implementation that `impl` names. Raises ValueError for a name the operation does not have."""
+    if impl == "auto":
+        return next(iter(implementations.values()))
+    if impl not in implementations:
+        raise ValueError(f"{operation}: impl={impl!r} does not exist; choose one of auto, {', '.join(implementations)}")
+    return implementations[impl]

@@ -1,0 +1,38 @@
+"""Head, softcap and loss: cross entropy of cap·tanh(x·Wᵀ/cap) against the targets, in float32."""
+
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.checks import check_float, check_shape
+from kernels.dispatch import choose
+
+IMPLEMENTATIONS = {"reference": reference.linear_cross_entropy}
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    cap: float = 15.0,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """Loss in nats of x (N, C) under weight (V, C) for targets (N,), int64; ignored targets lose 0.
+
+    reduction "mean" gives a float32 scalar, the mean over targets not ignored (0 when all are); "none" gives (N,).
+    Raises ValueError for shapes or a reduction that do not fit and TypeError for dtypes.
+    """
+    check_float("linear_cross_entropy", x=x, weight=weight)
+    check_shape("linear_cross_entropy", "x", x, "N", "C")
+    check_shape("linear_cross_entropy", "weight", weight, "V", x.size(1))
+    check_shape("linear_cross_entropy", "targets", targets, x.size(0))
+    if targets.dtype != torch.int64:
+        raise TypeError(f"linear_cross_entropy: targets must be int64, got {targets.dtype}")
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"linear_cross_entropy: reduction must be 'mean' or 'none', got {reduction!r}")
+    if cap <= 0:
+        raise ValueError(f"linear_cross_entropy: cap must be positive, got {cap}")
+    return choose("linear_cross_entropy", impl, IMPLEMENTATIONS)(x, weight, targets, cap, ignore_index, reduction)

@@ -1,0 +1,100 @@
+"""The specification: every operation in plain PyTorch, in the dtype rules of the model.
+
+Implementations are validated against these functions evaluated in float64. Notation: B batch, T tokens,
+C width, H query heads, G key/value heads, D head width, F hidden width, V vocabulary, N = B·T rows.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPS = torch.finfo(torch.float32).eps
+NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x / sqrt(mean(x²) + eps) over the last axis; no weight."""
+    return F.rms_norm(x, (x.size(-1),), eps=EPS)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Half-split rotation by −θ of (B, T, H, D) with tables broadcastable to (B, T, 1, D/2)."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+
+
+def qk_norm_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int | Tensor = 0) -> tuple[Tensor, Tensor]:
+    """Rotation of q (B, T, H, D) and k (B, T, G, D), then RMSNorm over the head."""
+    positions = torch.arange(q.size(1), device=q.device)
+    if isinstance(offset, Tensor):
+        positions = positions + offset[:, None]  # (B, T)
+    else:
+        positions = (positions + offset)[None]  # (1, T)
+    cos, sin = cos[positions].unsqueeze(2).to(q.dtype), sin[positions].unsqueeze(2).to(q.dtype)
+    return rms_norm(rotate(q, cos, sin)), rms_norm(rotate(k, cos, sin))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Causal softmax attention of q (B, T, H, D) over k, v (B, S, G, D), scale D^−½; returns (B, T, H, D).
+
+    Query t of row b sees keys up to lengths[b] − T + t, that is the queries are the last T of the row's keys.
+    Without lengths, lengths = S.
+    """
+    queries, keys = q.size(1), k.size(1)
+    mask = None
+    if lengths is not None or queries != keys:
+        last = keys if lengths is None else lengths[:, None, None]  # (B, 1, 1)
+        t, s = torch.arange(queries, device=q.device)[:, None], torch.arange(keys, device=q.device)[None]
+        mask = s <= last - queries + t
+        mask = mask.unsqueeze(1) if mask.dim() == 3 else mask
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=q.size(2) != k.size(2),
+    )
+    return out.transpose(1, 2)
+
+
+def relu2_mlp(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    """relu(x·w1ᵀ)²·w2ᵀ with x (…, C), w1 (F, C), w2 (C, F)."""
+    return F.linear(F.relu(F.linear(x, w1)).square(), w2)
+
+
+def softcap(z: Tensor, cap: float) -> Tensor:
+    """cap·tanh(z/cap), at least in float32."""
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    return cap * torch.tanh(z / cap)
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, cap: float = 15.0, ignore_index: int = -1, reduction: str = "mean"
+) -> Tensor:
+    """Cross entropy of softcap(x·weightᵀ) with x (N, C), weight (V, C), targets (N,), in float32.
+
+    "mean" divides by the number of targets that are not ignored and is 0 when there are none.
+    """
+    logits = softcap(F.linear(x, weight), cap)
+    losses = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
+    if reduction == "none":
+        return losses
+    return losses.sum() / (targets != ignore_index).sum().clamp(min=1)
+
+
+def newton_schulz(
+    gradients: Tensor, steps: int = 5, coefficients: tuple[float, float, float] = NEWTON_SCHULZ_COEFFICIENTS
+) -> Tensor:
+    """Approximate orthogonalisation U·Vᵀ of each matrix of (…, m, n), in the dtype given.
+
+    X = G/(‖G‖ + 1e-7), transposed if tall, then `steps` times A = X·Xᵀ, B = b·A + c·A², X = a·X + B·X.
+    """
+    a, b, c = coefficients
+    tall = gradients.size(-2) > gradients.size(-1)
+    x = gradients.mT if tall else gradients
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x

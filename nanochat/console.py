@@ -1,0 +1,35 @@
+"""What the user sees while something runs: lines, and a progress bar with the time left."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def say(line: str) -> None:
+    console.print(line, markup=False)
+
+
+@contextmanager
+def progress_bar(description: str, total: float | None, quiet: bool = False) -> Iterator:
+    """A function advance(amount=1, completed=None, total=None) under a bar; nothing to see when quiet or no terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("elapsed, left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(description, total=total)
+
+        def advance(amount: float = 1, completed: float | None = None, total: float | None = None) -> None:
+            known = {"completed": completed, "total": total}
+            update = {key: value for key, value in known.items() if value is not None}
+            progress.update(task, **(update if completed is not None else {**update, "advance": amount}))
+
+        yield advance

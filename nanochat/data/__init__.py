@@ -1,0 +1,1 @@
+"""Text and conversations: where they come from and how they become batches."""

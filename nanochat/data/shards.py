@@ -1,0 +1,82 @@
+"""Parquet shards of pretraining text: which there are, and their row groups."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nanochat.errors import UserError
+from nanochat.paths import Paths
+
+HOW_TO_MAKE = "make the embedded text with: nanochat data generate"
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The row groups of a split, numbered through all of its shards."""
+
+    files: tuple[Path, ...]
+    row_groups: tuple[tuple[int, int], ...]  # (file, row group in it)
+
+    @classmethod
+    def of(cls, paths: Paths, split: str) -> "Shards":
+        """split "train" or "val"; the last shard is validation. Opens every file, so that a bad one is found now.
+
+        Raises UserError when fewer than two shards are there or one is missing from the sequence, is truncated, is not
+        parquet, has no column `text` or no rows.
+        """
+        files = sorted(paths.text.glob("*.parquet"))
+        if len(files) < 2:
+            raise UserError(
+                f"{paths.text} holds {len(files)} parquet shards, wanted two or more (the last is for validation); "
+                f"{HOW_TO_MAKE}"
+            )
+        missing = _first_gap(files[:-1])  # the validation shard is the last of the whole set, far from the others
+        if missing:
+            raise UserError(f"shard {paths.text / missing} is missing though later ones are there; fetch it again")
+        chosen = tuple(files[:-1] if split == "train" else files[-1:])
+        row_groups = [(i, group) for i, path in enumerate(chosen) for group in range(_open(path).num_row_groups)]
+        return cls(chosen, tuple(row_groups))
+
+    def read(self, index: int) -> list[str]:
+        """The documents of a row group."""
+        file, row_group = self.row_groups[index]
+        path = self.files[file]
+        try:
+            column = _open(path).read_row_group(row_group, columns=["text"]).column("text")
+        except (pa.ArrowException, OSError) as error:
+            raise _damaged(path, error) from error
+        return [text for text in column.to_pylist() if text is not None]
+
+    def documents(self) -> Iterator[str]:
+        for index in range(len(self.row_groups)):
+            yield from self.read(index)
+
+
+def _first_gap(files: list[Path]) -> str | None:
+    numbers = [int(path.stem.rpartition("_")[2]) for path in files if path.stem.rpartition("_")[2].isdigit()]
+    for expected, number in enumerate(numbers):
+        if number != expected:
+            return f"shard_{expected:05d}.parquet"
+    return None
+
+
+@lru_cache(maxsize=8)
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path, error) from error
+    if "text" not in file.schema_arrow.names:
+        raise UserError(f"{path} has no column 'text' (it has {', '.join(file.schema_arrow.names)}); {HOW_TO_MAKE}")
+    if file.metadata.num_rows == 0:
+        raise UserError(f"{path} has no rows; fetch or generate it again")
+    return file
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = str(error).splitlines()[0]
+    return UserError(f"{path} is truncated or no parquet file ({reason}); remove it and fetch or generate it again")

@@ -1,0 +1,1 @@
+"""Measures models and the tokenizer: bits per byte, CORE, chat tasks, compression."""

@@ -1,0 +1,154 @@
+"""CORE: the in-context tasks of an evaluation bundle (core.yaml, eval_meta_data.csv, eval_data/*.jsonl).
+
+multiple_choice: the choice with the least mean loss; schema: the context under which the common continuation has the
+least mean loss; language_modeling: every token of the continuation is the most likely one. A task's score is its accuracy
+centred on guessing, CORE is their mean. Li et al. 2024 (DCLM).
+"""
+
+import csv
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.nn.functional as F
+import yaml
+from torch import Tensor, tensor
+
+from nanochat.console import progress_bar
+from nanochat.errors import UserError
+from nanochat.evaluate.scoring import logits_at
+from nanochat.gpt import GPT
+from nanochat.runtime import Runtime
+from nanochat.tokenizer import Tokenizer
+
+KEYS = {
+    "multiple_choice": ("query", "choices", "gold"),
+    "schema": ("context_options", "continuation", "gold"),
+    "language_modeling": ("context", "continuation"),
+}
+
+
+@dataclass(frozen=True)
+class CoreTask:
+    label: str
+    kind: str
+    shots: int
+    delimiter: str
+    items: list[dict]
+    baseline: float  # accuracy of guessing
+
+
+def load_bundle(directory: Path) -> list[CoreTask]:
+    """The tasks of a bundle. Raises UserError when the bundle or one of its files is missing or malformed."""
+    listing, meta = directory / "core.yaml", directory / "eval_meta_data.csv"
+    for path in (listing, meta):
+        if not path.exists():
+            raise UserError(f"{path} does not exist; make the embedded bundle with: nanochat data generate")
+    with meta.open(newline="", encoding="utf-8") as file:
+        baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(file)}
+    tasks = []
+    for entry in yaml.safe_load(listing.read_text("utf-8"))["icl_tasks"]:
+        label, kind = entry["label"], entry["icl_task_type"]
+        path = directory / "eval_data" / entry["dataset_uri"]
+        if kind not in KEYS:
+            raise UserError(f"{listing}: task {label} has the unknown type {kind!r}; known: {', '.join(KEYS)}")
+        if label not in baselines:
+            raise UserError(f"{meta} has no random baseline for the task {label}")
+        try:
+            items = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({error}); fetch or generate the bundle again") from error
+        if not items or any(key not in item for item in items for key in KEYS[kind]):
+            raise UserError(f"{path} needs items with the keys {', '.join(KEYS[kind])}; fetch or generate it again")
+        delimiter = entry.get("continuation_delimiter", " ")
+        tasks.append(CoreTask(label, kind, entry["num_fewshot"][0], delimiter, items, baselines[label]))
+    return tasks
+
+
+def evaluate_core(
+    model: GPT, tokenizer: Tokenizer, directory: Path, runtime: Runtime, max_per_task: int = -1
+) -> dict[str, float]:
+    """Accuracy of each task under its label, and "CORE"."""
+    results, centred = {}, []
+    for task in load_bundle(directory):
+        accuracy = evaluate_task(model, tokenizer, task, runtime, max_per_task)
+        results[task.label] = accuracy
+        centred.append((accuracy - task.baseline) / (1 - task.baseline))
+    return results | {"CORE": sum(centred) / len(centred)}
+
+
+def evaluate_task(model: GPT, tokenizer: Tokenizer, task: CoreTask, runtime: Runtime, max_per_task: int = -1) -> float:
+    """Accuracy over the (first max_per_task shuffled) items, dealt out to ranks."""
+    items = list(task.items)
+    random.Random(1337).shuffle(items)
+    if max_per_task > 0:
+        items = items[:max_per_task]
+    mine = range(runtime.rank, len(items), runtime.world_size)
+    prepared = [_sequences(task, items, index, tokenizer) for index in mine]
+    flat = [sequence for sequences, _ in prepared for sequence in sequences]
+    spans = [span for _, item_spans in prepared for span in item_spans]
+    with progress_bar(f"evaluate {task.label}", len(flat), quiet=not runtime.primary) as advance:
+        scores = [
+            _score(logits, sequence[start:end])
+            for logits, sequence, (start, end) in zip(logits_at(model, flat, spans, advance), flat, spans, strict=True)
+        ]
+    right, cursor = 0, 0
+    for index, (sequences, _) in zip(mine, prepared, strict=True):
+        options = scores[cursor : cursor + len(sequences)]
+        cursor += len(sequences)
+        if task.kind == "language_modeling":
+            right += options[0][1]
+        else:
+            right += min(range(len(options)), key=lambda i: options[i][0]) == items[index]["gold"]
+    [right] = runtime.sum([float(right)])
+    return right / len(items)
+
+
+def _score(logits: Tensor, tokens: list[int]) -> tuple[float, bool]:
+    """Mean loss of the tokens, and whether each is the most likely one."""
+    targets = tensor(tokens[-logits.size(0) :], device=logits.device)
+    return F.cross_entropy(logits, targets).item(), bool((logits.argmax(-1) == targets).all())
+
+
+def _sequences(
+    task: CoreTask, items: list[dict], index: int, tokenizer: Tokenizer
+) -> tuple[list[list[int]], list[tuple[int, int]]]:
+    """The token sequences of an item and the span of each that is scored."""
+    others = [i for i in range(len(items)) if i != index]
+    chosen = random.Random(1234 + index).sample(others, min(task.shots, len(others)))
+    shots = "".join(f"{_solved(task, items[i])}\n\n" for i in chosen)
+    item = items[index]
+
+    def encode(text: str) -> list[int]:
+        return [tokenizer.bos, *tokenizer.encode(text)]
+
+    if task.kind == "multiple_choice":
+        sequences = [encode(f"{shots}{item['query']}{task.delimiter}{choice}") for choice in item["choices"]]
+        start = _common_prefix(sequences)
+        return sequences, [(min(start, len(s) - 1), len(s)) for s in sequences]
+    if task.kind == "schema":
+        tail = f"{task.delimiter}{item['continuation']}"
+        sequences = [encode(f"{shots}{context}{tail}") for context in item["context_options"]]
+        length = max(1, _common_prefix([s[::-1] for s in sequences]))
+        return sequences, [(max(1, len(s) - length), len(s)) for s in sequences]
+    prompt = f"{shots}{item['context'].strip()}{task.delimiter}"
+    whole = encode(f"{prompt}{item['continuation']}")
+    start = _common_prefix([encode(prompt.rstrip()), whole])
+    return [whole], [(min(start, len(whole) - 1), len(whole))]
+
+
+def _solved(task: CoreTask, item: dict) -> str:
+    if task.kind == "multiple_choice":
+        return f"{item['query']}{task.delimiter}{item['choices'][item['gold']]}"
+    context = item["context_options"][item["gold"]] if task.kind == "schema" else item["context"].strip()
+    return f"{context}{task.delimiter}{item['continuation']}"
+
+
+def _common_prefix(sequences: list[list[int]]) -> int:
+    length = 0
+    for column in zip(*sequences, strict=False):
+        if len(set(column)) > 1:
+            break
+        length += 1
+    return length

@@ -1,0 +1,228 @@
+"""The GPT: RoPE + QK-norm attention, squared-ReLU MLP, RMSNorm without weights, softcapped logits, no biases.
+
+Notation: B batch, T tokens, C width, H query heads, G key/value heads, D head width, V vocabulary.
+Weights are float32; each operation computes in `compute_dtype`.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Protocol
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernels
+from nanochat.errors import UserError
+
+SOFTCAP = 15.0
+ROPE_BASE = 10000.0
+ROPE_CONTEXTS = 10  # the tables reach this many contexts, so that a chat can outgrow the training context
+
+
+@dataclass(frozen=True)
+class Implementations:
+    """Which implementation of each fused operation to use: auto, reference, or another that the operation has."""
+
+    rms_norm: str = "auto"
+    qk_norm_rope: str = "auto"
+    attention: str = "auto"
+    relu2_mlp: str = "auto"
+    linear_cross_entropy: str = "auto"
+    newton_schulz: str = "auto"
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a model; `from_depth` derives it. Raises UserError for heads that do not fit."""
+
+    depth: int
+    width: int
+    n_head: int
+    n_kv_head: int
+    vocab_size: int
+    context_length: int = 2048
+    impl: Implementations = field(default_factory=Implementations, compare=False)
+
+    def __post_init__(self):
+        if min(self.depth, self.width, self.n_head, self.n_kv_head, self.vocab_size, self.context_length) < 1:
+            raise UserError(f"every size of a model must be at least 1, got {self.to_dict()}")
+        if self.width % self.n_head or self.head_width % 2:
+            raise UserError(f"{self.n_head} heads do not divide the width {self.width} into even head widths")
+        if self.n_head % self.n_kv_head:
+            raise UserError(
+                f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}; choose one of "
+                f"{[g for g in range(1, self.n_head + 1) if self.n_head % g == 0]}"
+            )
+
+    @classmethod
+    def from_depth(
+        cls, depth: int, vocab_size: int, context_length: int = 2048, n_kv_head: int | None = None, **rest
+    ) -> "GPTConfig":
+        """Width 64·depth; the fewest heads of at most 128 that divide it; as many key/value heads unless given."""
+        width = 64 * depth
+        n_head = next(n for n in range(max(1, -(-width // 128)), width + 1) if width % n == 0)
+        return cls(depth, width, n_head, n_kv_head or n_head, vocab_size, context_length, **rest)
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.n_head
+
+    @property
+    def num_parameters(self) -> int:
+        kv_share = self.n_kv_head / self.n_head
+        block = self.width**2 * (2 + 2 * kv_share + 8)  # q and projection, k and v, the MLP's two matrices
+        return int(self.depth * block) + 2 * self.vocab_size * self.width
+
+    @property
+    def flops_per_token(self) -> float:
+        """Of forward and backward: 6 a parameter but for the embedding, and 12·L·H·D·T for attention."""
+        products = 6 * (self.num_parameters - self.vocab_size * self.width)
+        return products + 12 * self.depth * self.width * self.context_length
+
+    def to_dict(self) -> dict[str, int]:
+        """What a checkpoint keeps: the shape, without the choice of implementations."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "impl"}
+
+
+class Cache(Protocol):
+    """What the model asks of a key/value cache; the engine has one."""
+
+    lengths: Tensor  # (B,) tokens of each row before this forward pass
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store k, v (B, T, G, D); return the row's keys, values (B, S, G, D) and how many of them exist (B,)."""
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        kv_width = config.n_kv_head * config.head_width
+        self.query = nn.Linear(config.width, config.width, bias=False)
+        self.key = nn.Linear(config.width, kv_width, bias=False)
+        self.value = nn.Linear(config.width, kv_width, bias=False)
+        self.project = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None) -> Tensor:
+        impl, (batch, tokens, _), width = self.config.impl, x.shape, self.config.head_width
+        q = linear(x, self.query.weight).view(batch, tokens, -1, width)
+        k = linear(x, self.key.weight).view(batch, tokens, -1, width)
+        v = linear(x, self.value.weight).view(batch, tokens, -1, width)
+        q, k = kernels.qk_norm_rope(q, k, cos, sin, 0 if cache is None else cache.lengths, impl=impl.qk_norm_rope)
+        lengths = None
+        if cache is not None:
+            k, v, lengths = cache.append(self.layer, k, v)
+        out = kernels.attention(q, k, v, lengths, impl=impl.attention)
+        return linear(out.reshape(batch, tokens, -1), self.project.weight)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.impl = config.impl.relu2_mlp
+        self.expand = nn.Linear(config.width, 4 * config.width, bias=False)
+        self.project = nn.Linear(4 * config.width, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w1, w2 = self.expand.weight.to(x.dtype), self.project.weight.to(x.dtype)
+        return kernels.relu2_mlp(x, w1, w2, impl=self.impl)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.impl = config.impl.rms_norm
+        self.attention, self.mlp = Attention(config, layer), MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None) -> Tensor:
+        x = x + self.attention(kernels.rms_norm(x, impl=self.impl), cos, sin, cache)
+        return x + self.mlp(kernels.rms_norm(x, impl=self.impl))
+
+
+class GPT(nn.Module):
+    """tokens → embedding → blocks → head. Make one with `GPT.create`, which initialises it."""
+
+    def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config, self.compute_dtype = config, compute_dtype
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        cos, sin = rope_tables(config)
+        self.register_buffer("cos", cos.to(compute_dtype), persistent=False)
+        self.register_buffer("sin", sin.to(compute_dtype), persistent=False)
+
+    @classmethod
+    def create(
+        cls,
+        config: GPTConfig,
+        device: torch.device | str = "cpu",
+        compute_dtype: torch.dtype = torch.float32,
+        seed: int = 42,
+    ) -> "GPT":
+        """A freshly initialised model on the device: head and output projections zero, so the first loss is ln V."""
+        with torch.device("meta"):
+            model = cls(config, compute_dtype)
+        model.to_empty(device=device)
+        cos, sin = rope_tables(config)
+        model.cos.copy_(cos), model.sin.copy_(sin)
+        generator = torch.Generator(device=device).manual_seed(seed)
+        zero = {"head.weight"} | {
+            f"blocks.{i}.{part}.project.weight" for i in range(config.depth) for part in ("attention", "mlp")
+        }
+        for name, parameter in model.named_parameters():
+            fan_out, fan_in = parameter.shape
+            std = 1.0 if name == "embedding.weight" else fan_in**-0.5 * min(1.0, (fan_out / fan_in) ** 0.5)
+            if name in zero:
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=std, generator=generator)
+        return model
+
+    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """tokens (B, T) int64 → the normalised last hidden state (B, T, C) in the compute dtype."""
+        if tokens.size(1) > self.cos.size(0):
+            raise UserError(f"{tokens.size(1)} tokens pass the {self.cos.size(0)} positions of the model")
+        x = F.embedding(tokens, self.embedding.weight).to(self.compute_dtype)
+        x = kernels.rms_norm(x, impl=self.config.impl.rms_norm)
+        for block in self.blocks:
+            x = block(x, self.cos, self.sin, cache)
+        return kernels.rms_norm(x, impl=self.config.impl.rms_norm)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Softcapped float32 logits (…, V) of hidden states (…, C)."""
+        return SOFTCAP * torch.tanh(linear(hidden, self.head.weight).float() / SOFTCAP)
+
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, reduction: str = "mean", cache: Cache | None = None
+    ) -> Tensor:
+        """Logits (B, T, V) without targets; with targets (B, T), −1 ignored, the loss in nats: a mean, or (B, T)."""
+        hidden = self.hidden(tokens, cache)
+        if targets is None:
+            return self.logits(hidden)
+        loss = kernels.linear_cross_entropy(
+            hidden.flatten(0, 1),
+            self.head.weight.to(hidden.dtype),
+            targets.flatten(),
+            SOFTCAP,
+            reduction=reduction,
+            impl=self.config.impl.linear_cross_entropy,
+        )
+        return loss if reduction == "mean" else loss.view_as(targets)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight.to(x.dtype))
+
+
+def rope_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin (10·context, D/2) of position·10000^(−2i/D), in float32."""
+    channels = torch.arange(0, config.head_width, 2, dtype=torch.float32, device="cpu")
+    positions = torch.arange(ROPE_CONTEXTS * config.context_length, dtype=torch.float32, device="cpu")
+    angles = torch.outer(positions, ROPE_BASE ** (-channels / config.head_width))
+    return angles.cos(), angles.sin()

@@ -1,0 +1,69 @@
+"""Presets: which values each command takes for a laptop, and for models of depth 20, 26 and 32 on a GPU node.
+
+A preset lists only what differs from a command's defaults; an option given on the command line wins over both.
+"""
+
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Literal, TypeVar
+
+PresetName = Literal["", "cpu", "d20", "d26", "d32"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PresetOptions:
+    """What every command with presets has."""
+
+    preset: PresetName = ""
+    """values for all options below: cpu (embedded data, minutes), d20, d26, d32; options given besides win"""
+
+
+_CPU_RUN = {"save_every": 100, "loader_threads": 1}
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "cpu": {
+        "tokenizer train": {"vocab_size": 1024},
+        "train base": {
+            "depth": 4,
+            "context_length": 256,
+            "num_iterations": 240,
+            "device_batch_size": 16,
+            "total_batch_size": 4096,
+            "eval_every": 100,
+            "eval_tokens": 16384,
+            "core_metric_every": -1,
+            "sample_every": 0,
+            "sample_prompts": (
+                "Tilda lives in",
+                "The pet of Bram is",
+                "Question: Where does Mora live?\nAnswer:",
+                "7*8 =",
+            ),
+            "run": _CPU_RUN,
+        },
+        "train mid": {"device_batch_size": 16, "total_batch_size": 4096, "run": _CPU_RUN},
+        "train sft": {"device_batch_size": 32, "run": _CPU_RUN},
+        "evaluate base": {"tokens": 65536, "batch_size": 16, "core_max_per_task": 200},
+        "evaluate chat": {"options": {"max_tokens": 96, "max_per_task": 200}},
+    },
+    "d20": {"train base": {"depth": 20}},
+    "d26": {"train base": {"depth": 26, "device_batch_size": 16}},
+    "d32": {"train base": {"depth": 32, "device_batch_size": 8}},
+}
+SHARDS = {"d20": 240, "d26": 450, "d32": 800}  # of pretraining text, at 20 tokens a parameter and 4.8 bytes a token
+
+
+def with_preset(config: T, command: str, preset: str) -> T:
+    """The configuration of a command with a preset's values in place of its defaults."""
+    return _replace(config, {"preset": preset, **PRESETS.get(preset, {}).get(command, {})}) if preset else config
+
+
+def _replace(config: T, values: dict[str, Any]) -> T:
+    known = {field.name for field in fields(config)}  # type: ignore[arg-type]
+    unknown = set(values) - known
+    if unknown:
+        raise KeyError(f"{type(config).__name__} has no {sorted(unknown)}")
+    nested = {
+        name: _replace(getattr(config, name), value) if is_dataclass(getattr(config, name)) else value
+        for name, value in values.items()
+    }
+    return replace(config, **nested)  # type: ignore[type-var]

@@ -1,0 +1,168 @@
+"""Puts the report together from the stages' sections and metrics."""
+
+import base64
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import torch
+from markdown_it import MarkdownIt
+
+from nanochat import __version__
+from nanochat.console import say
+from nanochat.errors import UserError
+from nanochat.evaluate.chat import TASKS
+from nanochat.paths import Paths
+from nanochat.report.plots import plot_metrics
+from nanochat.report.sections import TITLES, read_section
+
+CHANCE = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25}
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+h1, h2 { color: #1f4e8c } table { border-collapse: collapse; margin: 1rem 0 } img { max-width: 100% }
+th, td { border: 1px solid #ccd; padding: .25rem .6rem; text-align: left } th { background: #eef3fa }
+td:not(:first-child) { font-variant-numeric: tabular-nums } code { background: #f3f3f6; padding: 0 .2rem }
+"""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write report.md and report.html from what the stages have told so far."""
+
+    price_per_hour: float = 0.0
+    """what an hour of the machine costs, in any currency; 0: left out"""
+
+
+def build_report(config: ReportConfig, paths: Paths) -> dict[str, str]:
+    """Write both files under report/. Raises UserError when no stage has told anything."""
+    sections = {stage: read_section(paths, stage) for stage in TITLES}
+    if not any(sections.values()):
+        raise UserError(f"nothing to report in {paths.report}; run stages first: nanochat speedrun --preset cpu")
+    paths.report.mkdir(parents=True, exist_ok=True)
+    plots = plot_metrics(paths, paths.report)
+    parts = [_header(config, sections), _final_table(sections)]
+    for title, plot in plots.items():
+        parts.append(f"## {title}\n\n![{title}]({plot.name})\n")
+    for stage, title in TITLES.items():
+        parts.append(_section(title, stage, sections[stage]))
+    text = "\n".join(parts)
+    markdown, html = paths.report / "report.md", paths.report / "report.html"
+    _write(markdown, text)
+    _write(html, _to_html(text, plots))
+    say(f"report: {markdown} and {html}")
+    return {"markdown": str(markdown), "html": str(html)}
+
+
+def _header(config: ReportConfig, sections: dict) -> str:
+    seconds = sum(section["seconds"] for section in sections.values() if section)
+    lines = [
+        "# nanochat report",
+        "",
+        f"- commit: {_commit()}",
+        f"- hardware: {hardware()}",
+        f"- software: nanochat {__version__}, Python {platform.python_version()}, torch {torch.__version__}",
+        f"- wall clock of all stages: {_duration(seconds)}",
+    ]
+    if config.price_per_hour > 0:
+        cost = config.price_per_hour * seconds / 3600
+        lines.append(f"- cost: {config.price_per_hour:g} an hour, {cost:.2f} for this run")
+    missing = [title for stage, title in TITLES.items() if not sections[stage]]
+    if missing:
+        lines.append(f"- stages that have not run: {', '.join(missing)}")
+    return "\n".join(lines) + "\n"
+
+
+def _final_table(sections: dict) -> str:
+    columns = {"base": ("base", "base-eval"), "mid": ("mid", "mid-eval"), "sft": ("sft", "sft-eval")}
+    results: dict[str, dict] = {}
+    for column, stages in columns.items():
+        results[column] = {}
+        for stage in stages:
+            results[column] |= sections[stage]["results"] if sections[stage] else {}
+    metrics = {"val_bpb": "bits per byte (validation)", "unigram_bpb": "bits per byte (unigram model)"}
+    tasks = {name: name for part in results.values() for name in part if name.startswith("world_")}
+    metrics |= tasks | {"CORE": "CORE"} | {name: name for name in TASKS} | {"ChatCORE": "ChatCORE"}
+    lines = ["## Results", "", "| metric | chance | base | mid | sft |", "|---|---|---|---|---|"]
+    for key, title in metrics.items():
+        values = [results[column].get(key) for column in columns]
+        if any(value is not None for value in values):
+            chance = {"world_choice": 0.25, "world_schema": 0.5, **CHANCE}.get(key)
+            cells = [f"{value:.4f}" if value is not None else "–" for value in [chance, *values]]
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _section(title: str, stage: str, section: dict | None) -> str:
+    if section is None:
+        return f"## {title}\n\nThis stage ({stage}) has not run.\n"
+    lines = [f"## {title}", "", f"Finished {section['finished']} after {_duration(section['seconds'])}"]
+    lines[-1] += f", {section['processes']} process(es)." if section["processes"] > 1 else "."
+    for heading, values in (("setting", section["settings"]), ("result", section["results"])):
+        rows = list(_flat(values))
+        if rows:
+            lines += ["", f"| {heading} | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _flat(values: dict, prefix: str = ""):
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, float):
+            yield f"{prefix}{name}", f"{value:,.4f}" if 1e-3 <= abs(value) < 1e7 else f"{value:.4g}"
+        elif isinstance(value, int) and not isinstance(value, bool):
+            yield f"{prefix}{name}", f"{value:,}"
+        else:
+            shown = (
+                ", ".join(repr(v) if isinstance(v, str) else str(v) for v in value)
+                if isinstance(value, list)
+                else value
+            )
+            yield f"{prefix}{name}", str(shown).replace("|", "\\|").replace("\n", "⏎")
+
+
+def _to_html(text: str, plots: dict[str, Path]) -> str:
+    body = MarkdownIt("commonmark").enable("table").render(text)
+    for plot in plots.values():
+        data = base64.b64encode(plot.read_bytes()).decode("ascii")
+        body = body.replace(f'src="{plot.name}"', f'src="data:image/png;base64,{data}"')
+    head = f'<meta charset="utf-8"><title>{escape("nanochat report")}</title><style>{_STYLE}</style>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}</body></html>\n'
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, "utf-8")
+    os.replace(temporary, path)
+
+
+def _commit() -> str:
+    here = Path(__file__).parent
+    try:
+        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def hardware() -> str:
+    """The GPUs, or the processor with its cores."""
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = lines[0].partition(":")[2].strip() if lines else model
+    return f"{model}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

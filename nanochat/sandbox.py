@@ -1,0 +1,74 @@
+"""Runs generated code in a process of its own: no network, a temporary directory, limits of time and memory, killed whole.
+
+It guards against the accidents of a model's code, not against an attacker: the process runs as the same user.
+"""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+
+# An audit hook cannot be removed once set. It refuses what could reach outside the process or outlive it.
+_GUARD = """
+import sys
+def _guard(event, args, _refused=("socket.", "subprocess.", "os.fork", "os.exec", "os.spawn", "os.posix_spawn",
+        "os.system", "os.kill", "pty.", "ctypes.", "os.putenv", "signal.pthread_kill")):
+    if event.startswith(_refused):
+        raise PermissionError(f"{event} is not allowed here")
+    if event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+"):
+        import_path = str(args[0])
+        if import_path.startswith("/") and not import_path.startswith(_home):
+            raise PermissionError(f"writing {import_path} is not allowed here")
+import os as _os
+_home = _os.getcwd()
+sys.addaudithook(_guard)
+exec(compile(sys.stdin.read(), "<generated>", "exec"), {"__name__": "__main__"})
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """ok: the program ended by itself with status 0. reason: why not. output: the end of what it printed."""
+
+    ok: bool
+    reason: str
+    output: str
+
+
+def run_python(program: str, timeout: float = 5.0, memory: int = 256 * 2**20) -> Outcome:
+    """Run a program for at most `timeout` seconds in `memory` bytes of address space."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        resource.setrlimit(resource.RLIMIT_CPU, (int(timeout) + 1, int(timeout) + 1))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+    with tempfile.TemporaryDirectory(prefix="nanochat-sandbox-") as home, tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _GUARD],
+            cwd=home,
+            env={"PATH": "/usr/bin:/bin", "HOME": home},
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            preexec_fn=limit,
+            start_new_session=True,
+        )
+        try:
+            process.communicate(program.encode("utf-8", "replace"), timeout=timeout)
+            reason = "" if process.returncode == 0 else f"exit status {process.returncode}"
+        except subprocess.TimeoutExpired:
+            reason = f"ran past {timeout:g} s"
+        finally:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)  # the whole session, whatever it started
+            except ProcessLookupError:
+                pass
+            process.wait()
+        size = output.seek(0, os.SEEK_END)
+        output.seek(max(0, size - 4096))
+        return Outcome(not reason, reason, output.read().decode("utf-8", "replace"))

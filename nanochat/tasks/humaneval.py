@@ -1,0 +1,45 @@
+"""HumanEval: complete a function; right when its tests pass in the sandbox."""
+
+import re
+
+from nanochat.paths import Paths
+from nanochat.sandbox import run_python
+from nanochat.tasks.sources import load_rows
+
+_FENCE = re.compile(r"```(?:python)?[ \t]*\n(.*?)```", re.DOTALL)
+_IMPORT = re.compile(r"^(?:import|from)\s.*$", re.MULTILINE)
+
+
+def extract_code(completion: str) -> str:
+    """The first fenced block, else all of the text."""
+    match = _FENCE.search(completion)
+    return match.group(1) if match else completion
+
+
+class HumanEval:
+    """openai/openai_humaneval: prompt, canonical_solution, test, entry_point."""
+
+    name, kind, baseline = "HumanEval", "generative", 0.0
+
+    def __init__(self, paths: Paths, split: str = "test"):
+        columns = ("prompt", "canonical_solution", "test", "entry_point")
+        self._rows = load_rows(paths, "humaneval", split, columns)
+
+    def __len__(self) -> int:
+        return self._rows.num_rows
+
+    def __getitem__(self, index: int) -> dict:
+        row = self._rows.slice(index, 1).to_pylist()[0]
+        return {"messages": code_messages(row), "row": row}
+
+    def judge(self, conversation: dict, completion: str) -> bool:
+        row = conversation["row"]
+        imports = "\n".join(_IMPORT.findall(row["prompt"]))
+        program = f"{imports}\n\n{extract_code(completion)}\n\n{row['test']}\ncheck({row['entry_point']})\n"
+        return run_python(program).ok
+
+
+def code_messages(row: dict[str, str]) -> list[dict[str, str]]:
+    """The prompt, and the whole function as a fenced block."""
+    answer = f"```python\n{row['prompt']}{row['canonical_solution']}```"
+    return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": answer}]
