@@ -13,18 +13,23 @@ from dataclasses import dataclass
 
 # An audit hook cannot be removed once set. It refuses what could reach outside the process or outlive it.
 _GUARD = """
-import sys
-def _guard(event, args, _refused=("socket.", "subprocess.", "os.fork", "os.exec", "os.spawn", "os.posix_spawn",
-        "os.system", "os.kill", "pty.", "ctypes.", "os.putenv", "signal.pthread_kill")):
-    if event.startswith(_refused):
+import os, sys
+home = os.getcwd()
+writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+refused = ("socket.", "subprocess.", "os.fork", "os.exec", "os.spawn", "os.posix_spawn", "os.system", "os.kill", "pty.",
+           "ctypes.", "os.putenv", "os.chdir", "signal.")
+changing = ("os.remove", "os.rmdir", "os.rename", "os.truncate", "os.chmod", "os.chown", "os.link", "os.symlink", "os.mkdir")
+def guard(event, args, join=os.path.join, normal=os.path.normpath):
+    if event.startswith(refused):
         raise PermissionError(f"{event} is not allowed here")
-    if event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+"):
-        import_path = str(args[0])
-        if import_path.startswith("/") and not import_path.startswith(_home):
-            raise PermissionError(f"writing {import_path} is not allowed here")
-import os as _os
-_home = _os.getcwd()
-sys.addaudithook(_guard)
+    if event == "open":
+        paths = args[:1] if (args[2] or 0) & writing or set(args[1] or "") & set("wax+") else ()
+    else:
+        paths = args if event.startswith(changing) else ()
+    for path in paths:
+        if isinstance(path, (str, bytes)) and not normal(join(home, os.fsdecode(path))).startswith(home):
+            raise PermissionError(f"changing {path} is not allowed here")
+sys.addaudithook(guard)
 exec(compile(sys.stdin.read(), "<generated>", "exec"), {"__name__": "__main__"})
 """
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 NAMES = (
     "Tilda Bram Mora Jonas Petra Ansel Wanda Corin Lena Otis Freya Hugo Nadia Silas Greta Milo Edith Rufus Clara Boris "
-    "Selma Tobin Agnes Pavel Rosa Linus Hedda Orson Ingrid Felix Marta Dorian Paula Kasper Olga Emil Vera Anton Judith Leon Hilda Magnus"
+    "Selma Tobin Agnes Pavel Rosa Linus Hedda Orson Ingrid Felix Marta Dorian Paula Kasper Olga Emil Vera Anton Judith "
+    "Leon Hilda Magnus"
 ).split()
 VALUES = {
     "home": "Oakford Millbrook Stonewell Fernhill Harbury Larkmoor Winterby Dunmere Ashgrove Seaholm".split(),

@@ -1,0 +1,29 @@
+# Each target makes .venv itself when it is missing; repeating a target is harmless.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# pip's own download cache and progress stay as the user has them
+INSTALLED := $(VENV)/.installed
+
+.PHONY: speedrun test bench clean
+
+speedrun: $(INSTALLED)
+	$(BIN)/nanochat speedrun --preset cpu
+
+test: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+bench: $(INSTALLED)
+	$(BIN)/python -m pytest bench --benchmark-only
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else \
+	"nanochat needs Python 3.10 or newer, found %d.%d; load a newer one (on a cluster: module load python/3.12.5) or: make PYTHON=python3.12" % v[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,97 @@
+"""A tiny world shared by the tests: data, a tokenizer, and a command to run nanochat in a process of its own."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+from nanochat.data.generate import GenerateConfig, generate
+from nanochat.data.shards import Shards
+from nanochat.paths import Paths
+from nanochat.runtime import Runtime
+from nanochat.tokenizer import Tokenizer
+
+settings.register_profile("nanochat", deadline=None, max_examples=50, derandomize=True)
+settings.load_profile("nanochat")
+
+TINY_DATA = GenerateConfig(
+    shards=2, documents=2100, chats=120, questions=120, problems=80, identity=20, words=300, tests=24
+)
+TINY_BASE = (
+    "--depth 1 --context-length 32 --num-iterations 24 --device-batch-size 4 --total-batch-size 128 --eval-every 10 "
+    "--eval-tokens 256 --core-metric-every -1 --sample-every -1 --save-every 4 --device cpu"
+).split()
+TINY_MID = (
+    "--device-batch-size 4 --total-batch-size 512 --smoltalk 40 --mmlu 20 --gsm8k 20 --simple-spelling 10 "
+    "--spelling-bee 10 --eval-rows 8 --eval-every 8 --save-every 5 --device cpu"
+).split()
+TINY_SFT = (
+    "--device-batch-size 4 --examples-per-step 8 --arc-easy 10 --arc-challenge 10 --gsm8k 10 --smoltalk 10 "
+    "--identity 10 --simple-spelling 5 --spelling-bee 5 --save-every 3 --device cpu"
+).split()
+
+
+@pytest.fixture(scope="session")
+def world_base(tmp_path_factory) -> Path:
+    """A base directory with the tiny data and a tokenizer; copy it before writing to it."""
+    base = tmp_path_factory.mktemp("world")
+    paths = Paths(base)
+    generate(TINY_DATA, paths)
+    Tokenizer.train(Shards.of(paths, "train").documents(), 512).save(paths.tokenizer)
+    return base
+
+
+@pytest.fixture(scope="session")
+def world(world_base) -> Paths:
+    return Paths(world_base)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(world) -> Tokenizer:
+    return Tokenizer.load(world.tokenizer)
+
+
+@pytest.fixture
+def base(world_base, tmp_path) -> Path:
+    """A copy of the tiny base directory, to be written to."""
+    target = tmp_path / "base"
+    shutil.copytree(world_base, target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def cpu() -> Runtime:
+    return Runtime(0, 1, torch.device("cpu"), torch.float32)
+
+
+def environment(base: Path | None, **changes: str) -> dict[str, str]:
+    """One thread, so that a busy machine does not change sums; `base` as the base directory."""
+    env = {k: v for k, v in os.environ.items() if k not in ("NANOCHAT_BASE_DIR",)}
+    env |= {"OMP_NUM_THREADS": "1", "COLUMNS": "200", **changes}
+    return env | {"NANOCHAT_BASE_DIR": str(base)} if base else env
+
+
+def nanochat(base: Path | None, *arguments: str, processes: int = 1, **changes: str) -> subprocess.CompletedProcess:
+    """Run the command line to its end."""
+    return subprocess.run(command(*arguments, processes=processes), capture_output=True, text=True, timeout=300,
+                          env=environment(base, **changes))  # fmt: skip
+
+
+def command(*arguments: str, processes: int = 1) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return [sys.executable, *launcher, "-m", "nanochat", *arguments]
+
+
+def assert_refused(result: subprocess.CompletedProcess, *parts: str) -> None:
+    """A non-zero exit, one line on stderr that has all the parts, and no traceback."""
+    assert result.returncode != 0, result.stdout
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("nanochat: error:"), result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
+    for part in parts:
+        assert part in lines[0], f"{part!r} is not in {lines[0]!r}"

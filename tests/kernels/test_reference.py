@@ -1,0 +1,197 @@
+"""The specification itself: against formulas written out in float64, and by properties that must hold."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kernels
+from kernels import reference
+
+OPERATIONS = ("rms_norm", "qk_norm_rope", "attention", "relu2_mlp", "linear_cross_entropy", "newton_schulz")
+sizes = st.integers(1, 9)
+seeds = st.integers(0, 2**31)
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def tables(positions: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    angles = torch.arange(positions)[:, None] * 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    return angles.cos(), angles.sin()
+
+
+@given(rows=sizes, width=st.integers(1, 40), scale=st.floats(1, 1e3), seed=seeds)
+def test_rms_norm(rows, width, scale, seed):
+    x = randn(rows, width, seed=seed)
+    x = x + x.sign()  # away from zero, where eps counts
+    out = kernels.rms_norm(x)
+    expected = x / (x.pow(2).mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(kernels.rms_norm(x * scale), out, rtol=1e-5, atol=1e-6)
+
+
+@given(batch=sizes, tokens=sizes, groups=st.integers(1, 3), share=st.integers(1, 3), half=sizes, seed=seeds)
+def test_qk_norm_rope_rotates_by_minus_theta(batch, tokens, groups, share, half, seed):
+    q, k = (
+        randn(batch, tokens, groups * share, 2 * half, seed=seed),
+        randn(batch, tokens, groups, 2 * half, seed=seed + 1),
+    )
+    cos, sin = tables(tokens + 5, 2 * half)
+    out_q, out_k = kernels.qk_norm_rope(q, k, cos, sin, 5)
+    for x, out in ((q, out_q), (k, out_k)):
+        # the pair (x1, x2) as a complex number turned by −θ
+        turned = torch.complex(x[..., :half], x[..., half:]) * torch.complex(cos, -sin)[5:, None]
+        expected = torch.cat([turned.real, turned.imag], dim=-1)
+        torch.testing.assert_close(expected.norm(dim=-1), x.norm(dim=-1))
+        torch.testing.assert_close(out, kernels.rms_norm(expected))
+
+
+def test_qk_norm_rope_offset_of_each_row():
+    q, k = randn(2, 3, 2, 8), randn(2, 3, 1, 8, seed=1)
+    cos, sin = tables(20, 8)
+    both = kernels.qk_norm_rope(q, k, cos, sin, torch.tensor([4, 9]))
+    for row, offset in enumerate((4, 9)):
+        alone = kernels.qk_norm_rope(q[row : row + 1], k[row : row + 1], cos, sin, offset)
+        for a, b in zip(both, alone, strict=True):
+            torch.testing.assert_close(a[row : row + 1], b)
+
+
+def test_scores_depend_on_the_distance_alone():
+    q, k = randn(1, 1, 1, 16), randn(1, 1, 1, 16, seed=1)
+    cos, sin = tables(100, 16)
+
+    def score(at: int, back: int) -> float:
+        turned_q, _ = kernels.qk_norm_rope(q, k, cos, sin, at)
+        _, turned_k = kernels.qk_norm_rope(q, k, cos, sin, at - back)
+        return float((turned_q * turned_k).sum())
+
+    assert math.isclose(score(10, 7), score(80, 7), rel_tol=1e-6)
+    assert not math.isclose(score(10, 7), score(10, 3), rel_tol=1e-3)
+
+
+@given(
+    batch=st.integers(1, 3),
+    tokens=sizes,
+    more=st.integers(0, 5),
+    groups=st.integers(1, 2),
+    share=st.integers(1, 3),
+    seed=seeds,
+)
+def test_attention(batch, tokens, more, groups, share, seed):
+    heads, width, keys = groups * share, 4, tokens + more
+    q = randn(batch, tokens, heads, width, seed=seed)
+    k, v = randn(batch, keys, groups, width, seed=seed + 1), randn(batch, keys, groups, width, seed=seed + 2)
+    out = kernels.attention(q, k, v)
+    for b in range(batch):
+        for h in range(heads):
+            for t in range(tokens):
+                seen = more + t + 1
+                scores = k[b, :seen, h // share] @ q[b, t, h] / math.sqrt(width)
+                expected = torch.softmax(scores, 0) @ v[b, :seen, h // share]
+                torch.testing.assert_close(out[b, t, h], expected)
+
+
+def test_attention_is_causal():
+    q, k, v = randn(1, 6, 2, 4), randn(1, 6, 2, 4, seed=1), randn(1, 6, 2, 4, seed=2)
+    before = kernels.attention(q, k, v)
+    k[:, 4], v[:, 4], q[:, 4] = 7.0, -3.0, 1.0
+    after = kernels.attention(q, k, v)
+    assert torch.equal(before[:, :4], after[:, :4])
+    assert not torch.equal(before[:, 4:], after[:, 4:])
+
+
+def test_attention_lengths_ignore_what_lies_beyond():
+    q, k, v = randn(2, 1, 2, 4), randn(2, 7, 2, 4, seed=1), randn(2, 7, 2, 4, seed=2)
+    both = kernels.attention(q, k, v, torch.tensor([3, 7]))
+    torch.testing.assert_close(both[:1], kernels.attention(q[:1], k[:1, :3], v[:1, :3]))
+    torch.testing.assert_close(both[1:], kernels.attention(q[1:], k[1:], v[1:]))
+
+
+@given(rows=sizes, width=sizes, hidden=sizes, seed=seeds)
+def test_relu2_mlp(rows, width, hidden, seed):
+    x, w1, w2 = randn(rows, width, seed=seed), randn(hidden, width, seed=seed + 1), randn(width, hidden, seed=seed + 2)
+    torch.testing.assert_close(kernels.relu2_mlp(x, w1, w2), (x @ w1.T).clamp(min=0) ** 2 @ w2.T)
+
+
+@given(rows=sizes, width=sizes, vocabulary=st.integers(2, 30), ignored=st.integers(0, 9), seed=seeds)
+def test_linear_cross_entropy(rows, width, vocabulary, ignored, seed):
+    x, weight = randn(rows, width, seed=seed), 5 * randn(vocabulary, width, seed=seed + 1)
+    targets = torch.randint(vocabulary, (rows,), generator=torch.Generator().manual_seed(seed))
+    targets[:ignored] = -1
+    losses = kernels.linear_cross_entropy(x, weight, targets, reduction="none")
+    logits = 15 * torch.tanh(x @ weight.T / 15)
+    expected = torch.stack(
+        [
+            row.exp().sum().log() - row[t] if t >= 0 else row.new_zeros(())
+            for row, t in zip(logits, targets, strict=True)
+        ]
+    )
+    torch.testing.assert_close(losses, expected)
+    mean = kernels.linear_cross_entropy(x, weight, targets)
+    valid = int((targets >= 0).sum())
+    torch.testing.assert_close(mean, expected.sum() / max(valid, 1))
+
+
+def test_linear_cross_entropy_of_nothing_is_zero_with_zero_gradients():
+    x = randn(3, 4).requires_grad_()
+    loss = kernels.linear_cross_entropy(x, randn(5, 4), torch.full((3,), -1))
+    loss.backward()
+    assert loss.item() == 0.0 and torch.equal(x.grad, torch.zeros_like(x))
+
+
+@settings(max_examples=30)
+@given(m=st.integers(1, 24), n=st.integers(1, 24), scale=st.floats(1e-3, 1e3), seed=seeds)
+def test_newton_schulz_orthogonalises(m, n, scale, seed):
+    gradients = randn(3, m, n, seed=seed)
+    out = kernels.newton_schulz(gradients)
+    before, after = torch.linalg.svdvals(gradients), torch.linalg.svdvals(out)
+    strong = before >= 1e-2 * before[:, :1]
+    assert ((after >= 0.68) & (after <= 1.14) | ~strong).all()
+    torch.testing.assert_close(kernels.newton_schulz(gradients * scale), out, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(kernels.newton_schulz(gradients.mT), out.mT)
+    torch.testing.assert_close(kernels.newton_schulz(gradients[1]), out[1])
+
+
+def test_bad_input_is_named():
+    x = randn(4, 6)
+    cos, sin = tables(8, 6)
+    cases = [
+        (TypeError, "floating point", lambda: kernels.rms_norm(torch.ones(3, dtype=torch.int64))),
+        (ValueError, "at least one axis", lambda: kernels.rms_norm(torch.tensor(1.0))),
+        (ValueError, r"k must have shape \(1, 4, G, 6\)", lambda: kernels.qk_norm_rope(randn(1, 4, 2, 6), x, cos, sin)),
+        (ValueError, "even", lambda: kernels.qk_norm_rope(randn(1, 4, 2, 5), randn(1, 4, 2, 5), cos, sin)),
+        (ValueError, "no multiple", lambda: kernels.qk_norm_rope(randn(1, 4, 3, 6), randn(1, 4, 2, 6), cos, sin)),
+        (
+            ValueError,
+            "pass the 8 rows",
+            lambda: kernels.qk_norm_rope(randn(1, 4, 2, 6), randn(1, 4, 2, 6), cos, sin, 5),
+        ),
+        (TypeError, "cast one", lambda: kernels.relu2_mlp(x, randn(5, 6).float(), randn(6, 5))),
+        (ValueError, r"w2 must have shape \(6, 5\)", lambda: kernels.relu2_mlp(x, randn(5, 6), randn(5, 6))),
+        (
+            ValueError,
+            "at least as many keys",
+            lambda: kernels.attention(randn(1, 4, 1, 2), randn(1, 3, 1, 2), randn(1, 3, 1, 2)),
+        ),
+        (TypeError, "int64", lambda: kernels.linear_cross_entropy(x, x, torch.zeros(4))),
+        (ValueError, "reduction", lambda: kernels.linear_cross_entropy(x, x, torch.zeros(4).long(), reduction="sum")),
+        (ValueError, "steps", lambda: kernels.newton_schulz(x, -1)),
+        (ValueError, "must be", lambda: kernels.newton_schulz(x[0])),
+    ]
+    for kind, message, call in cases:
+        with pytest.raises(kind, match=message):
+            call()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_an_unknown_implementation_is_refused_with_those_there_are(operation):
+    from kernels.dispatch import choose
+
+    implementations = {"reference": getattr(reference, operation)}
+    assert choose(operation, "auto", implementations) is choose(operation, "reference", implementations)
+    with pytest.raises(ValueError, match=f"{operation}: impl='fast' does not exist; choose one of auto, reference"):
+        choose(operation, "fast", implementations)

@@ -1,0 +1,185 @@
+"""Whole or not at all; refused when damaged or of something else; loadable by another number of processes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from nanochat.checkpoint import CheckpointStore, load_model, read_meta
+from nanochat.errors import UserError
+from nanochat.gpt import GPT
+from nanochat.paths import Paths
+from nanochat.runtime import Runtime
+from tests.conftest import TINY_BASE, assert_refused, nanochat
+from tests.nanochat.test_optim import CONFIG, batch, free_port, train
+
+
+class FakeTokenizer:
+    hash = "t" * 64
+
+
+META = {"tokenizer": FakeTokenizer.hash}
+
+
+def runtime(rank: int = 0, world_size: int = 1) -> Runtime:
+    return Runtime(rank, world_size, torch.device("cpu"), torch.float32)
+
+
+def saved(directory, step: int = 3, keep: int = 2) -> CheckpointStore:
+    model, optimizer, _ = train()
+    store = CheckpointStore(directory, runtime(), keep)
+    store.save(step, model, optimizer, META)
+    return store
+
+
+def go_on(model: GPT, optimizer, rank: int = 0, world_size: int = 1) -> None:
+    rows = batch(9)[rank::world_size]
+    model(rows[:, :-1], rows[:, 1:]).backward()
+    optimizer.synchronize()
+    optimizer.update(0.5, 0.95)
+
+
+def test_saved_and_loaded_it_goes_on_the_same(tmp_path):
+    model, optimizer, _ = train()
+    store = CheckpointStore(tmp_path, runtime())
+    store.save(3, model, optimizer, META)
+    other, other_optimizer = GPT.create(CONFIG, seed=5), None
+    from nanochat.optim import MuonAdamW
+
+    other_optimizer = MuonAdamW(other)
+    random_state = torch.get_rng_state()
+    torch.rand(5)
+    meta = store.load(3, other, other_optimizer, FakeTokenizer)
+    assert meta["step"] == 3 and torch.equal(torch.get_rng_state(), random_state)
+    go_on(model, optimizer)
+    go_on(other, other_optimizer)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_only_the_newest_stay_and_no_temporary_names(tmp_path):
+    store = saved(tmp_path, 1)
+    for step in (2, 3):
+        saved(tmp_path, step)
+    assert store.steps() == [2, 3]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000002", "step_000003"]
+
+
+def test_what_a_kill_left_behind_is_neither_taken_nor_kept(tmp_path):
+    store = saved(tmp_path, 1)
+    shutil.copytree(tmp_path / "step_000001", tmp_path / ".step_000002.tmp")
+    (tmp_path / ".step_000002.tmp" / "rubbish").write_text("x")
+    assert store.steps() == [1]
+    saved(tmp_path, 2)
+    assert store.steps() == [1, 2] and not (tmp_path / "step_000002" / "rubbish").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state/.metadata", "meta.json"])
+@pytest.mark.parametrize("how", ["cut", "gone"])
+def test_damage_is_found_before_loading(tmp_path, name, how):
+    store = saved(tmp_path)
+    path = store.path(3) / name
+    content = path.read_bytes()
+    path.write_bytes(content[:-7]) if how == "cut" else path.unlink()
+    with pytest.raises(UserError, match="remove"):
+        read_meta(store.path(3), FakeTokenizer)
+
+
+def test_another_tokenizer_or_another_model_is_refused(tmp_path):
+    from nanochat.optim import MuonAdamW
+
+    store = saved(tmp_path)
+    other = type("Other", (), {"hash": "o" * 64})
+    with pytest.raises(UserError, match="another tokenizer"):
+        read_meta(store.path(3), other)
+    model = GPT.create(type(CONFIG).from_depth(2, 301, 16))
+    with pytest.raises(UserError, match=r"another model: depth 2 \(saved 3\), width 128 \(saved 192\)"):
+        store.load(3, model, MuonAdamW(model), FakeTokenizer)
+
+
+def worker(rank: int, world_size: int, port: int, directory: str, load: bool) -> None:
+    from nanochat.optim import MuonAdamW
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    store = CheckpointStore(__import__("pathlib").Path(directory), runtime(rank, world_size))
+    if load:
+        model = GPT.create(CONFIG, seed=5)
+        optimizer = MuonAdamW(model)
+        store.load(3, model, optimizer, FakeTokenizer)
+    else:
+        model, optimizer, _ = train(rank, world_size)
+        store.save(3, model, optimizer, META)
+    go_on(model, optimizer, rank, world_size)
+    torch.save(model.state_dict(), f"{directory}/after-{world_size}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("save", "load"), [(2, 1), (1, 2), (4, 2)])
+def test_another_number_of_processes_goes_on_alike(save, load, tmp_path):
+    """4 processes leave one without any matrix of a shape: three matrices go to ranks of one each."""
+    from nanochat.optim import MuonAdamW
+
+    mp.spawn(worker, (save, free_port(), str(tmp_path), False), nprocs=save) if save > 1 else saved(tmp_path)
+    reference = GPT.create(CONFIG, seed=5)
+    optimizer = MuonAdamW(reference)
+    if save == 1 or load == 1:
+        CheckpointStore(tmp_path, runtime()).load(3, reference, optimizer, FakeTokenizer)
+        go_on(reference, optimizer)
+        expected = reference.state_dict()
+    if load > 1:
+        mp.spawn(worker, (load, free_port(), str(tmp_path), True), nprocs=load)
+        results = torch.load(tmp_path / f"after-{load}-0.pt")
+        expected = expected if save == 1 else torch.load(tmp_path / f"after-{save}-0.pt")
+    else:
+        results, expected = expected, torch.load(tmp_path / f"after-{save}-0.pt")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(results[name], tensor, rtol=1e-3, atol=2e-4)
+
+
+def test_a_full_disk_loses_nothing_saved(base):
+    """A limit on file sizes stands in for the full disk: the operating system refuses the write in the same place."""
+    result = nanochat(base, "train", "base", *TINY_BASE, "--num-iterations", "8")
+    assert result.returncode == 0, result.stderr
+    directory = base / "checkpoints" / "base"
+    before = {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+    shutil.rmtree(directory / "step_000008")
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); sys.argv[0] = 'nanochat'; "
+    limited += "from nanochat.cli import main; main()"
+    import subprocess
+    import sys
+
+    from tests.conftest import environment
+
+    run = subprocess.run(
+        [sys.executable, "-c", limited, "train", "base", *TINY_BASE, "--num-iterations", "8"],
+        capture_output=True,
+        text=True,
+        env=environment(base),
+    )
+    assert_refused(run, "cannot save the checkpoint of step 8", "step_000004", "free space")
+    after = {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+    assert after == {p: content for p, content in before.items() if "step_000008" not in str(p)}
+    assert [p.name for p in directory.iterdir()] == ["step_000004"]
+    assert nanochat(base, "train", "base", *TINY_BASE, "--num-iterations", "8").returncode == 0
+    assert (directory / "step_000008" / "model.safetensors").read_bytes() == before[
+        directory / "step_000008" / "model.safetensors"
+    ]
+
+
+def test_a_missing_model_lists_those_there_are(base, cpu):
+    with pytest.raises(UserError, match="no checkpoint of sft; there are: none; make it with: nanochat train sft"):
+        load_model(Paths(base), "sft", cpu)
+
+
+def test_a_tokenizer_that_does_not_match_is_refused(base):
+    assert nanochat(base, "train", "base", *TINY_BASE, "--num-iterations", "1").returncode == 0
+    path = base / "tokenizer" / "tokenizer.json"
+    stored = json.loads(path.read_text())
+    stored["ranks"][300], stored["ranks"][301] = stored["ranks"][301], stored["ranks"][300]
+    path.write_text(json.dumps(stored))
+    assert_refused(nanochat(base, "chat", "-p", "hi", "--source", "base"), "another tokenizer", "restore")
+    assert_refused(nanochat(base, "train", "base", *TINY_BASE, "--num-iterations", "1"), "another tokenizer")

@@ -1,0 +1,254 @@
+"""Shards, the token stream, mixtures and batches, and the generated world."""
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanochat.data import world as closed_world
+from nanochat.data.conversations import First, Mixture, packed_batches, padded_batches
+from nanochat.data.conversations import reposition as reposition_conversations
+from nanochat.data.generate import generate
+from nanochat.data.loader import TokenStream, prefetched, reposition
+from nanochat.data.shards import Shards
+from nanochat.errors import UserError
+from nanochat.paths import Paths
+from nanochat.tasks import ARC, GSM8K, MMLU, HumanEval, Identity, SimpleSpelling, SmolTalk, SpellingBee
+from tests.conftest import TINY_DATA, assert_refused, nanochat
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
+
+
+def tokens_of(shards, tokenizer, row_groups):
+    return [t for g in row_groups for text in shards.read(g) for t in [tokenizer.bos, *tokenizer.encode(text)]]
+
+
+def test_every_token_of_a_rank_comes_once_in_order(world, tokenizer, pool):
+    shards = Shards.of(world, "train")
+    for rank, size in ((0, 1), (1, 2)):
+        expected = tokens_of(shards, tokenizer, range(rank, len(shards.row_groups), size))
+        stream = TokenStream(shards, tokenizer, rank, size, pool)
+        batches = list(islice(stream.batches(3, 16), len(expected) // 48))
+        got = torch.cat([batch.inputs.flatten() for batch in batches])
+        assert got.tolist() == expected[: len(got)]
+        for batch in batches[:5]:
+            assert torch.equal(batch.inputs.flatten()[1:], batch.targets.flatten()[:-1])
+
+
+def test_ranks_share_the_row_groups_and_epochs_go_on(world, tokenizer, pool):
+    shards = Shards.of(world, "val")
+    count = len(shards.row_groups)
+    assert count == 3
+    starts = [next(TokenStream(shards, tokenizer, r, 2, pool).documents((0, -1, 0, 0)))[0] for r in (0, 1)]
+    assert starts == [(0, 0, 0, 0), (0, 1, 0, 0)]
+    seen = []
+    for (epoch, group, document, _), _ in TokenStream(shards, tokenizer, 0, 2, pool).documents((0, -1, 0, 0)):
+        if document == 0:
+            seen.append((epoch, group))
+        if len(seen) == 4:
+            break
+    assert seen == [(0, 0), (0, 2), (1, 0), (1, 2)]
+
+
+@given(after=st.integers(0, 120), rows=st.integers(1, 4), length=st.integers(1, 40))
+def test_a_stream_resumes_at_any_batch(world, tokenizer, pool, after, rows, length):
+    stream = TokenStream(Shards.of(world, "train"), tokenizer, 0, 1, pool)
+    batches = list(islice(stream.batches(rows, length), after + 3))
+    resumed = list(islice(stream.batches(rows, length, batches[after].position), 2))
+    for a, b in zip(batches[after + 1 :], resumed, strict=True):
+        assert torch.equal(a.inputs, b.inputs) and torch.equal(a.targets, b.targets) and a.position == b.position
+
+
+def test_another_number_of_ranks_goes_on_behind_all_that_was_read():
+    saved = [(0, 4, 17, 3), (0, 7, 2, 0), (0, 5, 0, 0)]
+    assert reposition(saved, 3, 1, 100) == (0, 7, 2, 0)
+    for size in (1, 2, 4):
+        starts = [reposition(saved, size, rank, 100) for rank in range(size)]
+        assert all(group > 7 and group % size == rank for rank, (_, group, _, _) in enumerate(starts))
+    assert reposition(saved, 2, 1, 9) == (1, 1, 0, 0)
+
+
+def test_more_processes_than_row_groups_are_refused(world, tokenizer, pool):
+    with pytest.raises(UserError, match="3 row groups cannot feed 4 processes"):
+        TokenStream(Shards.of(world, "val"), tokenizer, 0, 4, pool)
+
+
+def test_prefetching_gives_the_same_and_hands_errors_over():
+    with prefetched(iter([1, 2, 3])) as items:
+        assert list(items) == [1, 2, 3]
+
+    def broken():
+        yield 1
+        raise UserError("broken")
+
+    with prefetched(broken()) as items, pytest.raises(UserError, match="broken"):
+        list(items)
+    with prefetched(iter(int, 1)) as items:  # endless: leaving ends the thread
+        assert next(items) == 0
+
+
+# --- bad shards ---
+
+
+def test_an_empty_corpus_is_refused(tmp_path):
+    assert_refused(nanochat(tmp_path, "tokenizer", "train"), "0 parquet shards", "nanochat data generate")
+
+
+def damage(base, how):
+    files = sorted((base / "text").glob("*.parquet"))
+    if how == "missing":
+        files[0].unlink()
+        shutil.copy(files[1], files[1].with_name("shard_00002.parquet"))
+    elif how == "truncated":
+        files[1].write_bytes(files[1].read_bytes()[:-100])
+    elif how == "text":
+        files[1].write_text("no parquet at all")
+    elif how == "column":
+        pq.write_table(pa.table({"other": ["a"]}), files[1])
+    elif how == "rows":
+        pq.write_table(pa.table({"text": pa.array([], pa.string())}), files[1])
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("missing", "shard_00000.parquet is missing"),
+        ("truncated", "shard_00001.parquet is truncated or no parquet file"),
+        ("text", "shard_00001.parquet is truncated or no parquet file"),
+        ("column", "has no column 'text' (it has other)"),
+        ("rows", "has no rows"),
+    ],
+)
+def test_bad_shards_are_refused_before_training(base, how, message):
+    damage(base, how)
+    result = nanochat(base, "train", "base", "--depth", "1", "--num-iterations", "1", "--total-batch-size", "65536")
+    assert_refused(result, message)
+    assert not (base / "checkpoints").exists()
+
+
+# --- conversations ---
+
+
+@pytest.fixture(scope="module")
+def mixture(world):
+    tasks = [
+        SmolTalk(world),
+        First(MMLU(world, "auxiliary_train"), 30),
+        SpellingBee(world, "train", 20),
+        Identity(world),
+    ]
+    return Mixture(tasks)
+
+
+def test_mixtures_hold_every_row_in_a_fixed_order(mixture, world):
+    assert mixture.sizes() == {"SmolTalk": 120, "MMLU": 30, "SpellingBee": 20, "Identity": 20}
+    assert sorted(mixture._order) == [(t, i) for t, n in enumerate((120, 30, 20, 20)) for i in range(n)]
+    again = Mixture(mixture.tasks)
+    assert [mixture[i] for i in range(190)] == [again[i] for i in range(190)]
+    twice = Mixture([Identity(world)] * 2)
+    assert twice.sizes() == {"Identity": 40}
+
+
+@given(after=st.integers(0, 20), rows=st.integers(1, 3), rank=st.integers(0, 1))
+def test_packed_batches_hold_each_token_once_and_resume(mixture, tokenizer, after, rows, rank):
+    batches = list(packed_batches(mixture, tokenizer, rows, 64, rank, 2))
+    expected = [t for i in range(rank, len(mixture), 2) for t in tokenizer.render(mixture[i], 64)[0]]
+    got = torch.cat([b.inputs.flatten() for b in batches]).tolist()
+    assert got == expected[: len(got)] and len(expected) - len(got) <= rows * 64
+    assert all(a.progress <= b.progress for a, b in zip(batches, batches[1:], strict=False))
+    resumed = list(packed_batches(mixture, tokenizer, rows, 64, rank, 2, batches[after].position))
+    assert len(resumed) == len(batches) - after - 1
+    for a, b in zip(batches[after + 1 :], resumed, strict=True):
+        assert torch.equal(a.inputs, b.inputs) and torch.equal(a.targets, b.targets) and a.position == b.position
+
+
+def test_padded_batches_learn_only_what_the_assistant_says(mixture, tokenizer):
+    batches = list(padded_batches(mixture, tokenizer, 4, 96, 1, 2))
+    assert len(batches) == len(mixture) // 8
+    batch = batches[3]
+    for row in range(4):
+        ids, mask = tokenizer.render(mixture[3 * 8 + row * 2 + 1], 97)
+        said = [i for i, m in zip(ids[1:], mask[1:], strict=True) if m]
+        targets = batch.targets[row]
+        assert targets[targets != -1].tolist() == said
+        where = targets != -1
+        assert batch.inputs[row][: len(ids) - 1].tolist() == ids[:-1]
+        assert where.sum() == len(said)
+    resumed = list(padded_batches(mixture, tokenizer, 4, 96, 1, 2, batches[5].position))
+    assert torch.equal(resumed[0].inputs, batches[6].inputs) and len(resumed) == len(batches) - 6
+
+
+def test_conversations_resume_with_another_number_of_ranks():
+    assert reposition_conversations([(5, 3), (6, 0)], 1, 2) == (6, 0)
+    assert reposition_conversations([(5, 3), (6, 0)], 0, 1) == (12, 0)
+    assert reposition_conversations([(5, 0), (5, 2)], 0, 3) == (4, 0)
+    assert reposition_conversations([(6,), (6,)], 0, 1) == (12,)
+
+
+# --- the generated world ---
+
+
+def test_generating_twice_gives_the_same_files(world, tmp_path):
+    generate(TINY_DATA, Paths(tmp_path))
+    for path in sorted(tmp_path.rglob("*")):
+        if path.is_file():
+            assert path.read_bytes() == (world.base / path.relative_to(tmp_path)).read_bytes(), path
+
+
+def test_nothing_tested_stands_in_training_data(world):
+    prompts = lambda task: {task[i]["messages"][0]["content"] for i in range(len(task))}  # noqa: E731
+    questions = lambda task: {p.split("\n")[0] for p in prompts(task)}  # noqa: E731
+    trained = questions(MMLU(world, "auxiliary_train")) | questions(ARC(world, "ARC-Easy", "train"))
+    trained |= questions(ARC(world, "ARC-Challenge", "train"))
+    tested = questions(ARC(world, "ARC-Easy", "test")) | questions(ARC(world, "ARC-Challenge", "test"))
+    tested |= questions(MMLU(world, "test"))
+    assert tested and not trained & tested
+    assert not prompts(GSM8K(world, "train")) & prompts(GSM8K(world, "test"))
+    text = "\n".join(Shards.of(world, "train").documents())
+    talk = SmolTalk(world)
+    said = "\n".join(m["content"] for i in range(len(talk)) for m in talk[i]["messages"])
+    asked = {q.removeprefix("Multiple Choice question: ") for q in tested}
+    assert not [q for q in asked if q in text or q in said]
+    tests = HumanEval(world)
+    assert not [tests[i]["row"]["prompt"] for i in range(len(tests)) if tests[i]["row"]["prompt"] in said]
+    spelled = [w for w in world.words.read_text().split() if closed_world.in_test("word", w)]
+    assert spelled and not [w for w in spelled if f"'{w}'" in text]
+    for task in (SimpleSpelling(world, "train", 300), SpellingBee(world, "train", 300)):
+        assert not [w for w in spelled for p in prompts(task) if f"'{w}'" in p]
+
+
+def test_challenge_facts_are_told_but_never_asked(world):
+    facts = [fact for fact in closed_world.facts(TINY_DATA.seed) if fact.challenge]
+    assert len(facts) > 30
+    text = "\n".join(Shards.of(world, "train").documents())
+    for fact in facts:
+        assert not fact.questions("train") and fact.questions("challenge")
+        assert any(sentence in text for sentence in fact.sentences())
+
+
+def test_solutions_of_the_generated_functions_pass(world):
+    task = HumanEval(world)
+    for index in range(0, len(task), 6):
+        conversation = task[index]
+        assert task.judge(conversation, conversation["messages"][-1]["content"])
+        assert not task.judge(conversation, "```python\ndef wrong(x):\n    return None\n```")
+
+
+def test_a_missing_chat_source_lists_those_there_are(base):
+    shutil.rmtree(base / "chat" / "gsm8k")
+    result = nanochat(base, "evaluate", "chat", "--tasks", "GSM8K", "--stage", "sft")
+    assert_refused(result, "no checkpoint of sft", "nanochat train sft")
+    with pytest.raises(
+        UserError, match=r"gsm8k/train does not exist .* there are: arc-challenge/test.*nanochat data generate"
+    ):
+        GSM8K(Paths(base), "train")

@@ -1,0 +1,132 @@
+"""Decoding with a cache equals decoding without one; unequal prompts; samples; the calculator."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanochat.engine import Engine, sample
+from nanochat.errors import UserError
+from nanochat.gpt import GPT, GPTConfig
+from tests.nanochat.test_gpt import perturbed
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer) -> GPT:
+    return perturbed(GPTConfig(2, 64, 4, 2, tokenizer.vocab_size, 64))
+
+
+@pytest.fixture(scope="module")
+def engine(model, tokenizer) -> Engine:
+    return Engine(model, tokenizer)
+
+
+def greedily_without_cache(model: GPT, prompt: list[int], count: int, stops: set[int]) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        token = int(model(torch.tensor([tokens]))[0, -1].argmax())
+        if token in stops:
+            break
+        tokens.append(token)
+    return tokens[len(prompt) :]
+
+
+@settings(max_examples=15)
+@given(prompts=st.lists(st.lists(st.integers(0, 500), min_size=1, max_size=30), min_size=1, max_size=4))
+def test_greedy_with_the_cache_equals_greedy_without(model, tokenizer, prompts):
+    engine = Engine(model, tokenizer)
+    engine._next = lambda row, token: _plain(engine, row, token)  # the tool forces tokens; here the model alone decides
+    answers = engine.generate(prompts, 12, temperature=0.0)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer == greedily_without_cache(model, prompt, 12, engine.stops)
+
+
+def _plain(engine, row, token):
+    row.done = row.done or token in engine.stops
+    return token, False
+
+
+def test_samples_share_a_prefill_and_differ(engine):
+    rows = engine.generate([[1, 2, 3], [4, 5]], 8, samples=3, temperature=1.0, seed=1)
+    assert len(rows) == 6
+    assert len({row[0] for row in rows[:3]}) > 1  # the first token is drawn for each row
+    assert rows == engine.generate([[1, 2, 3], [4, 5]], 8, samples=3, temperature=1.0, seed=1)
+    same = engine.generate([[1, 2, 3]], 8, samples=2, temperature=0.0)
+    assert same[0] == same[1] == engine.generate([[1, 2, 3]], 8, temperature=0.0)[0]
+
+
+def test_seed_k_and_minus_k_differ(engine):
+    drawn = {seed: engine.generate([[1, 2]], 12, temperature=1.0, seed=seed)[0] for seed in (3, -3, 0, 1, -1)}
+    assert len({tuple(row) for row in drawn.values()}) == 5
+
+
+def test_top_k_and_temperature():
+    logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]]).repeat(2000, 1)
+    generator = torch.Generator().manual_seed(0)
+    assert set(sample(logits, 1.0, 2, generator).tolist()) == {1, 2}
+    assert set(sample(logits, 0.0, None, generator).tolist()) == {1}
+    shares = sample(logits, 0.5, None, generator).bincount(minlength=4) / 2000
+    torch.testing.assert_close(shares, torch.softmax(logits[0] / 0.5, 0), atol=0.03, rtol=0)
+
+
+class Script(Engine):
+    """An engine whose model says what a script says, to watch the tool."""
+
+    def __init__(self, model, tokenizer, script: list[int]):
+        super().__init__(model, tokenizer)
+        self.script = iter(script)
+
+    def _next(self, row, sampled):
+        return super()._next(row, sampled if row.forced else next(self.script))
+
+
+@pytest.mark.parametrize(("expression", "output"), [("12*3", "36"), ("'reed'.count('e')", "2"), ("import os", None)])
+def test_the_tool_answers_and_its_tokens_are_forced(model, tokenizer, expression, output):
+    special = tokenizer.special
+    call = [special("python_start"), *tokenizer.encode(expression), special("python_end")]
+    after = [*tokenizer.encode(" so"), special("assistant_end")]
+    engine = Script(model, tokenizer, call + after)
+    columns = list(engine.stream([[1]], 60, temperature=0.0))
+    tokens = [t for (t,), _ in columns if t is not None]
+    sampled = [s for (t,), (s,) in columns if t is not None]
+    answer = [special("output_start"), *tokenizer.encode(output), special("output_end")] if output else []
+    assert tokens == call + answer + after[:-1]
+    assert sampled == [True] * len(call) + [False] * len(answer) + [True] * (len(after) - 1)
+
+
+def test_the_model_reads_what_the_tool_forced(model, tokenizer):
+    """After a call the next token is what the model says given call and answer."""
+    special = tokenizer.special
+    call = [special("python_start"), *tokenizer.encode("2+2"), special("python_end")]
+
+    class Then(Script):
+        def _next(self, row, sampled):
+            return Engine._next(self, row, sampled if row.forced else next(self.script, sampled))
+
+    answer = [special("output_start"), *tokenizer.encode("4"), special("output_end")]
+    tokens = Then(model, tokenizer, call).generate([[1]], len(call) + len(answer) + 1, temperature=0.0)[0]
+    expected = greedily_without_cache(model, [1, *call, *answer], 1, set())
+    assert tokens == [*call, *answer, *expected]
+
+
+def test_rows_end_alone(model, tokenizer):
+    end = tokenizer.special("assistant_end")
+    engine = Script(model, tokenizer, [7, 7, 7, end, 7, 9, 7, 9, 7, 9])  # a column's rows take turns; a done row too
+    assert engine.generate([[1], [2]], 5, temperature=0.0) == [[7, 7, 7, 7, 7], [7]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": []}, "at least one prompt"),
+        ({"prompts": [[]]}, "at least one token"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"prompts": [[1] * 640]}, "leaves no room in the 640 positions"),
+    ],
+)
+def test_bad_requests(engine, arguments, message):
+    given = {"prompts": [[1]], "max_tokens": 4} | arguments
+    with pytest.raises(UserError, match=message):
+        engine.generate(given.pop("prompts"), given.pop("max_tokens"), **given)

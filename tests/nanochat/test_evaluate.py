@@ -1,0 +1,222 @@
+"""Evaluators against answers known beforehand."""
+
+import json
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from nanochat.data.loader import Batch
+from nanochat.errors import UserError
+from nanochat.evaluate.bpb import bits_per_byte, unigram_bits_per_byte
+from nanochat.evaluate.chat import ChatOptions, evaluate_chat
+from nanochat.evaluate.core import CoreTask, evaluate_core, evaluate_task, load_bundle
+from nanochat.evaluate.scoring import logits_at
+from nanochat.gpt import GPTConfig
+from nanochat.runtime import Runtime
+from nanochat.tasks import SpellingBee
+from nanochat.tasks.gsm8k import final_number, solution_parts
+from nanochat.tasks.humaneval import extract_code
+from tests.nanochat.test_gpt import perturbed
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return perturbed(GPTConfig(2, 64, 4, 2, tokenizer.vocab_size, 64))
+
+
+class Oracle:
+    """A model that knows one text by heart: it expects each token of it after the three before, else token 0."""
+
+    def __init__(self, vocab_size: int, texts: list[list[int]], context_length: int = 512):
+        self.config = SimpleNamespace(context_length=context_length)
+        self.texts, self.vocab_size, self.device = texts, vocab_size, torch.device("cpu")
+
+    def hidden(self, tokens):
+        self.tokens = tokens
+        rows, length = tokens.shape
+        return torch.arange(rows)[:, None, None] * 100_000 + torch.arange(length)[None, :, None]
+
+    def logits(self, where):
+        out = torch.zeros(len(where), self.vocab_size)
+        for i, code in enumerate(where.flatten().tolist()):
+            seen = self.tokens[code // 100_000, 1 : code % 100_000 + 1].tolist()  # behind bos
+            for text in self.texts:
+                for start in range(len(text)):
+                    tail = seen[-3:]
+                    if text[start : start + len(tail)] == tail and start + len(tail) < len(text):
+                        out[i, text[start + len(tail)]] = 10.0
+        return out
+
+
+def test_logits_at_positions_equal_the_whole_forward_pass(model):
+    sequences = [torch.randint(500, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 40, 64, 90)]
+    spans = [(1, 5), (12, 20), (60, 64), (85, 90)]
+    for sequence, (start, end), logits in zip(sequences, spans, logits_at(model, sequences, spans), strict=True):
+        kept = sequence[-64:]
+        gone = len(sequence) - len(kept)
+        whole = model(torch.tensor([kept]))[0]
+        torch.testing.assert_close(logits, whole[start - 1 - gone : end - 1 - gone], rtol=1e-4, atol=1e-4)
+
+
+def test_bits_per_byte_counts_only_targets_with_bytes(model, cpu):
+    token_bytes = np.zeros(model.config.vocab_size, dtype=np.int32)
+    token_bytes[:100] = 3
+    targets = torch.tensor([[5, 50, 200, -1, 7]])
+    inputs = torch.tensor([[1, 2, 3, 4, 5]])
+    losses = model(inputs, targets, reduction="none")[0]
+    expected = (losses[0] + losses[1] + losses[4]).item() / (math.log(2) * 9)
+    assert bits_per_byte(model, [Batch(inputs, targets, ())], token_bytes, cpu) == pytest.approx(expected, rel=1e-5)
+
+
+def test_unigram_baseline():
+    token_bytes = np.array([1, 2, 0])
+    train = [Batch(torch.zeros(0), torch.tensor([[0, 0, 0, 1]]), ())]  # counts with one added: 4, 2, 1
+    val = [Batch(torch.zeros(0), torch.tensor([[0, 1, 2]]), ())]
+    expected = (-math.log2(4 / 7) - math.log2(2 / 7)) / 3
+    assert unigram_bits_per_byte(train, val, token_bytes) == pytest.approx(expected)
+
+
+ITEMS = {
+    "multiple_choice": [{"query": f"Q{i}:", "choices": ["red", "blue", "green"], "gold": i % 3} for i in range(6)],
+    "schema": [
+        {"context_options": [f"The cat {i}", f"The dog {i}"], "continuation": "sleeps well.", "gold": i % 2}
+        for i in range(6)
+    ],
+    "language_modeling": [{"context": f"Number {i} ", "continuation": chr(97 + i) * 3} for i in range(6)],
+}
+
+
+def text_of(kind: str, item: dict) -> str:
+    if kind == "multiple_choice":
+        return f"{item['query']} {item['choices'][item['gold']]}"
+    if kind == "schema":
+        return f"{item['context_options'][item['gold']]} {item['continuation']}"
+    return f"{item['context'].strip()} {item['continuation']}"
+
+
+@pytest.mark.parametrize("kind", list(ITEMS))
+@pytest.mark.parametrize("shots", [0, 2, 50])
+def test_core_scores_what_the_model_knows(tokenizer, cpu, kind, shots):
+    items = ITEMS[kind]
+    known = [tokenizer.encode(text_of(kind, item)) for item in items]
+    task = CoreTask("task", kind, shots, " ", items, 0.0)
+    for share in (0, 3, 6):
+        # with few-shot examples in front, an example's own text must not give another item away
+        oracle = Oracle(tokenizer.vocab_size, known[:share])
+        accuracy = evaluate_task(oracle, tokenizer, task, cpu)
+        if kind == "language_modeling":
+            assert accuracy == share / 6
+        else:
+            assert accuracy >= share / 6
+    halves = [Runtime(r, 2, cpu.device, cpu.compute_dtype) for r in (0, 1)]
+    oracle = Oracle(tokenizer.vocab_size, known)
+    for half in halves:
+        object.__setattr__(half, "sum", lambda values: values)
+    assert sum(evaluate_task(oracle, tokenizer, task, half) for half in halves) == pytest.approx(1.0)
+
+
+def test_core_of_the_embedded_bundle(tokenizer, world, cpu, model):
+    tasks = load_bundle(world.eval_bundle)
+    assert [(t.label, t.kind, t.baseline) for t in tasks] == [
+        ("world_choice", "multiple_choice", 0.25),
+        ("world_completion", "language_modeling", 0.0),
+        ("world_schema", "schema", 0.5),
+    ]
+    results = evaluate_core(model, tokenizer, world.eval_bundle, cpu, max_per_task=10)
+    centred = [(results[t.label] - t.baseline) / (1 - t.baseline) for t in tasks]
+    assert results["CORE"] == pytest.approx(sum(centred) / 3)
+
+
+def test_a_broken_bundle_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"core.yaml does not exist.*nanochat data generate"):
+        load_bundle(tmp_path)
+    entry = {"label": "t", "dataset_uri": "t.jsonl", "num_fewshot": [0], "icl_task_type": "schema"}
+    (tmp_path / "core.yaml").write_text(yaml.safe_dump({"icl_tasks": [entry]}))
+    (tmp_path / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nother,0\n")
+    with pytest.raises(UserError, match="no random baseline for the task t"):
+        load_bundle(tmp_path)
+    (tmp_path / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nt,50\n")
+    with pytest.raises(UserError, match="t.jsonl cannot be read"):
+        load_bundle(tmp_path)
+    (tmp_path / "eval_data").mkdir()
+    (tmp_path / "eval_data" / "t.jsonl").write_text(json.dumps({"gold": 0}) + "\n")
+    with pytest.raises(UserError, match="needs items with the keys context_options, continuation, gold"):
+        load_bundle(tmp_path)
+
+
+# --- chat tasks ---
+
+
+@dataclass
+class Fixed:
+    """A task of two conversations whose answers are A and B."""
+
+    name: str = "fixed"
+    kind: str = "categorical"
+    baseline: float = 0.25
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        answer = "AB"[index % 2]
+        messages = [{"role": "user", "content": f"Which? {index}"}, {"role": "assistant", "content": answer}]
+        return {"messages": messages, "letters": ["A", "B"]}
+
+    def judge(self, conversation, completion):
+        return completion == conversation["messages"][-1]["content"]
+
+
+@pytest.mark.parametrize("kind", ["categorical", "generative"])
+@pytest.mark.parametrize("known", [0, 1, 4])
+def test_chat_tasks_score_what_the_model_knows(tokenizer, world, cpu, monkeypatch, kind, known):
+    from nanochat.evaluate import chat
+
+    task = Fixed(kind=kind)
+    monkeypatch.setitem(chat.TASKS, "fixed", lambda paths: task)
+    texts = [tokenizer.render(task[i])[0] for i in range(known)]
+    oracle = Oracle(tokenizer.vocab_size, texts)
+    if kind == "generative":
+        answers = {tuple(tokenizer.render_prompt(task[i])): task[i]["messages"][-1]["content"] for i in range(known)}
+
+        class Engine:
+            def __init__(self, *_): ...
+
+            def generate(self, prompts, max_tokens, temperature):
+                return [tokenizer.encode(answers.get(tuple(prompt), "?")) for prompt in prompts]
+
+        monkeypatch.setattr(chat, "Engine", Engine)
+    results = evaluate_chat(oracle, tokenizer, world, cpu, ChatOptions(rows=3), ("fixed",))
+    guessed = (
+        2 - (known + 1) // 2 if kind == "categorical" else 0
+    )  # not knowing, it says A, which is right every other time
+    assert results["fixed"] == (known + max(guessed, 0)) / 4
+    assert results["ChatCORE"] == pytest.approx((results["fixed"] - 0.25) / 0.75)
+
+
+def test_answers_after_the_marks():
+    assert final_number("so 5\n#### 1,250.") == "1250"
+    assert final_number("#### -3.5 apples") == "-3.5"
+    assert final_number("the answer is 5") is None
+    parts = solution_parts("2*3 = <<2*3=6>>6\n#### 6")
+    assert [(p["type"], p["text"]) for p in parts] == [
+        ("text", "2*3 = "), ("python", "2*3"), ("python_output", "6"), ("text", "6\n#### 6"),
+    ]  # fmt: skip
+    assert extract_code("Here:\n```python\nx = 1\n```\n```python\ny\n```") == "x = 1\n"
+    assert extract_code("x = 1") == "x = 1"
+
+
+def test_spelling_counts_what_it_asks(world):
+    task = SpellingBee(world, "test", 40)
+    for index in range(40):
+        conversation = task[index]
+        expression = conversation["messages"][1]["content"][1]["text"]
+        word, letter = expression.split("'")[1], expression.split("'")[3]
+        assert f"'{word}'" in conversation["messages"][0]["content"]
+        assert task.judge(conversation, f"#### {word.count(letter)}")
+        assert not task.judge(conversation, f"#### {word.count(letter) + 1}") and not task.judge(conversation, "")

@@ -1,0 +1,204 @@
+"""Training that is killed, stopped, broken or repeated goes on as if nothing had happened."""
+
+import json
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.conftest import TINY_BASE, TINY_MID, TINY_SFT, assert_refused, command, environment, nanochat
+
+
+def losses(base, stage: str = "base") -> dict[int, float]:
+    lines = (base / "metrics" / f"{stage}.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    steps = [r["step"] for r in records if "loss" in r]
+    assert steps == sorted(set(steps)), "a step was logged twice"
+    return {r["step"]: (r["loss"], r["smoothed_loss"], r["grad_norm"]) for r in records if "loss" in r}
+
+
+def evaluations(base) -> dict[int, float]:
+    lines = (base / "metrics" / "base.jsonl").read_text().splitlines()
+    return {r["step"]: r["val_bpb"] for r in map(json.loads, lines) if "val_bpb" in r}
+
+
+def weights(base, stage: str = "base") -> bytes:
+    newest = sorted((base / "checkpoints" / stage).glob("step_*"))[-1]
+    return (newest / "model.safetensors").read_bytes()
+
+
+def copy(base, name: str):
+    import shutil
+
+    target = base.with_name(name)
+    shutil.copytree(base, target)
+    return target
+
+
+def start(base, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(base)
+    )
+
+
+def wait_for(condition, process: subprocess.Popen, limit: float = 120) -> bool:
+    """True when the condition came, False when the process ended first."""
+    deadline = time.monotonic() + limit
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        if process.poll() is not None:
+            return False
+        time.sleep(0.0005)
+    raise AssertionError("nothing happened in time")
+
+
+def test_killed_at_random_instants_and_inside_saves_it_ends_the_same(base):
+    arguments = ["train", "base", *TINY_BASE, "--num-iterations", "60"]
+    whole = copy(base, "whole")
+    assert nanochat(whole, *arguments).returncode == 0
+    rng, saving, metrics = random.Random(0), 0, base / "metrics" / "base.jsonl"
+    directory = base / "checkpoints" / "base"
+    for attempt in range(12):
+        process = start(base, *arguments)
+        if attempt % 2:  # inside a save: while the temporary directory exists
+            reached = wait_for(lambda: any(directory.glob(".step_*")), process)
+        else:  # some steps later than wherever it resumed
+            lines = metrics.read_text().count("\n") if metrics.exists() else 0
+            goal = lines + rng.randint(1, 8)
+            reached = wait_for(lambda goal=goal: metrics.exists() and metrics.read_text().count("\n") >= goal, process)
+            time.sleep(rng.random() * 0.02)
+        process.kill()
+        process.communicate()
+        saving += any(directory.glob(".step_*"))
+        if not reached or (saving >= 2 and attempt >= 5):
+            break
+    assert saving >= 1, "no kill hit a save"
+    assert attempt >= 4
+    result = nanochat(base, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert losses(base) == losses(whole) and len(losses(base)) == 60
+    assert evaluations(base) == evaluations(whole)
+    assert weights(base) == weights(whole)
+    assert not list(directory.glob(".step_*"))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_same_command_goes_on(base, number, status):
+    arguments = ["train", "base", *TINY_BASE, "--save-every", "0"]
+    whole = copy(base, "whole")
+    assert nanochat(whole, *arguments).returncode == 0
+    process, metrics = start(base, *arguments), base / "metrics" / "base.jsonl"
+    assert wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 4, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    assert len(err.strip().splitlines()) == 1 and "all is saved" in err and "Traceback" not in out + err
+    stopped = int(next((base / "checkpoints" / "base").glob("step_*")).name[-6:])
+    assert 0 < stopped < 24
+    result = nanochat(base, *arguments)
+    assert result.returncode == 0 and f"resuming base at step {stopped}" in result.stdout
+    assert losses(base) == losses(whole) and weights(base) == weights(whole)
+
+
+def test_mid_and_sft_resume_exactly(base):
+    assert nanochat(base, "train", "base", *TINY_BASE).returncode == 0
+    for stage, arguments in (("mid", TINY_MID), ("sft", TINY_SFT)):
+        whole = copy(base, f"whole-{stage}")
+        assert nanochat(whole, "train", stage, *arguments).returncode == 0
+        process, metrics = start(base, "train", stage, *arguments), base / "metrics" / f"{stage}.jsonl"
+        directory = base / "checkpoints" / stage
+        assert wait_for(lambda d=directory, m=metrics: any(d.glob("step_*")) and m.exists(), process)
+        process.kill()
+        process.communicate()
+        result = nanochat(base, "train", stage, *arguments)
+        assert result.returncode == 0 and f"resuming {stage} at step" in result.stdout, result.stderr
+        assert losses(base, stage) == losses(whole, stage)
+        assert weights(base, stage) == weights(whole, stage)
+
+
+def test_two_processes_train_and_one_goes_on(base):
+    arguments = ["train", "base", *TINY_BASE, "--device-batch-size", "2"]
+    result = nanochat(base, *arguments, "--num-iterations", "8", "--warmdown-ratio", "0", processes=2)
+    assert result.returncode == 0, result.stderr
+    meta = json.loads((base / "checkpoints" / "base" / "step_000008" / "meta.json").read_text())
+    assert len(meta["positions"]) == 2
+    first = losses(base)
+    result = nanochat(base, *arguments, "--num-iterations", "8", "--warmdown-ratio", "0")
+    assert result.returncode == 0 and "resuming base at step 8" in result.stdout
+    assert losses(base) == first
+    # the longer run continues from there with one process
+    path = base / "checkpoints" / "base" / "step_000008" / "meta.json"
+    path.write_text(json.dumps(meta | {"settings": meta["settings"] | {"num_iterations": 12}}))
+    result = nanochat(base, *arguments, "--num-iterations", "12", "--warmdown-ratio", "0")
+    assert result.returncode == 0 and "the checkpoint is of 2 processes, now 1" in result.stdout, result.stderr
+    after = losses(base)
+    assert sorted(after) == list(range(12)) and {s: after[s] for s in range(8)} == first
+    assert after[11][1] < first[0][1]
+
+
+def test_other_settings_are_not_resumed(base):
+    assert nanochat(base, "train", "base", *TINY_BASE, "--num-iterations", "4").returncode == 0
+    result = nanochat(base, "train", "base", *TINY_BASE, "--num-iterations", "4", "--matrix-lr", "0.5")
+    assert_refused(result, "other settings (optimizer)", "move")
+
+
+def test_not_a_number_stops_training_and_names_the_tensor(base):
+    arguments = ["train", "base", *TINY_BASE]
+    assert nanochat(base, *arguments, "--num-iterations", "24").returncode == 0
+    directory = base / "checkpoints" / "base"
+    from safetensors.torch import load_file, save_file
+
+    import shutil
+
+    shutil.rmtree(directory / "step_000024")
+    path = directory / "step_000020" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["blocks.0.mlp.expand.weight"][3, 5] = float("nan")
+    save_file(tensors, path)
+    result = nanochat(base, *arguments, "--num-iterations", "24")
+    assert_refused(result, "step 20", "the loss is nan", "weight blocks.0.mlp.expand.weight", "step_000020")
+
+
+def test_an_exploding_learning_rate_is_caught(base):
+    result = nanochat(base, "train", "base", *TINY_BASE, "--matrix-lr", "1e38", "--grad-clip", "0")
+    assert_refused(result, "offending tensor: ", "last good checkpoint", "lower the learning rates")
+
+
+def test_logging_never_alters_training(base, tmp_path):
+    plain = copy(base, "plain")
+    assert nanochat(plain, "train", "base", *TINY_BASE).returncode == 0
+    for name, content in {
+        "works": "class Run:\n    def log(self, *a, **k): pass\n    def finish(self): pass\ndef init(**k):\n"
+        "    assert k['mode'] == 'offline', k\n    return Run()\n",
+        "fails": "def init(**k):\n    raise RuntimeError('login failed')\n",
+        "breaks": "class Run:\n    n = 0\n    def log(self, *a, **k):\n        self.n += 1\n        if self.n > 3:\n"
+        "            raise OSError('gone')\n    def finish(self): raise OSError('gone')\ndef init(**k): return Run()\n",
+    }.items():
+        module = tmp_path / name
+        module.mkdir()
+        (module / "wandb.py").write_text(content)
+        logged = copy(base, name)
+        result = nanochat(logged, "train", "base", *TINY_BASE, "--wandb-run", name, PYTHONPATH=str(module))
+        assert result.returncode == 0, result.stderr
+        assert ("training goes on" in result.stdout) == (name != "works")
+        assert losses(logged) == losses(plain) and weights(logged) == weights(plain)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--total-batch-size", "100"], ("100 tokens is no multiple of the 128", "nearest valid totals are 128")),
+        (["--total-batch-size", "300"], ("nearest valid totals are 256 or 384",)),
+        (["--depth", "0"], ("at least 1",)),
+        (["--n-kv-head", "3"], ("n_kv_head 3 does not divide",)),
+        (["--device", "tpu"], ("device 'tpu' is not there",)),
+        (["--impl.attention", "nonsense"], ("attention", "nonsense")),
+    ],
+)
+def test_bad_options_leave_nothing_behind(base, arguments, parts):
+    before = sorted(base.rglob("*"))
+    assert_refused(nanochat(base, "train", "base", *TINY_BASE, *arguments), *parts)
+    assert sorted(base.rglob("*")) == before

@@ -1,0 +1,145 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanochat.errors import UserError
+from nanochat.tokenizer import SPECIALS, Tokenizer
+from tests.conftest import assert_refused, nanochat
+
+any_text = st.text(st.characters(exclude_categories=("Cs",)))
+TALK = {
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "2+2?"},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "text", "text": "It is "},
+                {"type": "python", "text": "2+2"},
+                {"type": "python_output", "text": "4"},
+                {"type": "text", "text": "4."},
+            ],
+        },
+    ]
+}
+
+
+@given(text=any_text)
+def test_any_text_comes_back(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode("utf-8"))
+
+
+@given(before=any_text, special=st.sampled_from(SPECIALS), after=any_text)
+def test_text_never_encodes_to_a_special_token(tokenizer, before, special, after):
+    ids = tokenizer.encode(before + special + after)
+    assert max(ids) < tokenizer.vocab_size - len(SPECIALS)
+    assert tokenizer.decode(ids) == before + special + after
+
+
+@given(before=any_text, lone=st.characters(categories=("Cs",)), after=any_text)
+def test_lone_surrogates_are_refused(tokenizer, before, lone, after):
+    with pytest.raises(UserError, match=f"lone surrogate U\\+{ord(lone):04X} at character {len(before)}"):
+        tokenizer.encode(before + lone + after)
+
+
+def test_stored_and_loaded_it_is_the_same(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.hash == tokenizer.hash
+    assert loaded.encode("Tilda lives in Oakford.") == tokenizer.encode("Tilda lives in Oakford.")
+    stored = np.load(tmp_path / "token_bytes.npy", allow_pickle=False)
+    assert stored.dtype == np.int32 and (stored == tokenizer.token_bytes).all()
+    assert (stored[-len(SPECIALS) :] == 0).all() and (stored[: -len(SPECIALS)] > 0).all()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["token_bytes.npy", "tokenizer.json"]
+
+
+def test_specials_come_after_the_merges_in_order(tokenizer):
+    first = tokenizer.vocab_size - len(SPECIALS)
+    assert [tokenizer.special(name[2:-2]) for name in SPECIALS] == list(range(first, first + 9))
+
+
+def test_a_damaged_tokenizer_is_refused(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    content = (tmp_path / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(content[: len(content) // 2])
+    with pytest.raises(UserError, match="is damaged"):
+        Tokenizer.load(tmp_path)
+
+
+def test_rendering_masks_what_the_assistant_says(tokenizer):
+    ids, mask = tokenizer.render(TALK)
+    spoken = tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m])
+    assert spoken == "It is <|python_start|>2+2<|python_end|>4.<|assistant_end|>"
+    assert tokenizer.decode(ids) == (
+        "<|bos|><|user_start|>Be brief.\n\n2+2?<|user_end|><|assistant_start|>It is <|python_start|>2+2<|python_end|>"
+        "<|output_start|>4<|output_end|>4.<|assistant_end|>"
+    )
+    assert tokenizer.render(TALK, 7) == (ids[:7], mask[:7])
+
+
+def test_a_prompt_ends_where_the_answer_begins(tokenizer):
+    ids, _ = tokenizer.render(TALK)
+    prompt = tokenizer.render_prompt(TALK)
+    assert prompt == ids[: len(prompt)] and prompt[-1] == tokenizer.special("assistant_start")
+    assert tokenizer.render_prompt({"messages": TALK["messages"][:-1]}) == prompt
+
+
+@pytest.mark.parametrize(
+    ("conversation", "message"),
+    [
+        (None, "wanted {'messages'"),
+        ({"messages": []}, "one message or more"),
+        ({"messages": [{"role": "user"}]}, "message 0 needs the keys role and content"),
+        ({"messages": [{"role": "assistant", "content": "hi"}]}, "message 0 is from 'assistant', wanted 'user'"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]},
+            "message 1 is from 'user'",
+        ),
+        ({"messages": [{"role": "system", "content": "a"}]}, "must be followed by a user message"),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, "message 0 \\(user\\) must be text"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": [{"type": "x", "text": ""}]},
+                ]
+            },
+            "message 1 has a part",
+        ),
+    ],
+)
+def test_malformed_conversations_are_refused(tokenizer, conversation, message):
+    with pytest.raises(UserError, match=message):
+        tokenizer.render(conversation)
+
+
+def test_vocabulary_too_small_or_too_large_for_the_text():
+    with pytest.raises(UserError, match="at least 265"):
+        Tokenizer.train(["text"], 264)
+    with pytest.raises(UserError, match="gives only"):
+        Tokenizer.train(["some text"], 5000)
+
+
+def test_the_same_command_again_changes_nothing(base):
+    before = (base / "tokenizer" / "tokenizer.json").read_bytes()
+    result = nanochat(base, "tokenizer", "train", "--vocab-size", "512")
+    assert result.returncode == 0, result.stderr
+    assert (base / "tokenizer" / "tokenizer.json").read_bytes() == before
+
+
+def test_a_tokenizer_under_a_checkpoint_is_not_replaced(base):
+    (base / "checkpoints" / "base" / "step_000004").mkdir(parents=True)
+    before = (base / "tokenizer" / "tokenizer.json").read_bytes()
+    assert_refused(nanochat(base, "tokenizer", "train", "--vocab-size", "400"), "checkpoints depend on it: base")
+    assert (base / "tokenizer" / "tokenizer.json").read_bytes() == before
+
+
+def test_evaluation_names_encodings_that_are_not_there(base):
+    result = nanochat(base, "tokenizer", "eval")
+    assert result.returncode == 0, result.stderr
+    for kind in ("news", "korean", "code", "latex", "science", "train", "val"):
+        assert f"\n{kind} " in f"\n{result.stdout}"
+    assert "gpt2: left out" in result.stdout and "cl100k_base: left out" in result.stdout
