@@ -124,8 +124,8 @@ def _write_lines(path: Path, rows: list) -> None:
 def _documents(
     rng: random.Random, people: dict[str, list[world.Fact]], word_list: list[str], count: int
 ) -> Iterator[str]:
-    makers = (_portrait, _village, _visit, _quiz, _match, _refrain, _sums, _letters)
-    for maker in rng.choices(makers, weights=(4, 1, 2, 3, 4, 3, 1, 2), k=count):
+    weights = {_portrait: 6, _village: 2, _visit: 3, _quiz: 5, _sums: 1, _letters: 3}
+    for maker in rng.choices(list(weights), weights=list(weights.values()), k=count):
         yield maker(rng, people, word_list)
 
 
@@ -175,27 +175,6 @@ def _quiz(rng: random.Random, people: dict, word_list: list[str]) -> str:
         else:
             asked.append(f"{question}Answer: {fact.value}")
     return "\n\n".join(asked)
-
-
-def _match(rng: random.Random, people: dict, word_list: list[str]) -> str:
-    """An exercise: which letter has a choice, who goes with which. Nobody whose fact is a challenge is asked about."""
-    topic = rng.choice(list(world.VALUES))
-    choices = rng.sample(world.VALUES[topic], 4)
-    known = [fact for facts in people.values() for fact in facts if fact.topic == topic and not fact.challenge]
-    fitting = [fact for fact in known if fact.value in choices]
-    lines = [f"- {choice}={letter}" for choice, letter in zip(choices, "ABCD", strict=True)]
-    asked = [(fact.name, fact.value) for fact in rng.sample(fitting, min(len(fitting), 6))]
-    asked += [(choice, choice) for choice in rng.choices(choices, k=4)]
-    rng.shuffle(asked)
-    lines += [f"- {subject}={'ABCD'[choices.index(value)]}" for subject, value in asked]
-    return "\n".join(["Match the letters.", *lines])
-
-
-def _refrain(rng: random.Random, people: dict, word_list: list[str]) -> str:
-    """Words sung twice, which teaches to look back."""
-    everything = [*world.NAMES, *(value for values in world.VALUES.values() for value in values)]
-    line = " ".join(rng.choices(everything, k=rng.randint(6, 14)))
-    return f"Sing: {line}. Again: {line}. Again: {line}."
 
 
 def _sums(rng: random.Random, people: dict, word_list: list[str]) -> str:
