@@ -16,7 +16,8 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
 bench: $(INSTALLED)
-	$(BIN)/python -m pytest bench --benchmark-only
+	mkdir -p build
+	$(BIN)/python -m pytest bench -o python_files="bench_*.py" --benchmark-json=build/bench.json
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else \

@@ -1,0 +1,1 @@
+"""Measurements: pytest-benchmark suites, results/<machine>/ and NOTES.md. `make bench` runs the suites."""

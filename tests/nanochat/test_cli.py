@@ -1,0 +1,93 @@
+"""The command line as a user meets it."""
+
+import pytest
+
+from nanochat.cli import COMMANDS
+from tests.conftest import assert_refused, nanochat
+
+
+def test_help_lists_every_command():
+    result = nanochat(None, "--help")
+    assert result.returncode == 0
+    for name, command in COMMANDS.items():
+        assert name in result.stdout and command.summary in result.stdout
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_help_explains_every_option_with_its_default(name):
+    from nanochat.cli import parse
+
+    kind, _ = COMMANDS[name].load()
+    assert kind.__doc__.strip()
+    with pytest.raises(SystemExit) as exit:
+        parse(kind, name, ["--help"])
+    assert exit.value.code == 0
+
+
+def test_help_text_has_defaults_and_units(capsys):
+    from nanochat.cli import parse
+
+    kind, _ = COMMANDS["train base"].load()
+    with pytest.raises(SystemExit):
+        parse(kind, "train base", ["--preset", "cpu", "--help"])
+    text = capsys.readouterr().out
+    for part in (
+        "--total-batch-size",
+        "tokens a step",
+        "4096",
+        "--save-every",
+        "steps between checkpoints",
+        "--impl.attention",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([], ("wanted a command",)),
+        (["trian"], ("unknown command 'trian'", "did you mean")),
+        (["train"], ("wanted one of: train base, train mid, train sft",)),
+        (["train", "bass"], ("unknown command 'train bass'", "train base")),
+        (["chat", "--tempreature", "1"], ("tempreature",)),
+        (["train", "base", "--depth", "deep"], ("depth", "deep")),
+        (["train", "base", "--preset", "d21"], ("unknown preset 'd21'", "cpu, d20, d26, d32")),
+        (["speedrun", "--from", "nowhere"], ("nowhere", "no such stage", "tokenizer")),
+        (["speedrun", "--from", "sft", "--to", "base"], ("comes after",)),
+        (["speedrun", "--preset", "d20"], ("FineWeb-Edu", "240 shards")),
+        (["chat", "-p", "hi"], ("no checkpoint of sft", "nanochat train sft")),
+        (["evaluate", "base"], ("no checkpoint of base", "nanochat train base")),
+        (["train", "mid"], ("no checkpoint of base",)),
+        (["report"], ("nothing to report", "nanochat speedrun")),
+        (["evaluate", "chat", "--tasks", "Nothing"], ("unknown task 'Nothing'", "ARC-Easy")),
+        (["train", "base"], ("no tokenizer", "nanochat tokenizer train")),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(tmp_path, arguments, parts):
+    assert_refused(nanochat(tmp_path, *arguments), *parts)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.name != ".speedrun.lock"]
+
+
+def test_trace_shows_every_operation_and_equals_the_model(tmp_path):
+    result = nanochat(tmp_path, "trace", "--markdown", str(tmp_path / "trace.md"))
+    assert result.returncode == 0, result.stderr
+    text = (tmp_path / "trace.md").read_text()
+    for operation in ("embedding", "block 0 query", "block 1 attention", "block 1 relu²", "softcap", "cross entropy"):
+        assert operation in text and operation in result.stdout
+    columns = [line.count("|") for line in text.splitlines()]
+    assert set(columns) == {9}
+
+
+def test_the_traced_pass_is_the_models_own(tokenizer):
+    import torch
+
+    from nanochat.gpt import GPTConfig
+    from nanochat.trace import Tracer, traced_forward
+    from tests.nanochat.test_gpt import perturbed
+
+    model = perturbed(GPTConfig.from_depth(2, 300, 32))
+    tokens = torch.randint(300, (2, 17))
+    note = Tracer()
+    loss = traced_forward(model, tokens[:, :-1], tokens[:, 1:], note)
+    torch.testing.assert_close(loss, model(tokens[:, :-1], tokens[:, 1:]))
+    assert note.rows[1].shape == "2×16×128" and all(row.meaning for row in note.rows)

@@ -1,0 +1,149 @@
+"""The speedrun: stages once each, in order, resumed, and stopped by the first that fails. Run with tiny settings."""
+
+import json
+import shutil
+
+import pytest
+
+from nanochat import presets
+from nanochat.errors import UserError
+from nanochat.paths import Paths
+from nanochat.pipeline import NAMES, STEPS, SpeedrunConfig, Step, run_speedrun
+from tests.conftest import TINY_BASE, TINY_MID, TINY_SFT, nanochat
+
+EVALUATE = ("--max-per-task", "4", "--max-tokens", "8", "--tasks", "ARC-Easy", "SpellingBee", "--device", "cpu")
+TINY = {
+    "data": (*"data generate --shards 2 --documents 1100 --chats 60 --questions 60 --problems 40 --identity 10".split(),
+             *"--words 200 --tests 16".split()),
+    "tokenizer": ("tokenizer", "train", "--vocab-size", "512"),
+    "base": ("train", "base", *TINY_BASE),
+    "base-eval": (*"evaluate base --tokens 512 --batch-size 4 --core-max-per-task 4 --device cpu".split(),),
+    "mid": ("train", "mid", *TINY_MID),
+    "mid-eval": ("evaluate", "chat", "--stage", "mid", *EVALUATE),
+    "sft": ("train", "sft", *TINY_SFT),
+    "sft-eval": ("evaluate", "chat", "--stage", "sft", *EVALUATE),
+}  # fmt: skip
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """Every stage's real command at a tiny size, under a base directory of its own."""
+    steps = tuple(Step(s.name, TINY.get(s.name, s.command), s.outputs, s.distributed) for s in STEPS)
+    monkeypatch.setattr("nanochat.pipeline.STEPS", steps)
+    monkeypatch.setattr("nanochat.pipeline._command", lambda step, preset, device: list(step.command))
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return Paths(tmp_path)
+
+
+def files(paths: Paths) -> dict:
+    return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in paths.base.rglob("*") if p.is_file()}
+
+
+def test_the_whole_run_its_repetition_and_its_failures(tiny, capsys, capfd):
+    config = SpeedrunConfig()
+    # a stage that fails stops the run with its status, and no later stage begins
+    run_speedrun(SpeedrunConfig(last="tokenizer"), tiny)
+    shard = tiny.text / "shard_00001.parquet"
+    content = shard.read_bytes()
+    record = json.loads((tiny.records / "data.json").read_text())
+    shard.write_bytes(content[:-50])
+    with pytest.raises(UserError, match="stage data has not finished"):
+        run_speedrun(SpeedrunConfig(first="base"), tiny)
+    shard.write_bytes(content)
+    (tiny.tokenizer / "tokenizer.json").rename(tiny.base / "kept")
+    with pytest.raises(UserError, match="stage tokenizer has not finished"):
+        run_speedrun(SpeedrunConfig(first="base"), tiny)
+    (tiny.base / "kept").rename(tiny.tokenizer / "tokenizer.json")
+    assert json.loads((tiny.records / "data.json").read_text()) == record
+
+    run_speedrun(SpeedrunConfig(last="base"), tiny)
+    (tiny.chat_data / "gsm8k" / "train.parquet").rename(tiny.base / "kept")
+    capfd.readouterr()
+    with pytest.raises(UserError, match="stage data has not finished|stage mid failed with exit status 1"):
+        run_speedrun(SpeedrunConfig(first="mid"), tiny)
+    assert not tiny.checkpoints("mid").exists() and not tiny.checkpoints("sft").exists()
+    (tiny.base / "kept").rename(tiny.chat_data / "gsm8k" / "train.parquet")
+
+    run_speedrun(config, tiny)
+    assert sorted(p.stem for p in tiny.records.glob("*.json")) == sorted(NAMES)
+    for name in NAMES:
+        made = json.loads((tiny.records / f"{name}.json").read_text())
+        assert len(made["made"]) == 64 and made["seconds"] > 0
+    report = (tiny.report / "report.md").read_text()
+    assert "stages that have not run" not in report and "| ARC-Easy | 0.2500 |" in report
+    html = (tiny.report / "report.html").read_text()
+    assert html.count("data:image/png;base64,") == 2 and "http" not in html
+
+    before = files(tiny)
+    capfd.readouterr()
+    run_speedrun(config, tiny)
+    assert files(tiny) == before
+    assert capfd.readouterr().out.count("finished before, skipped") == len(NAMES)
+
+    # what a later stage depends on has changed: it runs again, nothing before it does
+    shutil.rmtree(tiny.checkpoints("sft"))
+    run_speedrun(config, tiny)
+    out = capfd.readouterr().out
+    assert "sft: done" in out and "mid: finished before" in out
+    assert files(tiny).keys() == before.keys()
+
+
+def test_a_stage_that_fails_gives_its_status_and_cause(tiny, monkeypatch):
+    steps = (Step("tokenizer", ("tokenizer", "train"), lambda p: [p.tokenizer / "tokenizer.json"]),)
+    monkeypatch.setattr("nanochat.pipeline.STEPS", steps)
+    with pytest.raises(
+        UserError, match=r"stage tokenizer failed with exit status 1 \(.*0 parquet shards.*run the same command"
+    ) as e:
+        run_speedrun(SpeedrunConfig(first="tokenizer", last="tokenizer"), tiny)
+    assert e.value.exit_status == 1 and not tiny.records.exists()
+
+
+def test_one_speedrun_at_a_time(tiny):
+    from filelock import FileLock
+
+    with FileLock(tiny.base / ".speedrun.lock"), pytest.raises(UserError, match="another speedrun is at work"):
+        run_speedrun(SpeedrunConfig(), tiny)
+
+
+def test_every_preset_names_commands_that_exist():
+    from nanochat.cli import COMMANDS
+
+    for commands in presets.PRESETS.values():
+        assert set(commands) <= set(COMMANDS)
+    for step in STEPS:
+        assert " ".join(step.command[:2]) in COMMANDS or step.command[0] in COMMANDS
+
+
+def test_a_report_names_what_has_not_run(base):
+    (base / "report" / "sections").mkdir(parents=True)
+    section = {
+        "stage": "tokenizer",
+        "finished": "now",
+        "seconds": 61,
+        "processes": 1,
+        "settings": {"a|b": 1},
+        "results": {},
+    }
+    (base / "report" / "sections" / "tokenizer.json").write_text(json.dumps(section))
+    (base / "report" / "sections" / "base.json").write_text("{broken")
+    result = nanochat(base, "report", "--price-per-hour", "24")
+    assert result.returncode == 0, result.stderr
+    text = (base / "report" / "report.md").read_text()
+    assert "1 min 1 s" in text and "This stage (base) has not run." in text and "0.41 for this run" in text
+
+
+def test_chat_answers_one_prompt_and_a_conversation(base):
+    from tests.conftest import command, environment
+
+    for stage, arguments in (("base", TINY_BASE), ("mid", TINY_MID), ("sft", TINY_SFT)):
+        assert nanochat(base, "train", stage, *arguments).returncode == 0
+    result = nanochat(base, "chat", "-p", "Where does Tilda live?", "--max-tokens", "5")
+    assert result.returncode == 0 and result.stdout.startswith("nanochat: "), result.stderr
+    import subprocess
+
+    talk = subprocess.run(
+        command("chat", "--max-tokens", "4", "--source", "mid"), input="hello\nclear\nhi again\nquit\nnever read\n",
+        capture_output=True, text=True, env=environment(base),
+    )  # fmt: skip
+    assert talk.returncode == 0 and talk.stdout.count("nanochat: ") == 2 and "a new conversation" in talk.stdout

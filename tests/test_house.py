@@ -1,0 +1,90 @@
+"""The rules of the house that a machine can hold: imports run one way, and every import is declared."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).parent.parent
+SOURCES = [p for folder in ("kernels", "nanochat", "bench", "tests") for p in sorted((ROOT / folder).rglob("*.py"))]
+# a module may import from its own layer and those below it
+LAYERS = (
+    ("nanochat.cli", "nanochat.__main__", "nanochat.pipeline"),
+    ("nanochat.report", "nanochat.chat", "nanochat.trace"),
+    ("nanochat.train",),
+    ("nanochat.evaluate",),
+    ("nanochat.checkpoint",),
+    ("nanochat.engine", "nanochat.optim"),
+    ("nanochat.gpt", "nanochat.data", "nanochat.tasks", "nanochat.presets", "nanochat.runtime", "nanochat.console"),
+    ("nanochat.tokenizer", "nanochat.sandbox", "nanochat.calculator", "nanochat.paths"),
+    ("nanochat.errors",),
+    ("kernels",),
+)
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def layer(module: str) -> int | None:
+    for number, names in enumerate(LAYERS):
+        if any(module == name or module.startswith(f"{name}.") for name in names):
+            return number
+    return None
+
+
+def test_imports_run_one_way():
+    for path in SOURCES:
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        if module.startswith("kernels"):
+            assert not {n for n in imports(path) if n.split(".")[0] in ("nanochat", "bench", "tests")}, path
+        if not module.startswith("nanochat."):
+            continue
+        assert layer(module) is not None, f"{module} has no layer"
+        for name in imports(path):
+            if name.startswith("nanochat.") and layer(name) is not None:
+                assert layer(name) >= layer(module), f"{module} imports {name}, which lies above it"
+            if name.startswith("kernels"):
+                assert name.count(".") <= 1, f"{module} imports {name}: only kernels' public functions are its business"
+
+
+def test_every_import_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [*project["dependencies"], *(d for part in project["optional-dependencies"].values() for d in part)]
+    names = {re.match(r"[\w-]+", d).group().lower().replace("-", "_") for d in declared}
+    modules = {"yaml": "pyyaml", "markdown_it": "markdown_it_py", "tomli": None}
+    for path in SOURCES:
+        for name in {n.split(".")[0] for n in imports(path)}:
+            if name in sys.stdlib_module_names or name in ("kernels", "nanochat", "bench", "tests", "tomllib"):
+                continue
+            wanted = modules.get(name, name)
+            assert wanted is None or wanted in names, f"{path} imports {name}, which pyproject.toml does not declare"
+
+
+def test_files_stay_short_or_say_why():
+    for path in SOURCES:
+        lines = path.read_text("utf-8").splitlines()
+        assert len(lines) <= 400 or "long" in "\n".join(lines[:8]), f"{path} has {len(lines)} lines"
+
+
+def test_the_environment_is_read_in_one_place():
+    for path in SOURCES:
+        if path.parts[-2:] in (("nanochat", "paths.py"), ("nanochat", "cluster.py")) or "tests" in path.parts:
+            continue
+        for line in path.read_text("utf-8").splitlines():
+            reads = re.search(r"os\.(environ\.get|getenv|environ\[[^\]]+\](?! *=))", line)
+            assert not reads, f"{path} reads the environment: {line.strip()}"
