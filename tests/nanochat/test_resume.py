@@ -149,9 +149,9 @@ def test_not_a_number_stops_training_and_names_the_tensor(base):
     arguments = ["train", "base", *TINY_BASE]
     assert nanochat(base, *arguments, "--num-iterations", "24").returncode == 0
     directory = base / "checkpoints" / "base"
-    from safetensors.torch import load_file, save_file
-
     import shutil
+
+    from safetensors.torch import load_file, save_file
 
     shutil.rmtree(directory / "step_000024")
     path = directory / "step_000020" / "model.safetensors"
