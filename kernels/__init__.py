@@ -1,10 +1,19 @@
 """Fused operations of the GPT. Each public function takes impl="auto" or the name of an implementation."""
 
 from kernels.attention import attention
+from kernels.dispatch import KernelRequestError
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.newton_schulz import newton_schulz
 from kernels.qk_norm_rope import qk_norm_rope
 from kernels.relu2_mlp import relu2_mlp
 from kernels.rms_norm import rms_norm
 
-__all__ = ["attention", "linear_cross_entropy", "newton_schulz", "qk_norm_rope", "relu2_mlp", "rms_norm"]
+__all__ = [
+    "KernelRequestError",
+    "attention",
+    "linear_cross_entropy",
+    "newton_schulz",
+    "qk_norm_rope",
+    "relu2_mlp",
+    "rms_norm",
+]

@@ -7,10 +7,16 @@ never replaced by another.
 from collections.abc import Callable, Mapping
 
 
+class KernelRequestError(ValueError):
+    """An implementation was asked for by name that does not exist or cannot serve the call."""
+
+
 def choose(operation: str, impl: str, implementations: Mapping[str, Callable]) -> Callable:
-    """The implementation that `impl` names. Raises ValueError for a name the operation does not have."""
+    """The implementation that `impl` names. Raises KernelRequestError for a name the operation does not have."""
     if impl == "auto":
         return next(iter(implementations.values()))
     if impl not in implementations:
-        raise ValueError(f"{operation}: impl={impl!r} does not exist; choose one of auto, {', '.join(implementations)}")
+        raise KernelRequestError(
+            f"{operation}: impl={impl!r} does not exist; choose one of auto, {', '.join(implementations)}"
+        )
     return implementations[impl]

@@ -13,6 +13,7 @@ from typing import Any
 
 import tyro
 
+from kernels import KernelRequestError
 from nanochat.console import console, say
 from nanochat.errors import UserError
 from nanochat.paths import base_paths
@@ -154,6 +155,8 @@ def main(arguments: list[str] | None = None) -> None:
         _dispatch(arguments)
     except UserError as error:
         _fail(str(error), error.exit_status)
+    except KernelRequestError as error:
+        _fail(f"{error} (options --impl.<operation>)", 1)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except BrokenPipeError:

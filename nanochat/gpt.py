@@ -60,6 +60,8 @@ class GPTConfig:
         cls, depth: int, vocab_size: int, context_length: int = 2048, n_kv_head: int | None = None, **rest
     ) -> "GPTConfig":
         """Width 64·depth; the fewest heads of at most 128 that divide it; as many key/value heads unless given."""
+        if depth < 1:
+            raise UserError(f"the depth of a model must be at least 1, got {depth}")
         width = 64 * depth
         n_head = next(n for n in range(max(1, -(-width // 128)), width + 1) if width % n == 0)
         return cls(depth, width, n_head, n_kv_head or n_head, vocab_size, context_length, **rest)

@@ -147,6 +147,11 @@ class Trainer:
             try:
                 with prefetched(self.stage.batches(position)) as batches, bar as advance:
                     return self._loop(start, batches, advance)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"out of memory on {self.runtime.device_name} ({str(error).splitlines()[0]}); lower "
+                    "--device-batch-size: the step stays the same, more of it is accumulated"
+                ) from error
             finally:
                 self.wandb.close()
                 if self.log:

@@ -40,7 +40,7 @@ def files(paths: Paths) -> dict:
     return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in paths.base.rglob("*") if p.is_file()}
 
 
-def test_the_whole_run_its_repetition_and_its_failures(tiny, capsys, capfd):
+def test_the_whole_run_its_repetition_and_its_failures(tiny, capfd):
     config = SpeedrunConfig()
     # a stage that fails stops the run with its status, and no later stage begins
     run_speedrun(SpeedrunConfig(last="tokenizer"), tiny)

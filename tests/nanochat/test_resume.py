@@ -177,7 +177,7 @@ def test_logging_never_alters_training(base, tmp_path):
         "breaks": "class Run:\n    n = 0\n    def log(self, *a, **k):\n        self.n += 1\n        if self.n > 3:\n"
         "            raise OSError('gone')\n    def finish(self): raise OSError('gone')\ndef init(**k): return Run()\n",
     }.items():
-        module = tmp_path / name
+        module = tmp_path / f"module-{name}"
         module.mkdir()
         (module / "wandb.py").write_text(content)
         logged = copy(base, name)
