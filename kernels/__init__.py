@@ -1,7 +1,7 @@
 """Fused operations of the GPT. Each public function takes impl="auto" or the name of an implementation."""
 
 from kernels.attention import attention
-from kernels.dispatch import KernelRequestError
+from kernels.dispatch import KernelRequestError, check_request
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.newton_schulz import newton_schulz
 from kernels.qk_norm_rope import qk_norm_rope
@@ -11,6 +11,7 @@ from kernels.rms_norm import rms_norm
 __all__ = [
     "KernelRequestError",
     "attention",
+    "check_request",
     "linear_cross_entropy",
     "newton_schulz",
     "qk_norm_rope",

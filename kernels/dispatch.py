@@ -5,6 +5,7 @@ never replaced by another.
 """
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
 
 
 class KernelRequestError(ValueError):
@@ -20,3 +21,8 @@ def choose(operation: str, impl: str, implementations: Mapping[str, Callable]) -
             f"{operation}: impl={impl!r} does not exist; choose one of auto, {', '.join(implementations)}"
         )
     return implementations[impl]
+
+
+def check_request(operation: str, impl: str) -> None:
+    """Raises KernelRequestError now when a call with this `impl` would later."""
+    choose(operation, impl, import_module(f"kernels.{operation}").IMPLEMENTATIONS)

@@ -147,6 +147,8 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
+        for operation in fields(config.impl):
+            kernels.check_request(operation.name, getattr(config.impl, operation.name))
         self.config, self.compute_dtype = config, compute_dtype
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))

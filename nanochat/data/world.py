@@ -146,10 +146,13 @@ class Fact:
         held = {"train": (False,), "test": (True,), "challenge": (False, True)}[split]
         return [self.say(t) for t in QUESTIONS[self.topic] if self.held_out(t) in held]
 
-    def choices(self, rng: random.Random) -> tuple[list[str], int]:
-        """Four values, one of them right, and where it stands."""
-        wrong = [value for value in VALUES[self.topic] if value != self.value]
-        options = [self.value, *rng.sample(wrong, 3)]
+    def choices(self, rng: random.Random, initials: bool = False) -> tuple[list[str], int]:
+        """Four values, one of them right, and where it stands; with `initials`, no two begin with the same letter."""
+        options = [self.value]
+        for value in rng.sample(VALUES[self.topic], len(VALUES[self.topic])):
+            taken = {option[0] for option in options} if initials else set(options)
+            if len(options) < 4 and (value[0] if initials else value) not in taken:
+                options.append(value)
         rng.shuffle(options)
         return options, options.index(self.value)
 

@@ -193,7 +193,7 @@ class Trainer:
                 return self.results | {
                     "steps": step,
                     "tokens": self.tokens,
-                    "loss": self.smoothed,
+                    "loss": self.smoothed / (1 - SMOOTHING**step) if step else 0.0,
                     "train_seconds": self.elapsed,
                     "tokens_per_second": self.tokens / self.elapsed if self.elapsed else 0.0,
                 }
