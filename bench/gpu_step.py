@@ -1,0 +1,77 @@
+"""One training step's tokens/s of a preset on the GPU here, eager and compiled, with peak memory, as JSON lines.
+
+python -m bench.gpu_step --depth 20 --rows 8
+"""
+
+import json
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+import tyro
+
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import MuonAdamW
+from nanochat.runtime import start_runtime
+
+
+@dataclass(frozen=True)
+class GpuStepConfig:
+    """Time forward + backward and the optimizer of a model with the reference operations on a GPU."""
+
+    depth: int = 20
+    """blocks"""
+    vocab_size: int = 65536
+    """tokens of the vocabulary"""
+    rows: int = 8
+    """rows of 2048 tokens at once"""
+    repeats: int = 10
+    """timed steps; the median counts"""
+
+
+def main(config: GpuStepConfig) -> None:
+    with start_runtime("cuda") as runtime:
+        shape = GPTConfig.from_depth(config.depth, config.vocab_size)
+        for compiled in (False, True):
+            model = GPT.create(shape, runtime.device, runtime.compute_dtype)
+            forward = torch.compile(model, dynamic=False) if compiled else model
+            optimizer = MuonAdamW(model)
+            tokens = torch.randint(config.vocab_size, (config.rows, shape.context_length + 1), device=runtime.device)
+            torch.cuda.reset_peak_memory_stats()
+            micro, update, losses = [], [], []
+            for _ in range(3 + config.repeats):
+                torch.cuda.synchronize()
+                started = time.perf_counter()
+                loss = forward(tokens[:, :-1], tokens[:, 1:])
+                loss.backward()
+                torch.cuda.synchronize()
+                middle = time.perf_counter()
+                optimizer.synchronize()
+                optimizer.update(1.0, 0.9)
+                torch.cuda.synchronize()
+                micro.append(middle - started), update.append(time.perf_counter() - middle), losses.append(loss.item())
+            times = sorted(micro[3:])
+            rate = tokens[:, 1:].numel() / statistics.median(times)
+            row = {
+                "device": runtime.device_name,
+                "depth": config.depth,
+                "rows": config.rows,
+                "compiled": compiled,
+                "micro_step_ms": statistics.median(times) * 1e3,
+                "spread_ms": [times[0] * 1e3, times[-1] * 1e3],
+                "tokens_per_second": rate,
+                "mfu": rate * shape.flops_per_token / runtime.peak_flops if runtime.peak_flops else None,
+                "optimizer_ms": statistics.median(update[3:]) * 1e3,
+                "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+                "first_loss": losses[0],
+                "last_loss": losses[-1],
+                "torch": torch.__version__,
+            }
+            print(json.dumps(row), flush=True)
+            del model, forward, optimizer, loss
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(GpuStepConfig))
