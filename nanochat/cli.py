@@ -205,7 +205,7 @@ def parse(kind: type, name: str, arguments: list[str]):
     except SystemExit as exit:
         # tyro draws a box; its words fit a line
         text = re.sub(r"\x1b\[[0-9;]*m", "", complaint.getvalue())
-        text = " ".join(re.sub(r"[^\S ]|[─-╿]", " ", text).split())
+        text = " ".join(re.sub(r"\s|[─-╿]|-{3,}", " ", text).split())
         error = UserError(f"{text or 'bad options'} (nanochat {name} --help lists the options)")
         error.exit_status = exit.code if isinstance(exit.code, int) else 2
         raise error from None

@@ -1,5 +1,6 @@
 """Where a command runs: device, dtype, rank among processes. One process by itself, or many started by torchrun."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,6 +81,7 @@ def start_runtime(device: str = "auto") -> Iterator[Runtime]:
     kind = pick_device(device)
     if kind == "cuda":
         torch.set_float32_matmul_precision("high")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to repeat bit for bit
     if not dist.is_torchelastic_launched():
         yield Runtime(0, 1, torch.device(kind), compute_dtype(kind))
         return

@@ -40,6 +40,8 @@ class RunOptions:
     """steps between checkpoints; 0 saves only at the end and on a signal"""
     keep_checkpoints: int = 2
     """how many of the newest checkpoints stay"""
+    deterministic: bool = False
+    """on CUDA, use only operations that repeat bit for bit, at some cost in speed; a CPU repeats anyway"""
     loader_threads: int = 4
     """threads that tokenise"""
     wandb_run: str = ""
@@ -138,6 +140,7 @@ class Trainer:
 
     def run(self) -> dict:
         """Train to the end; returns the last evaluation's results, loss, steps, tokens and time."""
+        torch.use_deterministic_algorithms(self.options.deterministic, warn_only=True)
         start, position = self._resume()
         with Interrupt() as self.interrupt:
             self.log = MetricsLog(self.paths.metrics(self.stage.name), start) if self.runtime.primary else None
