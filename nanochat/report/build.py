@@ -18,6 +18,7 @@ from nanochat.evaluate.chat import TASKS
 from nanochat.paths import Paths
 from nanochat.report.plots import plot_metrics
 from nanochat.report.sections import TITLES, read_section
+from nanochat.train.metrics import read_metrics
 
 CHANCE = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25}
 _STYLE = """
@@ -43,7 +44,7 @@ def build_report(config: ReportConfig, paths: Paths) -> dict[str, str]:
         raise UserError(f"nothing to report in {paths.report}; run stages first: nanochat speedrun --preset cpu")
     paths.report.mkdir(parents=True, exist_ok=True)
     plots = plot_metrics(paths, paths.report)
-    parts = [_header(config, sections), _final_table(sections)]
+    parts = [_header(config, sections), _final_table(sections, paths)]
     for title, plot in plots.items():
         parts.append(f"## {title}\n\n![{title}]({plot.name})\n")
     for stage, title in TITLES.items():
@@ -75,14 +76,22 @@ def _header(config: ReportConfig, sections: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _final_table(sections: dict) -> str:
+def _final_table(sections: dict, paths: Paths) -> str:
     columns = {"base": ("base", "base-eval"), "mid": ("mid", "mid-eval"), "sft": ("sft", "sft-eval")}
     results: dict[str, dict] = {}
     for column, stages in columns.items():
         results[column] = {}
         for stage in stages:
             results[column] |= sections[stage]["results"] if sections[stage] else {}
-    metrics = {"val_bpb": "bits per byte (validation)", "unigram_bpb": "bits per byte (unigram model)"}
+    for column in columns:
+        measured = [record["val_bpb"] for record in read_metrics(paths.metrics(column)) if "val_bpb" in record]
+        if measured:
+            results[column]["first_bpb"] = measured[0]
+    metrics = {
+        "first_bpb": "bits per byte (first evaluation)",
+        "val_bpb": "bits per byte (validation)",
+        "unigram_bpb": "bits per byte (unigram model)",
+    }
     tasks = {name: name for part in results.values() for name in part if name.startswith("world_")}
     metrics |= tasks | {"CORE": "CORE"} | {name: name for name in TASKS} | {"ChatCORE": "ChatCORE"}
     lines = ["## Results", "", "| metric | chance | base | mid | sft |", "|---|---|---|---|---|"]
