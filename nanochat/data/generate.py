@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from nanochat.console import progress_bar
 from nanochat.data import world
 from nanochat.data.identity import identity_conversations
 from nanochat.errors import UserError
@@ -57,10 +58,12 @@ def generate(config: GenerateConfig, paths: Paths) -> dict[str, int]:
     paths.words.write_text("\n".join(word_list) + "\n", "utf-8")
     counts = {"words": len(word_list)}
 
-    with _fresh_directory(paths.text) as directory:
+    bar = progress_bar("generate shards of text", config.shards + 1)
+    with _fresh_directory(paths.text) as directory, bar as advance:
         for index in range(config.shards + 1):
             documents = _documents(rng, people, word_list, config.documents)
             _write_parquet(directory / f"shard_{index:05d}.parquet", pa.table({"text": list(documents)}))
+            advance()
     counts["documents"] = (config.shards + 1) * config.documents
 
     sources = _chat_sources(config, rng, people)

@@ -20,7 +20,7 @@ def bits_per_byte(model: GPT, batches: Iterable[Batch], token_bytes: np.ndarray,
         batch = batch.to(runtime.device)
         losses = model(batch.inputs, batch.targets, reduction="none")
         weight = torch.where(batch.targets >= 0, lengths[batch.targets.clamp(min=0)], 0)
-        nats += torch.where(weight > 0, losses, 0.0).double().sum().item()
+        nats += torch.where(weight > 0, losses, 0.0).cpu().double().sum().item()  # MPS has no float64
         count += int(weight.sum())
     nats, count = runtime.sum([nats, float(count)])
     return nats / (math.log(2) * count) if count else math.inf
