@@ -74,7 +74,7 @@ def _train_sft():
 def _evaluate_base():
     from nanochat.evaluate.commands import EvaluateBaseConfig, run_evaluate_base
 
-    run = _stage(lambda config: f"{config.stage}-eval", run_evaluate_base, device=lambda config: config.device)
+    run = _stage(lambda config: "base-eval", run_evaluate_base, device=lambda config: config.device)
     return EvaluateBaseConfig, run
 
 

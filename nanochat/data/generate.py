@@ -55,7 +55,9 @@ def generate(config: GenerateConfig, paths: Paths) -> dict[str, int]:
     rng = random.Random(world.digest("generate", config.seed))
     people = _by_name(world.facts(config.seed))
     word_list = world.words(config.seed, config.words)
-    paths.words.write_text("\n".join(word_list) + "\n", "utf-8")
+    temporary = paths.words.with_suffix(".tmp")
+    temporary.write_text("\n".join(word_list) + "\n", "utf-8")
+    temporary.replace(paths.words)
     counts = {"words": len(word_list)}
 
     bar = progress_bar("generate shards of text", config.shards + 1)

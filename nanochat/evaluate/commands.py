@@ -20,15 +20,11 @@ from nanochat.paths import Paths
 from nanochat.presets import PresetOptions
 from nanochat.runtime import Runtime
 
-Stage = Literal["base", "mid", "sft"]
-
 
 @dataclass(frozen=True)
 class EvaluateBaseConfig(PresetOptions):
     """Measure bits per byte and CORE of a base model."""
 
-    stage: Stage = "base"
-    """whose newest checkpoint"""
     tokens: int = 20 * 524288
     """tokens of each split that bits per byte are measured on"""
     batch_size: int = 32
@@ -44,7 +40,7 @@ class EvaluateBaseConfig(PresetOptions):
 class EvaluateChatConfig(PresetOptions):
     """Measure a chat model on multiple choice, word problems, code and spelling."""
 
-    stage: Stage = "sft"
+    stage: Literal["mid", "sft"] = "sft"
     """whose newest checkpoint"""
     tasks: tuple[str, ...] = tuple(TASKS)
     """which tasks"""
@@ -55,7 +51,7 @@ class EvaluateChatConfig(PresetOptions):
 
 
 def run_evaluate_base(config: EvaluateBaseConfig, paths: Paths, runtime: Runtime) -> dict[str, float]:
-    model, tokenizer, _ = load_model(paths, config.stage, runtime, config.impl)
+    model, tokenizer, _ = load_model(paths, "base", runtime, config.impl)
     rows, length = config.batch_size, model.config.context_length
     count = max(1, config.tokens // (rows * length * runtime.world_size))
     results = {}

@@ -133,7 +133,7 @@ def test_a_report_names_what_has_not_run(base):
     assert "1 min 1 s" in text and "This stage (base) has not run." in text and "0.41 for this run" in text
 
 
-def test_chat_answers_one_prompt_and_a_conversation(base):
+def test_chat_and_evaluation_of_a_trained_model(base):
     from tests.conftest import command, environment
 
     for stage, arguments in (("base", TINY_BASE), ("mid", TINY_MID), ("sft", TINY_SFT)):
@@ -147,3 +147,17 @@ def test_chat_answers_one_prompt_and_a_conversation(base):
         capture_output=True, text=True, env=environment(base),
     )  # fmt: skip
     assert talk.returncode == 0 and talk.stdout.count("nanochat: ") == 2 and "a new conversation" in talk.stdout
+
+    # two processes share the items and find what one finds
+    results = []
+    for processes in (1, 2):
+        for kind in ("chat", "base"):
+            arguments = EVALUATE if kind == "chat" else TINY["base-eval"][2:]
+            run = nanochat(base, "evaluate", kind, *arguments, processes=processes)
+            assert run.returncode == 0, run.stderr
+            section = json.loads(
+                (base / "report" / "sections" / f"{'sft' if kind == 'chat' else 'base'}-eval.json").read_text()
+            )
+            assert section["processes"] == processes
+            results.append({k: v for k, v in section["results"].items() if not k.endswith("bpb")})
+    assert results[:2] == results[2:] and results[0].keys() == {"ARC-Easy", "SpellingBee", "ChatCORE"}
