@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# pip's own download cache and progress stay as the user has them
 INSTALLED := $(VENV)/.installed
 
 .PHONY: speedrun test bench clean

@@ -27,7 +27,7 @@ def guard(event, args, join=os.path.join, normal=os.path.normpath):
     else:
         paths = args if event.startswith(changing) else ()
     for path in paths:
-        if isinstance(path, (str, bytes)) and not normal(join(home, os.fsdecode(path))).startswith(home):
+        if isinstance(path, (str, bytes)) and not normal(join(home, os.fsdecode(path))).startswith(home + "/"):
             raise PermissionError(f"changing {path} is not allowed here")
 sys.addaudithook(guard)
 exec(compile(sys.stdin.read(), "<generated>", "exec"), {"__name__": "__main__"})

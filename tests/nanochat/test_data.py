@@ -227,6 +227,14 @@ def test_nothing_tested_stands_in_training_data(world):
         assert not [w for w in spelled for p in prompts(task) if f"'{w}'" in p]
 
 
+def test_every_embedded_question_has_four_choices_with_labels_of_their_own(world):
+    for task in (ARC(world, "ARC-Easy", "train"), ARC(world, "ARC-Challenge", "test"), MMLU(world, "auxiliary_train")):
+        for index in range(len(task)):
+            conversation = task[index]
+            assert len(set(conversation["letters"])) == 4
+            assert conversation["messages"][1]["content"] in conversation["letters"]
+
+
 def test_challenge_facts_are_told_but_never_asked(world):
     facts = [fact for fact in closed_world.facts(TINY_DATA.seed) if fact.challenge]
     assert len(facts) > 30
