@@ -6,10 +6,12 @@ from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.newton_schulz import newton_schulz
 from kernels.qk_norm_rope import qk_norm_rope
 from kernels.relu2_mlp import relu2_mlp
-from kernels.rms_norm import rms_norm
+from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.softcap_cross_entropy import softcap_cross_entropy
 
 __all__ = [
     "KernelRequestError",
+    "add_rms_norm",
     "attention",
     "check_request",
     "linear_cross_entropy",
@@ -17,4 +19,5 @@ __all__ = [
     "qk_norm_rope",
     "relu2_mlp",
     "rms_norm",
+    "softcap_cross_entropy",
 ]

@@ -4,9 +4,9 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.checks import check_float, check_shape
-from kernels.dispatch import choose
+from kernels.dispatch import Implementation, choose
 
-IMPLEMENTATIONS = {"reference": reference.attention}
+IMPLEMENTATIONS = {"attention": {"reference": Implementation(reference.attention)}}
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None, *, impl: str = "auto") -> Tensor:
@@ -27,4 +27,4 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None, *,
         raise ValueError(f"attention: {tokens} queries need at least as many keys, got {k.size(1)}")
     if lengths is not None:
         check_shape("attention", "lengths", lengths, batch)
-    return choose("attention", impl, IMPLEMENTATIONS)(q, k, v, lengths)
+    return choose("attention", impl, IMPLEMENTATIONS["attention"], q, k, v, lengths)(q, k, v, lengths)

@@ -13,8 +13,17 @@ def check_float(operation: str, **tensors: Tensor) -> None:
             raise TypeError(
                 f"{operation}: {name} is {tensor.dtype} but {first_name} is {first.dtype}; cast one to the other"
             )
+    check_device(operation, **tensors)
+
+
+def check_device(operation: str, **tensors: Tensor) -> None:
+    """All are on the device of the first."""
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
         if tensor.device != first.device:
-            raise ValueError(f"{operation}: {name} is on {tensor.device} but {first_name} on {first.device}")
+            raise ValueError(
+                f"{operation}: {name} is on {tensor.device} but {first_name} on {first.device}; move one to the other"
+            )
 
 
 def check_shape(operation: str, name: str, tensor: Tensor, *expected: int | str) -> None:

@@ -1,13 +1,13 @@
 """Head, softcap and loss: cross entropy of cap·tanh(x·Wᵀ/cap) against the targets, in float32."""
 
-import torch
 from torch import Tensor
 
 from kernels import reference
 from kernels.checks import check_float, check_shape
-from kernels.dispatch import choose
+from kernels.dispatch import Implementation, choose
+from kernels.softcap_cross_entropy import check_targets
 
-IMPLEMENTATIONS = {"reference": reference.linear_cross_entropy}
+IMPLEMENTATIONS = {"linear_cross_entropy": {"reference": Implementation(reference.linear_cross_entropy)}}
 
 
 def linear_cross_entropy(
@@ -28,11 +28,5 @@ def linear_cross_entropy(
     check_float("linear_cross_entropy", x=x, weight=weight)
     check_shape("linear_cross_entropy", "x", x, "N", "C")
     check_shape("linear_cross_entropy", "weight", weight, "V", x.size(1))
-    check_shape("linear_cross_entropy", "targets", targets, x.size(0))
-    if targets.dtype != torch.int64:
-        raise TypeError(f"linear_cross_entropy: targets must be int64, got {targets.dtype}")
-    if reduction not in ("mean", "none"):
-        raise ValueError(f"linear_cross_entropy: reduction must be 'mean' or 'none', got {reduction!r}")
-    if cap <= 0:
-        raise ValueError(f"linear_cross_entropy: cap must be positive, got {cap}")
-    return choose("linear_cross_entropy", impl, IMPLEMENTATIONS)(x, weight, targets, cap, ignore_index, reduction)
+    check_targets("linear_cross_entropy", x, targets, cap, reduction)
+    return choose("linear_cross_entropy", impl, IMPLEMENTATIONS["linear_cross_entropy"], x, weight, targets, cap, ignore_index, reduction)(x, weight, targets, cap, ignore_index, reduction)

@@ -4,10 +4,10 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.checks import check_float
-from kernels.dispatch import choose
+from kernels.dispatch import Implementation, choose
 from kernels.reference import NEWTON_SCHULZ_COEFFICIENTS
 
-IMPLEMENTATIONS = {"reference": reference.newton_schulz}
+IMPLEMENTATIONS = {"newton_schulz": {"reference": Implementation(reference.newton_schulz)}}
 
 
 def newton_schulz(
@@ -27,4 +27,4 @@ def newton_schulz(
         raise ValueError(f"newton_schulz: gradients must be (…, m, n), got shape {tuple(gradients.shape)}")
     if steps < 0:
         raise ValueError(f"newton_schulz: steps must not be negative, got {steps}")
-    return choose("newton_schulz", impl, IMPLEMENTATIONS)(gradients, steps, coefficients)
+    return choose("newton_schulz", impl, IMPLEMENTATIONS["newton_schulz"], gradients, steps, coefficients)(gradients, steps, coefficients)

@@ -1,15 +1,227 @@
 """Rotary position and QK-norm in one operation: rotate q and k by −θ(position), then RMSNorm over the head.
 
-[x1, x2] → [x1·cos + x2·sin, −x1·sin + x2·cos] on the two halves of a head, tables of one row a position.
+[x1, x2] → [o1, o2] = [x1·cos + x2·sin, x2·cos − x1·sin] on the two halves of a head, tables of one row a position, then
+y = r·o with r = (mean(o²) + eps)^−½. Backward from the result, as in rms_norm: do = r·(dy − y·⟨dy, y⟩/D), turned back.
+q, k, the tables and the results are read or written once; kept are y, which attention keeps anyway, and r.
+Su et al. 2021 (rotation), Henry et al. 2020 (norm of q and k).
 """
 
+import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.checks import check_float, check_shape
-from kernels.dispatch import choose
+from kernels.checks import check_device, check_float, check_shape
+from kernels.configs import Kernel, launch_parameters
+from kernels.dispatch import Implementation, choose
+from kernels.reference import EPS
+from kernels.triton_helpers import DTYPES, GRID_LIMIT, cdiv, power_of_2, tl, triton, triton_refusal
 
-IMPLEMENTATIONS = {"reference": reference.qk_norm_rope}
+WIDEST = 1024  # of a head
+
+
+@triton.jit
+def tile_of(block, TOKENS: tl.constexpr, HALF_BLOCK: tl.constexpr, tokens, HALF: tl.constexpr):
+    """Positions of a block of one row's tokens, channels of half a head, and which of them exist."""
+    t = block * TOKENS + tl.arange(0, TOKENS)
+    channel = tl.arange(0, HALF_BLOCK)
+    return t, channel, (t < tokens)[:, None] & (channel < HALF)[None, :]
+
+
+@triton.jit
+def table_rows(cos, sin, offset, offsets, batch, t, channel, inside, positions, HALF: tl.constexpr, ROWS: tl.constexpr):
+    """cos and sin (TOKENS, HALF_BLOCK) in float32. A position that passes the tables gives NaN, never a stray read."""
+    position = t + offset
+    if ROWS:
+        position += tl.load(offsets + batch).to(tl.int32)
+    known = inside & ((position >= 0) & (position < positions))[:, None]
+    where = position[:, None] * HALF + channel[None, :]
+    c = tl.load(cos + where, mask=known, other=float("nan"), eviction_policy="evict_last").to(tl.float32)
+    s = tl.load(sin + where, mask=known, other=float("nan"), eviction_policy="evict_last").to(tl.float32)
+    return c, s
+
+
+@triton.jit
+def forward_heads(
+    x, out, rstd, first, heads, x_batch, x_token, x_head, batch, tokens, t, channel, inside, c, s,
+    EPS: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    for i in tl.static_range(HEADS):
+        head = first + i
+        mask = inside & (head < heads)
+        at = x + batch * x_batch + head * x_head + (t.to(tl.int64) * x_token)[:, None] + channel[None, :]
+        x1 = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        x2 = tl.load(at + HALF, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        o1 = tl.where(inside, x1 * c + x2 * s, 0.0)
+        o2 = tl.where(inside, x2 * c - x1 * s, 0.0)
+        r = 1.0 / tl.sqrt(tl.sum(o1 * o1 + o2 * o2, axis=1) / (2 * HALF) + EPS)
+        row = (batch * tokens + t) * heads + head  # (TOKENS,) int64
+        to = out + row[:, None] * (2 * HALF) + channel[None, :]
+        tl.store(to, (o1 * r[:, None]).to(out.dtype.element_ty), mask=mask)
+        tl.store(to + HALF, (o2 * r[:, None]).to(out.dtype.element_ty), mask=mask)
+        tl.store(rstd + row, r, mask=(t < tokens) & (head < heads))
+
+
+@triton.jit
+def backward_heads(
+    dy, y, rstd, dx, first, heads, dy_batch, dy_token, dy_head, batch, tokens, t, channel, inside, c, s,
+    HALF: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    for i in tl.static_range(HEADS):
+        head = first + i
+        mask = inside & (head < heads)
+        at = dy + batch * dy_batch + head * dy_head + (t.to(tl.int64) * dy_token)[:, None] + channel[None, :]
+        g1 = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        g2 = tl.load(at + HALF, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        row = (batch * tokens + t) * heads + head
+        here = row[:, None] * (2 * HALF) + channel[None, :]
+        y1 = tl.load(y + here, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        y2 = tl.load(y + here + HALF, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        r = tl.load(rstd + row, mask=(t < tokens) & (head < heads), other=0.0)
+        along = tl.sum(g1 * y1 + g2 * y2, axis=1) / (2 * HALF)
+        o1 = r[:, None] * (g1 - y1 * along[:, None])
+        o2 = r[:, None] * (g2 - y2 * along[:, None])
+        tl.store(dx + here, (o1 * c - o2 * s).to(dx.dtype.element_ty), mask=mask)
+        tl.store(dx + here + HALF, (o1 * s + o2 * c).to(dx.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["offset"])
+def forward_kernel(
+    q, k, q_out, k_out, q_rstd, k_rstd, cos, sin, offset, offsets, tokens, positions, q_heads, k_heads,
+    q_batch, q_token, q_head, k_batch, k_token, k_head,
+    EPS: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, OFFSETS: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(tokens, TOKENS)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    t, channel, inside = tile_of(tl.program_id(0) % blocks, TOKENS, HALF_BLOCK, tokens, HALF)
+    c, s = table_rows(cos, sin, offset, offsets, batch, t, channel, inside, positions, HALF, OFFSETS)
+    q_programs = tl.cdiv(q_heads, HEADS)
+    program = tl.program_id(1)
+    if program < q_programs:
+        forward_heads(q, q_out, q_rstd, program * HEADS, q_heads, q_batch, q_token, q_head,
+                      batch, tokens, t, channel, inside, c, s, EPS, HALF, HEADS)  # fmt: skip
+    else:
+        forward_heads(k, k_out, k_rstd, (program - q_programs) * HEADS, k_heads, k_batch, k_token, k_head,
+                      batch, tokens, t, channel, inside, c, s, EPS, HALF, HEADS)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["offset"])
+def backward_kernel(
+    dq_out, dk_out, q_out, k_out, q_rstd, k_rstd, dq, dk, cos, sin, offset, offsets, tokens, positions, q_heads, k_heads,
+    q_batch, q_token, q_head, k_batch, k_token, k_head,
+    HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, OFFSETS: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(tokens, TOKENS)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    t, channel, inside = tile_of(tl.program_id(0) % blocks, TOKENS, HALF_BLOCK, tokens, HALF)
+    c, s = table_rows(cos, sin, offset, offsets, batch, t, channel, inside, positions, HALF, OFFSETS)
+    q_programs = tl.cdiv(q_heads, HEADS)
+    program = tl.program_id(1)
+    if program < q_programs:
+        backward_heads(dq_out, q_out, q_rstd, dq, program * HEADS, q_heads, q_batch, q_token, q_head,
+                       batch, tokens, t, channel, inside, c, s, HALF, HEADS)  # fmt: skip
+    else:
+        backward_heads(dk_out, k_out, k_rstd, dk, (program - q_programs) * HEADS, k_heads, k_batch, k_token, k_head,
+                       batch, tokens, t, channel, inside, c, s, HALF, HEADS)  # fmt: skip
+
+
+def launch(kernel, name: str, q: Tensor, k: Tensor, tensors: tuple, tables: tuple, parameters, **constants) -> None:
+    """Both kernels: q and k give the strides, `tensors` the pointers before the tables, `tables` cos to offsets."""
+    batch, tokens, q_heads, width = q.shape
+    if not q.numel():
+        return
+    cos, sin, offset, offsets = tables
+    parameters = parameters or launch_parameters(name, q.device, q.dtype, width)
+    k_heads, heads = k.size(2), parameters["HEADS"]
+    grid = (batch * cdiv(tokens, parameters["TOKENS"]), cdiv(q_heads, heads) + cdiv(k_heads, heads))
+    kernel[grid](
+        *tensors, cos, sin, offset, cos if offsets is None else offsets, tokens, cos.size(0), q_heads, k_heads,
+        *q.stride()[:3], *k.stride()[:3], HALF=width // 2, HALF_BLOCK=power_of_2(width // 2),
+        OFFSETS=offsets is not None, **constants, **parameters,
+    )  # fmt: skip
+
+
+def side_by_side(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def launch_forward(q: Tensor, k: Tensor, tables: tuple, parameters: dict[str, int] | None = None):
+    q, k = side_by_side(q), side_by_side(k)
+    q_out, k_out = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    q_rstd, k_rstd = (torch.empty(x.shape[:3], dtype=torch.float32, device=x.device) for x in (q, k))
+    tensors = (q, k, q_out, k_out, q_rstd, k_rstd)
+    launch(forward_kernel, "qk_norm_rope_forward", q, k, tensors, tables, parameters, EPS=EPS)
+    return q_out, k_out, q_rstd, k_rstd
+
+
+def launch_backward(dq_out: Tensor, dk_out: Tensor, kept: tuple, tables: tuple, parameters: dict[str, int] | None = None):
+    dq_out, dk_out = side_by_side(dq_out), side_by_side(dk_out)
+    q_out, k_out, q_rstd, k_rstd = kept
+    dq, dk = torch.empty_like(q_out), torch.empty_like(k_out)
+    tensors = (dq_out, dk_out, q_out, k_out, q_rstd, k_rstd, dq, dk)
+    launch(backward_kernel, "qk_norm_rope_backward", dq_out, dk_out, tensors, tables, parameters)
+    return dq, dk
+
+
+@torch.library.custom_op("nanochat::qk_norm_rope", mutates_args=())
+def forward_op(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int, offsets: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return launch_forward(q, k, (cos, sin, offset, offsets))
+
+
+@torch.library.custom_op("nanochat::qk_norm_rope_backward", mutates_args=())
+def backward_op(
+    dq_out: Tensor, dk_out: Tensor, q_out: Tensor, k_out: Tensor, q_rstd: Tensor, k_rstd: Tensor,
+    cos: Tensor, sin: Tensor, offset: int, offsets: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return launch_backward(dq_out, dk_out, (q_out, k_out, q_rstd, k_rstd), (cos, sin, offset, offsets))
+
+
+@forward_op.register_fake
+def _(q, k, cos, sin, offset, offsets):
+    rstd = (x.new_empty(x.shape[:3], dtype=torch.float32) for x in (q, k))
+    return q.new_empty(q.shape), k.new_empty(k.shape), *rstd
+
+
+@backward_op.register_fake
+def _(dq_out, dk_out, q_out, k_out, q_rstd, k_rstd, cos, sin, offset, offsets):
+    return torch.empty_like(q_out), torch.empty_like(k_out)
+
+
+def keep(ctx, inputs, output) -> None:
+    _, _, cos, sin, ctx.offset, offsets = inputs
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(*output, cos, sin, offsets)
+
+
+def gradient(ctx, dq_out, dk_out, *_):
+    *kept, cos, sin, offsets = ctx.saved_tensors
+    return *backward_op(dq_out, dk_out, *kept, cos, sin, ctx.offset, offsets), None, None, None, None
+
+
+forward_op.register_autograd(gradient, setup_context=keep)
+
+
+def run(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int | Tensor) -> tuple[Tensor, Tensor]:
+    offset, offsets = (0, offset) if isinstance(offset, Tensor) else (offset, None)
+    return forward_op(q, k, cos.contiguous(), sin.contiguous(), offset, offsets)[:2]
+
+
+def refusal(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int | Tensor) -> str | None:
+    if q.size(3) > WIDEST:
+        return f"a head of {q.size(3)} is too wide; the kernel takes {WIDEST}"
+    if q.size(0) * q.size(1) > GRID_LIMIT:
+        return f"{q.size(0) * q.size(1)} tokens pass the {GRID_LIMIT} that one launch can number; split the batch"
+    if (cos.requires_grad or sin.requires_grad) and torch.is_grad_enabled():
+        return "it gives cos and sin no gradient; detach them"
+    return triton_refusal(q)
+
+
+IMPLEMENTATIONS = {
+    "qk_norm_rope": {"triton": Implementation(run, refusal), "reference": Implementation(reference.qk_norm_rope)}
+}
 
 
 def qk_norm_rope(
@@ -17,24 +229,79 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor]:
     """Rotate and normalise q (B, T, H, D) and k (B, T, G, D); the results have their shapes and dtypes.
 
-    cos, sin: (positions, D/2). offset: position of the first token, one integer or one a row (B,).
+    cos, sin: (positions, D/2). offset: position of the first token, one integer or one a row (B,); those of a tensor are
+    not read here: a position outside the tables is an error of the reference and NaN from the kernel.
     Raises ValueError for an odd D, heads that are no multiple of the key heads, tables that do not match or are too
-    short, and TypeError for unlike dtypes. Su et al. 2021 (rotation), Henry et al. 2020 (norm of q and k).
+    short, TypeError for unlike dtypes, and KernelRequestError (a ValueError) when the implementation asked for by name
+    cannot serve the call. Repeated calls are bitwise equal.
     """
     check_float("qk_norm_rope", q=q, k=k)
     check_shape("qk_norm_rope", "q", q, "B", "T", "H", "D")
     batch, tokens, heads, width = q.shape
     check_shape("qk_norm_rope", "k", k, batch, tokens, "G", width)
-    if width % 2:
+    if width % 2 or width == 0:
         raise ValueError(f"qk_norm_rope: the head width must be even to be rotated in halves, got {width}")
-    if heads % k.size(2):
+    if k.size(2) == 0 or heads % k.size(2):
         raise ValueError(f"qk_norm_rope: {heads} query heads are no multiple of {k.size(2)} key heads")
+    check_float("qk_norm_rope", cos=cos, sin=sin)
     check_shape("qk_norm_rope", "cos", cos, "positions", width // 2)
     check_shape("qk_norm_rope", "sin", sin, *cos.shape)
+    check_device("qk_norm_rope", q=q, cos=cos)
     if isinstance(offset, Tensor):
         check_shape("qk_norm_rope", "offset", offset, batch)
+        check_device("qk_norm_rope", q=q, offset=offset)
+        if offset.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"qk_norm_rope: offset must be int32 or int64, got {offset.dtype}")
     elif offset < 0 or offset + tokens > cos.size(0):
         raise ValueError(
             f"qk_norm_rope: positions {offset} to {offset + tokens - 1} pass the {cos.size(0)} rows of the tables"
         )
-    return choose("qk_norm_rope", impl, IMPLEMENTATIONS)(q, k, cos, sin, offset)
+    arguments = (q, k, cos, sin, offset)
+    return choose("qk_norm_rope", impl, IMPLEMENTATIONS["qk_norm_rope"], *arguments)(*arguments)
+
+
+def _types(*names: str) -> dict[str, str]:
+    pointers = {name: "*fp32" if name.endswith("rstd") else "*T" for name in (*names, "cos", "sin")}
+    numbers = ("tokens", "positions", "q_heads", "k_heads", "q_batch", "q_token", "q_head", "k_batch", "k_token", "k_head")
+    return pointers | {"offset": "i32", "offsets": "*i64"} | {name: "i32" for name in numbers}
+
+
+def _forward_arguments(size: int, dtype: torch.dtype, parameters: dict[str, int]):
+    types = _types("q", "k", "q_out", "k_out", "q_rstd", "k_rstd")
+    return types, {"EPS": EPS, "HALF": size // 2, "HALF_BLOCK": power_of_2(size // 2), "OFFSETS": False}
+
+
+def _backward_arguments(size: int, dtype: torch.dtype, parameters: dict[str, int]):
+    types = _types("dq_out", "dk_out", "q_out", "k_out", "q_rstd", "k_rstd", "dq", "dk")
+    return types, {"HALF": size // 2, "HALF_BLOCK": power_of_2(size // 2), "OFFSETS": False}
+
+
+def _inputs(size: int, dtype: torch.dtype, device: torch.device):
+    q, k = torch.randn(2, 32, 2048, 1280 // size, size, device=device, dtype=dtype)
+    angles = torch.randn(2048, size // 2, device=device)
+    return q, k, (angles.cos().to(dtype), angles.sin().to(dtype), 0, None)
+
+
+def _forward_example(size: int, dtype: torch.dtype, device: torch.device):
+    q, k, tables = _inputs(size, dtype, device)
+    return lambda parameters: launch_forward(q, k, tables, parameters)
+
+
+def _backward_example(size: int, dtype: torch.dtype, device: torch.device):
+    q, k, tables = _inputs(size, dtype, device)
+    kept = launch_forward(q, k, tables)
+    return lambda parameters: launch_backward(q, k, kept, tables, parameters)
+
+
+HEAD_WIDTHS = (64, 128)
+SPACE = tuple(
+    {"TOKENS": tokens, "HEADS": heads, "num_warps": warps}
+    for tokens in (4, 8, 16, 32, 64)
+    for heads in (1, 2, 5, 10)
+    for warps in (2, 4, 8)
+    if 64 <= tokens * 64 // (warps * 32) * 8
+)
+KERNELS = (
+    Kernel("qk_norm_rope_forward", forward_kernel, HEAD_WIDTHS, DTYPES, SPACE, _forward_arguments, _forward_example),
+    Kernel("qk_norm_rope_backward", backward_kernel, HEAD_WIDTHS, DTYPES, SPACE, _backward_arguments, _backward_example),
+)

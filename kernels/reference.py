@@ -17,6 +17,12 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=EPS)
 
 
+def add_rms_norm(x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+    """(x + update, rms_norm(x + update)): the residual stream and the input of the next layer."""
+    total = x + update
+    return total, rms_norm(total)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Half-split rotation by −θ of (B, T, H, D) with tables broadcastable to (B, T, 1, D/2)."""
     x1, x2 = x.chunk(2, dim=-1)
@@ -69,18 +75,24 @@ def softcap(z: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(z / cap)
 
 
-def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, cap: float = 15.0, ignore_index: int = -1, reduction: str = "mean"
+def softcap_cross_entropy(
+    logits: Tensor, targets: Tensor, cap: float = 15.0, ignore_index: int = -1, reduction: str = "mean"
 ) -> Tensor:
-    """Cross entropy of softcap(x·weightᵀ) with x (N, C), weight (V, C), targets (N,), in float32.
+    """Cross entropy of softcap(logits) with logits (N, V), targets (N,), at least in float32.
 
     "mean" divides by the number of targets that are not ignored and is 0 when there are none.
     """
-    logits = softcap(F.linear(x, weight), cap)
-    losses = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
+    losses = F.cross_entropy(softcap(logits, cap), targets, ignore_index=ignore_index, reduction="none")
     if reduction == "none":
         return losses
     return losses.sum() / (targets != ignore_index).sum().clamp(min=1)
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, cap: float = 15.0, ignore_index: int = -1, reduction: str = "mean"
+) -> Tensor:
+    """softcap_cross_entropy of the logits x·weightᵀ with x (N, C), weight (V, C)."""
+    return softcap_cross_entropy(F.linear(x, weight), targets, cap, ignore_index, reduction)
 
 
 def newton_schulz(
