@@ -78,9 +78,8 @@ def preferred(operation: str, device_index: int | None) -> tuple[str | None, str
 def check_request(operation: str, impl: str) -> None:
     """Raises KernelRequestError now when every call with this `impl` would later."""
     implementations = room(operation).IMPLEMENTATIONS[operation]
-    if impl != "auto":
-        if impl not in implementations:
-            choose(operation, impl, implementations)
+    if impl != "auto" and impl not in implementations:
+        choose(operation, impl, implementations)
 
 
 def room(operation: str):

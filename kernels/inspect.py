@@ -57,7 +57,9 @@ def compile_kernel(kernel: Kernel, architecture: str, size: int, dtype: torch.dt
     return triton.compile(source, target=target, options=options)
 
 
-def inspect_kernel(kernel: Kernel, architecture: str, size: int, dtype: torch.dtype, parameters: dict[str, int]) -> Compiled:
+def inspect_kernel(
+    kernel: Kernel, architecture: str, size: int, dtype: torch.dtype, parameters: dict[str, int]
+) -> Compiled:
     compiled = compile_kernel(kernel, architecture, size, dtype, parameters)
     ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
     registers, spilled = resources(compiled.asm["cubin"])

@@ -29,4 +29,14 @@ def linear_cross_entropy(
     check_shape("linear_cross_entropy", "x", x, "N", "C")
     check_shape("linear_cross_entropy", "weight", weight, "V", x.size(1))
     check_targets("linear_cross_entropy", x, targets, cap, reduction)
-    return choose("linear_cross_entropy", impl, IMPLEMENTATIONS["linear_cross_entropy"], x, weight, targets, cap, ignore_index, reduction)(x, weight, targets, cap, ignore_index, reduction)
+    return choose(
+        "linear_cross_entropy",
+        impl,
+        IMPLEMENTATIONS["linear_cross_entropy"],
+        x,
+        weight,
+        targets,
+        cap,
+        ignore_index,
+        reduction,
+    )(x, weight, targets, cap, ignore_index, reduction)

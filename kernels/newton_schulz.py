@@ -27,4 +27,6 @@ def newton_schulz(
         raise ValueError(f"newton_schulz: gradients must be (…, m, n), got shape {tuple(gradients.shape)}")
     if steps < 0:
         raise ValueError(f"newton_schulz: steps must not be negative, got {steps}")
-    return choose("newton_schulz", impl, IMPLEMENTATIONS["newton_schulz"], gradients, steps, coefficients)(gradients, steps, coefficients)
+    return choose("newton_schulz", impl, IMPLEMENTATIONS["newton_schulz"], gradients, steps, coefficients)(
+        gradients, steps, coefficients
+    )

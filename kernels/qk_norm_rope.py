@@ -14,7 +14,7 @@ from kernels.checks import check_device, check_float, check_shape
 from kernels.configs import Kernel, launch_parameters
 from kernels.dispatch import Implementation, choose
 from kernels.reference import EPS
-from kernels.triton_helpers import DTYPES, GRID_LIMIT, cdiv, power_of_2, tl, triton, triton_refusal
+from kernels.triton_helpers import DTYPES, GRID_LIMIT, cast, cdiv, power_of_2, tl, triton, triton_refusal
 
 WIDEST = 1024  # of a head
 
@@ -56,8 +56,8 @@ def forward_heads(
         r = 1.0 / tl.sqrt(tl.sum(o1 * o1 + o2 * o2, axis=1) / (2 * HALF) + EPS)
         row = (batch * tokens + t) * heads + head  # (TOKENS,) int64
         to = out + row[:, None] * (2 * HALF) + channel[None, :]
-        tl.store(to, (o1 * r[:, None]).to(out.dtype.element_ty), mask=mask)
-        tl.store(to + HALF, (o2 * r[:, None]).to(out.dtype.element_ty), mask=mask)
+        tl.store(to, cast(o1 * r[:, None], out.dtype.element_ty), mask=mask)
+        tl.store(to + HALF, cast(o2 * r[:, None], out.dtype.element_ty), mask=mask)
         tl.store(rstd + row, r, mask=(t < tokens) & (head < heads))
 
 
@@ -80,8 +80,8 @@ def backward_heads(
         along = tl.sum(g1 * y1 + g2 * y2, axis=1) / (2 * HALF)
         o1 = r[:, None] * (g1 - y1 * along[:, None])
         o2 = r[:, None] * (g2 - y2 * along[:, None])
-        tl.store(dx + here, (o1 * c - o2 * s).to(dx.dtype.element_ty), mask=mask)
-        tl.store(dx + here + HALF, (o1 * s + o2 * c).to(dx.dtype.element_ty), mask=mask)
+        tl.store(dx + here, cast(o1 * c - o2 * s, dx.dtype.element_ty), mask=mask)
+        tl.store(dx + here + HALF, cast(o1 * s + o2 * c, dx.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["offset"])
@@ -148,14 +148,19 @@ def side_by_side(x: Tensor) -> Tensor:
 
 def launch_forward(q: Tensor, k: Tensor, tables: tuple, parameters: dict[str, int] | None = None):
     q, k = side_by_side(q), side_by_side(k)
-    q_out, k_out = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    q_out, k_out = (
+        torch.empty(q.shape, dtype=q.dtype, device=q.device),
+        torch.empty(k.shape, dtype=k.dtype, device=k.device),
+    )
     q_rstd, k_rstd = (torch.empty(x.shape[:3], dtype=torch.float32, device=x.device) for x in (q, k))
     tensors = (q, k, q_out, k_out, q_rstd, k_rstd)
     launch(forward_kernel, "qk_norm_rope_forward", q, k, tensors, tables, parameters, EPS=EPS)
     return q_out, k_out, q_rstd, k_rstd
 
 
-def launch_backward(dq_out: Tensor, dk_out: Tensor, kept: tuple, tables: tuple, parameters: dict[str, int] | None = None):
+def launch_backward(
+    dq_out: Tensor, dk_out: Tensor, kept: tuple, tables: tuple, parameters: dict[str, int] | None = None
+):
     dq_out, dk_out = side_by_side(dq_out), side_by_side(dk_out)
     q_out, k_out, q_rstd, k_rstd = kept
     dq, dk = torch.empty_like(q_out), torch.empty_like(k_out)
@@ -262,7 +267,18 @@ def qk_norm_rope(
 
 def _types(*names: str) -> dict[str, str]:
     pointers = {name: "*fp32" if name.endswith("rstd") else "*T" for name in (*names, "cos", "sin")}
-    numbers = ("tokens", "positions", "q_heads", "k_heads", "q_batch", "q_token", "q_head", "k_batch", "k_token", "k_head")
+    numbers = (
+        "tokens",
+        "positions",
+        "q_heads",
+        "k_heads",
+        "q_batch",
+        "q_token",
+        "q_head",
+        "k_batch",
+        "k_token",
+        "k_head",
+    )
     return pointers | {"offset": "i32", "offsets": "*i64"} | {name: "i32" for name in numbers}
 
 
@@ -299,9 +315,11 @@ SPACE = tuple(
     for tokens in (4, 8, 16, 32, 64)
     for heads in (1, 2, 5, 10)
     for warps in (2, 4, 8)
-    if 64 <= tokens * 64 // (warps * 32) * 8
+    if tokens * 64 // (warps * 32) * 8 >= 64
 )
 KERNELS = (
     Kernel("qk_norm_rope_forward", forward_kernel, HEAD_WIDTHS, DTYPES, SPACE, _forward_arguments, _forward_example),
-    Kernel("qk_norm_rope_backward", backward_kernel, HEAD_WIDTHS, DTYPES, SPACE, _backward_arguments, _backward_example),
+    Kernel(
+        "qk_norm_rope_backward", backward_kernel, HEAD_WIDTHS, DTYPES, SPACE, _backward_arguments, _backward_example
+    ),
 )

@@ -1,11 +1,11 @@
 """Softcap and cross entropy of given logits, loss and gradient in one pass over them.
 
 l = cap·tanh(z/cap) lies in ±cap, so log Σ exp(l) needs no running maximum: with w = 1/(1 + exp(2z/cap)),
-    exp(l − cap) = exp(−2·cap·w) = e,   S = Σ e,   loss = log S + cap − l_target,
-    dloss/dz = (e/S − [target])·(1 − tanh²) with 1 − tanh² = 4·w·(1 − w).
+    exp(l − cap) = exp(−2·cap·w) = e,   S = Σ e,   loss = −log(e_target/S),
+    dloss/dz = (e/S − [target])·(1 − tanh²) with 1 − tanh² = 4·(w − w²).
 Three special-function operations an element, and no division but the row's.
 
-A row of 16-bit logits (65,536 of them are 128 KiB) stays on the chip between the sum and the gradient, as E = e·4w(1−w)
+A row of 16-bit logits (65,536 of them are 128 KiB) stays on the chip between the sum and the gradient, as E = e·w(1−w)
 in 16 bits of its own: 6 of exponent and 10 of fraction, because E lies in (0, 1]. Rounding E so adds 3 % to the rounding
 of a bfloat16 gradient (a quarter of its unit, in quadrature). So the logits are read once, the gradient is written once.
 Rows that do not fit (float32, or wider) are read twice; the second time they are mostly still in the L2 cache.
@@ -18,24 +18,45 @@ from kernels import reference
 from kernels.checks import check_device, check_float, check_shape
 from kernels.configs import Kernel, launch_parameters
 from kernels.dispatch import Implementation, choose
-from kernels.triton_helpers import DTYPES, GRID_LIMIT, as_rows, cdiv, power_of_2, tl, triton, triton_refusal
+from kernels.triton_helpers import (
+    DTYPES,
+    GRID_LIMIT,
+    LOG2E,
+    as_rows,
+    cast,
+    cdiv,
+    exp2,
+    in_order,
+    power_of_2,
+    reciprocal,
+    tl,
+    triton,
+    triton_refusal,
+)
 
 LARGEST_CAP = 40.0  # Σ exp(l − cap) ≥ exp(−80), a normal float32
 LARGEST_HELD_CAP = 20.0  # E ≥ 2⁻⁵⁸ before the derivative of a saturated logit, with 2⁻⁶³ the least that is held
 WIDEST_HELD = 65_536  # 16-bit logits in the registers of one multiprocessor, with as many left to compute with
-LOG2E = 1.4426950408889634
 
 
 @triton.jit
 def weight_of(z, CAP: tl.constexpr):
     """w = (1 − tanh(z/cap))/2 = 1/(1 + exp(2z/cap))."""
-    return 1.0 / (1.0 + tl.exp2(z * (2.0 * 1.4426950408889634 / CAP)))
+    return reciprocal(1.0 + exp2(z * (2.0 * LOG2E / CAP)))
+
+
+@triton.jit
+def weights_of(z, CAP: tl.constexpr):
+    """w and 1 − w, the latter without cancellation where the logit is far below −cap."""
+    u = exp2(tl.minimum(z * (2.0 * LOG2E / CAP), 126.0))
+    w = reciprocal(1.0 + u)
+    return tl.where(z == z, w, z), u * w
 
 
 @triton.jit
 def exponential(w, CAP: tl.constexpr):
     """exp(l − cap)."""
-    return tl.exp2(w * (-2.0 * 1.4426950408889634 * CAP))
+    return exp2(w * (-2.0 * LOG2E * CAP))
 
 
 @triton.jit
@@ -48,110 +69,120 @@ def pack(e):
 
 @triton.jit
 def unpack(pair):
-    low = ((pair & 65535) << 13) + (64 << 23)
-    high = ((pair >> 3) & 0x1FFFE000) + (64 << 23)
+    low = ((pair << 13) & 0x1FFFE000) | (64 << 23)
+    high = ((pair >> 3) & 0x1FFFE000) | (64 << 23)
     both = tl.join(low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True))
     return tl.reshape(both, [2 * pair.shape[0]])
 
 
 @triton.jit
-def finish_row(row, z, target, total, factor, losses, gradient, GRADIENT: tl.constexpr, CAP: tl.constexpr):
-    """The loss of a row, and over what was stored of its gradient the entry of the target."""
-    w = weight_of(z, CAP)
-    tl.store(losses + row, tl.where(target < 0, 0.0, tl.log(total) + 2.0 * CAP * w))
-    if GRADIENT:
-        tl.debug_barrier()  # the row's stores come first
-        value = (exponential(w, CAP) / total - 1.0) * (4.0 * w * (1.0 - w)) * factor
-        tl.store(gradient + tl.maximum(target, 0), value.to(gradient.dtype.element_ty), mask=target >= 0)
-
-
-@triton.jit
-def target_of(row, targets, logits, scale, ignore_index, width, MEAN: tl.constexpr):
-    """Target (−1 when ignored), its logit, and the factor of the row's gradient. A target outside gives NaN."""
-    target = tl.load(targets + row)
-    factor = 1.0
-    if MEAN:
-        factor = tl.load(scale)
-    factor = tl.where(target == ignore_index, 0.0, factor)
-    exists = (target >= 0) & (target < width)
-    z = tl.load(logits + tl.where(exists, target, 0)).to(tl.float32)
-    z = tl.where(exists | (target == ignore_index), z, float("nan"))
-    return tl.where(exists & (target != ignore_index), target, -1), z, factor
-
-
-@triton.jit
 def held_kernel(
-    logits, targets, losses, gradient, scale, rows, width, stride, ignore_index, CAP: tl.constexpr, MEAN: tl.constexpr,
+    logits, targets, sums, gradient, scale, rows, width, stride, ignore_index, CAP: tl.constexpr, MEAN: tl.constexpr,
     CHUNKS: tl.constexpr, EVEN: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A row at a time, in CHUNKS of CHUNK columns, from the first read to the last write."""
+    """A row at a time, in CHUNKS of CHUNK columns: S, and e/S·(1 − tanh²)·scale, from one read."""
     column = tl.arange(0, CHUNK)
-    for index in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=STAGES):
-        row = index.to(tl.int64)
-        source, to = logits + row * stride, gradient + row * width
+    first = tl.program_id(0).to(tl.int64)
+    for index in tl.range(0, rows - tl.program_id(0), tl.num_programs(0), num_stages=STAGES):
+        row = first + index
         total = tl.zeros([CHUNK], tl.float32)
         held = ()
         for i in tl.static_range(CHUNKS):
             at = i * CHUNK + column
             if EVEN:
-                z = tl.load(source + at, eviction_policy="evict_first").to(tl.float32)
+                z = tl.load(logits + row * stride + at, eviction_policy="evict_first").to(tl.float32)
             else:
-                z = tl.load(source + at, mask=at < width, other=0.0, eviction_policy="evict_first").to(tl.float32)
+                z = tl.load(logits + row * stride + at, mask=at < width, other=0.0).to(tl.float32)
             w = weight_of(z, CAP)
             e = exponential(w, CAP)
             if not EVEN:
                 e = tl.where(at < width, e, 0.0)
             total += e
-            held = held + (pack(e * (4.0 * w * (1.0 - w))),)  # noqa: RUF005
-        target, z, factor = target_of(row, targets, source, scale, ignore_index, width, MEAN)
+            held = held + (in_order(pack(e * (w - w * w))),)  # noqa: RUF005
+        factor = factor_of(row, targets, scale, ignore_index, MEAN)
         total = tl.sum(total)
-        share = factor / total
+        tl.store(sums + row, total)
+        share = 4.0 * factor / total
         for i in tl.static_range(CHUNKS):
             at = i * CHUNK + column
-            value = (unpack(held[i]) * share).to(gradient.dtype.element_ty)
-            tl.store(to + at, value, mask=at < width, eviction_policy="evict_first")
-        finish_row(row, z, target, total, factor, losses, to, True, CAP)
+            value = cast(unpack(held[i]) * share, gradient.dtype.element_ty)
+            if EVEN:
+                tl.store(gradient + row * width + at, value, eviction_policy="evict_first")
+            else:
+                tl.store(gradient + row * width + at, value, mask=at < width)
 
 
 @triton.jit
 def streamed_kernel(
-    logits, targets, losses, gradient, scale, width, stride, ignore_index, CAP: tl.constexpr, MEAN: tl.constexpr,
+    logits, targets, sums, gradient, scale, width, stride, ignore_index, CAP: tl.constexpr, MEAN: tl.constexpr,
     GRADIENT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """A row a program: its sum, then, when asked, its gradient from a second read."""
+    """The same for a row a program from two reads; only S without GRADIENT."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, CHUNK)
-    source, to = logits + row * stride, gradient + row * width
     total = tl.zeros([CHUNK], tl.float32)
     for start in tl.range(0, width, CHUNK):
         at = start + column
-        z = tl.load(source + at, mask=at < width, other=0.0).to(tl.float32)
+        z = tl.load(logits + row * stride + at, mask=at < width, other=0.0).to(tl.float32)
         total += tl.where(at < width, exponential(weight_of(z, CAP), CAP), 0.0)
-    target, z, factor = target_of(row, targets, source, scale, ignore_index, width, MEAN)
     total = tl.sum(total)
+    tl.store(sums + row, total)
     if GRADIENT:
-        share = factor / total
+        share = 4.0 * factor_of(row, targets, scale, ignore_index, MEAN) / total
         for start in tl.range(0, width, CHUNK):
             at = start + column
-            w = weight_of(tl.load(source + at, mask=at < width, other=0.0).to(tl.float32), CAP)
-            value = exponential(w, CAP) * (4.0 * w * (1.0 - w)) * share
-            tl.store(to + at, value.to(gradient.dtype.element_ty), mask=at < width)
-    finish_row(row, z, target, total, factor, losses, to, GRADIENT, CAP)
+            w, rest = weights_of(tl.load(logits + row * stride + at, mask=at < width, other=0.0).to(tl.float32), CAP)
+            value = exponential(w, CAP) * (w * rest) * share
+            tl.store(gradient + row * width + at, cast(value, gradient.dtype.element_ty), mask=at < width)
+
+
+@triton.jit
+def factor_of(row, targets, scale, ignore_index, MEAN: tl.constexpr):
+    """What the gradient of a row is multiplied by: 0 for an ignored target."""
+    factor = 1.0
+    if MEAN:
+        factor = tl.load(scale)
+    return tl.where(tl.load(targets + row) == ignore_index, 0.0, factor)
+
+
+@triton.jit
+def targets_kernel(
+    logits, targets, sums, gradient, scale, rows, width, stride, ignore_index, CAP: tl.constexpr, MEAN: tl.constexpr,
+    GRADIENT: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """What the target of a row adds: the loss in place of S, and its own entry of the gradient. Wrong targets give NaN."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    here = row < rows
+    target = tl.load(targets + row, mask=here, other=0)
+    total = tl.load(sums + row, mask=here, other=1.0)
+    known = here & (target >= 0) & (target < width)
+    z = tl.load(logits + row * stride + target, mask=known, other=float("nan")).to(tl.float32)
+    w, rest = weights_of(z, CAP)
+    share = exponential(w, CAP) / total
+    counts = target != ignore_index
+    tl.store(sums + row, tl.where(counts, -tl.log(share), 0.0), mask=here)
+    if GRADIENT:
+        factor = 1.0
+        if MEAN:
+            factor = tl.load(scale)
+        value = (share - 1.0) * 4.0 * (w * rest) * factor
+        tl.store(gradient + row * width + target, cast(value, gradient.dtype.element_ty), mask=known & counts)
 
 
 @triton.jit
 def scale_kernel(gradient, factors, rows, width, factor_stride, CHUNK: tl.constexpr):
     """Multiply each row by its factor, in place; a factor of 1, which is the usual one, costs no pass."""
     column = tl.arange(0, CHUNK)
-    for index in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
-        row = index.to(tl.int64)
+    first = tl.program_id(0).to(tl.int64)
+    for index in tl.range(0, rows - tl.program_id(0), tl.num_programs(0)):
+        row = first + index
         factor = tl.load(factors + row * factor_stride)
         if factor != 1.0:
             for start in tl.range(0, width, CHUNK):
                 at = start + column
                 here = gradient + row * width + at
                 value = tl.load(here, mask=at < width).to(tl.float32) * factor
-                tl.store(here, value.to(gradient.dtype.element_ty), mask=at < width)
+                tl.store(here, cast(value, gradient.dtype.element_ty), mask=at < width)
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -178,19 +209,21 @@ def launch(
         held = with_gradient and is_held(logits, cap)
         kernel = "softcap_cross_entropy_held" if held else "softcap_cross_entropy_streamed"
         parameters = dict(parameters or launch_parameters(kernel, logits.device, logits.dtype, width))
-        tensors = (logits, targets, losses, gradient, scale)
-        constants = {"CAP": cap, "MEAN": mean}
+        tensors, stride = (logits, targets, losses, gradient, scale), logits.stride(0)
         if held:
             chunk = min(parameters.pop("CHUNK"), power_of_2(max(width, 2)))
             programs = min(rows, multiprocessors(logits.device) * parameters.pop("PROGRAMS"))
             held_kernel[(programs,)](
-                *tensors, rows, width, logits.stride(0), ignore_index, **constants,
+                *tensors, rows, width, stride, ignore_index, CAP=cap, MEAN=mean,
                 CHUNKS=cdiv(width, chunk), EVEN=width % chunk == 0, CHUNK=chunk, **parameters,
             )  # fmt: skip
         else:
             streamed_kernel[(rows,)](
-                *tensors, width, logits.stride(0), ignore_index, **constants, GRADIENT=with_gradient, **parameters
+                *tensors, width, stride, ignore_index, CAP=cap, MEAN=mean, GRADIENT=with_gradient, **parameters
             )
+        targets_kernel[(cdiv(rows, 128),)](
+            *tensors, rows, width, stride, ignore_index, CAP=cap, MEAN=mean, GRADIENT=with_gradient, ROWS=128
+        )
     return losses.sum() * scale if mean else losses, gradient
 
 
@@ -306,7 +339,7 @@ def check_targets(operation: str, rows: Tensor, targets: Tensor, cap: float, red
         raise ValueError(f"{operation}: cap must be positive, got {cap}")
 
 
-TYPES = {"logits": "*T", "targets": "*i64", "losses": "*fp32", "gradient": "*T", "scale": "*fp32"}
+TYPES = {"logits": "*T", "targets": "*i64", "sums": "*fp32", "gradient": "*T", "scale": "*fp32"}
 
 
 def _held_arguments(size: int, dtype: torch.dtype, parameters: dict[str, int]):
@@ -334,7 +367,9 @@ HELD_SPACE = tuple(
     for programs in (1, 2, 4)
     for warps in (8, 16, 32)
 )
-STREAMED_SPACE = tuple({"CHUNK": chunk, "num_warps": warps} for chunk in (1024, 2048, 4096, 8192) for warps in (4, 8, 16, 32))
+STREAMED_SPACE = tuple(
+    {"CHUNK": chunk, "num_warps": warps} for chunk in (1024, 2048, 4096, 8192) for warps in (4, 8, 16, 32)
+)
 KERNELS = (
     Kernel(
         "softcap_cross_entropy_held", held_kernel, VOCABULARIES, DTYPES[:2], HELD_SPACE, _held_arguments, _example

@@ -20,6 +20,10 @@ except ImportError:
     tl = SimpleNamespace(constexpr=object)
     INSTALLED = INTERPRETED = False
 
+# as constants of kernels, whose globals must be constexpr
+LOG2E = tl.constexpr(1.4426950408889634) if INSTALLED else 1.4426950408889634
+_INTERPRETED = tl.constexpr(INTERPRETED) if INSTALLED else False
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GRID_LIMIT = 2**31 - 1  # programs on the first axis of a grid
 
@@ -33,7 +37,9 @@ def triton_refusal(x: Tensor) -> str | None:
     if x.device.type == "cpu" and INTERPRETED:
         return None
     if x.device.type != "cuda":
-        return f"the Triton kernels take CUDA tensors, got one on {x.device}; move it, or set TRITON_INTERPRET=1 to debug"
+        return (
+            f"the Triton kernels take CUDA tensors, got one on {x.device}; move it, or set TRITON_INTERPRET=1 to debug"
+        )
     return None
 
 
@@ -50,3 +56,41 @@ def cdiv(a: int, b: int) -> int:
 def power_of_2(n: int) -> int:
     """The least power of two that is not below n."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x in float32 rounded to nearest in `dtype`, also where the interpreter would cut bfloat16 off instead."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = (bits + (32767 + ((bits >> 16) & 1))) & -65536
+        x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+@triton.jit
+def exp2(x):
+    """2^x in one special-function operation: relative error 2⁻²², results below 2⁻¹²⁶ are 0."""
+    if _INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def reciprocal(x):
+    """1/x in one special-function operation: within a unit in the last place; 0 for infinity."""
+    if _INTERPRETED:
+        return 1.0 / x
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def in_order(x):
+    """x (int32, 4 elements a thread), after which the assembler moves no memory access and has x ready: what is unrolled
+    stays in the order written."""
+    if _INTERPRETED:
+        return x
+    return tl.inline_asm_elementwise(
+        "bar.warp.sync 0xffffffff; mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7;",
+        "=r,=r,=r,=r,r,r,r,r", [x], dtype=tl.int32, is_pure=False, pack=4,
+    )  # fmt: skip

@@ -10,6 +10,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():  # before the kernels are imported: interpreted, on CPU tensors
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from nanochat.data.generate import GenerateConfig, generate
 from nanochat.data.shards import Shards
 from nanochat.paths import Paths
@@ -18,6 +21,19 @@ from nanochat.tokenizer import Tokenizer
 
 settings.register_profile("nanochat", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("nanochat")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--plant", action="store_true", help="plant each fault in a copy of the kernels; a test must fail")
+    parser.addoption("--sm80", action="store_true", help="run the PTX that is made for an A100 on the GPU here")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--sm80"):
+        from kernels.inspect import run_ptx_of
+
+        run_ptx_of("sm80")
+
 
 TINY_DATA = GenerateConfig(
     shards=2, documents=2100, chats=120, questions=120, problems=80, identity=20, words=300, tests=24
@@ -71,7 +87,7 @@ def cpu() -> Runtime:
 
 def environment(base: Path | None, **changes: str) -> dict[str, str]:
     """One thread, so that a busy machine does not change sums; `base` as the base directory."""
-    env = {k: v for k, v in os.environ.items() if k not in ("NANOCHAT_BASE_DIR",)}
+    env = {k: v for k, v in os.environ.items() if k not in ("NANOCHAT_BASE_DIR", "TRITON_INTERPRET")}
     env |= {"OMP_NUM_THREADS": "1", "COLUMNS": "200", **changes}
     return env | {"NANOCHAT_BASE_DIR": str(base)} if base else env
 

@@ -82,7 +82,3 @@ def _nearest(kernel: str, architecture: str, dtype: torch.dtype, size: int) -> d
         ) from error
     nearest = min(classes, key=lambda known: (abs(log2(int(known)) - log2(max(size, 1))), int(known)))
     return classes[nearest]
-
-
-
-

@@ -1,0 +1,191 @@
+"""rms_norm and add_rms_norm in Triton against the reference."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kernels
+from kernels import reference
+from kernels.dispatch import room
+from tests.kernels import harness
+from tests.kernels.harness import DEVICE, DTYPES, GPU, check, check_compiled, check_graph_replay, randn
+
+ROOM = room("rms_norm")
+widths = st.one_of(st.integers(16, 40), st.sampled_from((64, 100, 128, 257)))
+
+
+def norm(x):
+    return kernels.rms_norm(x, impl="triton")
+
+
+def add_norm(x, update):
+    return kernels.add_rms_norm(x, update, impl="triton")
+
+
+@harness.property_test
+@given(
+    rows=st.lists(st.integers(1, 5), max_size=2),
+    width=widths,
+    dtype=harness.dtypes,
+    layout=harness.layouts,
+    seed=harness.seeds,
+)
+def test_rms_norm(rows, width, dtype, layout, seed):
+    check(norm, reference.rms_norm, [randn(*rows, width, dtype=dtype, seed=seed, layout=layout)], [0], seed)
+
+
+@harness.property_test
+@given(
+    rows=st.integers(1, 5),
+    width=widths,
+    dtype=harness.dtypes,
+    layouts=st.tuples(harness.layouts, harness.layouts),
+    seed=harness.seeds,
+)
+def test_add_rms_norm(rows, width, dtype, layouts, seed):
+    x, update = (randn(rows, width, dtype=dtype, seed=seed + i, layout=layouts[i]) for i in range(2))
+    check(add_norm, reference.add_rms_norm, [x, update], [0, 1], seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 2, 3, 15])
+def test_narrow_rows(width, dtype):
+    """Forward in full; backward to a unit of dy, for most of dy can lie along so short a row (see the room's heading)."""
+    x = randn(7, width, dtype=dtype)
+    check(norm, reference.rms_norm, [x])
+    dy = randn(7, width, dtype=dtype, seed=1)
+    _, grad = harness.evaluate(norm, [x], [dy], [0])
+    _, exact = harness.evaluate(reference.rms_norm, [x.double()], [dy.double()], [0])
+    rstd = x.double().square().mean(1, keepdim=True).rsqrt()
+    assert ((grad - exact).abs() <= 4 * torch.finfo(dtype).eps * rstd * dy.double().norm(dim=1, keepdim=True)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [768, 1280, 2048, 4096] if GPU else [768, 1280])
+def test_model_widths(width, dtype):
+    rows = 4099 if GPU else 3
+    x, update = (randn(rows, width, dtype=dtype, seed=i) for i in range(2))
+    check(norm, reference.rms_norm, [x], [0])
+    check(add_norm, reference.add_rms_norm, [x, update], [0, 1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3])
+def test_small_and_large_rows(scale, dtype):
+    """Where eps counts, and where squares come near the end of a dtype that is not computed in."""
+    x = randn(5, 96, dtype=torch.float32).mul(scale).to(dtype)
+    check(norm, reference.rms_norm, [x], [0])
+
+
+def test_ignores_scale_and_gives_no_gradient_along_the_row():
+    x = randn(4, 96, dtype=torch.float32)
+    torch.testing.assert_close(norm(8 * x), norm(x))
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(norm(x), x, x.detach())
+    assert grad.abs().max() < 1e-5
+
+
+def test_zero_rows_stay_zero():
+    x = torch.zeros(3, 40, device=DEVICE, requires_grad=True)
+    y = norm(x)
+    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert not y.any() and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])
+def test_empty_batch(shape):
+    check(norm, reference.rms_norm, [torch.empty(shape, device=DEVICE)], [0])
+    check(add_norm, reference.add_rms_norm, [torch.empty(shape, device=DEVICE)] * 2, [0, 1])
+
+
+@pytest.mark.parametrize("used", [(True, False), (False, True)])
+def test_only_one_result_of_the_addition_is_used(used):
+    x, update = (randn(3, 64, dtype=torch.float32, seed=i) for i in range(2))
+
+    def part(operation):
+        def run(*inputs):
+            return tuple(out for out, use in zip(operation(*inputs), used, strict=True) if use)
+
+        return run
+
+    check(part(add_norm), part(reference.add_rms_norm), [x, update], [0, 1])
+
+
+@pytest.mark.parametrize("kernel", ROOM.KERNELS, ids=lambda kernel: kernel.name)
+def test_every_launch_configuration(kernel):
+    """Not only what the table holds: a row tile that is ragged, and one that is not."""
+    x, dy = (randn(8 if GPU else 5, 100, dtype=torch.float32, seed=i) for i in range(2))
+    _, y, rstd = ROOM.launch_forward(x, None)
+    _, (expected,) = evaluate_reference(x, dy)
+    for parameters in kernel.space:
+        if kernel.name == "rms_norm_forward":
+            torch.testing.assert_close(ROOM.launch_forward(x, None, parameters)[1], reference.rms_norm(x))
+        else:
+            torch.testing.assert_close(ROOM.launch_backward(dy, None, y, rstd, parameters), expected)
+
+
+def evaluate_reference(x, dy):
+    y, grad = harness.evaluate(reference.rms_norm, [x], [dy], [0])
+    return y, (grad,)
+
+
+def test_registration():
+    x, update = (randn(3, 40, dtype=torch.float32, seed=i).requires_grad_() for i in range(2))
+    torch.library.opcheck(ROOM.rms_norm_op, (x,))
+    torch.library.opcheck(ROOM.add_rms_norm_op, (x, update))
+    _, y, rstd = ROOM.launch_forward(x.detach(), None)
+    torch.library.opcheck(ROOM.backward_op, (update.detach(), None, y, rstd))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled(dtype):
+    x, update = (randn(3, 64, dtype=dtype, seed=i) for i in range(2))
+    check_compiled(norm, [x], [0])
+    check_compiled(add_norm, [x, update], [0, 1])
+
+
+@pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
+def test_graph_replay():
+    x, update = (randn(64, 1280, dtype=torch.bfloat16, seed=i) for i in range(2))
+    check_graph_replay(norm, [x], [0])
+    check_graph_replay(add_norm, [x, update], [0, 1])
+
+
+def test_autocast_and_no_grad():
+    x = randn(3, 64, dtype=torch.float32)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16), torch.no_grad():
+        y = norm(x)
+    assert y.dtype == torch.float32 and not y.requires_grad
+
+
+@pytest.mark.skipif(not GPU, reason="memory is measured on a GPU")
+def test_keeps_only_results_and_a_number_a_row():
+    x = randn(4096, 1280, dtype=torch.bfloat16).requires_grad_()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    y = norm(x)
+    assert torch.cuda.max_memory_allocated() - before <= y.nbytes + 4 * 4096 + 1024
+
+
+def test_bad_input():
+    x = torch.zeros(2, 8, device=DEVICE)
+    with pytest.raises(TypeError, match="x must be floating point"):
+        kernels.rms_norm(torch.zeros(2, 8, dtype=torch.int64))
+    for wrong in (torch.tensor(1.0), torch.zeros(3, 0)):
+        with pytest.raises(ValueError, match=r"x must be \(…, C\)"):
+            kernels.rms_norm(wrong)
+    with pytest.raises(ValueError, match="update must have shape"):
+        kernels.add_rms_norm(x, torch.zeros(2, 9, device=DEVICE))
+    with pytest.raises(TypeError, match="update is torch.float16 but x is torch.float32"):
+        kernels.add_rms_norm(x, x.half())
+    with pytest.raises(ValueError, match="update is on meta but x on"):
+        kernels.add_rms_norm(x, torch.zeros(2, 8, device="meta"))
+    with pytest.raises(kernels.KernelRequestError, match="float64"):
+        kernels.rms_norm(x.double(), impl="triton")
+    with pytest.raises(kernels.KernelRequestError, match="take CUDA tensors, got one on meta"):
+        kernels.rms_norm(torch.zeros(2, 8, device="meta"), impl="triton")
+    with pytest.raises(kernels.KernelRequestError, match="20000 elements does not fit"):
+        kernels.rms_norm(torch.zeros(1, 20_000, device=DEVICE), impl="triton")
+    with pytest.raises(kernels.KernelRequestError, match="rows pass the"):
+        kernels.rms_norm(torch.zeros(1, device=DEVICE).expand(2**31, 1), impl="triton")
