@@ -72,7 +72,16 @@ def preferred(operation: str, device_index: int | None) -> tuple[str | None, str
     """What the launch table of the device names for the operation (None: nothing), and its reason."""
     table = configs.table(configs.architecture(device_index))
     choice = table["auto"].get(operation)
-    return (choice["impl"], choice["why"]) if choice else (None, "the best that it has")
+    return (choice["impl"], choice["why"]) if choice else (None, "nothing was measured: the first that it has")
+
+
+def describe(operation: str) -> tuple[tuple[str, ...], str, str]:
+    """For people: the implementations of an operation, the one that "auto" takes on this machine, and why."""
+    implementations = room(operation).IMPLEMENTATIONS[operation]
+    if not torch.cuda.is_available():
+        return tuple(implementations), "reference", "there is no CUDA device here"
+    named, why = preferred(operation, torch.cuda.current_device())
+    return tuple(implementations), named or next(iter(implementations)), why
 
 
 def check_request(operation: str, impl: str) -> None:

@@ -109,6 +109,24 @@ def _data_generate():
     return GenerateConfig, _stage(lambda config: "data", generate)
 
 
+def _kernels_list():
+    from nanochat.kernel_commands import KernelsListConfig, list_kernels
+
+    return KernelsListConfig, list_kernels
+
+
+def _kernels_inspect():
+    from nanochat.kernel_commands import KernelsInspectConfig, inspect_kernels
+
+    return KernelsInspectConfig, inspect_kernels
+
+
+def _kernels_tune():
+    from nanochat.kernel_commands import KernelsTuneConfig, tune_kernels
+
+    return KernelsTuneConfig, tune_kernels
+
+
 COMMANDS = {
     "speedrun": Command(_speedrun, "run every stage, from text to chat"),
     "data generate": Command(_data_generate, "make the embedded data"),
@@ -122,6 +140,9 @@ COMMANDS = {
     "chat": Command(_chat, "talk with the model"),
     "report": Command(_report, "write the report of what has run"),
     "trace": Command(_trace, "show the tensors of a forward pass"),
+    "kernels list": Command(_kernels_list, "operations, implementations, and what auto takes here"),
+    "kernels inspect": Command(_kernels_inspect, "compile every kernel for an architecture and check it"),
+    "kernels tune": Command(_kernels_tune, "search launch parameters on the GPU here and write its table"),
 }
 
 

@@ -17,7 +17,7 @@ SOURCES = [p for folder in ("kernels", "nanochat", "bench", "tests") for p in so
 # a module may import from its own layer and those below it
 LAYERS = (
     ("nanochat.cli", "nanochat.__main__", "nanochat.pipeline"),
-    ("nanochat.report", "nanochat.chat", "nanochat.trace"),
+    ("nanochat.report", "nanochat.chat", "nanochat.trace", "nanochat.kernel_commands"),
     ("nanochat.train",),
     ("nanochat.evaluate",),
     ("nanochat.checkpoint",),

@@ -1,0 +1,180 @@
+"""python -m bench: time the fused operations on the GPU here; report: write what was found; compare: two results.
+
+python -m bench --op rms_norm --shape d20 --mode both --json build/rms_norm.json
+python -m bench report build/*.json --out build/report
+python -m bench compare before.json after.json
+"""
+
+import csv
+import json
+import shlex
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.table import Table
+
+from bench.cases import MODES, SHAPES
+from nanochat.console import console, say
+from nanochat.errors import UserError
+
+COLUMNS = ("op", "shape", "mode", "dtype", "impl", "ms", "gbps", "percent_of_copy", "launch_us", "transient_mb")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Time operations against eager, torch.compile and, where installed, Liger-Kernel."""
+
+    op: tuple[str, ...] = tuple(SHAPES)
+    """operations"""
+    impl: tuple[str, ...] = ()
+    """only these variants: triton, eager, compile, liger"""
+    shape: tuple[str, ...] = ()
+    """only these shapes: d12, d20, d32; chunk for the cross entropy"""
+    mode: tuple[str, ...] = MODES
+    """fwd, bwd, both"""
+    dtype: str = "bfloat16"
+    """bfloat16, float16 or float32"""
+    rounds: int = 40
+    """samples of each variant"""
+    json: Path | None = None
+    """write every sample here"""
+    csv: Path | None = None
+    """write the table here"""
+    profile: bool = False
+    """run each variant once inside an NVTX range, between cudaProfilerStart and Stop, instead of timing it: for
+    nsys profile --capture-range=cudaProfilerApi, or ncu --nvtx"""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write results as markdown, HTML and PNG: ratios to the rivals, and a roofline with every kernel on it."""
+
+    results: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """JSON files that python -m bench wrote"""
+    out: Path = Path("build/report")
+    """folder"""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Print what became slower by more than 3 % and the noise from A to B; exit status 1 if anything did."""
+
+    before: Annotated[Path, tyro.conf.Positional]
+    after: Annotated[Path, tyro.conf.Positional]
+
+
+def run(config: RunConfig, command: str) -> None:
+    import torch
+
+    from bench.cases import case
+    from bench.measure import header, measure, need_gpu
+
+    wanted = [(op, shape, mode) for op in config.op for shape in _shapes(op, config) for mode in _modes(op, config)]
+    dtype = getattr(torch, config.dtype, None)
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise UserError(f"--dtype must be bfloat16, float16 or float32, got {config.dtype}")
+    need_gpu()
+    if config.profile:
+        return _profile([case(*one, dtype, config.impl) for one in wanted])
+    found = header(command)
+    for one in wanted:
+        rows = list(measure(case(*one, dtype, config.impl), config.rounds))
+        found["rows"] += rows
+        console.print(_table(rows))
+        torch.cuda.empty_cache()
+    if config.json:
+        _write(config.json, json.dumps(found, indent=1) + "\n")
+    if config.csv:
+        lines = [[row.get(column, "") for column in COLUMNS] for row in found["rows"]]
+        config.csv.parent.mkdir(parents=True, exist_ok=True)
+        with config.csv.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([COLUMNS, *lines])
+
+
+def _shapes(op: str, config: RunConfig) -> Iterable[str]:
+    if op not in SHAPES:
+        raise UserError(f"--op {op} is not measured here; there are {', '.join(SHAPES)}")
+    known = {shape for shapes in SHAPES.values() for shape in shapes}
+    if set(config.shape) - known:
+        raise UserError(f"--shape must be among {', '.join(sorted(known))}, got {', '.join(config.shape)}")
+    return [shape for shape in SHAPES[op] if not config.shape or shape in config.shape]
+
+
+def _modes(op: str, config: RunConfig) -> Iterable[str]:
+    if set(config.mode) - set(MODES):
+        raise UserError(f"--mode must be among {', '.join(MODES)}, got {', '.join(config.mode)}")
+    return [mode for mode in config.mode if mode != "bwd" or op != "softcap_cross_entropy"]
+
+
+def _profile(cases: list) -> None:
+    import nvtx
+    import torch
+
+    for case in cases:
+        for variant in case.variants.values():  # compile first
+            variant(0)
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaProfilerStart()
+    for case in cases:
+        for name, variant in case.variants.items():
+            with nvtx.annotate(f"{case.operation} {case.shape} {case.mode} {name}"):
+                variant(0)
+                torch.cuda.synchronize()
+    torch.cuda.cudart().cudaProfilerStop()
+    say(f"ran {sum(len(case.variants) for case in cases)} variants, each in an NVTX range of its name")
+
+
+def _table(rows: list[dict]) -> Table:
+    first = rows[0]
+    table = Table(
+        title=f"{first['op']} {first['shape']} {first['mode']} {first['dtype']}", box=None, title_justify="left"
+    )
+    for name in ("impl", "ms", "quartiles", "GB/s", "% of copy", "triton is × of it", "launch µs", "transient MB"):
+        table.add_column(name, justify="left" if name == "impl" else "right")
+    for row in rows:
+        if row["ms"] is None:
+            table.add_row(row["impl"], row["note"])
+            continue
+        low, high = row["quartiles_ms"]
+        ratio = next((r["ratio_to"].get(row["impl"]) for r in rows if r["impl"] == "triton" and r["ms"]), None)
+        table.add_row(
+            row["impl"], f"{row['ms']:.4f}", f"{low:.4f}-{high:.4f}", f"{row['gbps']:.0f}",
+            f"{row['percent_of_copy']:.1f}", f"{ratio:.3f}" if ratio else "", f"{row['launch_us']:.0f}",
+            f"{row['transient_mb']:.1f}",
+        )  # fmt: skip
+    return table
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, "utf-8")
+
+
+def main(arguments: list[str]) -> None:
+    command = f"python -m bench {shlex.join(arguments)}".strip()
+    verb = arguments[0] if arguments and arguments[0] in ("report", "compare") else None
+    rest = arguments[1:] if verb else arguments
+    prog = f"python -m bench {verb or ''}".strip()
+    if verb == "report":
+        from bench.report import write_report
+
+        config = tyro.cli(ReportConfig, args=rest, prog=prog)
+        say(f"wrote {write_report(config.results, config.out)}")
+    elif verb == "compare":
+        from bench.compare import compare
+
+        config = tyro.cli(CompareConfig, args=rest, prog=prog)
+        sys.exit(1 if compare(config.before, config.after) else 0)
+    else:
+        run(tyro.cli(RunConfig, args=rest, prog=prog, description=__doc__), command)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (UserError, OSError, ValueError) as error:
+        sys.exit(f"bench: error: {error}")

@@ -1,0 +1,87 @@
+"""The commands about kernels: what there is, what the compiler makes of it, and the search for launch parameters."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from rich.table import Table
+
+from kernels import dispatch, inspect, tune
+from nanochat.console import console, say
+from nanochat.errors import UserError
+
+
+@dataclass(frozen=True)
+class KernelsListConfig:
+    """List the fused operations, their implementations, and which of them impl=auto takes on this machine, and why."""
+
+
+def list_kernels(config: KernelsListConfig) -> None:
+    table = Table("operation", "implementations", "auto takes here", "because", box=None)
+    for operation in dispatch.ROOMS:
+        names, taken, why = dispatch.describe(operation)
+        table.add_row(operation, ", ".join(names), taken, why)
+    console.print(table)
+
+
+@dataclass(frozen=True)
+class KernelsInspectConfig:
+    """Compile every kernel with every committed configuration for an architecture; no GPU is needed.
+
+    Fails on spilled registers, on more shared memory than a block can have, and on TMA or wgmma for sm80.
+    """
+
+    arch: Literal["sm80", "sm90"] = "sm80"
+    """sm80: A100; sm90: H100 and H200"""
+
+
+def inspect_kernels(config: KernelsInspectConfig) -> None:
+    try:
+        found = list(inspect.inspect_all(config.arch))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from error
+    table = Table(box=None)
+    for name in ("kernel", "dtype", "size", "configuration"):
+        table.add_column(name)
+    for name in ("registers", "spilled B", "shared B"):
+        table.add_column(name, justify="right")
+    table.add_column("matrix and copy instructions")
+    table.add_column("wrong")
+    for one in found:
+        configuration = " ".join(f"{key}={value}" for key, value in one.parameters.items())
+        numbers = (str(one.registers), str(one.spilled), str(one.shared))
+        table.add_row(
+            one.kernel, one.dtype, str(one.size), configuration, *numbers, _join(one.instructions), _join(one.faults)
+        )
+    console.print(table)
+    faulty = [one for one in found if one.faults]
+    if faulty:
+        raise UserError(
+            f"{len(faulty)} of {len(found)} configurations for {config.arch} are faulty, the first {faulty[0].kernel} "
+            f"{faulty[0].dtype} {faulty[0].size}: {_join(faulty[0].faults)}; tune again or mend kernels/configs/{config.arch}.json"
+        )
+    say(f"{len(found)} configurations compile for {config.arch} without a fault")
+
+
+@dataclass(frozen=True)
+class KernelsTuneConfig:
+    """Time every configuration of every kernel on the GPU here and write the fastest to its architecture's table."""
+
+    kernel: tuple[str, ...] = ()
+    """only these kernels, by the names that inspect prints"""
+    arch: Literal["here", "sm80"] = "here"
+    """sm80: tune the PTX that an A100 would get, on a newer GPU, as the next best thing to an A100"""
+
+
+def tune_kernels(config: KernelsTuneConfig) -> None:
+    try:
+        if config.arch == "sm80":
+            inspect.run_ptx_of("sm80")
+        for what, milliseconds, parameters in tune.tune(config.kernel, say):
+            say(f"{what}: {milliseconds:.4f} ms with {parameters}")
+    except (RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+def _join(words: Iterable[str]) -> str:
+    return ", ".join(words) or "none"
