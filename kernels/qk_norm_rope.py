@@ -14,7 +14,7 @@ from kernels.checks import check_device, check_float, check_shape
 from kernels.configs import Kernel, launch_parameters
 from kernels.dispatch import Implementation, choose
 from kernels.reference import EPS
-from kernels.triton_helpers import DTYPES, GRID_LIMIT, cast, cdiv, power_of_2, tl, triton, triton_refusal
+from kernels.triton_helpers import DTYPES, GRID_LIMIT, cast, cdiv, power_of_2, rsqrt, tl, triton, triton_refusal
 
 WIDEST = 1024  # of a head
 
@@ -41,24 +41,39 @@ def table_rows(cos, sin, offset, offsets, batch, t, channel, inside, positions, 
 
 
 @triton.jit
+def load_heads(
+    x, first, heads, x_batch, x_token, x_head, batch, t, channel, inside, HALF: tl.constexpr, HEADS: tl.constexpr
+):
+    """Both halves of HEADS heads, as they lie: (x1, x2, x1, x2, …), each (TOKENS, HALF_BLOCK).
+
+    All at once, ahead of any store: after one, the compiler must take a load to depend on it.
+    """
+    loaded = ()
+    for i in tl.static_range(HEADS):
+        at = x + batch * x_batch + (first + i) * x_head + (t.to(tl.int64) * x_token)[:, None] + channel[None, :]
+        mask = inside & (first + i < heads)
+        x1 = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
+        loaded = loaded + (x1, tl.load(at + HALF, mask=mask, other=0.0, eviction_policy="evict_first"))  # noqa: RUF005
+    return loaded
+
+
+@triton.jit
 def forward_heads(
     x, out, rstd, first, heads, x_batch, x_token, x_head, batch, tokens, t, channel, inside, c, s,
     EPS: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
+    loaded = load_heads(x, first, heads, x_batch, x_token, x_head, batch, t, channel, inside, HALF, HEADS)
     for i in tl.static_range(HEADS):
-        head = first + i
-        mask = inside & (head < heads)
-        at = x + batch * x_batch + head * x_head + (t.to(tl.int64) * x_token)[:, None] + channel[None, :]
-        x1 = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        x2 = tl.load(at + HALF, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        x1, x2 = loaded[2 * i].to(tl.float32), loaded[2 * i + 1].to(tl.float32)
         o1 = tl.where(inside, x1 * c + x2 * s, 0.0)
         o2 = tl.where(inside, x2 * c - x1 * s, 0.0)
-        r = 1.0 / tl.sqrt(tl.sum(o1 * o1 + o2 * o2, axis=1) / (2 * HALF) + EPS)
-        row = (batch * tokens + t) * heads + head  # (TOKENS,) int64
+        r = rsqrt(tl.sum(o1 * o1 + o2 * o2, axis=1) / (2 * HALF) + EPS)
+        row = (batch * tokens + t) * heads + (first + i)  # (TOKENS,) int64
         to = out + row[:, None] * (2 * HALF) + channel[None, :]
+        mask = inside & (first + i < heads)
         tl.store(to, cast(o1 * r[:, None], out.dtype.element_ty), mask=mask)
         tl.store(to + HALF, cast(o2 * r[:, None], out.dtype.element_ty), mask=mask)
-        tl.store(rstd + row, r, mask=(t < tokens) & (head < heads))
+        tl.store(rstd + row, r, mask=(t < tokens) & (first + i < heads))
 
 
 @triton.jit
@@ -66,22 +81,23 @@ def backward_heads(
     dy, y, rstd, dx, first, heads, dy_batch, dy_token, dy_head, batch, tokens, t, channel, inside, c, s,
     HALF: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
+    grads = load_heads(dy, first, heads, dy_batch, dy_token, dy_head, batch, t, channel, inside, HALF, HEADS)
+    y_token = heads * 2 * HALF  # y is contiguous
+    normed = load_heads(
+        y, first, heads, tokens * y_token, y_token, 2 * HALF, batch, t, channel, inside, HALF, HEADS
+    )  # fmt: skip
     for i in tl.static_range(HEADS):
-        head = first + i
-        mask = inside & (head < heads)
-        at = dy + batch * dy_batch + head * dy_head + (t.to(tl.int64) * dy_token)[:, None] + channel[None, :]
-        g1 = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        g2 = tl.load(at + HALF, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        row = (batch * tokens + t) * heads + head
-        here = row[:, None] * (2 * HALF) + channel[None, :]
-        y1 = tl.load(y + here, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        y2 = tl.load(y + here + HALF, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        r = tl.load(rstd + row, mask=(t < tokens) & (head < heads), other=0.0)
+        row = (batch * tokens + t) * heads + (first + i)
+        r = tl.load(rstd + row, mask=(t < tokens) & (first + i < heads), other=0.0)
+        g1, g2 = grads[2 * i].to(tl.float32), grads[2 * i + 1].to(tl.float32)
+        y1, y2 = normed[2 * i].to(tl.float32), normed[2 * i + 1].to(tl.float32)
         along = tl.sum(g1 * y1 + g2 * y2, axis=1) / (2 * HALF)
         o1 = r[:, None] * (g1 - y1 * along[:, None])
         o2 = r[:, None] * (g2 - y2 * along[:, None])
-        tl.store(dx + here, cast(o1 * c - o2 * s, dx.dtype.element_ty), mask=mask)
-        tl.store(dx + here + HALF, cast(o1 * s + o2 * c, dx.dtype.element_ty), mask=mask)
+        to = dx + row[:, None] * (2 * HALF) + channel[None, :]
+        mask = inside & (first + i < heads)
+        tl.store(to, cast(o1 * c - o2 * s, dx.dtype.element_ty), mask=mask)
+        tl.store(to + HALF, cast(o1 * s + o2 * c, dx.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["offset"])
@@ -133,12 +149,14 @@ def launch(kernel, name: str, q: Tensor, k: Tensor, tensors: tuple, tables: tupl
         return
     cos, sin, offset, offsets = tables
     parameters = parameters or launch_parameters(name, q.device, q.dtype, width)
-    k_heads, heads = k.size(2), parameters["HEADS"]
+    k_heads = k.size(2)
+    # the most heads a program that leave no program with fewer: 6 heads are taken by 3 where the table says 5
+    heads = max(n for n in range(1, parameters["HEADS"] + 1) if q_heads % n == k_heads % n == 0)
     grid = (batch * cdiv(tokens, parameters["TOKENS"]), cdiv(q_heads, heads) + cdiv(k_heads, heads))
     kernel[grid](
         *tensors, cos, sin, offset, cos if offsets is None else offsets, tokens, cos.size(0), q_heads, k_heads,
         *q.stride()[:3], *k.stride()[:3], HALF=width // 2, HALF_BLOCK=power_of_2(width // 2),
-        OFFSETS=offsets is not None, **constants, **parameters,
+        OFFSETS=offsets is not None, **constants, **(parameters | {"HEADS": heads}),
     )  # fmt: skip
 
 
@@ -313,7 +331,8 @@ HEAD_WIDTHS = (64, 128)
 SPACE = tuple(
     {"TOKENS": tokens, "HEADS": heads, "num_warps": warps}
     for tokens, warps in ((4, 1), (8, 1), (8, 2), (16, 2), (16, 4), (32, 4), (32, 8), (64, 8))
-    for heads in (1, 2, 5)
+    for heads in (1, 2, 5, 10)
+    if tokens * heads <= 160
 )
 KERNELS = (
     Kernel("qk_norm_rope_forward", forward_kernel, HEAD_WIDTHS, DTYPES, SPACE, _forward_arguments, _forward_example),

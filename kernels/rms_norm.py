@@ -16,7 +16,18 @@ from kernels.checks import check_float, check_shape
 from kernels.configs import Kernel, launch_parameters
 from kernels.dispatch import Implementation, choose
 from kernels.reference import EPS
-from kernels.triton_helpers import DTYPES, GRID_LIMIT, as_rows, cast, cdiv, power_of_2, tl, triton, triton_refusal
+from kernels.triton_helpers import (
+    DTYPES,
+    GRID_LIMIT,
+    as_rows,
+    cast,
+    cdiv,
+    power_of_2,
+    rsqrt,
+    tl,
+    triton,
+    triton_refusal,
+)
 
 WIDEST = 16_384  # elements of a row held in registers: 32 a thread of a block of 512
 
@@ -36,7 +47,7 @@ def forward_kernel(
         tile = cast(tile.to(tl.float32) + more.to(tl.float32), tile.dtype)
         tl.store(total + here, tile, mask=inside)
     tile = tile.to(tl.float32)
-    r = 1.0 / tl.sqrt(tl.sum(tile * tile, axis=1) / WIDTH + EPS)
+    r = rsqrt(tl.sum(tile * tile, axis=1) / WIDTH + EPS)
     tl.store(y + here, cast(tile * r[:, None], y.dtype.element_ty), mask=inside)
     tl.store(rstd + row, r, mask=row < rows)
 

@@ -1,15 +1,18 @@
 """Softcap and cross entropy of given logits, loss and gradient in one pass over them.
 
-l = cap·tanh(z/cap) lies in ±cap, so log Σ exp(l) needs no running maximum: with w = 1/(1 + exp(2z/cap)),
-    exp(l − cap) = exp(−2·cap·w) = e,   S = Σ e,   loss = −log(e_target/S),
-    dloss/dz = (e/S − [target])·(1 − tanh²) with 1 − tanh² = 4·(w − w²).
-Three special-function operations an element, and no division but the row's.
+l = cap·tanh(z/cap) lies in ±cap, so Σ exp(l) needs no running maximum: with w = 1/(1 + exp(2z/cap)),
+    e = exp(l) = exp(cap − 2·cap·w),   S = Σ e,   loss = log S − l_target,
+    dloss/dz = (e/S − [target])·(1 − tanh²) with 1 − tanh² = 4·w·(1 − w).
+Three special-function operations an element, and no division but the row's. w is rounded to 2⁻²⁵, so l to cap·2⁻²⁴, of which
+a sum over many logits keeps little; what belongs to the target alone is computed in float64.
 
 A row of 16-bit logits (65,536 of them are 128 KiB) stays on the chip between the sum and the gradient, as E = e·w(1−w)
-in 16 bits of its own: 6 of exponent and 10 of fraction, because E lies in (0, 1]. Rounding E so adds 3 % to the rounding
-of a bfloat16 gradient (a quarter of its unit, in quadrature). So the logits are read once, the gradient is written once.
-Rows that do not fit (float32, or wider) are read twice; the second time they are mostly still in the L2 cache.
+in 16 bits of its own: 6 of exponent and 10 of fraction, because E is positive and its range is known. That adds 3 % to
+the rounding of a bfloat16 gradient (a quarter of its unit, in quadrature). So the logits are read once and the gradient
+is written once. Rows that do not fit (float32, or wider) are read twice, the second time mostly from the L2 cache.
 """
+
+from math import ceil, e, log2
 
 import torch
 from torch import Tensor
@@ -34,8 +37,8 @@ from kernels.triton_helpers import (
     triton_refusal,
 )
 
-LARGEST_CAP = 40.0  # Σ exp(l − cap) ≥ exp(−80), a normal float32
-LARGEST_HELD_CAP = 20.0  # E ≥ 2⁻⁵⁸ before the derivative of a saturated logit, with 2⁻⁶³ the least that is held
+LARGEST_CAP = 40.0  # exp(±40) and sums of it are float32 with room to spare
+LARGEST_HELD_CAP = 20.0  # exp(±20) spans 58 of the 64 exponents that are held
 WIDEST_HELD = 65_536  # 16-bit logits in the registers of one multiprocessor, with as many left to compute with
 
 
@@ -55,20 +58,21 @@ def weights_of(z, CAP: tl.constexpr):
 
 @triton.jit
 def exponential(w, CAP: tl.constexpr):
-    """exp(l − cap)."""
-    return exp2(w * (-2.0 * LOG2E * CAP))
+    """exp(l)."""
+    return exp2(w * (-2.0 * LOG2E * CAP) + LOG2E * CAP)
 
 
 @triton.jit
-def pack(e):
-    """Pairs of numbers in [0, 1] in one integer each: exponents from −63 in 6 bits, fractions in 10, rounded."""
-    bits = tl.maximum(e.to(tl.int32, bitcast=True) - ((64 << 23) - (1 << 12)), 0)
+def pack(e, TOP: tl.constexpr):
+    """Pairs of numbers from 0 to 2^TOP in one integer each: exponents TOP−63 to TOP in 6 bits, fractions in 10, rounded."""
+    bits = tl.maximum(e.to(tl.int32, bitcast=True) - (((64 + TOP) << 23) - (1 << 12)), 0)
     low, high = tl.split(tl.reshape(bits, [bits.shape[0] // 2, 2]))
     return (low >> 13) | ((high << 3) & -65536)
 
 
 @triton.jit
 def unpack(pair):
+    """The numbers times 2^−TOP."""
     low = ((pair << 13) & 0x1FFFE000) | (64 << 23)
     high = ((pair >> 3) & 0x1FFFE000) | (64 << 23)
     both = tl.join(low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True))
@@ -78,7 +82,7 @@ def unpack(pair):
 @triton.jit
 def held_kernel(
     logits, targets, sums, gradient, scale, rows, width, stride, ignore_index, CAP: tl.constexpr, MEAN: tl.constexpr,
-    CHUNKS: tl.constexpr, EVEN: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+    CHUNKS: tl.constexpr, EVEN: tl.constexpr, TOP: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A row at a time, in CHUNKS of CHUNK columns: S, and e/S·(1 − tanh²)·scale, from one read."""
     column = tl.arange(0, CHUNK)
@@ -98,11 +102,11 @@ def held_kernel(
             if not EVEN:
                 e = tl.where(at < width, e, 0.0)
             total += e
-            held = held + (in_order(pack(e * (w - w * w))),)  # noqa: RUF005
+            held = held + (in_order(pack(e * (w - w * w), TOP)),)  # noqa: RUF005
         factor = factor_of(row, targets, scale, ignore_index, MEAN)
         total = tl.sum(total)
         tl.store(sums + row, total)
-        share = 4.0 * factor / total
+        share = 4.0 * factor / total * (1 << TOP)
         for i in tl.static_range(CHUNKS):
             at = i * CHUNK + column
             value = cast(unpack(held[i]) * share, gradient.dtype.element_ty)
@@ -157,16 +161,21 @@ def targets_kernel(
     total = tl.load(sums + row, mask=here, other=1.0)
     known = here & (target >= 0) & (target < width)
     z = tl.load(logits + row * stride + target, mask=known, other=float("nan")).to(tl.float32)
-    w, rest = weights_of(z, CAP)
-    share = exponential(w, CAP) / total
+    summed = exponential(weight_of(z, CAP), CAP).to(tl.float64)
+    w = 1.0 / (1.0 + tl.exp(z.to(tl.float64) * (2.0 / CAP)))
+    rest = 1.0 / (1.0 + tl.exp(z.to(tl.float64) * (-2.0 / CAP)))
+    exact = tl.exp(CAP * (rest - w))
+    others = tl.maximum(total.to(tl.float64) - summed, 0.0)  # the target's term of S as exact as itself
     counts = target != ignore_index
-    tl.store(sums + row, tl.where(counts, -tl.log(share), 0.0), mask=here)
+    loss = tl.log((exact + others) / exact)
+    tl.store(sums + row, tl.where(counts, loss, 0.0).to(tl.float32), mask=here)
     if GRADIENT:
         factor = 1.0
         if MEAN:
             factor = tl.load(scale)
-        value = (share - 1.0) * 4.0 * (w * rest) * factor
-        tl.store(gradient + row * width + target, cast(value, gradient.dtype.element_ty), mask=known & counts)
+        value = -others / (exact + others) * 4.0 * w * rest * factor
+        value = cast(value.to(tl.float32), gradient.dtype.element_ty)
+        tl.store(gradient + row * width + target, value, mask=known & counts)
 
 
 @triton.jit
@@ -187,6 +196,16 @@ def scale_kernel(gradient, factors, rows, width, factor_stride, CHUNK: tl.conste
 
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def chunk_of(width: int, parameters: dict[str, int]) -> int:
+    """Columns of a chunk, which a narrow vocabulary does not fill."""
+    return min(parameters["CHUNK"], power_of_2(max(width, 16)))
+
+
+def top_of(cap: float) -> int:
+    """The exponent that exp(cap) does not pass."""
+    return ceil(cap * log2(e))
 
 
 def is_held(logits: Tensor, cap: float) -> bool:
@@ -211,11 +230,12 @@ def launch(
         parameters = dict(parameters or launch_parameters(kernel, logits.device, logits.dtype, width))
         tensors, stride = (logits, targets, losses, gradient, scale), logits.stride(0)
         if held:
-            chunk = min(parameters.pop("CHUNK"), power_of_2(max(width, 2)))
+            chunk = chunk_of(width, parameters)
+            del parameters["CHUNK"]
             programs = min(rows, multiprocessors(logits.device) * parameters.pop("PROGRAMS"))
             held_kernel[(programs,)](
                 *tensors, rows, width, stride, ignore_index, CAP=cap, MEAN=mean,
-                CHUNKS=cdiv(width, chunk), EVEN=width % chunk == 0, CHUNK=chunk, **parameters,
+                CHUNKS=cdiv(width, chunk), EVEN=width % chunk == 0, TOP=top_of(cap), CHUNK=chunk, **parameters,
             )  # fmt: skip
         else:
             streamed_kernel[(rows,)](
@@ -288,7 +308,7 @@ def run(logits: Tensor, targets: Tensor, cap: float, ignore_index: int, reductio
 
 def refusal(logits: Tensor, targets: Tensor, cap: float, ignore_index: int, reduction: str) -> str | None:
     if cap > LARGEST_CAP:
-        return f"it sums exp(l − cap) without a running maximum, which takes a cap of at most {LARGEST_CAP}, got {cap}"
+        return f"it sums exp(l) without a running maximum, which takes a cap of at most {LARGEST_CAP}, got {cap}"
     if logits.size(0) > GRID_LIMIT or logits.size(1) > GRID_LIMIT:
         return f"{tuple(logits.shape)} logits pass the {GRID_LIMIT} rows or columns of one launch; split them"
     return triton_refusal(logits)
@@ -344,8 +364,15 @@ TYPES = {"logits": "*T", "targets": "*i64", "sums": "*fp32", "gradient": "*T", "
 
 def _held_arguments(size: int, dtype: torch.dtype, parameters: dict[str, int]):
     types = TYPES | {"rows": "i32", "width": "i32", "stride": "i32", "ignore_index": "i32"}
-    chunk = min(parameters["CHUNK"], size)
-    return types, {"CAP": 15.0, "MEAN": True, "CHUNKS": cdiv(size, chunk), "EVEN": size % chunk == 0, "CHUNK": chunk}
+    chunk = chunk_of(size, parameters)
+    return types, {
+        "CAP": 15.0,
+        "MEAN": True,
+        "CHUNKS": cdiv(size, chunk),
+        "EVEN": size % chunk == 0,
+        "TOP": top_of(15.0),
+        "CHUNK": chunk,
+    }
 
 
 def _streamed_arguments(size: int, dtype: torch.dtype, parameters: dict[str, int]):
@@ -362,13 +389,11 @@ def _example(size: int, dtype: torch.dtype, device: torch.device):
 VOCABULARIES = (1024, 32_768, 65_536)
 HELD_SPACE = tuple(
     {"CHUNK": 256 * warps, "STAGES": stages, "PROGRAMS": programs, "num_warps": warps}
-    for warps in (4, 8, 16, 32)
+    for warps in (4, 16, 32)
     for stages in (1, 2)
-    for programs in (1, 2, 4)
+    for programs in (1, 4)
 )  # 256 columns a warp: the 4 pairs a thread that in_order takes
-STREAMED_SPACE = tuple(
-    {"CHUNK": chunk, "num_warps": warps} for chunk in (1024, 2048, 4096, 8192) for warps in (4, 8, 16, 32)
-)
+STREAMED_SPACE = tuple({"CHUNK": chunk, "num_warps": warps} for chunk in (1024, 4096, 8192) for warps in (4, 8, 16))
 KERNELS = (
     Kernel(
         "softcap_cross_entropy_held", held_kernel, VOCABULARIES, DTYPES[:2], HELD_SPACE, _held_arguments, _example

@@ -69,6 +69,12 @@ def cast(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def rsqrt(x):
+    """1/√x, both operations rounded to nearest: a whole row is multiplied by it, and its error does not average out."""
+    return tl.div_rn(1.0, tl.sqrt_rn(x))
+
+
+@triton.jit
 def exp2(x):
     """2^x in one special-function operation: relative error 2⁻²², results below 2⁻¹²⁶ are 0."""
     if _INTERPRETED:

@@ -1,7 +1,9 @@
 """The search for launch parameters: every configuration of a kernel's space on the GPU here, the fastest into the table."""
 
 import json
+import multiprocessing
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from statistics import median
 
 import torch
@@ -9,9 +11,10 @@ import torch
 from kernels import configs, timing
 from kernels.configs import Kernel
 from kernels.dispatch import tunable_kernels
-from kernels.inspect import SHORT, inspect_kernel
+from kernels.inspect import SHORT, inspect_kernel, run_ptx_of
 
 ROUNDS = 15
+COMPILERS = 8  # processes that fill Triton's cache ahead of the timing, each with its own inputs on the GPU
 
 
 def tune(only: tuple[str, ...] = (), say: Callable[[str], None] = print) -> Iterator[tuple[str, float, dict[str, int]]]:
@@ -31,9 +34,9 @@ def tune(only: tuple[str, ...] = (), say: Callable[[str], None] = print) -> Iter
     device = torch.device("cuda", torch.cuda.current_device())
     architecture = configs.architecture(device.index)
     table = configs.table(architecture)
+    kernels = [kernel for kernel in kernels if not only or kernel.name in only]
+    works = launchable(kernels, architecture, say)
     for kernel in kernels:
-        if only and kernel.name not in only:
-            continue
         found: dict[str, dict[str, dict[str, int]]] = {}
         for dtype in kernel.dtypes:
             classes = found[str(dtype).removeprefix("torch.")] = {}
@@ -41,7 +44,7 @@ def tune(only: tuple[str, ...] = (), say: Callable[[str], None] = print) -> Iter
                 if dtype == torch.float16:
                     classes[str(size)] = found["bfloat16"][str(size)]
                     continue
-                milliseconds, classes[str(size)] = fastest(kernel, architecture, size, dtype, device, say)
+                milliseconds, classes[str(size)] = fastest(kernel, size, dtype, device, works[kernel.name, size, dtype])
                 yield f"{kernel.name} {SHORT[dtype]} {size}", milliseconds, classes[str(size)]
         table["launch"][kernel.name] = found
         forced = " running sm80's PTX" if architecture == "sm80" and torch.cuda.get_device_capability()[0] > 8 else ""
@@ -51,29 +54,54 @@ def tune(only: tuple[str, ...] = (), say: Callable[[str], None] = print) -> Iter
         write(architecture, table)
 
 
-def fastest(kernel: Kernel, architecture: str, size: int, dtype: torch.dtype, device: torch.device, say):
-    """(median milliseconds, parameters) of the fastest configuration without spills."""
-    run = kernel.example(size, dtype, device)
-    works = {}
-    for parameters in kernel.space:
-        try:
-            run(parameters)
-            torch.cuda.synchronize()
-            works[json.dumps(parameters)] = parameters
-        except Exception as error:  # too much shared memory, a tile the compiler refuses
-            say(f"{kernel.name} {SHORT[dtype]} {size} {parameters}: {type(error).__name__} {str(error)[:80]}")
-    samples = timing.interleaved(
-        {name: lambda _, parameters=parameters: run(parameters) for name, parameters in works.items()}, ROUNDS
-    )
-    times = {name: median(values) for name, values in samples.items()}
-    for name in sorted(times, key=times.__getitem__):
-        faults = inspect_kernel(kernel, architecture, size, dtype, works[name]).faults
+def launchable(kernels: list[Kernel], architecture: str, say) -> dict[tuple, list[dict[str, int]]]:
+    """For each kernel, size and dtype the configurations that compile without a fault and can be launched."""
+    jobs = [
+        (kernel.name, size, dtype, parameters, architecture)
+        for kernel in kernels
+        for dtype in kernel.dtypes
+        for size in kernel.sizes
+        for parameters in kernel.space
+        if dtype != torch.float16
+    ]
+    works: dict[tuple, list[dict[str, int]]] = {job[:3]: [] for job in jobs}
+    with ProcessPoolExecutor(COMPILERS, multiprocessing.get_context("spawn")) as pool:
+        for (name, size, dtype, parameters, _), fault in zip(jobs, pool.map(_try, jobs, chunksize=4), strict=True):
+            if fault:
+                say(f"{name} {SHORT[dtype]} {size} {parameters}: {fault}")
+            else:
+                works[name, size, dtype].append(parameters)
+    return works
+
+
+def _try(job: tuple) -> str:
+    """What is wrong with a configuration, nothing if it is empty; in a process of its own."""
+    name, size, dtype, parameters, architecture = job
+    kernel = next(kernel for kernel in tunable_kernels() if kernel.name == name)
+    device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        faults = inspect_kernel(kernel, architecture, size, dtype, parameters).faults
         if not faults:
-            return times[name], works[name]
-        say(
-            f"{kernel.name} {SHORT[dtype]} {size} {works[name]} would take {times[name]:.4f} ms, but: {'; '.join(faults)}"
-        )
-    raise RuntimeError(f"{kernel.name}: no configuration for {size} {dtype} compiles without a fault")
+            if architecture == "sm80" and torch.cuda.get_device_capability(device)[0] > 8:
+                run_ptx_of("sm80")
+            kernel.example(size, dtype, device)(parameters)
+            torch.cuda.synchronize()
+    except Exception as error:  # a tile that the compiler refuses
+        return f"{type(error).__name__} {str(error)[:80]}"
+    return "; ".join(faults)
+
+
+def fastest(
+    kernel: Kernel, size: int, dtype: torch.dtype, device: torch.device, configurations: list[dict[str, int]]
+) -> tuple[float, dict[str, int]]:
+    """(median milliseconds, parameters) of the fastest configuration."""
+    if not configurations:
+        raise RuntimeError(f"{kernel.name}: no configuration for {size} {dtype} compiles without a fault")
+    run = kernel.example(size, dtype, device)
+    variants = {str(n): lambda _, parameters=p: run(parameters) for n, p in enumerate(configurations)}
+    times = {name: median(values) for name, values in timing.interleaved(variants, ROUNDS).items()}
+    best = min(times, key=times.__getitem__)
+    return times[best], configurations[int(best)]
 
 
 def write(architecture: str, table: dict) -> None:

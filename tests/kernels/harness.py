@@ -67,8 +67,16 @@ def evaluate(function: Callable, inputs: Sequence, upstream: Sequence[Tensor], w
     return [x.detach() for x in (*outputs, *grads)]
 
 
-def check(kernel: Callable, reference: Callable, inputs: Sequence, wrt: Sequence[int] = (), seed: int = 0) -> None:
-    """The kernel against the oracle, and against itself run again."""
+def check(
+    kernel: Callable,
+    reference: Callable,
+    inputs: Sequence,
+    wrt: Sequence[int] = (),
+    seed: int = 0,
+    epsilon: float = 0.0,
+) -> None:
+    """The kernel against the oracle, and against itself run again. epsilon: error that an operation states in its
+    docstring and may add, absolute in each result, relative in gradients."""
     inputs = list(inputs)
     shapes = reference(*inputs)
     shapes = shapes if isinstance(shapes, tuple) else (shapes,)
@@ -84,15 +92,19 @@ def check(kernel: Callable, reference: Callable, inputs: Sequence, wrt: Sequence
     for number, (a, b, true, other) in enumerate(zip(found, again, oracle, rival, strict=True)):
         assert a.dtype == other.dtype and a.shape == other.shape, f"result {number}: {a.dtype} {tuple(a.shape)}"
         assert torch.equal(a, b), f"result {number} differs when repeated"
-        assert_within_budget(a, true, other, f"result {number}")
+        is_result = number < len(shapes)
+        more = epsilon * (a.numel() ** 0.5 if is_result else float(true.norm()))
+        assert_within_budget(
+            a, true, other, f"result {number}" if is_result else f"gradient {number - len(shapes)}", more
+        )
 
 
-def assert_within_budget(found: Tensor, oracle: Tensor, rival: Tensor, name: str) -> None:
+def assert_within_budget(found: Tensor, oracle: Tensor, rival: Tensor, name: str, more: float = 0.0) -> None:
     if not found.numel():
         return
     unit = torch.finfo(found.dtype).eps * float(oracle.abs().max())
     error, allowed = float((found.double() - oracle).norm()), float((rival.double() - oracle).norm())
-    budget = RATIO * allowed + unit
+    budget = RATIO * allowed + unit + more
     assert error <= budget, f"{name}: error {error:.3e}, reference {allowed:.3e}, budget {budget:.3e}"
 
 
