@@ -59,7 +59,7 @@ def load_heads(
 
 @triton.jit
 def forward_heads(
-    x, out, rstd, first, heads, x_batch, x_token, x_head, batch, tokens, t, channel, inside, c, s,
+    x, out, rstd, first, heads, x_batch, x_token, x_head, batch, tokens, all_tokens, t, channel, inside, c, s,
     EPS: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     loaded = load_heads(x, first, heads, x_batch, x_token, x_head, batch, t, channel, inside, HALF, HEADS)
@@ -73,12 +73,14 @@ def forward_heads(
         mask = inside & (first + i < heads)
         tl.store(to, cast(o1 * r[:, None], out.dtype.element_ty), mask=mask)
         tl.store(to + HALF, cast(o2 * r[:, None], out.dtype.element_ty), mask=mask)
-        tl.store(rstd + row, r, mask=(t < tokens) & (first + i < heads))
+        # a head's numbers side by side: 4 bytes of each token apart would be a memory transaction each
+        number = (first + i) * all_tokens + batch * tokens + t
+        tl.store(rstd + number, r, mask=(t < tokens) & (first + i < heads))
 
 
 @triton.jit
 def backward_heads(
-    dy, y, rstd, dx, first, heads, dy_batch, dy_token, dy_head, batch, tokens, t, channel, inside, c, s,
+    dy, y, rstd, dx, first, heads, dy_batch, dy_token, dy_head, batch, tokens, all_tokens, t, channel, inside, c, s,
     HALF: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     grads = load_heads(dy, first, heads, dy_batch, dy_token, dy_head, batch, t, channel, inside, HALF, HEADS)
@@ -88,7 +90,8 @@ def backward_heads(
     )  # fmt: skip
     for i in tl.static_range(HEADS):
         row = (batch * tokens + t) * heads + (first + i)
-        r = tl.load(rstd + row, mask=(t < tokens) & (first + i < heads), other=0.0)
+        number = (first + i) * all_tokens + batch * tokens + t
+        r = tl.load(rstd + number, mask=(t < tokens) & (first + i < heads), other=0.0)
         g1, g2 = grads[2 * i].to(tl.float32), grads[2 * i + 1].to(tl.float32)
         y1, y2 = normed[2 * i].to(tl.float32), normed[2 * i + 1].to(tl.float32)
         along = tl.sum(g1 * y1 + g2 * y2, axis=1) / (2 * HALF)
@@ -109,16 +112,17 @@ def forward_kernel(
 ):  # fmt: skip
     blocks = tl.cdiv(tokens, TOKENS)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
+    all_tokens = (tl.num_programs(0) // blocks).to(tl.int64) * tokens
     t, channel, inside = tile_of(tl.program_id(0) % blocks, TOKENS, HALF_BLOCK, tokens, HALF)
     c, s = table_rows(cos, sin, offset, offsets, batch, t, channel, inside, positions, HALF, OFFSETS)
     q_programs = tl.cdiv(q_heads, HEADS)
     program = tl.program_id(1)
     if program < q_programs:
         forward_heads(q, q_out, q_rstd, program * HEADS, q_heads, q_batch, q_token, q_head,
-                      batch, tokens, t, channel, inside, c, s, EPS, HALF, HEADS)  # fmt: skip
+                      batch, tokens, all_tokens, t, channel, inside, c, s, EPS, HALF, HEADS)  # fmt: skip
     else:
         forward_heads(k, k_out, k_rstd, (program - q_programs) * HEADS, k_heads, k_batch, k_token, k_head,
-                      batch, tokens, t, channel, inside, c, s, EPS, HALF, HEADS)  # fmt: skip
+                      batch, tokens, all_tokens, t, channel, inside, c, s, EPS, HALF, HEADS)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["offset"])
@@ -130,16 +134,17 @@ def backward_kernel(
 ):  # fmt: skip
     blocks = tl.cdiv(tokens, TOKENS)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
+    all_tokens = (tl.num_programs(0) // blocks).to(tl.int64) * tokens
     t, channel, inside = tile_of(tl.program_id(0) % blocks, TOKENS, HALF_BLOCK, tokens, HALF)
     c, s = table_rows(cos, sin, offset, offsets, batch, t, channel, inside, positions, HALF, OFFSETS)
     q_programs = tl.cdiv(q_heads, HEADS)
     program = tl.program_id(1)
     if program < q_programs:
         backward_heads(dq_out, q_out, q_rstd, dq, program * HEADS, q_heads, q_batch, q_token, q_head,
-                       batch, tokens, t, channel, inside, c, s, HALF, HEADS)  # fmt: skip
+                       batch, tokens, all_tokens, t, channel, inside, c, s, HALF, HEADS)  # fmt: skip
     else:
         backward_heads(dk_out, k_out, k_rstd, dk, (program - q_programs) * HEADS, k_heads, k_batch, k_token, k_head,
-                       batch, tokens, t, channel, inside, c, s, HALF, HEADS)  # fmt: skip
+                       batch, tokens, all_tokens, t, channel, inside, c, s, HALF, HEADS)  # fmt: skip
 
 
 def launch(kernel, name: str, q: Tensor, k: Tensor, tensors: tuple, tables: tuple, parameters, **constants) -> None:
@@ -160,6 +165,11 @@ def launch(kernel, name: str, q: Tensor, k: Tensor, tensors: tuple, tables: tupl
     )  # fmt: skip
 
 
+def rstd_shape(x: Tensor) -> tuple[int, int, int]:
+    """(H, B, T) for x (B, T, H, D)."""
+    return x.size(2), x.size(0), x.size(1)
+
+
 def side_by_side(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -170,7 +180,7 @@ def launch_forward(q: Tensor, k: Tensor, tables: tuple, parameters: dict[str, in
         torch.empty(q.shape, dtype=q.dtype, device=q.device),
         torch.empty(k.shape, dtype=k.dtype, device=k.device),
     )
-    q_rstd, k_rstd = (torch.empty(x.shape[:3], dtype=torch.float32, device=x.device) for x in (q, k))
+    q_rstd, k_rstd = (torch.empty(rstd_shape(x), dtype=torch.float32, device=x.device) for x in (q, k))
     tensors = (q, k, q_out, k_out, q_rstd, k_rstd)
     launch(forward_kernel, "qk_norm_rope_forward", q, k, tensors, tables, parameters, EPS=EPS)
     return q_out, k_out, q_rstd, k_rstd
@@ -204,7 +214,7 @@ def backward_op(
 
 @forward_op.register_fake
 def _(q, k, cos, sin, offset, offsets):
-    rstd = (x.new_empty(x.shape[:3], dtype=torch.float32) for x in (q, k))
+    rstd = (x.new_empty(rstd_shape(x), dtype=torch.float32) for x in (q, k))
     return q.new_empty(q.shape), k.new_empty(k.shape), *rstd
 
 

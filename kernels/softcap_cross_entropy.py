@@ -31,6 +31,7 @@ from kernels.triton_helpers import (
     exp2,
     in_order,
     power_of_2,
+    prefetch,
     reciprocal,
     tl,
     triton,
@@ -82,13 +83,21 @@ def unpack(pair):
 @triton.jit
 def held_kernel(
     logits, targets, sums, gradient, scale, rows, width, stride, ignore_index, CAP: tl.constexpr, MEAN: tl.constexpr,
-    CHUNKS: tl.constexpr, EVEN: tl.constexpr, TOP: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+    CHUNKS: tl.constexpr, EVEN: tl.constexpr, TOP: tl.constexpr, LINES: tl.constexpr, CHUNK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """A row at a time, in CHUNKS of CHUNK columns: S, and e/S·(1 − tanh²)·scale, from one read."""
+    """A row at a time, in CHUNKS of CHUNK columns: S, and e/S·(1 − tanh²)·scale, from one read.
+
+    A row fills the multiprocessor, so no other block computes while this one waits for memory: the row that comes AHEAD
+    rounds later is called into the L2 cache meanwhile.
+    """
     column = tl.arange(0, CHUNK)
     first = tl.program_id(0).to(tl.int64)
-    for index in tl.range(0, rows - tl.program_id(0), tl.num_programs(0), num_stages=STAGES):
+    for index in tl.range(0, rows - tl.program_id(0), tl.num_programs(0)):
         row = first + index
+        if AHEAD > 0:
+            later = row + AHEAD * tl.num_programs(0)
+            if later < rows:
+                prefetch(logits + later * stride, width, LINES)
         total = tl.zeros([CHUNK], tl.float32)
         held = ()
         for i in tl.static_range(CHUNKS):
@@ -203,6 +212,11 @@ def chunk_of(width: int, parameters: dict[str, int]) -> int:
     return min(parameters["CHUNK"], power_of_2(max(width, 16)))
 
 
+def lines_of(width: int) -> int:
+    """Lines of 128 bytes in a row of 16-bit logits, as a power of two."""
+    return power_of_2(cdiv(width, 64))
+
+
 def top_of(cap: float) -> int:
     """The exponent that exp(cap) does not pass."""
     return ceil(cap * log2(e))
@@ -225,7 +239,7 @@ def launch(
         scale = 1.0 / (targets != ignore_index).sum().clamp(min=1).to(torch.float32)
     if rows:
         logits = as_rows(logits)
-        held = with_gradient and is_held(logits, cap)
+        held = with_gradient and ("PROGRAMS" in parameters if parameters else is_held(logits, cap))
         kernel = "softcap_cross_entropy_held" if held else "softcap_cross_entropy_streamed"
         parameters = dict(parameters or launch_parameters(kernel, logits.device, logits.dtype, width))
         tensors, stride = (logits, targets, losses, gradient, scale), logits.stride(0)
@@ -235,7 +249,7 @@ def launch(
             programs = min(rows, multiprocessors(logits.device) * parameters.pop("PROGRAMS"))
             held_kernel[(programs,)](
                 *tensors, rows, width, stride, ignore_index, CAP=cap, MEAN=mean,
-                CHUNKS=cdiv(width, chunk), EVEN=width % chunk == 0, TOP=top_of(cap), CHUNK=chunk, **parameters,
+                CHUNKS=cdiv(width, chunk), EVEN=width % chunk == 0, TOP=top_of(cap), LINES=lines_of(width), CHUNK=chunk, **parameters,
             )  # fmt: skip
         else:
             streamed_kernel[(rows,)](
@@ -388,9 +402,9 @@ def _example(size: int, dtype: torch.dtype, device: torch.device):
 
 VOCABULARIES = (1024, 32_768, 65_536)
 HELD_SPACE = tuple(
-    {"CHUNK": 256 * warps, "STAGES": stages, "PROGRAMS": programs, "num_warps": warps}
+    {"CHUNK": 256 * warps, "AHEAD": ahead, "PROGRAMS": programs, "num_warps": warps}
     for warps in (4, 16, 32)
-    for stages in (1, 2)
+    for ahead in (0, 1, 2)
     for programs in (1, 4)
 )  # 256 columns a warp: the 4 pairs a thread that in_order takes
 STREAMED_SPACE = tuple({"CHUNK": chunk, "num_warps": warps} for chunk in (1024, 4096, 8192) for warps in (4, 8, 16))

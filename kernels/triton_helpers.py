@@ -100,3 +100,14 @@ def in_order(x):
         "bar.warp.sync 0xffffffff; mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7;",
         "=r,=r,=r,=r,r,r,r,r", [x], dtype=tl.int32, is_pure=False, pack=4,
     )  # fmt: skip
+
+
+@triton.jit
+def prefetch(row, width, LINES: tl.constexpr):
+    """Call `width` elements of 16 bits, in at most LINES lines of 128 bytes, into the L2 cache; nothing waits for them."""
+    if not _INTERPRETED:
+        at = tl.minimum(tl.arange(0, LINES) * 64, width - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [(row + at).to(tl.int64)], dtype=tl.int32, is_pure=False,
+            pack=1,
+        )  # fmt: skip
