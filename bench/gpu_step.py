@@ -1,4 +1,4 @@
-"""Tokens/s and peak memory of one training step on the GPU here with the reference operations, eager and compiled.
+"""Tokens/s and peak memory of one training step on the GPU here, eager and compiled, by implementation.
 
 python -m bench.gpu_step --depth 20 --rows 16      prints a line of JSON for each
 """
@@ -7,20 +7,21 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import product
 
 import torch
 import tyro
 
 from nanochat.errors import UserError
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT, GPTConfig, Implementations
 from nanochat.optim import MuonAdamW
 from nanochat.runtime import start_runtime
 
 
 @dataclass(frozen=True)
 class GpuStepConfig:
-    """Time forward + backward and the optimizer of a model with the reference operations on a GPU."""
+    """Time forward + backward and the optimizer of a model on a GPU, its operations taken from `impl`."""
 
     depth: int = 20
     """blocks"""
@@ -28,14 +29,19 @@ class GpuStepConfig:
     """tokens of the vocabulary"""
     rows: int = 16
     """rows of 2048 tokens at once"""
+    impl: tuple[str, ...] = ("reference", "auto")
+    """implementations of every operation, one after the other"""
+    compiled: tuple[bool, ...] = (False, True)
+    """without and with torch.compile"""
     repeats: int = 10
     """timed steps; the median counts"""
 
 
 def main(config: GpuStepConfig) -> None:
     with start_runtime("cuda") as runtime:
-        shape = GPTConfig.from_depth(config.depth, config.vocab_size)
-        for compiled in (False, True):
+        for impl, compiled in product(config.impl, config.compiled):
+            chosen = Implementations(**{f.name: impl for f in fields(Implementations)})
+            shape = GPTConfig.from_depth(config.depth, config.vocab_size, impl=chosen)
             model = GPT.create(shape, runtime.device, runtime.compute_dtype)
             forward = torch.compile(model, dynamic=False) if compiled else model
             optimizer = MuonAdamW(model)
@@ -59,6 +65,7 @@ def main(config: GpuStepConfig) -> None:
                 "device": runtime.device_name,
                 "depth": config.depth,
                 "rows": config.rows,
+                "impl": impl,
                 "compiled": compiled,
                 "micro_step_ms": statistics.median(times) * 1e3,
                 "spread_ms": [times[0] * 1e3, times[-1] * 1e3],

@@ -385,6 +385,7 @@ def _held_arguments(size: int, dtype: torch.dtype, parameters: dict[str, int]):
         "CHUNKS": cdiv(size, chunk),
         "EVEN": size % chunk == 0,
         "TOP": top_of(15.0),
+        "LINES": lines_of(size),
         "CHUNK": chunk,
     }
 

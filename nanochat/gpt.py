@@ -137,9 +137,12 @@ class Block(nn.Module):
         self.impl = config.impl.rms_norm
         self.attention, self.mlp = Attention(config, layer), MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None) -> Tensor:
-        x = x + self.attention(kernels.rms_norm(x, impl=self.impl), cos, sin, cache)
-        return x + self.mlp(kernels.rms_norm(x, impl=self.impl))
+    def forward(
+        self, x: Tensor, normed: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream and its norm, before and after: each addition and the norm that follows are one operation."""
+        x, normed = kernels.add_rms_norm(x, self.attention(normed, cos, sin, cache), impl=self.impl)
+        return kernels.add_rms_norm(x, self.mlp(normed), impl=self.impl)
 
 
 class GPT(nn.Module):
@@ -190,9 +193,10 @@ class GPT(nn.Module):
             raise UserError(f"{tokens.size(1)} tokens pass the {self.cos.size(0)} positions of the model")
         x = F.embedding(tokens, self.embedding.weight).to(self.compute_dtype)
         x = kernels.rms_norm(x, impl=self.config.impl.rms_norm)
+        normed = kernels.rms_norm(x, impl=self.config.impl.rms_norm)
         for block in self.blocks:
-            x = block(x, self.cos, self.sin, cache)
-        return kernels.rms_norm(x, impl=self.config.impl.rms_norm)
+            x, normed = block(x, normed, self.cos, self.sin, cache)
+        return normed
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Softcapped float32 logits (…, V) of hidden states (…, C)."""
