@@ -86,8 +86,8 @@ def run(config: RunConfig, command: str) -> None:
         found["rows"] += rows
         console.print(_table(rows))
         torch.cuda.empty_cache()
-    if config.json:
-        _write(config.json, json.dumps(found, indent=1) + "\n")
+        if config.json:  # after each case: what was measured stays when the rest is cut short
+            _write(config.json, json.dumps(found, indent=1) + "\n")
     if config.csv:
         lines = [[row.get(column, "") for column in COLUMNS] for row in found["rows"]]
         config.csv.parent.mkdir(parents=True, exist_ok=True)
