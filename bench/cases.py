@@ -42,6 +42,7 @@ def liger():
 
 def operation_variants(operation: str) -> dict[str, Callable]:
     """Implementations by name, all taking the same inputs: ours, eager, compiled, and Liger's where it has the operation."""
+    torch._dynamo.reset()  # else the eighth shape of a function is no longer compiled
     plain = getattr(reference, operation)
     fused = partial(getattr(kernels, operation), impl="triton")
     variants = {"triton": fused, "eager": plain, "compile": torch.compile(plain, dynamic=False)}
