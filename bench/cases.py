@@ -89,12 +89,10 @@ def case(
     variants = {n: f for n, f in operation_variants(operation).items() if not impls or n in impls}
     made = Case(operation, shape, mode, str(dtype).removeprefix("torch."), 0, {})
     size = sum(x.nbytes for x in sets[0][:differentiable])
-    # forward reads the inputs and writes as much; backward reads gradients and what was kept, and writes gradients
-    passes = {"rms_norm": (2, 3), "add_rms_norm": (2, 2), "qk_norm_rope": (2, 3), "softcap_cross_entropy": (1, 0)}
-    forward, backward = passes[operation]
-    if operation == "softcap_cross_entropy" and mode == "both":
-        forward = 2  # the logits read, the gradient written
-    made.bytes = size * {"fwd": forward, "bwd": backward, "both": forward + backward}[mode]
+    forward, backward = (passes / differentiable for passes in PASSES[operation])
+    if operation == "qk_norm_rope":  # q and k, each with its own passes
+        forward, backward = PASSES[operation]
+    made.bytes = int(size * {"fwd": forward, "bwd": backward, "both": forward + backward}[mode])
     for name, function in variants.items():
         own = sets
         if name == "liger" and operation == "softcap_cross_entropy":  # it writes the gradient over the logits
@@ -164,6 +162,18 @@ def _entropy_inputs(operation: str, shape: str, dtype: torch.dtype) -> tuple[lis
     rows = {"d20": TOKENS, "chunk": TOKENS // 8}[shape]
     logits = _normal(rows, 65_536, dtype=dtype).mul_(3.0)
     return [[logits, torch.randint(65_536, (rows,), device="cuda")]], 1
+
+
+# floating-point operations an element of the first differentiable input, forward and backward, as the formulas count
+FLOPS = {"rms_norm": (3, 6), "add_rms_norm": (4, 7), "qk_norm_rope": (6, 9), "softcap_cross_entropy": (8, 7)}
+# elements moved an element computed: (forward, backward)
+PASSES = {"rms_norm": (2, 3), "add_rms_norm": (4, 4), "qk_norm_rope": (2, 3), "softcap_cross_entropy": (1, 1)}
+
+
+def flops_per_byte(operation: str, mode: str, dtype: str) -> float:
+    """Arithmetic intensity, for a roofline."""
+    parts = {"fwd": slice(0, 1), "bwd": slice(1, 2), "both": slice(0, 2)}[mode]
+    return sum(FLOPS[operation][parts]) / sum(PASSES[operation][parts]) / (4 if dtype == "float32" else 2)
 
 
 SHAPES = {

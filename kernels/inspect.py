@@ -117,4 +117,4 @@ def run_ptx_of(architecture: str) -> None:
 
     triton.knobs.runtime.override_arch = architecture
     triton.knobs.runtime.add_stages_inspection_hook = stages
-    configs.architecture.cache_clear()
+    configs.clear()

@@ -105,17 +105,15 @@ def fastest(
 
 
 def write(architecture: str, table: dict) -> None:
-    """The table, a line a configuration, whole or not at all."""
-    lines = json.dumps(table, indent=1)
-    for entry in {
-        json.dumps(p, indent=1): p for d in table["launch"].values() for c in d.values() for p in c.values()
-    }.values():
-        for depth in (5,):
-            spread = json.dumps(entry, indent=1).replace("\n", "\n" + " " * (depth - 1))
-            lines = lines.replace(spread, json.dumps(entry))
+    """The table, a line for each kernel and dtype, whole or not at all."""
+    entries = []
+    for kernel, dtypes in table["launch"].items():
+        lines = [f"   {json.dumps(dtype)}: {json.dumps(classes)}" for dtype, classes in dtypes.items()]
+        entries.append(f"  {json.dumps(kernel)}: {{\n" + ",\n".join(lines) + "\n  }")
+    rest = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in table.items() if key != "launch"]
+    text = "{\n" + ",\n".join([*rest, ' "launch": {\n' + ",\n".join(entries) + "\n }"]) + "\n}\n"
     path = configs.FOLDER / f"{architecture}.json"
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(lines + "\n", "utf-8")
+    temporary.write_text(text, "utf-8")
     temporary.replace(path)
-    configs.table.cache_clear()
-    configs._nearest.cache_clear()
+    configs.clear()

@@ -82,3 +82,9 @@ def _nearest(kernel: str, architecture: str, dtype: torch.dtype, size: int) -> d
         ) from error
     nearest = min(classes, key=lambda known: (abs(log2(int(known)) - log2(max(size, 1))), int(known)))
     return classes[nearest]
+
+
+def clear() -> None:
+    """Forget what was read of the tables, after one was written or the architecture changed."""
+    for cached in (table, architecture, _nearest):
+        cached.cache_clear()

@@ -1,0 +1,120 @@
+"""A report of results: tables, bars of the ratio to every rival, and a roofline with every kernel on it."""
+
+import base64
+import json
+from html import escape
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed or looked for
+
+from markdown_it import MarkdownIt
+from matplotlib import pyplot as plt
+
+from bench.cases import flops_per_byte
+from bench.compare import load
+
+OURS = "triton"
+RIVALS = {"eager": "#b9cde8", "compile": "#1f4e8c", "liger": "#c0862b"}
+STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}"
+    "table{border-collapse:collapse}td,th{padding:.2rem .6rem;border-bottom:1px solid #ddd;text-align:right}"
+    "td:first-child,th:first-child{text-align:left}img{max-width:100%}"
+)
+
+
+def write_report(results: tuple[Path, ...], out: Path) -> Path:
+    """Write report.md, report.html (with its pictures inside), ratios.png and roofline.png; returns the HTML file."""
+    rows = [row for path in results for row in load(path).values()]
+    headers = [json.loads(path.read_text("utf-8")) for path in results]
+    out.mkdir(parents=True, exist_ok=True)
+    plot_ratios(rows, out / "ratios.png")
+    plot_roofline(rows, max(h["product_tflops"] for h in headers), out / "roofline.png")
+    text = markdown(headers, rows)
+    (out / "report.md").write_text(text, "utf-8")
+    body = MarkdownIt("commonmark").enable("table").render(text)
+    for name in ("ratios.png", "roofline.png"):
+        data = base64.b64encode((out / name).read_bytes()).decode()
+        body = body.replace(f'src="{name}"', f'src="data:image/png;base64,{data}"')
+    head = f'<meta charset="utf-8"><title>{escape("Fused kernels")}</title><style>{STYLE}</style>'
+    html = out / "report.html"
+    html.write_text(f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}</body></html>\n', "utf-8")
+    return html
+
+
+def markdown(headers: list[dict], rows: list[dict]) -> str:
+    lines = ["# Fused kernels: time, bandwidth, rivals", ""]
+    for header in headers:
+        versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items() if version)
+        lines += [
+            f"- `{header['command']}` at commit {header['commit']}, {header['date']}: {header['device']}, {versions}; "
+            f"matrix product {header['product_tflops']:.0f} TFLOP/s"
+        ]
+    lines += [
+        "",
+        "Time is the median of GPU time with a cold L2 cache, variants taking turns; a ratio below 1 means that",
+        "the fused kernel is faster. Launch is the processor's time to hand a call to an idle GPU.",
+        "",
+    ]
+    lines += ["![ratio to each rival](ratios.png)", "", "![roofline](roofline.png)", ""]
+    for operation in dict.fromkeys(row["op"] for row in rows):
+        lines += [
+            f"## {operation}",
+            "",
+            "| case | impl | ms | quartiles | GB/s | % of copy | fused is × of it | launch µs | transient MB |",
+        ]
+        lines += ["|" + "---|" * 9]
+        for row in rows:
+            if row["op"] == operation:
+                low, high = row["quartiles_ms"]
+                ratio = 1 / row["ratio_to"][OURS] if OURS in row["ratio_to"] else 1.0
+                lines.append(
+                    f"| {case_name(row)} | {row['impl']} | {row['ms']:.4f} | {low:.4f} to {high:.4f} | {row['gbps']:.0f} | "
+                    f"{row['percent_of_copy']:.1f} | {ratio:.3f} | {row['launch_us']:.0f} | {row['transient_mb']:.1f} |"
+                )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def case_name(row: dict) -> str:
+    return f"{row['shape']} {row['mode']} {row['dtype']}"
+
+
+def plot_ratios(rows: list[dict], path: Path) -> None:
+    ours = [row for row in rows if row["impl"] == OURS]
+    figure, axis = plt.subplots(figsize=(9, 1.2 + 0.42 * len(ours)), layout="constrained")
+    height = 0.8 / len(RIVALS)
+    for number, (rival, color) in enumerate(RIVALS.items()):
+        at = [i + (number - 1) * height for i, row in enumerate(ours) if rival in row["ratio_to"]]
+        values = [row["ratio_to"][rival] for row in ours if rival in row["ratio_to"]]
+        bars = axis.barh(at, values, height, color=color, label=f"time relative to {rival}")
+        axis.bar_label(bars, [f"{value:.2f}" for value in values], fontsize=7, padding=2)
+    axis.axvline(1.0, color="#555", linewidth=1)
+    axis.set_yticks(range(len(ours)), [f"{row['op']} {row['shape']} {row['mode']}" for row in ours], fontsize=8)
+    axis.invert_yaxis()
+    axis.set(title="Fused kernels: time relative to each rival (shorter is faster, 1 is equal)", xlim=(0, 1.2))
+    axis.legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_roofline(rows: list[dict], peak_tflops: float, path: Path) -> None:
+    ours = [row for row in rows if row["impl"] == OURS]
+    bandwidth = max(row["copy_gbps"] for row in rows)
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    intensities = [0.1, peak_tflops * 1e3 / bandwidth, 1e4]
+    axis.loglog(intensities, [min(i * bandwidth / 1e3, peak_tflops) for i in intensities], color="#333")
+    axis.annotate(f"copy {bandwidth:.0f} GB/s", (0.15, 0.16 * bandwidth / 1e3), rotation=33, fontsize=8)
+    axis.annotate(f"bf16 product {peak_tflops:.0f} TFLOP/s", (1e3, peak_tflops * 1.1), fontsize=8)
+    for operation in dict.fromkeys(row["op"] for row in ours):
+        points = [row for row in ours if row["op"] == operation]
+        x = [flops_per_byte(operation, row["mode"], row["dtype"]) for row in points]
+        y = [i * row["gbps"] / 1e3 for i, row in zip(x, points, strict=True)]
+        axis.scatter(
+            x, y, s=22, label=f"{operation}: {max(row['percent_of_copy'] for row in points):.0f} % of the copy at best"
+        )
+    axis.set(title="Roofline", xlabel="operations a byte", ylabel="TFLOP/s", xlim=(0.1, 1e4))
+    axis.legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
