@@ -110,7 +110,11 @@ def write(architecture: str, table: dict) -> None:
     for kernel, dtypes in table["launch"].items():
         lines = [f"   {json.dumps(dtype)}: {json.dumps(classes)}" for dtype, classes in dtypes.items()]
         entries.append(f"  {json.dumps(kernel)}: {{\n" + ",\n".join(lines) + "\n  }")
-    rest = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in table.items() if key != "launch"]
+    rest = [
+        f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}"
+        for key, value in table.items()
+        if key != "launch"
+    ]
     text = "{\n" + ",\n".join([*rest, ' "launch": {\n' + ",\n".join(entries) + "\n }"]) + "\n}\n"
     path = configs.FOLDER / f"{architecture}.json"
     temporary = path.with_suffix(".tmp")

@@ -1,0 +1,91 @@
+"""The tests are tested: each fault below, planted in a copy of the kernels, must make a test fail (pytest --plant)."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import environment
+
+ROOT = Path(__file__).resolve().parents[2]
+# room, what stands there, what is planted
+FAULTS = {
+    "eps dropped": ("rms_norm", "/ WIDTH + EPS)", "/ WIDTH)"),
+    "mean over the padded width": ("rms_norm", "axis=1) / WIDTH + EPS", "axis=1) / BLOCK + EPS"),
+    "last row of the tile missed": ("rms_norm", "inside = (row < rows)", "inside = (row < rows - 1)"),
+    "stride ignored": ("rms_norm", "x + row[:, None] * x_stride", "x + row[:, None] * WIDTH"),
+    "sum not rounded before the norm": (
+        "rms_norm",
+        "tile = cast(tile.to(tl.float32) + more.to(tl.float32), tile.dtype)",
+        "tile = tile.to(tl.float32) + more.to(tl.float32)",
+    ),
+    "rstd dropped in backward": ("rms_norm", "out = r[:, None] * (grad", "out = (grad"),
+    "projection dropped": ("rms_norm", "(grad - normed * along[:, None])", "grad"),
+    "gradient of the sum dropped": ("rms_norm", "backward_op(dy, dtotal, *ctx", "backward_op(dy, None, *ctx"),
+    "one gradient for two inputs": ("rms_norm", "    return grad, grad\n", "    return grad, None\n"),
+    "wrong sign in the rotation": ("qk_norm_rope", "x1 * c + x2 * s", "x1 * c - x2 * s"),
+    "turned back the wrong way": ("qk_norm_rope", "cast(o1 * c - o2 * s", "cast(o1 * c + o2 * s"),
+    "halves exchanged": ("qk_norm_rope", "tl.store(to + HALF, cast(o2 * r", "tl.store(to + HALF, cast(o1 * r"),
+    "norm before the rotation's mask": ("qk_norm_rope", "/ (2 * HALF) + EPS", "/ HALF + EPS"),
+    "offset ignored": ("qk_norm_rope", "position = t + offset", "position = t"),
+    "offset of the wrong row": ("qk_norm_rope", "tl.load(offsets + batch)", "tl.load(offsets)"),
+    "last tile of tokens not masked": (
+        "qk_norm_rope",
+        "(t < tokens)[:, None] & (channel",
+        "(t < TOKENS)[:, None] & (channel",
+    ),
+    "head stride of q for k": (
+        "qk_norm_rope",
+        "k_heads, k_batch, k_token, k_head,",
+        "k_heads, k_batch, k_token, q_head,",
+    ),
+    "position outside read": ("qk_norm_rope", "(position >= 0) & (position < positions)", "(position >= 0)"),
+    "derivative of the cap dropped": ("softcap_cross_entropy", "pack(e * (w - w * w), TOP)", "pack(e, TOP)"),
+    "target's one dropped": ("softcap_cross_entropy", "value = -others", "value = exact"),
+    "ignored targets counted": ("softcap_cross_entropy", "(targets != ignore_index).sum()", "(targets != -7).sum()"),
+    "ignored rows keep a gradient": ("softcap_cross_entropy", "== ignore_index, 0.0, factor)", "== -7, 0.0, factor)"),
+    "last chunk not masked": ("softcap_cross_entropy", "e = tl.where(at < width, e, 0.0)", "e = e"),
+    "no mask on the second read's sum": (
+        "softcap_cross_entropy",
+        "tl.where(at < width, exponential(weight_of(z, CAP), CAP), 0.0)",
+        "exponential(weight_of(z, CAP), CAP)",
+    ),
+    "exponent of the packing off by one": ("softcap_cross_entropy", "(1 << TOP)", "(2 << TOP)"),
+    "packing cut off, not rounded": ("softcap_cross_entropy", "((64 + TOP) << 23) - (1 << 12)", "((64 + TOP) << 23)"),
+    "upstream gradient ignored": ("softcap_cross_entropy", "if factor != 1.0:", "if factor == 1.0:"),
+    "logits overwritten": (
+        "softcap_cross_entropy",
+        "    scale = losses\n",
+        "    scale = losses\n    gradient = logits.detach()\n",
+    ),
+    "explicit request falls back": ("dispatch", "    if refusal:\n        raise", "    if False:\n        raise"),
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "fault" in metafunc.fixturenames:
+        metafunc.parametrize("fault", FAULTS if metafunc.config.getoption("--plant") else [])
+
+
+def test_fault_is_caught(fault, tmp_path):
+    room, sound, faulty = FAULTS[fault]
+    for folder in ("kernels", "tests", "nanochat"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    path = tmp_path / "kernels" / f"{room}.py"
+    text = path.read_text("utf-8")
+    assert sound in text, f"{room}.py no longer holds what this fault replaces: {sound}"
+    path.write_text(text.replace(sound, faulty), "utf-8")
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/kernels/test_{room}.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment(None))
+    assert done.returncode == 1, f"no test failed with: {fault}\n{done.stdout[-1500:]}{done.stderr[-500:]}"
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_can_be_planted(name):
+    """What a fault replaces is still there: else --plant would test nothing."""
+    room, sound, faulty = FAULTS[name]
+    text = (ROOT / "kernels" / f"{room}.py").read_text("utf-8")
+    assert sound in text and faulty != sound
