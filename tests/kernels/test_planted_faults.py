@@ -80,7 +80,10 @@ def test_fault_is_caught(fault, tmp_path):
     path.write_text(text.replace(sound, faulty), "utf-8")
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/kernels/test_{room}.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment(None))
-    assert done.returncode == 1, f"no test failed with: {fault}\n{done.stdout[-1500:]}{done.stderr[-500:]}"
+    # 1: tests failed; negative: a stray access killed the process, which nobody overlooks either
+    assert done.returncode == 1 or done.returncode < 0, (
+        f"no test failed with: {fault}\n{done.stdout[-1500:]}{done.stderr[-500:]}"
+    )
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -86,6 +86,13 @@ def test_ignores_scale_and_gives_no_gradient_along_the_row():
     assert grad.abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_stored_sum_is_what_is_normalised(dtype):
+    x, update = (randn(5, 96, dtype=dtype, seed=i) for i in range(2))
+    total, y = add_norm(x, update)
+    assert torch.equal(total, x + update) and torch.equal(y, norm(total))
+
+
 def test_zero_rows_stay_zero():
     x = torch.zeros(3, 40, device=DEVICE, requires_grad=True)
     y = norm(x)
