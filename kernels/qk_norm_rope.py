@@ -20,24 +20,29 @@ WIDEST = 1024  # of a head
 
 
 @triton.jit
-def tile_of(block, TOKENS: tl.constexpr, HALF_BLOCK: tl.constexpr, tokens, HALF: tl.constexpr):
-    """Positions of a block of one row's tokens, channels of half a head, and which of them exist."""
-    t = block * TOKENS + tl.arange(0, TOKENS)
+def block_of(
+    cos, sin, offset, offsets, tokens, positions, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, OFFSETS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):  # fmt: skip
+    """The tokens of this program and all that their heads share: row of the batch, tokens of the whole batch, positions in
+    the row (TOKENS,), channels of half a head, which of them exist, and cos and sin (TOKENS, HALF_BLOCK) in float32.
+
+    A position that passes the tables gives NaN, never a stray read.
+    """
+    blocks = tl.cdiv(tokens, TOKENS)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    all_tokens = (tl.num_programs(0) // blocks).to(tl.int64) * tokens
+    t = (tl.program_id(0) % blocks) * TOKENS + tl.arange(0, TOKENS)
     channel = tl.arange(0, HALF_BLOCK)
-    return t, channel, (t < tokens)[:, None] & (channel < HALF)[None, :]
-
-
-@triton.jit
-def table_rows(cos, sin, offset, offsets, batch, t, channel, inside, positions, HALF: tl.constexpr, ROWS: tl.constexpr):
-    """cos and sin (TOKENS, HALF_BLOCK) in float32. A position that passes the tables gives NaN, never a stray read."""
-    position = t + offset
-    if ROWS:
-        position += tl.load(offsets + batch).to(tl.int32)
+    inside = (t < tokens)[:, None] & (channel < HALF)[None, :]
+    position = t.to(tl.int64) + offset
+    if OFFSETS:
+        position += tl.load(offsets + batch)
     known = inside & ((position >= 0) & (position < positions))[:, None]
     where = position[:, None] * HALF + channel[None, :]
     c = tl.load(cos + where, mask=known, other=float("nan"), eviction_policy="evict_last").to(tl.float32)
     s = tl.load(sin + where, mask=known, other=float("nan"), eviction_policy="evict_last").to(tl.float32)
-    return c, s
+    return batch, all_tokens, t, channel, inside, c, s
 
 
 @triton.jit
@@ -110,13 +115,11 @@ def forward_kernel(
     EPS: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, OFFSETS: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(tokens, TOKENS)
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    all_tokens = (tl.num_programs(0) // blocks).to(tl.int64) * tokens
-    t, channel, inside = tile_of(tl.program_id(0) % blocks, TOKENS, HALF_BLOCK, tokens, HALF)
-    c, s = table_rows(cos, sin, offset, offsets, batch, t, channel, inside, positions, HALF, OFFSETS)
+    batch, all_tokens, t, channel, inside, c, s = block_of(
+        cos, sin, offset, offsets, tokens, positions, HALF, HALF_BLOCK, OFFSETS, TOKENS
+    )
     q_programs = tl.cdiv(q_heads, HEADS)
-    program = tl.program_id(1)
+    program = tl.program_id(1).to(tl.int64)
     if program < q_programs:
         forward_heads(q, q_out, q_rstd, program * HEADS, q_heads, q_batch, q_token, q_head,
                       batch, tokens, all_tokens, t, channel, inside, c, s, EPS, HALF, HEADS)  # fmt: skip
@@ -132,13 +135,11 @@ def backward_kernel(
     HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, OFFSETS: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(tokens, TOKENS)
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    all_tokens = (tl.num_programs(0) // blocks).to(tl.int64) * tokens
-    t, channel, inside = tile_of(tl.program_id(0) % blocks, TOKENS, HALF_BLOCK, tokens, HALF)
-    c, s = table_rows(cos, sin, offset, offsets, batch, t, channel, inside, positions, HALF, OFFSETS)
+    batch, all_tokens, t, channel, inside, c, s = block_of(
+        cos, sin, offset, offsets, tokens, positions, HALF, HALF_BLOCK, OFFSETS, TOKENS
+    )
     q_programs = tl.cdiv(q_heads, HEADS)
-    program = tl.program_id(1)
+    program = tl.program_id(1).to(tl.int64)
     if program < q_programs:
         backward_heads(dq_out, q_out, q_rstd, dq, program * HEADS, q_heads, q_batch, q_token, q_head,
                        batch, tokens, all_tokens, t, channel, inside, c, s, HALF, HEADS)  # fmt: skip

@@ -21,7 +21,7 @@ def list_kernels(config: KernelsListConfig) -> None:
     for operation in dispatch.ROOMS:
         names, taken, why = dispatch.describe(operation)
         table.add_row(operation, ", ".join(names), taken, why)
-    console.print(table)
+    _show(table)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def inspect_kernels(config: KernelsInspectConfig) -> None:
         table.add_row(
             one.kernel, one.dtype, str(one.size), configuration, *numbers, _join(one.instructions), _join(one.faults)
         )
-    console.print(table)
+    _show(table)
     faulty = [one for one in found if one.faults]
     if faulty:
         raise UserError(
@@ -85,3 +85,7 @@ def tune_kernels(config: KernelsTuneConfig) -> None:
 
 def _join(words: Iterable[str]) -> str:
     return ", ".join(words) or "none"
+
+
+def _show(table: Table) -> None:
+    console.print(table, width=None if console.is_terminal else 200)

@@ -29,7 +29,7 @@ FAULTS = {
     "turned back the wrong way": ("qk_norm_rope", "cast(o1 * c - o2 * s", "cast(o1 * c + o2 * s"),
     "halves exchanged": ("qk_norm_rope", "tl.store(to + HALF, cast(o2 * r", "tl.store(to + HALF, cast(o1 * r"),
     "norm before the rotation's mask": ("qk_norm_rope", "/ (2 * HALF) + EPS", "/ HALF + EPS"),
-    "offset ignored": ("qk_norm_rope", "position = t + offset", "position = t"),
+    "offset ignored": ("qk_norm_rope", "position = t.to(tl.int64) + offset", "position = t.to(tl.int64)"),
     "offset of the wrong row": ("qk_norm_rope", "tl.load(offsets + batch)", "tl.load(offsets)"),
     "last tile of tokens not masked": (
         "qk_norm_rope",
