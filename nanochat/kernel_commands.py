@@ -88,4 +88,6 @@ def _join(words: Iterable[str]) -> str:
 
 
 def _show(table: Table) -> None:
-    console.print(table, width=None if console.is_terminal else 200)
+    if not console.is_terminal:
+        console.width = 200  # into a pipe or a file whole lines, not a terminal's width of 80
+    console.print(table)
