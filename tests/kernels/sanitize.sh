@@ -9,7 +9,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 for tool in memcheck racecheck initcheck; do
     echo "== $tool"
-    compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-name-exclude regex:at_ --target-processes all \
+    compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
         "$PYTHON" -m pytest tests/kernels -q -p no:cacheprovider \
         -k "model_widths or narrow or saturated or offset or ignored or outside"
 done
