@@ -1,9 +1,9 @@
 """How every kernel is judged, on a GPU and, through Triton's interpreter, on a CPU.
 
-Oracle: the reference in float64. Budget: 1.5 × the error that the reference makes in the compute dtype, both as the norm over a
-tensor, plus what chance adds where a tensor is small: one rounding unit of its largest element, and one of float32 of its
-largest row, which a row's own factor is rounded by, for each result and
-each gradient. Memory that is handed out uninitialised holds NaN meanwhile.
+Oracle: the reference in float64. Budget, for each result and each gradient: 1.5 × the error that the reference makes in the
+compute dtype, both as the norm over a tensor, plus what chance adds where a tensor is small: one rounding unit of its
+largest element, and one of float32 of its largest row, whose own factor is rounded by that. Memory that is handed out
+uninitialised holds NaN meanwhile.
 """
 
 from collections.abc import Callable, Iterator, Sequence
