@@ -1,5 +1,6 @@
 """What the public functions ask of their arguments before any work, each with a message that names the argument."""
 
+import torch
 from torch import Tensor
 
 
@@ -34,3 +35,15 @@ def check_shape(operation: str, name: str, tensor: Tensor, *expected: int | str)
     if wrong:
         shape = ", ".join(str(size) for size in expected)
         raise ValueError(f"{operation}: {name} must have shape ({shape}), got {tuple(tensor.shape)}")
+
+
+def check_targets(operation: str, rows: Tensor, targets: Tensor, cap: float, reduction: str) -> None:
+    """What every cross entropy asks of its targets (N,), one for each of `rows`, its cap and its reduction."""
+    check_shape(operation, "targets", targets, rows.size(0))
+    check_device(operation, rows=rows, targets=targets)
+    if targets.dtype != torch.int64:
+        raise TypeError(f"{operation}: targets must be int64, got {targets.dtype}")
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"{operation}: reduction must be 'mean' or 'none', got {reduction!r}")
+    if cap <= 0:
+        raise ValueError(f"{operation}: cap must be positive, got {cap}")

@@ -3,9 +3,8 @@
 from torch import Tensor
 
 from kernels import reference
-from kernels.checks import check_float, check_shape
+from kernels.checks import check_float, check_shape, check_targets
 from kernels.dispatch import Implementation, choose
-from kernels.softcap_cross_entropy import check_targets
 
 IMPLEMENTATIONS = {"linear_cross_entropy": {"reference": Implementation(reference.linear_cross_entropy)}}
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.checks import check_device, check_float, check_shape
+from kernels.checks import check_float, check_shape, check_targets
 from kernels.configs import Kernel, launch_parameters
 from kernels.dispatch import Implementation, choose
 from kernels.triton_helpers import (
@@ -361,38 +361,18 @@ def softcap_cross_entropy(
     return choose("softcap_cross_entropy", impl, IMPLEMENTATIONS["softcap_cross_entropy"], *arguments)(*arguments)
 
 
-def check_targets(operation: str, rows: Tensor, targets: Tensor, cap: float, reduction: str) -> None:
-    """What every cross entropy asks of its targets (N,), one for each of `rows`, its cap and its reduction."""
-    check_shape(operation, "targets", targets, rows.size(0))
-    check_device(operation, rows=rows, targets=targets)
-    if targets.dtype != torch.int64:
-        raise TypeError(f"{operation}: targets must be int64, got {targets.dtype}")
-    if reduction not in ("mean", "none"):
-        raise ValueError(f"{operation}: reduction must be 'mean' or 'none', got {reduction!r}")
-    if cap <= 0:
-        raise ValueError(f"{operation}: cap must be positive, got {cap}")
-
-
 TYPES = {"logits": "*T", "targets": "*i64", "sums": "*fp32", "gradient": "*T", "scale": "*fp32"}
 
 
 def _held_arguments(size: int, dtype: torch.dtype, parameters: dict[str, int]):
     types = TYPES | {"rows": "i32", "width": "i32", "stride": "i32", "ignore_index": "i32"}
     chunk = chunk_of(size, parameters)
-    return types, {
-        "CAP": 15.0,
-        "MEAN": True,
-        "CHUNKS": cdiv(size, chunk),
-        "EVEN": size % chunk == 0,
-        "TOP": top_of(15.0),
-        "LINES": lines_of(size),
-        "CHUNK": chunk,
-    }
+    chunks = {"CHUNKS": cdiv(size, chunk), "EVEN": size % chunk == 0, "CHUNK": chunk, "LINES": lines_of(size)}
+    return types, {"CAP": 15.0, "MEAN": True, "TOP": top_of(15.0), **chunks}
 
 
 def _streamed_arguments(size: int, dtype: torch.dtype, parameters: dict[str, int]):
-    types = TYPES | {"width": "i32", "stride": "i32", "ignore_index": "i32"}
-    return types, {"CAP": 15.0, "MEAN": True, "GRADIENT": True}
+    return TYPES | {"width": "i32", "stride": "i32", "ignore_index": "i32"}, {"CAP": 15.0, "MEAN": True, "GRADIENT": True}
 
 
 def _example(size: int, dtype: torch.dtype, device: torch.device):
