@@ -372,7 +372,7 @@ def _held_arguments(size: int, dtype: torch.dtype, parameters: dict[str, int]):
 
 
 def _streamed_arguments(size: int, dtype: torch.dtype, parameters: dict[str, int]):
-    return TYPES | {"width": "i32", "stride": "i32", "ignore_index": "i32"}, {"CAP": 15.0, "MEAN": True, "GRADIENT": True}
+    return TYPES | {"width": "i32", "stride": "i32", "ignore_index": "i32"}, {"CAP": 15.0, "MEAN": True, "GRADIENT": True}  # fmt: skip
 
 
 def _example(size: int, dtype: torch.dtype, device: torch.device):
