@@ -29,7 +29,6 @@ from kernels.triton_helpers import (
     cast,
     cdiv,
     exp2,
-    in_order,
     power_of_2,
     prefetch,
     reciprocal,
@@ -40,6 +39,7 @@ from kernels.triton_helpers import (
 
 LARGEST_CAP = 40.0  # exp(±40) and sums of it are float32 with room to spare
 LARGEST_HELD_CAP = 20.0  # exp(±20) spans 58 of the 64 exponents that are held
+SIDE = tl.constexpr(8)  # neighbouring elements that one thread has
 WIDEST_HELD = 65_536  # 16-bit logits in the registers of one multiprocessor, with as many left to compute with
 
 
@@ -81,48 +81,68 @@ def unpack(pair):
 
 
 @triton.jit
+def load_chunk(row, at, width, EVEN: tl.constexpr):
+    if EVEN:
+        return tl.load(row + at, eviction_policy="evict_first")
+    return tl.load(row + at, mask=at < width, other=0.0)
+
+
+@triton.jit
+def store_chunk(row, at, width, pair, share, EVEN: tl.constexpr):
+    """A chunk of the gradient, from what was held of it."""
+    value = cast(unpack(pair) * share, row.dtype.element_ty)
+    if EVEN:
+        tl.store(row + at, value, eviction_policy="evict_first")
+    else:
+        tl.store(row + at, value, mask=at < width)
+
+
+@triton.jit
 def held_kernel(
     logits, targets, sums, gradient, scale, rows, width, stride, ignore_index, CAP: tl.constexpr, MEAN: tl.constexpr,
     CHUNKS: tl.constexpr, EVEN: tl.constexpr, TOP: tl.constexpr, LINES: tl.constexpr, CHUNK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """A row at a time, in CHUNKS of CHUNK columns: S, and e/S·(1 − tanh²)·scale, from one read.
+    """Rows in CHUNKS of CHUNK columns: S, and e/S·(1 − tanh²)·scale, from one read.
 
-    A row fills the multiprocessor, so no other block computes while this one waits for memory: the row that comes AHEAD
-    rounds later is called into the L2 cache meanwhile.
+    A row fills the multiprocessor, so no other block works while this one waits. Therefore each chunk of the row before is
+    written while the same chunk of this row is read, into the registers that it frees; and the row that comes AHEAD rounds
+    later is called into the L2 cache.
     """
     column = tl.arange(0, CHUNK)
     first = tl.program_id(0).to(tl.int64)
+    held = ()
+    for _ in tl.static_range(CHUNKS):
+        held = held + (tl.zeros([CHUNK // 2], tl.int32),)  # noqa: RUF005
+    share = 0.0  # ahead of the first row its own place is written, with zeros
+    to = gradient + first * width
+    nothing = rows >> 31  # 0, which the compiler cannot know
     for index in tl.range(0, rows - tl.program_id(0), tl.num_programs(0)):
         row = first + index
         if AHEAD > 0:
             later = row + AHEAD * tl.num_programs(0)
             if later < rows:
                 prefetch(logits + later * stride, width, LINES)
-        total = tl.zeros([CHUNK], tl.float32)
-        held = ()
+        total = tl.zeros([CHUNK // SIDE], tl.float32)
+        new = tl.zeros([CHUNK // 2], tl.int32)
+        read = ()
         for i in tl.static_range(CHUNKS):
-            at = i * CHUNK + column
-            if EVEN:
-                z = tl.load(logits + row * stride + at, eviction_policy="evict_first").to(tl.float32)
-            else:
-                z = tl.load(logits + row * stride + at, mask=at < width, other=0.0).to(tl.float32)
-            w = weight_of(z, CAP)
+            z = load_chunk(logits + row * stride + i * CHUNK, column, width - i * CHUNK, EVEN)
+            # what is written waits for the chunk before to be packed: else all loads would move to the front, and spill
+            store_chunk(to + i * CHUNK, column, width - i * CHUNK, held[i] | (new & nothing), share, EVEN)
+            w = weight_of(z.to(tl.float32), CAP)
             e = exponential(w, CAP)
             if not EVEN:
-                e = tl.where(at < width, e, 0.0)
-            total += e
-            held = held + (in_order(pack(e * (w - w * w), TOP)),)  # noqa: RUF005
-        factor = factor_of(row, targets, scale, ignore_index, MEAN)
+                e = tl.where(column < width - i * CHUNK, e, 0.0)
+            total += tl.sum(tl.reshape(e, [CHUNK // SIDE, SIDE]), axis=1)
+            new = pack(e * (w - w * w), TOP)
+            read = read + (new,)  # noqa: RUF005
+        held = read
         total = tl.sum(total)
         tl.store(sums + row, total)
-        share = 4.0 * factor / total * (1 << TOP)
-        for i in tl.static_range(CHUNKS):
-            at = i * CHUNK + column
-            value = cast(unpack(held[i]) * share, gradient.dtype.element_ty)
-            if EVEN:
-                tl.store(gradient + row * width + at, value, eviction_policy="evict_first")
-            else:
-                tl.store(gradient + row * width + at, value, mask=at < width)
+        share = 4.0 * factor_of(row, targets, scale, ignore_index, MEAN) / total * (1 << TOP)
+        to = gradient + row * width
+    for i in tl.static_range(CHUNKS):
+        store_chunk(to + i * CHUNK, column, width - i * CHUNK, held[i], share, EVEN)
 
 
 @triton.jit
@@ -387,7 +407,7 @@ HELD_SPACE = tuple(
     for warps in (4, 16, 32)
     for ahead in (0, 1, 2)
     for programs in (1, 4)
-)  # 256 columns a warp: the 4 pairs a thread that in_order takes
+)  # 256 columns a warp: the SIDE neighbours that a thread has
 STREAMED_SPACE = tuple({"CHUNK": chunk, "num_warps": warps} for chunk in (1024, 4096, 8192) for warps in (4, 8, 16))
 KERNELS = (
     Kernel(

@@ -91,18 +91,6 @@ def reciprocal(x):
 
 
 @triton.jit
-def in_order(x):
-    """x (int32, 4 elements a thread), after which the assembler moves no memory access and has x ready: what is unrolled
-    stays in the order written."""
-    if _INTERPRETED:
-        return x
-    return tl.inline_asm_elementwise(
-        "bar.warp.sync 0xffffffff; mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7;",
-        "=r,=r,=r,=r,r,r,r,r", [x], dtype=tl.int32, is_pure=False, pack=4,
-    )  # fmt: skip
-
-
-@triton.jit
 def prefetch(row, width, LINES: tl.constexpr):
     """Call `width` elements of 16 bits, in at most LINES lines of 128 bytes, into the L2 cache; nothing waits for them."""
     if not _INTERPRETED:
