@@ -14,7 +14,18 @@ from kernels.checks import check_device, check_float, check_shape
 from kernels.configs import Kernel, launch_parameters
 from kernels.dispatch import Implementation, choose
 from kernels.reference import EPS
-from kernels.triton_helpers import DTYPES, GRID_LIMIT, cast, cdiv, power_of_2, rsqrt, tl, triton, triton_refusal
+from kernels.triton_helpers import (
+    DTYPES,
+    GRID_LIMIT,
+    cast,
+    cdiv,
+    power_of_2,
+    rsqrt,
+    tl,
+    triton,
+    triton_refusal,
+    wants_gradient,
+)
 
 WIDEST = 1024  # of a head
 
@@ -40,8 +51,8 @@ def block_of(
         position += tl.load(offsets + batch)
     known = inside & ((position >= 0) & (position < positions))[:, None]
     where = position[:, None] * HALF + channel[None, :]
-    c = tl.load(cos + where, mask=known, other=float("nan"), eviction_policy="evict_last").to(tl.float32)
-    s = tl.load(sin + where, mask=known, other=float("nan"), eviction_policy="evict_last").to(tl.float32)
+    c = tl.load(cos + where, mask=known, other=float("nan")).to(tl.float32)
+    s = tl.load(sin + where, mask=known, other=float("nan")).to(tl.float32)
     return batch, all_tokens, t, channel, inside, c, s
 
 
@@ -57,15 +68,15 @@ def load_heads(
     for i in tl.static_range(HEADS):
         at = x + batch * x_batch + (first + i) * x_head + (t.to(tl.int64) * x_token)[:, None] + channel[None, :]
         mask = inside & (first + i < heads)
-        x1 = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
-        loaded = loaded + (x1, tl.load(at + HALF, mask=mask, other=0.0, eviction_policy="evict_first"))  # noqa: RUF005
+        x1 = tl.load(at, mask=mask, other=0.0)
+        loaded = loaded + (x1, tl.load(at + HALF, mask=mask, other=0.0))  # noqa: RUF005
     return loaded
 
 
 @triton.jit
 def forward_heads(
     x, out, rstd, first, heads, x_batch, x_token, x_head, batch, tokens, all_tokens, t, channel, inside, c, s,
-    EPS: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
+    EPS: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     loaded = load_heads(x, first, heads, x_batch, x_token, x_head, batch, t, channel, inside, HALF, HEADS)
     for i in tl.static_range(HEADS):
@@ -78,9 +89,9 @@ def forward_heads(
         mask = inside & (first + i < heads)
         tl.store(to, cast(o1 * r[:, None], out.dtype.element_ty), mask=mask)
         tl.store(to + HALF, cast(o2 * r[:, None], out.dtype.element_ty), mask=mask)
-        # a head's numbers side by side: 4 bytes of each token apart would be a memory transaction each
-        number = (first + i) * all_tokens + batch * tokens + t
-        tl.store(rstd + number, r, mask=(t < tokens) & (first + i < heads))
+        if KEEP:  # a head's numbers side by side: 4 bytes of each token apart would be a memory transaction each
+            number = (first + i) * all_tokens + batch * tokens + t
+            tl.store(rstd + number, r, mask=(t < tokens) & (first + i < heads))
 
 
 @triton.jit
@@ -113,7 +124,7 @@ def forward_kernel(
     q, k, q_out, k_out, q_rstd, k_rstd, cos, sin, offset, offsets, tokens, positions, q_heads, k_heads,
     q_batch, q_token, q_head, k_batch, k_token, k_head,
     EPS: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, OFFSETS: tl.constexpr,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     batch, all_tokens, t, channel, inside, c, s = block_of(
         cos, sin, offset, offsets, tokens, positions, HALF, HALF_BLOCK, OFFSETS, TOKENS
@@ -122,10 +133,10 @@ def forward_kernel(
     program = tl.program_id(1).to(tl.int64)
     if program < q_programs:
         forward_heads(q, q_out, q_rstd, program * HEADS, q_heads, q_batch, q_token, q_head,
-                      batch, tokens, all_tokens, t, channel, inside, c, s, EPS, HALF, HEADS)  # fmt: skip
+                      batch, tokens, all_tokens, t, channel, inside, c, s, EPS, HALF, HEADS, KEEP)  # fmt: skip
     else:
         forward_heads(k, k_out, k_rstd, (program - q_programs) * HEADS, k_heads, k_batch, k_token, k_head,
-                      batch, tokens, all_tokens, t, channel, inside, c, s, EPS, HALF, HEADS)  # fmt: skip
+                      batch, tokens, all_tokens, t, channel, inside, c, s, EPS, HALF, HEADS, KEEP)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["offset"])
@@ -166,24 +177,25 @@ def launch(kernel, name: str, q: Tensor, k: Tensor, tensors: tuple, tables: tupl
     )  # fmt: skip
 
 
-def rstd_shape(x: Tensor) -> tuple[int, int, int]:
-    """(H, B, T) for x (B, T, H, D)."""
-    return x.size(2), x.size(0), x.size(1)
+def rstd_shape(x: Tensor, keep: bool) -> tuple[int, ...]:
+    """(H, B, T) for x (B, T, H, D), where it is kept."""
+    return (x.size(2), x.size(0), x.size(1)) if keep else (0,)
 
 
 def side_by_side(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def launch_forward(q: Tensor, k: Tensor, tables: tuple, parameters: dict[str, int] | None = None):
+def launch_forward(q: Tensor, k: Tensor, tables: tuple, keep: bool = True, parameters: dict[str, int] | None = None):
+    """q and k turned and normalised, and r of both, which is empty without `keep`."""
     q, k = side_by_side(q), side_by_side(k)
     q_out, k_out = (
         torch.empty(q.shape, dtype=q.dtype, device=q.device),
         torch.empty(k.shape, dtype=k.dtype, device=k.device),
     )
-    q_rstd, k_rstd = (torch.empty(rstd_shape(x), dtype=torch.float32, device=x.device) for x in (q, k))
+    q_rstd, k_rstd = (torch.empty(rstd_shape(x, keep), dtype=torch.float32, device=x.device) for x in (q, k))
     tensors = (q, k, q_out, k_out, q_rstd, k_rstd)
-    launch(forward_kernel, "qk_norm_rope_forward", q, k, tensors, tables, parameters, EPS=EPS)
+    launch(forward_kernel, "qk_norm_rope_forward", q, k, tensors, tables, parameters, EPS=EPS, KEEP=keep)
     return q_out, k_out, q_rstd, k_rstd
 
 
@@ -200,9 +212,9 @@ def launch_backward(
 
 @torch.library.custom_op("nanochat::qk_norm_rope", mutates_args=())
 def forward_op(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int, offsets: Tensor | None
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int, offsets: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return launch_forward(q, k, (cos, sin, offset, offsets))
+    return launch_forward(q, k, (cos, sin, offset, offsets), keep)
 
 
 @torch.library.custom_op("nanochat::qk_norm_rope_backward", mutates_args=())
@@ -214,8 +226,8 @@ def backward_op(
 
 
 @forward_op.register_fake
-def _(q, k, cos, sin, offset, offsets):
-    rstd = (x.new_empty(rstd_shape(x), dtype=torch.float32) for x in (q, k))
+def _(q, k, cos, sin, offset, offsets, keep):
+    rstd = (x.new_empty(rstd_shape(x, keep), dtype=torch.float32) for x in (q, k))
     return q.new_empty(q.shape), k.new_empty(k.shape), *rstd
 
 
@@ -224,23 +236,23 @@ def _(dq_out, dk_out, q_out, k_out, q_rstd, k_rstd, cos, sin, offset, offsets):
     return torch.empty_like(q_out), torch.empty_like(k_out)
 
 
-def keep(ctx, inputs, output) -> None:
-    _, _, cos, sin, ctx.offset, offsets = inputs
+def save(ctx, inputs, output) -> None:
+    _, _, cos, sin, ctx.offset, offsets, _ = inputs
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(*output, cos, sin, offsets)
 
 
 def gradient(ctx, dq_out, dk_out, *_):
     *kept, cos, sin, offsets = ctx.saved_tensors
-    return *backward_op(dq_out, dk_out, *kept, cos, sin, ctx.offset, offsets), None, None, None, None
+    return *backward_op(dq_out, dk_out, *kept, cos, sin, ctx.offset, offsets), None, None, None, None, None
 
 
-forward_op.register_autograd(gradient, setup_context=keep)
+forward_op.register_autograd(gradient, setup_context=save)
 
 
 def run(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int | Tensor) -> tuple[Tensor, Tensor]:
     offset, offsets = (0, offset) if isinstance(offset, Tensor) else (offset, None)
-    return forward_op(q, k, cos.contiguous(), sin.contiguous(), offset, offsets)[:2]
+    return forward_op(q, k, cos.contiguous(), sin.contiguous(), offset, offsets, wants_gradient(q, k))[:2]
 
 
 def refusal(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int | Tensor) -> str | None:
@@ -313,7 +325,7 @@ def _types(*names: str) -> dict[str, str]:
 
 def _forward_arguments(size: int, dtype: torch.dtype, parameters: dict[str, int]):
     types = _types("q", "k", "q_out", "k_out", "q_rstd", "k_rstd")
-    return types, {"EPS": EPS, "HALF": size // 2, "HALF_BLOCK": power_of_2(size // 2), "OFFSETS": False}
+    return types, {"EPS": EPS, "HALF": size // 2, "HALF_BLOCK": power_of_2(size // 2), "OFFSETS": False, "KEEP": True}
 
 
 def _backward_arguments(size: int, dtype: torch.dtype, parameters: dict[str, int]):
@@ -329,7 +341,7 @@ def _inputs(size: int, dtype: torch.dtype, device: torch.device):
 
 def _forward_example(size: int, dtype: torch.dtype, device: torch.device):
     q, k, tables = _inputs(size, dtype, device)
-    return lambda parameters: launch_forward(q, k, tables, parameters)
+    return lambda parameters: launch_forward(q, k, tables, True, parameters)
 
 
 def _backward_example(size: int, dtype: torch.dtype, device: torch.device):

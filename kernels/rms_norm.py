@@ -27,6 +27,7 @@ from kernels.triton_helpers import (
     tl,
     triton,
     triton_refusal,
+    wants_gradient,
 )
 
 WIDEST = 16_384  # elements of a row held in registers: 32 a thread of a block of 512
@@ -35,12 +36,12 @@ WIDEST = 16_384  # elements of a row held in registers: 32 a thread of a block o
 @triton.jit
 def forward_kernel(
     x, update, total, y, rstd, rows, x_stride, update_stride, EPS: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (column < WIDTH)[None, :]
-    tile = tl.load(x + row[:, None] * x_stride + column, mask=inside, other=0.0, eviction_policy="evict_first")
+    tile = tl.load(x + row[:, None] * x_stride + column, mask=inside, other=0.0)
     here = row[:, None] * WIDTH + column
     if ADD:
         more = tl.load(update + row[:, None] * update_stride + column, mask=inside, other=0.0)
@@ -49,7 +50,8 @@ def forward_kernel(
     tile = tile.to(tl.float32)
     r = rsqrt(tl.sum(tile * tile, axis=1) / WIDTH + EPS)
     tl.store(y + here, cast(tile * r[:, None], y.dtype.element_ty), mask=inside)
-    tl.store(rstd + row, r, mask=row < rows)
+    if KEEP:
+        tl.store(rstd + row, r, mask=row < rows)
 
 
 @triton.jit
@@ -62,7 +64,7 @@ def backward_kernel(
     inside = (row < rows)[:, None] & (column < WIDTH)[None, :]
     here = row[:, None] * WIDTH + column
     grad = tl.load(dy + row[:, None] * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
-    normed = tl.load(y + here, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    normed = tl.load(y + here, mask=inside, other=0.0).to(tl.float32)
     r = tl.load(rstd + row, mask=row < rows, other=0.0)
     along = tl.sum(grad * normed, axis=1) / WIDTH
     out = r[:, None] * (grad - normed * along[:, None])
@@ -71,10 +73,10 @@ def backward_kernel(
     tl.store(dx + here, cast(out, dx.dtype.element_ty), mask=inside)
 
 
-def launch_forward(x: Tensor, update: Tensor | None, parameters: dict[str, int] | None = None):
-    """(total or None, y, rstd) of rows x (…, C) and update."""
+def launch_forward(x: Tensor, update: Tensor | None, keep: bool = True, parameters: dict[str, int] | None = None):
+    """(total or None, y, rstd) of rows x (…, C) and update; without `keep` rstd is empty."""
     rows, y = as_rows(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    rstd = torch.empty(x.shape[:-1] if keep else (0,), dtype=torch.float32, device=x.device)
     total = None if update is None else torch.empty_like(y)
     if y.numel():
         width = x.size(-1)
@@ -82,7 +84,7 @@ def launch_forward(x: Tensor, update: Tensor | None, parameters: dict[str, int] 
         added = rows if update is None else as_rows(update)
         forward_kernel[(cdiv(rows.size(0), parameters["ROWS"]),)](
             rows, added, y if total is None else total, y, rstd, rows.size(0), rows.stride(0), added.stride(0),
-            EPS=EPS, WIDTH=width, BLOCK=power_of_2(width), ADD=update is not None, **parameters,
+            EPS=EPS, WIDTH=width, BLOCK=power_of_2(width), ADD=update is not None, KEEP=keep, **parameters,
         )  # fmt: skip
     return total, y, rstd
 
@@ -104,14 +106,14 @@ def launch_backward(
 
 
 @torch.library.custom_op("nanochat::rms_norm", mutates_args=())
-def rms_norm_op(x: Tensor) -> tuple[Tensor, Tensor]:
-    _, y, rstd = launch_forward(x, None)
+def rms_norm_op(x: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    _, y, rstd = launch_forward(x, None, keep)
     return y, rstd
 
 
 @torch.library.custom_op("nanochat::add_rms_norm", mutates_args=())
-def add_rms_norm_op(x: Tensor, update: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_forward(x, update)
+def add_rms_norm_op(x: Tensor, update: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return launch_forward(x, update, keep)
 
 
 @torch.library.custom_op("nanochat::rms_norm_backward", mutates_args=())
@@ -120,13 +122,14 @@ def backward_op(dy: Tensor, dtotal: Tensor | None, y: Tensor, rstd: Tensor) -> T
 
 
 @rms_norm_op.register_fake
-def _(x):
-    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
+def _(x, keep):
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1] if keep else 0, dtype=torch.float32)
 
 
 @add_rms_norm_op.register_fake
-def _(x, update):
-    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
+def _(x, update, keep):
+    rstd = x.new_empty(x.shape[:-1] if keep else 0, dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(x.shape), rstd
 
 
 @backward_op.register_fake
@@ -134,23 +137,23 @@ def _(dy, dtotal, y, rstd):
     return y.new_empty(y.shape)
 
 
-def keep(ctx, inputs, output) -> None:
+def save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # a result that nobody used costs no zeros
     ctx.mark_non_differentiable(output[-1])
     ctx.save_for_backward(*output[-2:])
 
 
 def rms_norm_gradient(ctx, dy, _):
-    return None if dy is None else backward_op(dy, None, *ctx.saved_tensors)
+    return None if dy is None else backward_op(dy, None, *ctx.saved_tensors), None
 
 
 def add_rms_norm_gradient(ctx, dtotal, dy, _):
     grad = dtotal if dy is None else backward_op(dy, dtotal, *ctx.saved_tensors)
-    return grad, grad
+    return grad, grad, None
 
 
-rms_norm_op.register_autograd(rms_norm_gradient, setup_context=keep)
-add_rms_norm_op.register_autograd(add_rms_norm_gradient, setup_context=keep)
+rms_norm_op.register_autograd(rms_norm_gradient, setup_context=save)
+add_rms_norm_op.register_autograd(add_rms_norm_gradient, setup_context=save)
 
 
 def refusal(x: Tensor, *_) -> str | None:
@@ -163,11 +166,11 @@ def refusal(x: Tensor, *_) -> str | None:
 
 IMPLEMENTATIONS = {
     "rms_norm": {
-        "triton": Implementation(lambda x: rms_norm_op(x)[0], refusal),
+        "triton": Implementation(lambda x: rms_norm_op(x, wants_gradient(x))[0], refusal),
         "reference": Implementation(reference.rms_norm),
     },
     "add_rms_norm": {
-        "triton": Implementation(lambda x, update: add_rms_norm_op(x, update)[:2], refusal),
+        "triton": Implementation(lambda x, update: add_rms_norm_op(x, update, wants_gradient(x, update))[:2], refusal),
         "reference": Implementation(reference.add_rms_norm),
     },
 }
@@ -204,7 +207,7 @@ def check_row(operation: str, x: Tensor) -> None:
 def _forward_arguments(size: int, dtype: torch.dtype, parameters: dict[str, int]):
     pointer = {name: "*T" for name in ("x", "update", "total", "y")}
     types = pointer | {"rstd": "*fp32", "rows": "i32", "x_stride": "i32", "update_stride": "i32"}
-    return types, {"EPS": EPS, "WIDTH": size, "BLOCK": power_of_2(size), "ADD": True}
+    return types, {"EPS": EPS, "WIDTH": size, "BLOCK": power_of_2(size), "ADD": True, "KEEP": True}
 
 
 def _backward_arguments(size: int, dtype: torch.dtype, parameters: dict[str, int]):
@@ -215,7 +218,7 @@ def _backward_arguments(size: int, dtype: torch.dtype, parameters: dict[str, int
 
 def _forward_example(size: int, dtype: torch.dtype, device: torch.device):
     x = torch.randn(65_536, size, device=device, dtype=dtype)
-    return lambda parameters: launch_forward(x, None, parameters)
+    return lambda parameters: launch_forward(x, None, True, parameters)
 
 
 def _backward_example(size: int, dtype: torch.dtype, device: torch.device):

@@ -35,11 +35,11 @@ from kernels.triton_helpers import (
     tl,
     triton,
     triton_refusal,
+    wants_gradient,
 )
 
 LARGEST_CAP = 40.0  # exp(±40) and sums of it are float32 with room to spare
 LARGEST_HELD_CAP = 20.0  # exp(±20) spans 58 of the 64 exponents that are held
-SIDE = tl.constexpr(8)  # neighbouring elements that one thread has
 WIDEST_HELD = 65_536  # 16-bit logits in the registers of one multiprocessor, with as many left to compute with
 
 
@@ -47,6 +47,15 @@ WIDEST_HELD = 65_536  # 16-bit logits in the registers of one multiprocessor, wi
 def weight_of(z, CAP: tl.constexpr):
     """w = (1 − tanh(z/cap))/2 = 1/(1 + exp(2z/cap))."""
     return reciprocal(1.0 + exp2(z * (2.0 * LOG2E / CAP)))
+
+
+@triton.jit
+def two_weights(z, other, CAP: tl.constexpr):
+    """weight_of both, from one reciprocal: 1/a = b/(a·b). Beyond z = 10·cap w no longer falls, so that a·b is finite."""
+    a = 1.0 + exp2(tl.minimum(z * (2.0 * LOG2E / CAP), 60.0))
+    b = 1.0 + exp2(tl.minimum(other * (2.0 * LOG2E / CAP), 60.0))
+    r = reciprocal(a * b)
+    return r * b, r * a
 
 
 @triton.jit
@@ -64,10 +73,10 @@ def exponential(w, CAP: tl.constexpr):
 
 
 @triton.jit
-def pack(e, TOP: tl.constexpr):
-    """Pairs of numbers from 0 to 2^TOP in one integer each: exponents TOP−63 to TOP in 6 bits, fractions in 10, rounded."""
-    bits = tl.maximum(e.to(tl.int32, bitcast=True) - (((64 + TOP) << 23) - (1 << 12)), 0)
-    low, high = tl.split(tl.reshape(bits, [bits.shape[0] // 2, 2]))
+def pack(low, high, TOP: tl.constexpr):
+    """Numbers from 0 to 2^TOP, two in one integer: exponents TOP−63 to TOP in 6 bits, fractions in 10, rounded."""
+    low = tl.maximum(low.to(tl.int32, bitcast=True) - (((64 + TOP) << 23) - (1 << 12)), 0)
+    high = tl.maximum(high.to(tl.int32, bitcast=True) - (((64 + TOP) << 23) - (1 << 12)), 0)
     return (low >> 13) | ((high << 3) & -65536)
 
 
@@ -100,15 +109,15 @@ def store_chunk(row, at, width, pair, share, EVEN: tl.constexpr):
 @triton.jit
 def held_kernel(
     logits, targets, sums, gradient, scale, rows, width, stride, ignore_index, CAP: tl.constexpr, MEAN: tl.constexpr,
-    CHUNKS: tl.constexpr, EVEN: tl.constexpr, TOP: tl.constexpr, LINES: tl.constexpr, CHUNK: tl.constexpr, AHEAD: tl.constexpr,
+    CHUNKS: tl.constexpr, EVEN: tl.constexpr, TOP: tl.constexpr, CHUNK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Rows in CHUNKS of CHUNK columns: S, and e/S·(1 − tanh²)·scale, from one read.
 
     A row fills the multiprocessor, so no other block works while this one waits. Therefore each chunk of the row before is
-    written while the same chunk of this row is read, into the registers that it frees; and the row that comes AHEAD rounds
-    later is called into the L2 cache.
+    written while the same chunk of this row is read, into the registers that it frees; and what comes AHEAD chunks later is
+    called into the L2 cache.
     """
-    column = tl.arange(0, CHUNK)
+    column, pair = tl.arange(0, CHUNK), tl.arange(0, CHUNK // 2)
     first = tl.program_id(0).to(tl.int64)
     held = ()
     for _ in tl.static_range(CHUNKS):
@@ -118,23 +127,25 @@ def held_kernel(
     nothing = rows >> 31  # 0, which the compiler cannot know
     for index in tl.range(0, rows - tl.program_id(0), tl.num_programs(0)):
         row = first + index
-        if AHEAD > 0:
-            later = row + AHEAD * tl.num_programs(0)
-            if later < rows:
-                prefetch(logits + later * stride, width, LINES)
-        total = tl.zeros([CHUNK // SIDE], tl.float32)
+        following = tl.minimum(row + tl.num_programs(0), rows - 1) * stride - CHUNKS * CHUNK
+        total = tl.zeros([CHUNK // 8], tl.float32)  # a thread has 8 neighbours
         new = tl.zeros([CHUNK // 2], tl.int32)
         read = ()
         for i in tl.static_range(CHUNKS):
             z = load_chunk(logits + row * stride + i * CHUNK, column, width - i * CHUNK, EVEN)
+            if AHEAD > 0 and EVEN:
+                start = row * stride if i + AHEAD < CHUNKS else following
+                prefetch(logits + start + (i + AHEAD) * CHUNK + 8 * tl.arange(0, CHUNK // 8))
             # what is written waits for the chunk before to be packed: else all loads would move to the front, and spill
             store_chunk(to + i * CHUNK, column, width - i * CHUNK, held[i] | (new & nothing), share, EVEN)
-            w = weight_of(z.to(tl.float32), CAP)
-            e = exponential(w, CAP)
+            z, other = tl.split(tl.reshape(z.to(tl.float32), [CHUNK // 2, 2]))
+            w, v = two_weights(z, other, CAP)
+            e, f = exponential(w, CAP), exponential(v, CAP)
             if not EVEN:
-                e = tl.where(column < width - i * CHUNK, e, 0.0)
-            total += tl.sum(tl.reshape(e, [CHUNK // SIDE, SIDE]), axis=1)
-            new = pack(e * (w - w * w), TOP)
+                e = tl.where(2 * pair < width - i * CHUNK, e, 0.0)
+                f = tl.where(2 * pair + 1 < width - i * CHUNK, f, 0.0)
+            total += tl.sum(tl.reshape(e + f, [CHUNK // 8, 4]), axis=1)
+            new = pack(e * (w - w * w), f * (v - v * v), TOP)
             read = read + (new,)  # noqa: RUF005
         held = read
         total = tl.sum(total)
@@ -232,11 +243,6 @@ def chunk_of(width: int, parameters: dict[str, int]) -> int:
     return min(parameters["CHUNK"], power_of_2(max(width, 16)))
 
 
-def lines_of(width: int) -> int:
-    """Lines of 128 bytes in a row of 16-bit logits, as a power of two."""
-    return power_of_2(cdiv(width, 64))
-
-
 def top_of(cap: float) -> int:
     """The exponent that exp(cap) does not pass."""
     return ceil(cap * log2(e))
@@ -269,7 +275,7 @@ def launch(
             programs = min(rows, multiprocessors(logits.device) * parameters.pop("PROGRAMS"))
             held_kernel[(programs,)](
                 *tensors, rows, width, stride, ignore_index, CAP=cap, MEAN=mean,
-                CHUNKS=cdiv(width, chunk), EVEN=width % chunk == 0, TOP=top_of(cap), LINES=lines_of(width), CHUNK=chunk, **parameters,
+                CHUNKS=cdiv(width, chunk), EVEN=width % chunk == 0, TOP=top_of(cap), CHUNK=chunk, **parameters,
             )  # fmt: skip
         else:
             streamed_kernel[(rows,)](
@@ -282,15 +288,10 @@ def launch(
 
 
 @torch.library.custom_op("nanochat::softcap_cross_entropy", mutates_args=())
-def loss_and_gradient_op(
-    logits: Tensor, targets: Tensor, cap: float, ignore_index: int, mean: bool
+def loss_op(
+    logits: Tensor, targets: Tensor, cap: float, ignore_index: int, mean: bool, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    return launch(logits, targets, cap, ignore_index, mean, True)
-
-
-@torch.library.custom_op("nanochat::softcap_cross_entropy_loss", mutates_args=())
-def loss_op(logits: Tensor, targets: Tensor, cap: float, ignore_index: int, mean: bool) -> Tensor:
-    return launch(logits, targets, cap, ignore_index, mean, False)[0]
+    return launch(logits, targets, cap, ignore_index, mean, with_gradient)
 
 
 @torch.library.custom_op("nanochat::scale_rows_", mutates_args={"gradient"})
@@ -302,18 +303,10 @@ def scale_rows_op(gradient: Tensor, factors: Tensor) -> None:
         scale_kernel[(programs,)](gradient, factors, rows, width, factors.stride(0), CHUNK=4096, num_warps=8)
 
 
-@loss_and_gradient_op.register_fake
-def _(logits, targets, cap, ignore_index, mean):
-    return loss_like(logits, mean), logits.new_empty(logits.shape)
-
-
 @loss_op.register_fake
-def _(logits, targets, cap, ignore_index, mean):
-    return loss_like(logits, mean)
-
-
-def loss_like(logits: Tensor, mean: bool) -> Tensor:
-    return logits.new_empty(() if mean else logits.shape[:1], dtype=torch.float32)
+def _(logits, targets, cap, ignore_index, mean, with_gradient):
+    loss = logits.new_empty(() if mean else logits.shape[:1], dtype=torch.float32)
+    return loss, logits.new_empty(logits.shape if with_gradient else 0)
 
 
 def keep(ctx, inputs, output) -> None:
@@ -324,20 +317,18 @@ def keep(ctx, inputs, output) -> None:
 
 def gradient(ctx, dloss, _):
     if dloss is None:
-        return None, None, None, None, None
+        return (None,) * 6
     (saved,) = ctx.saved_tensors
     scale_rows_op(saved, dloss)  # nobody else holds it; a second backward over the same graph is refused by autograd
-    return saved, None, None, None, None
+    return saved, None, None, None, None, None
 
 
-loss_and_gradient_op.register_autograd(gradient, setup_context=keep)
+loss_op.register_autograd(gradient, setup_context=keep)
 
 
 def run(logits: Tensor, targets: Tensor, cap: float, ignore_index: int, reduction: str) -> Tensor:
-    arguments = (logits, targets.contiguous(), float(cap), ignore_index, reduction == "mean")
-    if logits.requires_grad and torch.is_grad_enabled():
-        return loss_and_gradient_op(*arguments)[0]
-    return loss_op(*arguments)
+    mean = reduction == "mean"
+    return loss_op(logits, targets.contiguous(), float(cap), ignore_index, mean, wants_gradient(logits))[0]
 
 
 def refusal(logits: Tensor, targets: Tensor, cap: float, ignore_index: int, reduction: str) -> str | None:
@@ -387,7 +378,7 @@ TYPES = {"logits": "*T", "targets": "*i64", "sums": "*fp32", "gradient": "*T", "
 def _held_arguments(size: int, dtype: torch.dtype, parameters: dict[str, int]):
     types = TYPES | {"rows": "i32", "width": "i32", "stride": "i32", "ignore_index": "i32"}
     chunk = chunk_of(size, parameters)
-    chunks = {"CHUNKS": cdiv(size, chunk), "EVEN": size % chunk == 0, "CHUNK": chunk, "LINES": lines_of(size)}
+    chunks = {"CHUNKS": cdiv(size, chunk), "EVEN": size % chunk == 0, "CHUNK": chunk}
     return types, {"CAP": 15.0, "MEAN": True, "TOP": top_of(15.0), **chunks}
 
 
@@ -405,9 +396,9 @@ VOCABULARIES = (1024, 32_768, 65_536)
 HELD_SPACE = tuple(
     {"CHUNK": 256 * warps, "AHEAD": ahead, "PROGRAMS": programs, "num_warps": warps}
     for warps in (4, 16, 32)
-    for ahead in (0, 1, 2)
-    for programs in (1, 4)
-)  # 256 columns a warp: the SIDE neighbours that a thread has
+    for ahead in (0, 2, 4)
+    for programs in (1, 4, 16)
+)  # 256 columns a warp: 8 neighbours a thread, which are loaded at once
 STREAMED_SPACE = tuple({"CHUNK": chunk, "num_warps": warps} for chunk in (1024, 4096, 8192) for warps in (4, 8, 16))
 KERNELS = (
     Kernel(

@@ -43,6 +43,10 @@ def triton_refusal(x: Tensor) -> str | None:
     return None
 
 
+def wants_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 def as_rows(x: Tensor) -> Tensor:
     """x (…, C) as (rows, C) with neighbouring elements of a row side by side; copies only where strides leave no choice."""
     rows = x.reshape(-1, x.size(-1)) if x.size(-1) else x.new_empty(0, 0)
@@ -91,11 +95,9 @@ def reciprocal(x):
 
 
 @triton.jit
-def prefetch(row, width, LINES: tl.constexpr):
-    """Call `width` elements of 16 bits, in at most LINES lines of 128 bytes, into the L2 cache; nothing waits for them."""
+def prefetch(at):
+    """Call what is at each address into the L2 cache; nothing waits for it."""
     if not _INTERPRETED:
-        at = tl.minimum(tl.arange(0, LINES) * 64, width - 1)
         tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [(row + at).to(tl.int64)], dtype=tl.int32, is_pure=False,
-            pack=1,
-        )  # fmt: skip
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        )

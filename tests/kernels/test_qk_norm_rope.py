@@ -110,7 +110,7 @@ def test_every_launch_configuration(kernel):
     *_, dq, dk = harness.evaluate(reference.qk_norm_rope, [q, k, cos, sin], [q, k], [0, 1])
     for parameters in kernel.space:
         if kernel.name == "qk_norm_rope_forward":
-            found = ROOM.launch_forward(q, k, (cos, sin, 0, None), parameters)[:2]
+            found = ROOM.launch_forward(q, k, (cos, sin, 0, None), True, parameters)[:2]
             torch.testing.assert_close(found, expected)
         else:
             found = ROOM.launch_backward(q, k, kept, (cos, sin, 0, None), parameters)
@@ -119,8 +119,8 @@ def test_every_launch_configuration(kernel):
 
 def test_registration():
     q, k, cos, sin, _ = inputs(2, 3, 1, 2, 8, torch.float32)
-    arguments = (q.requires_grad_(), k.requires_grad_(), cos, sin, 0, None)
-    torch.library.opcheck(ROOM.forward_op, arguments)
+    torch.library.opcheck(ROOM.forward_op, (q, k, cos, sin, 0, None, False))
+    torch.library.opcheck(ROOM.forward_op, (q.requires_grad_(), k.requires_grad_(), cos, sin, 0, None, True))
     kept = ROOM.launch_forward(q.detach(), k.detach(), (cos, sin, 0, None))
     torch.library.opcheck(ROOM.backward_op, (q.detach(), k.detach(), *kept, cos, sin, 0, None))
 

@@ -127,7 +127,7 @@ def test_every_launch_configuration(kernel):
     _, (expected,) = evaluate_reference(x, dy)
     for parameters in kernel.space:
         if kernel.name == "rms_norm_forward":
-            torch.testing.assert_close(ROOM.launch_forward(x, None, parameters)[1], reference.rms_norm(x))
+            torch.testing.assert_close(ROOM.launch_forward(x, None, True, parameters)[1], reference.rms_norm(x))
         else:
             torch.testing.assert_close(ROOM.launch_backward(dy, None, y, rstd, parameters), expected)
 
@@ -139,8 +139,10 @@ def evaluate_reference(x, dy):
 
 def test_registration():
     x, update = (randn(3, 40, dtype=torch.float32, seed=i).requires_grad_() for i in range(2))
-    torch.library.opcheck(ROOM.rms_norm_op, (x,))
-    torch.library.opcheck(ROOM.add_rms_norm_op, (x, update))
+    torch.library.opcheck(ROOM.rms_norm_op, (x, True))
+    torch.library.opcheck(ROOM.add_rms_norm_op, (x, update, True))
+    torch.library.opcheck(ROOM.rms_norm_op, (x.detach(), False))
+    torch.library.opcheck(ROOM.add_rms_norm_op, (x.detach(), update.detach(), False))
     _, y, rstd = ROOM.launch_forward(x.detach(), None)
     torch.library.opcheck(ROOM.backward_op, (update.detach(), None, y, rstd))
 
