@@ -4,12 +4,15 @@ Implementations are validated against these functions evaluated in float64. Nota
 C width, H query heads, G key/value heads, D head width, F hidden width, V vocabulary, N = B·T rows.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 EPS = torch.finfo(torch.float32).eps
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NORM_EPS = 1e-7
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -96,17 +99,18 @@ def linear_cross_entropy(
 
 
 def newton_schulz(
-    gradients: Tensor, steps: int = 5, coefficients: tuple[float, float, float] = NEWTON_SCHULZ_COEFFICIENTS
+    gradients: Tensor,
+    coefficients: Sequence[tuple[float, float, float]] = 5 * (NEWTON_SCHULZ_COEFFICIENTS,),
+    algorithm: str = "standard",
 ) -> Tensor:
-    """Approximate orthogonalisation U·Vᵀ of each matrix of (…, m, n), in the dtype given.
+    """Approximate orthogonalisation U·Vᵀ of each matrix of (…, m, n), in the dtype given, a step for each (a, b, c).
 
-    X = G/(‖G‖ + 1e-7), transposed if tall, then `steps` times A = X·Xᵀ, B = b·A + c·A², X = a·X + B·X.
+    X = G/(‖G‖ + 1e-7), transposed if tall, then A = X·Xᵀ, B = b·A + c·A², X = a·X + B·X; always by this algorithm.
     """
-    a, b, c = coefficients
     tall = gradients.size(-2) > gradients.size(-1)
     x = gradients.mT if tall else gradients
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + NORM_EPS)
+    for a, b, c in coefficients:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x

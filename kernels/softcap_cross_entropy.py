@@ -29,6 +29,7 @@ from kernels.triton_helpers import (
     cast,
     cdiv,
     exp2,
+    multiprocessors,
     power_of_2,
     prefetch,
     reciprocal,
@@ -232,10 +233,6 @@ def scale_kernel(gradient, factors, rows, width, factor_stride, CHUNK: tl.conste
                 here = gradient + row * width + at
                 value = tl.load(here, mask=at < width).to(tl.float32) * factor
                 tl.store(here, cast(value, gradient.dtype.element_ty), mask=at < width)
-
-
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def chunk_of(width: int, parameters: dict[str, int]) -> int:

@@ -43,6 +43,10 @@ def triton_refusal(x: Tensor) -> str | None:
     return None
 
 
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
 def wants_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
@@ -70,6 +74,14 @@ def cast(x, dtype: tl.constexpr):
         rounded = (bits + (32767 + ((bits >> 16) & 1))) & -65536
         x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
     return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b, sums):
+    """sums + a·b; the interpreter multiplies bfloat16 only as float32."""
+    if _INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, sums)
 
 
 @triton.jit

@@ -1,0 +1,278 @@
+"""Newton-Schulz and the products it is built of, against float64, torch.matmul and singular value decompositions."""
+
+import importlib
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kernels
+from kernels import reference
+from tests.kernels.harness import DEVICE, GPU, poisoned, property_test, randn, seeds
+
+ROOM = importlib.import_module("kernels.newton_schulz")
+PRODUCTS = importlib.import_module("kernels.matrix_product")
+HALVES = (torch.bfloat16, torch.float16)
+halves = st.sampled_from(HALVES)
+SMALL = {"BM": 16, "BN": 32, "BK": 16, "PROGRAMS": 1, "TMA": 0, "num_warps": 1, "num_stages": 2}
+
+
+def fused(gradients, *arguments, **options):
+    return kernels.newton_schulz(gradients, *arguments, **options, impl="triton")
+
+
+def oracle(gradients, coefficients="model"):
+    return reference.newton_schulz(gradients.double(), ROOM.coefficients_of(5, coefficients))
+
+
+def cosine(a, b):
+    a, b = a.double().flatten(-2), b.double().flatten(-2)
+    return torch.nn.functional.cosine_similarity(a, b, dim=-1)
+
+
+def check_product(x, y, plus, parameters=None, **options):
+    """Not further from float64 than torch.baddbmm, whose sums are float32 too and which rounds once as well."""
+    left = x.mT if options.get("x_transposed") else x
+    right = y.mT if options.get("y_transposed") else y
+    alpha, beta, gamma = (options.get(name, default) for name, default in (("alpha", 1.0), ("beta", 0.0), ("gamma", 0.0)))
+    with poisoned():
+        found = PRODUCTS.product(x, y, plus, **options, parameters=parameters)
+        again = PRODUCTS.product(x, y, plus, **options, parameters=parameters)
+    added = torch.zeros_like(found) if plus is None else plus
+    eye = gamma * torch.eye(*found.shape[1:], device=x.device)
+    true = alpha * (left.double() @ right.double()) + beta * added.double() + eye.double()
+    rival = (alpha * (left.float() @ right.float()) + beta * added.float() + eye).to(x.dtype)
+    assert torch.equal(found, again)
+    error, allowed = float((found.double() - true).norm()), float((rival.double() - true).norm())
+    assert error <= 1.02 * allowed + 1e-6 * float(true.norm()), f"error {error:.3e}, torch's {allowed:.3e}"
+    if options.get("symmetric"):
+        assert torch.equal(found, found.mT)
+    return found
+
+
+sizes = st.integers(1, 2000 if GPU else 40)
+
+
+@property_test
+@given(
+    batch=st.integers(1, 3), m=sizes, n=sizes, k=sizes, dtype=halves, x_transposed=st.booleans(),
+    y_transposed=st.booleans(), gamma=st.sampled_from((0.0, 1.5)), seed=seeds,
+)  # fmt: skip
+def test_product(batch, m, n, k, dtype, x_transposed, y_transposed, gamma, seed):
+    x = randn(batch, *((k, m) if x_transposed else (m, k)), dtype=dtype, seed=seed)
+    y = randn(batch, *((n, k) if y_transposed else (k, n)), dtype=dtype, seed=seed + 1)
+    plus = randn(batch, m, n, dtype=dtype, seed=seed + 2)
+    check_product(
+        x, y, plus, alpha=0.5, beta=-2.0, gamma=gamma, x_transposed=x_transposed, y_transposed=y_transposed,
+        parameters=None if GPU else SMALL,
+    )  # fmt: skip
+
+
+@property_test
+@given(batch=st.integers(1, 3), m=sizes, k=sizes, dtype=halves, tall=st.booleans(), wide=st.booleans(), seed=seeds)
+def test_symmetric_products(batch, m, k, dtype, tall, wide, seed):
+    """x·xᵀ and xᵀ·x, and b·A + c·A² of it, symmetric bit for bit; tiles as wide as they are high, and twice as wide."""
+    parameters = None if GPU else SMALL | {"BM": 16 if wide else 32}
+    x = randn(batch, *((k, m) if tall else (m, k)), dtype=dtype, seed=seed) / math.sqrt(k * m)
+    gram = check_product(
+        x, x, None, parameters, x_transposed=tall, y_transposed=not tall, symmetric=True
+    )  # fmt: skip
+    check_product(gram, gram, gram, parameters, alpha=2.03, beta=-4.77, gamma=3.4, y_transposed=True, symmetric=True)
+
+
+@pytest.mark.parametrize(("bm", "bn"), [(16, 16), (16, 32), (32, 64), (16, 64)])
+def test_the_triangle_is_covered(bm, bn):
+    """Matrices of every number of tiles: all of the result is written."""
+    for m in (*range(1, 2 * bn + 2, 7), 4 * bn, 5 * bn + 3):
+        x = randn(2, m, 8, dtype=torch.float16, seed=m)
+        check_product(x, x, None, SMALL | {"BM": bm, "BN": bn}, y_transposed=True, symmetric=True)
+
+
+def test_every_launch_configuration_of_the_search():
+    x = randn(2, 192, 128, dtype=torch.float16)
+    plus = randn(2, 192, 192, dtype=torch.float16)
+    for kernel in PRODUCTS.KERNELS:
+        symmetric = kernel.name == "symmetric_product"
+        for parameters in kernel.space if GPU else kernel.space[:: len(kernel.space) // 4]:
+            if GPU or not parameters["TMA"]:
+                added = plus + plus.mT if symmetric else plus
+                check_product(x, x, added, parameters, beta=1.0, y_transposed=True, symmetric=symmetric)
+
+
+def spectra(count):
+    """50 spectra of `count` singular values: flat, geometric, heavy-tailed, clustered, rank-deficient."""
+    index = torch.arange(count, dtype=torch.float64)
+    for low in torch.logspace(-0.2, -3, 10):
+        yield f"geometric to {low:.1e}", low ** (index / max(count - 1, 1))
+    for power in torch.linspace(0.1, 1.5, 10):
+        yield f"heavy tail {power:.2f}", (index + 1) ** -power
+    for level in torch.logspace(-0.1, -2.5, 10):
+        yield f"two clusters 1 and {level:.1e}", torch.where(index < count // 4 + 1, 1.0, level)
+    for rank in range(1, 11):
+        yield f"rank {rank}", (index < rank).double()
+    for seed in range(9):
+        yield f"random {seed}", torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    yield "flat", torch.ones(count, dtype=torch.float64)
+
+
+def with_spectrum(values, m, n, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    count = len(values)
+    left = torch.linalg.qr(torch.randn(m, count, generator=generator, dtype=torch.float64))[0]
+    right = torch.linalg.qr(torch.randn(n, count, generator=generator, dtype=torch.float64))[0]
+    return (left * values) @ right.mT
+
+
+SHAPES = [(256, 256), (256, 1024), (1024, 256), (320, 500)] if GPU else [(24, 24), (12, 48), (48, 12)]
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "dtype"),
+    [(*shape, dtype) for i, shape in enumerate(SHAPES) for dtype in (HALVES if GPU else HALVES[i % 2 : i % 2 + 1])],
+)
+def test_singular_values_and_directions(m, n, dtype):
+    """50 spectra at once: the band, and the update that the standard algorithm makes in float64 of the same matrix; where
+    a rank-deficient matrix is mostly rounding, an update nearer to it than the reference in the same dtype has.
+    """
+    names, values = zip(*spectra(min(m, n)), strict=True)
+    matrices = torch.stack([with_spectrum(v, m, n, i) for i, v in enumerate(values)])
+    gradients = (matrices * 0.01).to(DEVICE, dtype)
+    algorithms = ("standard",) if m == n else ("standard", "gram")
+    left, before, right = torch.linalg.svd(gradients.double(), full_matrices=False)
+    strong = before >= 1e-2 * before.norm(dim=-1, keepdim=True)
+    true = oracle(gradients)
+    wanted = cosine(reference.newton_schulz(gradients), true).clamp(max=0.999)
+    for algorithm in algorithms:
+        out = fused(gradients, algorithm=algorithm)
+        assert out.dtype == dtype and out.shape == gradients.shape
+        turned = torch.diagonal(left.mT @ out.double() @ right.mT, dim1=-2, dim2=-1)  # in G's own directions
+        for name, s, ok, similar, least, size in zip(
+            names, turned, strong, cosine(out, true), wanted, torch.linalg.svdvals(out.double()), strict=True
+        ):  # fmt: skip
+            assert (s[ok] > 0.66).all() and (s[ok] < 1.16).all(), f"{name}, {algorithm}: {s[ok].min()} to {s[ok].max()}"
+            assert size.max() < 1.24, f"{name}, {algorithm}: {size.max()}"
+            assert similar >= least, f"{name}, {algorithm}: cosine {similar}"
+
+
+@pytest.mark.parametrize("coefficients", ROOM.COEFFICIENTS)
+@pytest.mark.parametrize("algorithm", ["standard", "gram"])
+def test_other_coefficients(coefficients, algorithm):
+    gradients = randn(2, *SHAPES[1], dtype=torch.bfloat16, seed=3)
+    out = fused(gradients, 5, coefficients, algorithm)
+    assert (cosine(out, oracle(gradients, coefficients)) > 0.9999).all()
+
+
+@pytest.mark.parametrize(("coefficients", "where", "bound"), [("model", (3,), 58), ("you", (2,), 53), ("polar_express", (2,), 84)])
+def test_restarts_keep_the_condition(coefficients, where, bound):
+    """The condition of an accumulated factor, by its definition on a grid of its own."""
+    steps = ROOM.coefficients_of(5, coefficients)
+    assert ROOM.restarts(steps) == where
+    for first, last in zip((0, *where), (*where, 5), strict=True):
+        x = torch.linspace(0, 1, 34_567, dtype=torch.float64)
+        for a, b, c in steps[:first]:
+            x = a * x + b * x**3 + c * x**5
+        x = x[x > 0]
+        y = x
+        for a, b, c in steps[first:last]:
+            y = a * y + b * y**3 + c * y**5
+        assert (y / x).max() / (y / x).min() <= bound
+
+
+def test_one_restart_is_better_than_none():
+    """Why there are restarts: geometric spectra lose their small directions without."""
+    values = torch.logspace(0, -2, SHAPES[1][0], dtype=torch.float64)
+    gradients = with_spectrum(values, *SHAPES[1])[None].to(DEVICE, torch.float16)
+    steps = ROOM.coefficients_of(5, "model")
+    x = ROOM.normalised(gradients)
+    true = oracle(gradients)
+    inside = ROOM.gram(x, steps, torch.float16)
+    before, ROOM.restarts = ROOM.restarts, lambda _: ()
+    try:
+        outside = ROOM.gram(x, steps, torch.float16)
+    finally:
+        ROOM.restarts = before
+    assert (inside.double() - true).norm() < 0.5 * (outside.double() - true).norm()
+
+
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_symmetries_of_the_operation(m, n):
+    gradients = randn(3, m, n, dtype=torch.float16, seed=1)
+    out = fused(gradients)
+    rows, batch = torch.randperm(m, generator=torch.Generator().manual_seed(0)), [2, 0, 1]
+    assert torch.equal(fused(gradients[batch]), out[batch])
+    assert torch.equal(fused(gradients[1]), out[1])
+    assert torch.equal(fused(gradients[:, None])[:, 0], out)
+    near = {"rtol": 2e-2, "atol": 4e-3}
+    torch.testing.assert_close(fused(gradients[:, rows]), out[:, rows], **near)
+    torch.testing.assert_close(fused(gradients.mT), out.mT, **near)
+    torch.testing.assert_close(fused(gradients * 64), out, **near)
+    torch.testing.assert_close(fused(-gradients), -out, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_extreme_gradients(m, n):
+    """Zeros stay, a tiny or huge matrix is finite, and a NaN or an infinity spoils its own matrix alone, visibly."""
+    good = randn(m, n, dtype=torch.bfloat16, seed=5)
+    nan, inf = good.clone(), good.clone()
+    nan[m // 2, 1], inf[0, 0] = float("nan"), float("inf")
+    rank1 = torch.outer(good[:, 0], good[0])
+    out = fused(torch.stack([good, nan, torch.zeros_like(good), good * 1e-30, good * 1e30, good * 1e-4, rank1, inf, good]))
+    assert torch.equal(out[0], out[8]) and out[1].isnan().all() and out[7].isnan().all()
+    assert (out[2] == 0).all()
+    assert out[3].isfinite().all() and out[3].abs().max() < 1e-15  # as ‖G‖ + 1e-7 has it
+    for i in (4, 5):
+        assert cosine(out[i], out[0]) > 0.9999
+    assert 0.68 < torch.linalg.svdvals(out[6].double())[0] < 1.16
+
+
+def test_steps_and_coefficients():
+    gradients = randn(2, 24, 40, dtype=torch.float16)
+    assert torch.equal(fused(gradients, 0), ROOM.normalised(gradients))
+    triple = (3.4445, -4.7750, 2.0315)
+    assert torch.equal(fused(gradients, 3, triple), fused(gradients, 3, [triple] * 3))
+    assert ROOM.coefficients_of(7, "you")[4:] == 3 * ROOM.coefficients_of(5, "you")[4:]
+    assert fused(gradients[:0]).shape == (0, 24, 40)
+    assert ROOM.fastest((64, 64), 5 * (triple,)) == "standard" and ROOM.fastest((256, 64), 5 * (triple,)) == "gram"
+    assert ROOM.fastest((256, 64), 5 * ((1.0, -2.0, 0.5),)) == "standard"  # whose polynomial has a zero
+
+
+def test_bad_input_is_named():
+    x = randn(2, 8, 8, dtype=torch.float16)
+    cases = [
+        ("coefficients must be one of model", lambda: fused(x, 5, "mine")),
+        ("one .a, b, c. or one a step", lambda: fused(x, 5, (1.0, 2.0))),
+        ("algorithm must be one of auto, standard, gram", lambda: fused(x, 5, "model", "fast")),
+        ("take algorithm 'standard'", lambda: fused(x, 5, (1.0, -2.0, 0.5), "gram")),
+        ("matrix units take bfloat16 or float16, got torch.float32", lambda: fused(x.float())),
+    ]
+    for message, call in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_registration():
+    flat = [number for step in ROOM.coefficients_of(5, "model") for number in step]
+    for algorithm in ("standard", "gram"):
+        torch.library.opcheck(ROOM.newton_schulz_op, (randn(2, 16, 48, dtype=torch.bfloat16), flat, algorithm))
+
+
+def test_compiled():
+    gradients = randn(2, 16, 48, dtype=torch.bfloat16)
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, fullgraph=True, backend="inductor" if GPU else "aot_eager")
+    assert torch.equal(compiled(gradients), fused(gradients))
+
+
+@pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
+def test_graph_replay():
+    still = randn(4, 256, 1024, dtype=torch.bfloat16)
+    fused(still)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = fused(still)
+    still.copy_(randn(4, 256, 1024, dtype=torch.bfloat16, seed=9))
+    graph.replay()
+    assert torch.equal(out, fused(still))
