@@ -79,15 +79,24 @@ def store_tile(
         sums += tl.where(r[:, None] == c[None, :], gamma, 0.0)
     value = cast(sums, out.dtype.element_ty)
     if SYMMETRIC:
-        below = c[None, :] <= r[:, None]
-        if not WHOLE:
-            below &= inside
-        tl.store(out + at, value, mask=below)
-        tl.store(out + (c * n)[None, :] + r[:, None], value, mask=below)  # the diagonal twice, with the same
+        mirrored = (c * n)[None, :] + r[:, None]
+        if WHOLE and column + sums.shape[1] <= row + 1:  # no mask of single elements, with which no store is a wide one
+            tl.store(out + at, value)
+            tl.store(out + mirrored, value)
+        elif column < row + sums.shape[0]:
+            below = inside & (c[None, :] <= r[:, None])
+            tl.store(out + at, value, mask=below)
+            tl.store(out + mirrored, value, mask=below)  # the diagonal twice, with the same
     elif WHOLE:
         tl.store(out + at, value)
     else:
         tl.store(out + at, value, mask=inside)
+
+
+@triton.jit
+def halves(tile):
+    """The left and the right half of a tile's columns."""
+    return tl.split(tl.permute(tl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2]), [0, 2, 1]))
 
 
 @triton.jit
@@ -113,12 +122,14 @@ def product_kernel(
                 b = load_tile(y, matrix, start, column, k, n, BK, BN, TMA, WHOLE)
             sums = dot(a, b, sums)
         base = matrix.to(tl.int64) * m * n
-        # in halves, which take half of the registers
-        left, right = tl.split(tl.permute(tl.reshape(sums, [BM, 2, BN // 2]), [0, 2, 1]))
-        store_tile(left, plus + base, out + base, row, column, m, n, alpha, beta, gamma, SYMMETRIC, PLUS, DIAGONAL, WHOLE)
-        store_tile(
-            right, plus + base, out + base, row, column + BN // 2, m, n, alpha, beta, gamma, SYMMETRIC, PLUS, DIAGONAL, WHOLE
-        )  # fmt: skip
+        parts = halves(sums)  # of which one at a time takes registers for its addresses
+        if BN > 128:
+            parts = halves(parts[0]) + halves(parts[1])
+        for i in tl.static_range(len(parts)):
+            left = column + i * (BN // len(parts))
+            store_tile(
+                parts[i], plus + base, out + base, row, left, m, n, alpha, beta, gamma, SYMMETRIC, PLUS, DIAGONAL, WHOLE
+            )  # fmt: skip
 
 
 def tiles_of(m: int, n: int, tile_m: int, tile_n: int, symmetric: bool) -> int:
@@ -158,7 +169,7 @@ def product(
     product_kernel[(min(total, programs * multiprocessors(out.device)) if programs else total,)](
         x, y, out if plus is None else plus, out, tiles, total, m, n, k, alpha, beta, gamma,
         X_TRANSPOSED=x_transposed, Y_TRANSPOSED=y_transposed, SYMMETRIC=symmetric, PLUS=plus is not None,
-        DIAGONAL=gamma != 0.0, WHOLE=whole, FLATTEN=programs > 0, **parameters,
+        DIAGONAL=gamma != 0.0, WHOLE=whole, FLATTEN=programs > 0 and not symmetric, **parameters,
     )  # fmt: skip
     return out
 
@@ -176,7 +187,7 @@ def _arguments(symmetric: bool):
         types = {"x": x, "y": y, "plus": "*T", "out": "*T"} | {name: "i32" for name in ("tiles", "total", "m", "n", "k")}
         types |= {name: "fp32" for name in ("alpha", "beta", "gamma")}
         flags = {"X_TRANSPOSED": False, "Y_TRANSPOSED": symmetric, "SYMMETRIC": symmetric, "PLUS": True}
-        return types, flags | {"DIAGONAL": symmetric, "WHOLE": size % bm == size % bn == size % bk == 0, "FLATTEN": parameters["PROGRAMS"] > 0}
+        return types, flags | {"DIAGONAL": symmetric, "WHOLE": size % bm == size % bn == size % bk == 0, "FLATTEN": parameters["PROGRAMS"] > 0 and not symmetric}
 
     return arguments
 
