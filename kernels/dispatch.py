@@ -21,6 +21,9 @@ ROOMS = {
     "linear_cross_entropy": "linear_cross_entropy",
     "softcap_cross_entropy": "softcap_cross_entropy",
     "newton_schulz": "newton_schulz",
+    "nesterov_momentum": "optimizer_step",
+    "apply_update": "optimizer_step",
+    "adamw": "optimizer_step",
 }
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.checks import check_float
+from kernels.checks import check_float, check_shape
 from kernels.dispatch import Implementation, choose
 from kernels.matrix_product import KERNELS as PRODUCT_KERNELS
 from kernels.matrix_product import product
@@ -76,12 +76,13 @@ def scale_kernel(x, partial, out, size, EPS: tl.constexpr, PARTS: tl.constexpr, 
     tl.store(out + matrix * size + at, cast(tile * factor * factor, out.dtype.element_ty), mask=at < size)
 
 
-def normalised(x: Tensor) -> Tensor:
-    """Each matrix of x (B, m, n), contiguous, divided by its norm, in float16."""
+def normalised(x: Tensor, squares: Tensor | None = None) -> Tensor:
+    """Each matrix of x (B, m, n), contiguous, divided by its norm, in float16; squares: sums that make the square of it."""
     out, size = torch.empty(x.shape, dtype=torch.float16, device=x.device), x[0].numel()
-    partial = torch.empty(x.size(0), PARTS, dtype=torch.float64, device=x.device)
-    squares_kernel[(PARTS, x.size(0))](x, partial, size, BLOCK=1024)
-    scale_kernel[(cdiv(size, 4096), x.size(0))](x, partial, out, size, EPS=reference.NORM_EPS, PARTS=PARTS, BLOCK=4096)
+    if squares is None:
+        squares = torch.empty(x.size(0), PARTS, dtype=torch.float64, device=x.device)
+        squares_kernel[(PARTS, x.size(0))](x, squares, size, BLOCK=1024)
+    scale_kernel[(cdiv(size, 4096), x.size(0))](x, squares, out, size, EPS=reference.NORM_EPS, PARTS=PARTS, BLOCK=4096)
     return out
 
 
@@ -160,25 +161,27 @@ def restarts(coefficients: Coefficients) -> tuple[int, ...]:
 
 
 @torch.library.custom_op("nanochat::newton_schulz", mutates_args=())
-def newton_schulz_op(gradients: Tensor, coefficients: list[float], algorithm: str) -> Tensor:
+def newton_schulz_op(
+    gradients: Tensor, coefficients: list[float], algorithm: str, squares: Tensor | None = None
+) -> Tensor:
     steps = tuple(tuple(coefficients[i : i + 3]) for i in range(0, len(coefficients), 3))
     if algorithm == "auto":
         algorithm = fastest(gradients.shape[-2:], steps)
     x = gradients.reshape(-1, *gradients.shape[-2:]).contiguous()
     if not x.numel():
         return torch.empty_like(gradients)
-    x = normalised(x)
+    x = normalised(x, squares)
     x = (gram if algorithm == "gram" else standard)(x, steps, gradients.dtype) if steps else x.to(gradients.dtype)
     return x.view(gradients.shape)
 
 
 @newton_schulz_op.register_fake
-def _(gradients, coefficients, algorithm):
+def _(gradients, coefficients, algorithm, squares=None):
     return gradients.new_empty(gradients.shape)
 
 
-def run(gradients: Tensor, coefficients: Coefficients, algorithm: str) -> Tensor:
-    return newton_schulz_op(gradients, [number for step in coefficients for number in step], algorithm)
+def run(gradients: Tensor, coefficients: Coefficients, algorithm: str, squares: Tensor | None) -> Tensor:
+    return newton_schulz_op(gradients, [number for step in coefficients for number in step], algorithm, squares)
 
 
 def fastest(shape: Sequence[int], coefficients: Coefficients) -> str:
@@ -192,7 +195,7 @@ def fastest(shape: Sequence[int], coefficients: Coefficients) -> str:
     return "gram"
 
 
-def refusal(gradients: Tensor, coefficients: Coefficients, algorithm: str) -> str | None:
+def refusal(gradients: Tensor, coefficients: Coefficients, algorithm: str, squares: Tensor | None) -> str | None:
     if gradients.dtype not in DTYPES[:2]:
         return f"the matrix units take bfloat16 or float16, got {gradients.dtype}; cast the gradients"
     if gradients.size(-1) * gradients.size(-2) >= 2**31:
@@ -203,7 +206,7 @@ def refusal(gradients: Tensor, coefficients: Coefficients, algorithm: str) -> st
 IMPLEMENTATIONS = {
     "newton_schulz": {
         "triton": Implementation(run, refusal),
-        "reference": Implementation(reference.newton_schulz),
+        "reference": Implementation(lambda gradients, coefficients, *_: reference.newton_schulz(gradients, coefficients)),
     }
 }
 
@@ -213,6 +216,7 @@ def newton_schulz(
     steps: int = 5,
     coefficients: str | Sequence[float] | Sequence[Sequence[float]] = "model",
     algorithm: str = "auto",
+    squares: Tensor | None = None,
     *,
     impl: str = "auto",
 ) -> Tensor:
@@ -220,6 +224,7 @@ def newton_schulz(
 
     coefficients: "model", "polar_express", "you", one (a, b, c) or one a step; where there are fewer than `steps`, the last
     is repeated. algorithm: "standard", "gram" or "auto", which takes what has fewer operations for the shape.
+    squares (B, 64), float64: sums of squares that together make ‖G‖² of each matrix of (B, m, n), where they are known already.
     With the default, singular values of at least 0.01 ‖G‖ end in [0.68, 1.14], smaller ones below 1.21. A matrix with a
     NaN or an infinity becomes NaN and no other does; one of zeros stays zero. Repeated calls are bitwise equal.
     Raises ValueError for fewer than two axes, negative steps, unknown coefficients or algorithm, TypeError for a dtype that
@@ -232,7 +237,9 @@ def newton_schulz(
         raise ValueError(f"newton_schulz: steps must not be negative, got {steps}")
     if algorithm not in ALGORITHMS:
         raise ValueError(f"newton_schulz: algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
-    arguments = (gradients, coefficients_of(steps, coefficients), algorithm)
+    if squares is not None:
+        check_shape("newton_schulz", "squares", squares, gradients.shape[:-2].numel(), PARTS)
+    arguments = (gradients, coefficients_of(steps, coefficients), algorithm, squares)
     return choose("newton_schulz", impl, IMPLEMENTATIONS["newton_schulz"], *arguments)(*arguments)
 
 

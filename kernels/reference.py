@@ -99,13 +99,11 @@ def linear_cross_entropy(
 
 
 def newton_schulz(
-    gradients: Tensor,
-    coefficients: Sequence[tuple[float, float, float]] = 5 * (NEWTON_SCHULZ_COEFFICIENTS,),
-    algorithm: str = "standard",
+    gradients: Tensor, coefficients: Sequence[tuple[float, float, float]] = 5 * (NEWTON_SCHULZ_COEFFICIENTS,)
 ) -> Tensor:
     """Approximate orthogonalisation U·Vᵀ of each matrix of (…, m, n), in the dtype given, a step for each (a, b, c).
 
-    X = G/(‖G‖ + 1e-7), transposed if tall, then A = X·Xᵀ, B = b·A + c·A², X = a·X + B·X; always by this algorithm.
+    X = G/(‖G‖ + 1e-7), transposed if tall, then A = X·Xᵀ, B = b·A + c·A², X = a·X + B·X.
     """
     tall = gradients.size(-2) > gradients.size(-1)
     x = gradients.mT if tall else gradients
@@ -114,3 +112,28 @@ def newton_schulz(
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
+
+
+def nesterov_momentum(
+    gradient: Tensor, momentum: Tensor, clip: Tensor, mu: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, None]:
+    """momentum ← (1 − mu)·g + mu·momentum with g = clip·gradient, in place; returns (1 − mu)·g + mu·momentum."""
+    gradient = gradient * clip
+    momentum.lerp_(gradient.to(momentum.dtype), 1 - mu)
+    return gradient.lerp(momentum.to(gradient.dtype), mu).to(dtype), None
+
+
+def apply_update(weight: Tensor, update: Tensor, rate: Tensor, factor: float) -> None:
+    """weight ← weight − factor·rate·update, in place."""
+    weight.sub_(update.to(weight.dtype) * (factor * rate))
+
+
+def adamw(
+    weight: Tensor, gradient: Tensor, mean: Tensor, variance: Tensor, clip: Tensor, rate: Tensor, biases: Tensor,
+    factor: float, betas: tuple[float, float], eps: float,
+) -> None:  # fmt: skip
+    """One step of AdamW without decay, in place."""
+    gradient = gradient * clip
+    mean.lerp_(gradient, 1 - betas[0])
+    variance.lerp_(gradient.square(), 1 - betas[1])
+    weight.sub_((mean / biases[0]) / ((variance / biases[1]).sqrt() + eps) * (factor * rate))

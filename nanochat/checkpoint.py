@@ -123,8 +123,8 @@ def _training_state(optimizer: MuonAdamW, runtime: Runtime) -> dict[str, Tensor]
     """Optimizer shards (as parts of whole tensors, so that another number of ranks can cut them anew) and random states."""
     state: dict[str, Tensor] = {}
     mesh = init_device_mesh(runtime.device.type, (runtime.world_size,)) if runtime.world_size > 1 else None
-    for name, share, _, items in optimizer.named_state():
-        if mesh is not None:
+    for name, share, items in optimizer.named_state():
+        if mesh is not None and items is not None:
             shape = torch.Size((items, *share.shape[1:]))
             stride = torch.empty(shape, device="meta").stride()
             share = DTensor.from_local(share, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)

@@ -1,15 +1,21 @@
 """Muon for the matrices of the blocks, AdamW for embedding and head; one process or many.
 
 Parameters are gathered in groups whose items can be dealt out to ranks: the matrices of one shape (an item is a matrix),
-or the rows of an embedding (an item is a row). A step reduce-scatters each group's gradient, so that a rank holds the
-mean gradient of the items it owns, clips by the global norm, updates its items with optimizer state that exists only
-there, and all-gathers the updates, which every rank subtracts from its weights. State is float32.
+or the rows of an embedding (an item is a row). The items of a group lie in one buffer, of which the parameters become views,
+and so do their gradients: a group is one batch for every kernel and one message for every exchange. A step
+reduce-scatters each group's gradient, so that a rank holds the mean gradient of the items it owns, clips by the
+global norm, and updates its items with optimizer state that exists only there. Muon's updates are all-gathered while
+the next group is orthogonalised; of AdamW's groups the new weights are. State is float32.
+
+Nothing waits for the host, and what changes from step to step lies on the device: on CUDA the work between exchanges is
+replayed from graphs, and a whole step can be captured in one.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -38,39 +44,61 @@ class OptimizerConfig:
 
 
 class Group:
-    """Parameters updated alike, cut into items that are dealt out to ranks in equal runs (the last may be shorter)."""
+    """Parameters updated alike, cut into items: rank r owns `counts[r]` of them, and the place of `per_rank` in the buffer."""
 
-    def __init__(self, name: str, parameters: list[Tensor], lr: float, rank: int, world_size: int):
+    def __init__(self, name: str, parameters: list[Tensor], lr: float, counts: list[int], rank: int):
         self.name, self.parameters, self.lr = name, parameters, lr
         self.stacked = name.startswith("muon")
-        self.item_shape = parameters[0].shape if self.stacked else parameters[0].shape[1:]
-        self.items = len(parameters) if self.stacked else parameters[0].size(0)
-        self.per_rank = -(-self.items // world_size)
-        self.first = min(rank * self.per_rank, self.items)
-        self.owned = min(self.first + self.per_rank, self.items) - self.first
-        self.padded = self.per_rank * world_size
-        self.state: dict[str, Tensor] = {}
-        self.gradient: Tensor | None = None  # (owned, *item_shape), between synchronize and update
+        shape = parameters[0].shape
+        self.item_shape = shape if self.stacked else shape[1:]
+        self.items, self.per_rank, self.owned = sum(counts), max(counts), counts[rank]
+        self.first = sum(counts[:rank])  # of its items, and where they begin in the buffer
+        self.mine = slice(rank * self.per_rank, rank * self.per_rank + self.owned)
+        size = (self.per_rank * len(counts), *self.item_shape)
+        self.weights = torch.zeros(size, dtype=parameters[0].dtype, device=parameters[0].device)
+        self.gradients = torch.zeros_like(self.weights)
+        # a rank's place of the gradient after the exchange; alone, the gradient itself
+        self.share = self.gradients if len(counts) == 1 else torch.zeros_like(self.weights[: self.per_rank])
+        places = [r * self.per_rank + i for r, count in enumerate(counts) for i in range(count)]
+        self.views = [self.gradients[i] for i in places] if self.stacked else [self.gradients[: self.items]]
+        for parameter, view in zip(parameters, self._cut(self.weights, places), strict=True):
+            parameter.data = view.copy_(parameter.data)
+        state = ("momentum",) if self.stacked else ("mean", "variance")
+        self.state = {n: torch.zeros(self.owned, *self.item_shape, device=self.weights.device) for n in state}
 
-    def full_gradient(self) -> Tensor:
-        """(padded, *item_shape) float32; a parameter without a gradient counts as zero."""
-        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
-        full = torch.stack(grads) if self.stacked else grads[0]
-        if self.padded > self.items:
-            full = torch.cat([full, full.new_zeros(self.padded - self.items, *self.item_shape)])
-        return full.contiguous()
+    def _cut(self, buffer: Tensor, places: list[int]) -> list[Tensor]:
+        return [buffer[i] for i in places] if self.stacked else [buffer[: self.items]]
 
-    def apply(self, update: Tensor) -> None:
-        """Subtract an update (≥ items, *item_shape) from the weights."""
-        if self.stacked:
-            for parameter, part in zip(self.parameters, update, strict=False):
-                parameter.sub_(part)
-        else:
-            self.parameters[0].sub_(update[: self.items])
+    def collect(self) -> None:
+        """Have every gradient in the buffer; a parameter without one counts as zero."""
+        for parameter, view in zip(self.parameters, self.views, strict=True):
+            if parameter.grad is None:
+                view.zero_()
+            elif parameter.grad.data_ptr() != view.data_ptr():
+                view.copy_(parameter.grad)
+            parameter.grad = view
+
+
+class Replayed:
+    """Work on tensors that stay where they are: from its third call on a CUDA graph, in `pool`, where there is one."""
+
+    def __init__(self, work: Callable[[], Tensor | None], pool: tuple | None):
+        self.work, self.pool, self.calls, self.graph = work, pool, 0, None
+
+    def __call__(self) -> Tensor | None:
+        self.calls += 1
+        if self.pool is None or self.calls <= 2 or torch.cuda.is_current_stream_capturing():
+            return self.work()
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, pool=self.pool):
+                self.result = self.work()
+        self.graph.replay()
+        return self.result
 
 
 class MuonAdamW:
-    """The optimizer of a GPT.
+    """The optimizer of a GPT, whose parameters it moves into buffers of its own, as views.
 
     Call `synchronize()` after the backward pass of a step (on every rank; it returns the global gradient norm, a
     float32 scalar tensor), then `update(...)`. Keller Jordan et al. 2024 (Muon), Loshchilov and Hutter 2019 (AdamW).
@@ -90,86 +118,136 @@ class MuonAdamW:
         by_shape = defaultdict(list)
         for parameter in model.blocks.parameters():
             by_shape[tuple(parameter.shape)].append(parameter)
+        owners = deal({shape: len(parameters) for shape, parameters in by_shape.items()}, self.world_size)
         width_scale = (model.config.width / 768) ** -0.5
-        deal = {"rank": self.rank, "world_size": self.world_size}
         self.groups = [
-            Group(f"muon-{m}x{n}", parameters, self.config.matrix_lr, **deal)
+            Group(f"muon-{m}x{n}", parameters, self.config.matrix_lr, owners[m, n], self.rank)
             for (m, n), parameters in sorted(by_shape.items())
         ]
         for name, lr in (("embedding", self.config.embedding_lr), ("head", self.config.head_lr)):
             parameter = getattr(model, name).weight
-            self.groups.append(Group(f"adamw-{name}", [parameter], lr * width_scale, **deal))
-        for group in self.groups:
-            names = ("momentum",) if group.stacked else ("mean", "variance")
-            shape = (group.owned, *group.item_shape)
-            group.state = {n: torch.zeros(shape, device=model.device) for n in names}
+            rows = -(-parameter.size(0) // self.world_size)  # in equal runs, so that they lie one after the other
+            counts = [min(rows, max(0, parameter.size(0) - r * rows)) for r in range(self.world_size)]
+            self.groups.append(Group(f"adamw-{name}", [parameter], lr * width_scale, counts, self.rank))
+        scalars = torch.ones(5, device=model.device)
+        self.clip, self.rate, self.momentum, *_ = scalars
+        self.biases = scalars[3:]
+        pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" and self.impl != "reference" else None
+        self._measured = Replayed(self._measure, pool)
+        self._moved = {
+            group.name: Replayed(partial(self._direction if group.stacked else self._adamw, group), pool)
+            for group in self.groups
+        }
+        self._alone = Replayed(self._update_alone, pool)
 
     @torch.no_grad()
     def synchronize(self) -> Tensor:
         """Average the gradient over ranks, keep the owned share of it, and return its global norm."""
-        pending = []
         for group in self.groups:
-            full = group.full_gradient()
-            if self.world_size == 1:
-                group.gradient = full
-                continue
-            share = full.new_empty(group.per_rank, *group.item_shape)
-            pending.append(_reduce_scatter(share, full, op=dist.ReduceOp.AVG, async_op=True))
-            group.gradient = share[: group.owned]
-        for work in pending:
-            work.wait()
-        squares = torch.stack([group.gradient.float().square().sum() for group in self.groups]).sum()
+            group.collect()
+        if self.world_size > 1:
+            pending = [
+                _reduce_scatter(group.share, group.gradients, op=dist.ReduceOp.AVG, async_op=True)
+                for group in self.groups
+            ]
+            for work in pending:
+                work.wait()
+        squares = self._measured()
         if self.world_size > 1:
             dist.all_reduce(squares)
         self.norm = squares.sqrt()
+        if self.config.grad_clip > 0:
+            self.clip.copy_((self.config.grad_clip / (self.norm + 1e-6)).clamp(max=1.0))
         return self.norm
+
+    def _measure(self) -> Tensor:
+        shares = [group.share[: group.owned] for group in self.groups]
+        return torch.stack([square_sum(share) for share in shares]).sum()
 
     @torch.no_grad()
     def update(self, lr_multiplier: float, momentum: float) -> None:
         """Move the weights by the synchronised gradient and forget it."""
         self.steps += 1
-        clip = (self.config.grad_clip / (self.norm + 1e-6)).clamp(max=1.0) if self.config.grad_clip > 0 else None
-        gathers = []
-        for group in self.groups:
-            gradient = group.gradient if clip is None else group.gradient.mul_(clip)
-            update = self._muon(group, gradient, momentum) if group.stacked else self._adamw(group, gradient)
-            gathers.append(self._gather(group, update))
-            group.gradient = None
-        for group, (update, work) in zip(self.groups, gathers, strict=True):
-            if work is not None:
-                work.wait()
-            scale = math.sqrt(max(1, group.item_shape[0] / group.item_shape[1])) if group.stacked else 1.0
-            group.apply(update.mul_(group.lr * lr_multiplier * scale))
-            for parameter in group.parameters:
-                parameter.grad = None
-
-    def _gather(self, group: Group, update: Tensor) -> tuple[Tensor, dist.Work | None]:
+        self.rate.fill_(lr_multiplier), self.momentum.fill_(momentum)
+        for bias, beta in zip(self.biases, self.ADAM_BETAS, strict=True):
+            bias.fill_(1 - beta**self.steps)
         if self.world_size == 1:
-            return update, None
-        if group.owned < group.per_rank:
-            update = torch.cat([update, update.new_zeros(group.per_rank - group.owned, *group.item_shape)])
-        full = update.new_empty(group.padded, *group.item_shape)
-        return full, _all_gather(full, update.contiguous(), async_op=True)
+            self._alone()
+        else:
+            gathers = [(group, *self._gather(group, self._moved[group.name]())) for group in self.groups]
+            for group, gathered, work in gathers:
+                work.wait()
+                self._apply(group, gathered) if group.stacked else group.weights.copy_(gathered)
+        for group in self.groups:
+            group.gradients.zero_()
 
-    def _muon(self, group: Group, gradient: Tensor, momentum: float) -> Tensor:
-        buffer = group.state["momentum"]
-        buffer.lerp_(gradient, 1 - momentum)
-        nesterov = gradient.lerp(buffer, momentum).to(self.update_dtype)
-        return kernels.newton_schulz(nesterov, self.NEWTON_SCHULZ_STEPS, impl=self.impl).contiguous()
+    def _update_alone(self) -> None:
+        for group in self.groups:
+            if group.stacked:
+                self._apply(group, self._direction(group))
+            else:
+                self._adamw(group)
 
-    def _adamw(self, group: Group, gradient: Tensor) -> Tensor:
-        mean, variance = group.state["mean"], group.state["variance"]
-        beta1, beta2 = self.ADAM_BETAS
-        mean.lerp_(gradient, 1 - beta1)
-        variance.lerp_(gradient.square(), 1 - beta2)
-        bias1, bias2 = 1 - beta1**self.steps, 1 - beta2**self.steps
-        return (mean / bias1) / ((variance / bias2).sqrt() + self.ADAM_EPS)
+    def _direction(self, group: Group) -> Tensor:
+        """Muon's update of the owned matrices."""
+        gradient, buffer = group.share[: group.owned], group.state["momentum"]
+        nesterov, squares = kernels.nesterov_momentum(
+            gradient, buffer, self.clip, self.momentum, self.update_dtype, impl=self.impl
+        )
+        if self.impl == "reference":  # a matrix after the other, as Muon is commonly written
+            parts = [kernels.newton_schulz(x, self.NEWTON_SCHULZ_STEPS, impl=self.impl) for x in nesterov]
+            return torch.stack(parts) if parts else nesterov
+        return kernels.newton_schulz(nesterov, self.NEWTON_SCHULZ_STEPS, squares=squares, impl=self.impl)
 
-    def named_state(self) -> Iterator[tuple[str, Tensor, int, int]]:
-        """(name, owned share, first owned item, number of items) of every state tensor, for a checkpoint."""
+    def _apply(self, group: Group, update: Tensor) -> None:
+        factor = group.lr * math.sqrt(max(1, group.item_shape[0] / group.item_shape[1]))
+        kernels.apply_update(group.weights, update.contiguous(), self.rate, factor, impl=self.impl)
+
+    def _adamw(self, group: Group) -> Tensor:
+        """The owned rows, updated."""
+        weights, gradient = group.weights[group.mine], group.share[: group.owned]
+        kernels.adamw(
+            weights, gradient, group.state["mean"], group.state["variance"], self.clip, self.rate, self.biases,
+            group.lr, self.ADAM_BETAS, self.ADAM_EPS, impl=self.impl,
+        )  # fmt: skip
+        return weights
+
+    def _gather(self, group: Group, part: Tensor) -> tuple[Tensor, dist.Work]:
+        """The parts of all ranks, each in its place; they arrive while the next group is worked on."""
+        padded = part.new_zeros(group.per_rank, *group.item_shape)
+        padded[: group.owned] = part
+        full = part.new_empty(group.weights.shape)
+        return full, _all_gather(full, padded, async_op=True)
+
+    def named_state(self) -> Iterator[tuple[str, Tensor, int | None]]:
+        """(name, tensor, rows of the whole) of the state of this rank, for a checkpoint: a matrix of Muon's is whole (None),
+        of an embedding's this is the part of its rows that is owned."""
         for group in self.groups:
             for name, tensor in group.state.items():
-                yield f"{group.name}.{name}", tensor, group.first, group.items
+                if group.stacked:
+                    for i, matrix in enumerate(tensor, group.first):
+                        yield f"{group.name}.{name}.{i}", matrix, None
+                else:
+                    yield f"{group.name}.{name}", tensor, group.items
+
+
+def square_sum(x: Tensor) -> Tensor:
+    if x.device.type == "cuda":
+        return torch.linalg.vector_norm(x).square()  # one pass
+    return x.square().sum()  # which torch sums pairwise on a CPU, as it does not in a norm
+
+
+def deal(groups: dict[tuple[int, int], int], world_size: int) -> dict[tuple[int, int], list[int]]:
+    """How many matrices of each shape each rank orthogonalises: as many as any other or one more, the ones more where least
+    is to be done. groups: shape → number of matrices."""
+    load = [0] * world_size
+    counts = {}
+    for (m, n), items in sorted(groups.items(), key=lambda item: (-(min(item[0]) ** 2) * max(item[0]), item[0])):
+        base, more = divmod(items, world_size)
+        chosen = sorted(range(world_size), key=lambda r: (load[r], r))[:more]
+        counts[m, n] = [base + (r in chosen) for r in range(world_size)]
+        load = [done + count * min(m, n) ** 2 * max(m, n) for done, count in zip(load, counts[m, n], strict=True)]
+    return counts
 
 
 def muon_momentum(step: int) -> float:
