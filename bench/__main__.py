@@ -17,11 +17,24 @@ from typing import Annotated
 import tyro
 from rich.table import Table
 
-from bench.cases import MODES, SHAPES
+from bench.cases import MODES, MODES_OF, SHAPES
 from nanochat.console import console, say
 from nanochat.errors import UserError
 
-COLUMNS = ("op", "shape", "mode", "dtype", "impl", "ms", "gbps", "percent_of_copy", "launch_us", "transient_mb")
+COLUMNS = (
+    "op",
+    "shape",
+    "mode",
+    "dtype",
+    "impl",
+    "ms",
+    "gbps",
+    "percent_of_copy",
+    "launch_us",
+    "transient_mb",
+    "tflops",
+    "dense_tflops",
+)
 
 
 @dataclass(frozen=True)
@@ -31,9 +44,9 @@ class RunConfig:
     op: tuple[str, ...] = tuple(SHAPES)
     """operations"""
     impl: tuple[str, ...] = ()
-    """only these variants: triton, eager, compile, liger"""
+    """only these variants: triton, eager, compile, liger; newton_schulz has standard (without gram) and loop (compiled)"""
     shape: tuple[str, ...] = ()
-    """only these shapes: d12, d20, d32; chunk for the cross entropy"""
+    """only these shapes: d4 (newton_schulz), d12, d20, d32; chunk for the cross entropy"""
     mode: tuple[str, ...] = MODES
     """fwd, bwd, both"""
     dtype: str = "bfloat16"
@@ -107,7 +120,7 @@ def _shapes(op: str, config: RunConfig) -> Iterable[str]:
 def _modes(op: str, config: RunConfig) -> Iterable[str]:
     if set(config.mode) - set(MODES):
         raise UserError(f"--mode must be among {', '.join(MODES)}, got {', '.join(config.mode)}")
-    return [mode for mode in config.mode if mode != "bwd" or op != "softcap_cross_entropy"]
+    return [mode for mode in config.mode if mode in MODES_OF.get(op, MODES)]
 
 
 def _profile(cases: list) -> None:
@@ -133,7 +146,17 @@ def _table(rows: list[dict]) -> Table:
     table = Table(
         title=f"{first['op']} {first['shape']} {first['mode']} {first['dtype']}", box=None, title_justify="left"
     )
-    for name in ("impl", "ms", "quartiles", "GB/s", "% of copy", "triton is × of it", "launch µs", "transient MB"):
+    for name in (
+        "impl",
+        "ms",
+        "quartiles",
+        "GB/s",
+        "% of copy",
+        "TFLOP/s",
+        "triton is × of it",
+        "launch µs",
+        "transient MB",
+    ):
         table.add_column(name, justify="left" if name == "impl" else "right")
     for row in rows:
         if row["ms"] is None:
@@ -143,7 +166,7 @@ def _table(rows: list[dict]) -> Table:
         ratio = next((r["ratio_to"].get(row["impl"]) for r in rows if r["impl"] == "triton" and r["ms"]), None)
         table.add_row(
             row["impl"], f"{row['ms']:.4f}", f"{low:.4f}-{high:.4f}", f"{row['gbps']:.0f}",
-            f"{row['percent_of_copy']:.1f}", f"{ratio:.3f}" if ratio else "", f"{row['launch_us']:.0f}",
+            f"{row['percent_of_copy']:.1f}", f"{row['tflops']:.0f}" if "tflops" in row else "", f"{ratio:.3f}" if ratio else "", f"{row['launch_us']:.0f}",
             f"{row['transient_mb']:.1f}",
         )  # fmt: skip
     return table

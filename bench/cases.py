@@ -14,13 +14,16 @@ import kernels
 from kernels import reference
 
 MODES = ("fwd", "bwd", "both")
+# the cross entropy makes its gradient in the forward pass; an orthogonalisation has none
+MODES_OF = {"softcap_cross_entropy": ("fwd", "both"), "newton_schulz": ("fwd",)}
 TOKENS = 32 * 2048
 MODELS = {"d12": 768, "d20": 1280, "d32": 2048}  # width; heads of 128
 
 
 @dataclass
 class Case:
-    """One operation at one shape in one mode, ready to run. `bytes`: read and written at the least."""
+    """One operation at one shape in one mode, ready to run. `bytes`: read and written at the least. `flops`: of a variant,
+    where products make up the time; "dense" are those of the plain algorithm, without symmetry."""
 
     operation: str
     shape: str
@@ -29,6 +32,7 @@ class Case:
     bytes: int
     variants: dict[str, Callable[[int], object]]
     prepare: dict[str, Callable[[int], None]] = field(default_factory=dict)
+    flops: dict[str, float] = field(default_factory=dict)
 
 
 def liger():
@@ -77,14 +81,16 @@ def case(
     operation: str, shape: str, mode: str, dtype: torch.dtype = torch.bfloat16, impls: tuple[str, ...] = ()
 ) -> Case:
     """Build the inputs on the GPU. Raises ValueError for a mode that the operation does not have."""
+    if mode not in MODES_OF.get(operation, MODES):
+        raise ValueError(f"{operation} is measured in {', '.join(MODES_OF[operation])}, not in {mode}")
+    if operation == "newton_schulz":
+        return _newton_schulz_case(shape, dtype, impls)
     build = {
         "rms_norm": _norm_inputs,
         "add_rms_norm": _norm_inputs,
         "qk_norm_rope": _rope_inputs,
         "softcap_cross_entropy": _entropy_inputs,
     }[operation]
-    if operation == "softcap_cross_entropy" and mode == "bwd":
-        raise ValueError("softcap_cross_entropy makes its gradient in the forward pass: measure fwd or both")
     sets, differentiable = build(operation, shape, dtype)
     variants = {n: f for n, f in operation_variants(operation).items() if not impls or n in impls}
     made = Case(operation, shape, mode, str(dtype).removeprefix("torch."), 0, {})
@@ -164,6 +170,34 @@ def _entropy_inputs(operation: str, shape: str, dtype: torch.dtype) -> tuple[lis
     return [[logits, torch.randint(65_536, (rows,), device="cuda")]], 1
 
 
+def _newton_schulz_case(shape: str, dtype: torch.dtype, impls: tuple[str, ...]) -> Case:
+    """All matrices of a model in one go: 4 square ones a layer, one 4 times as long and one 4 times as wide."""
+    depth = int(shape[1:])
+    width = 64 * depth
+    sizes = [(4 * depth, width, width), (depth, 4 * width, width), (depth, width, 4 * width)]
+    groups = [_normal(*size, dtype=dtype) for size in sizes]
+    torch._dynamo.reset()
+    # one for each: else the shapes of the other depths count against the limit of recompilations
+    compiled = {size[-2:]: torch.compile(partial(reference.newton_schulz), dynamic=False) for size in sizes}
+    variants = {
+        "triton": lambda _: [kernels.newton_schulz(x, impl="triton") for x in groups],
+        "standard": lambda _: [kernels.newton_schulz(x, algorithm="standard", impl="triton") for x in groups],
+        "eager": lambda _: [[reference.newton_schulz(matrix) for matrix in x] for x in groups],
+        "compile": lambda _: [compiled[x.shape[-2:]](x) for x in groups],
+        "loop": lambda _: [[compiled[x.shape[-2:]](matrix) for matrix in x] for x in groups],
+    }
+    variants = {name: run for name, run in variants.items() if not impls or name in impls}
+    flops = {name: 0.0 for name in ("dense", "standard", "triton")}
+    for count, *sides in sizes:
+        m, n = sorted(sides)
+        flops["dense"] += count * 5 * (4 * m * m * n + 2 * m**3)
+        flops["standard"] += count * 5 * (3 * m * m * n + m**3)
+        gram = 2 * m * m * n + 14 * m**3 + 4 * m * m * n  # two of R, fourteen small products, two of Q·X
+        flops["triton"] += count * (5 * (3 * m * m * n + m**3) if m == n else gram)
+    size = 2 * sum(x.nbytes for x in groups)
+    return Case("newton_schulz", shape, "fwd", str(dtype).removeprefix("torch."), size, variants, flops=flops)
+
+
 # floating-point operations an element of the first differentiable input, forward and backward, as the formulas count
 FLOPS = {"rms_norm": (3, 6), "add_rms_norm": (4, 7), "qk_norm_rope": (6, 9), "softcap_cross_entropy": (8, 7)}
 # elements moved an element computed: (forward, backward)
@@ -182,4 +216,5 @@ SHAPES = {
     "qk_norm_rope": tuple(MODELS),
     # every depth has the vocabulary 65,536: all tokens of a micro-batch, and an eighth of them, as a chunked head has
     "softcap_cross_entropy": ("d20", "chunk"),
+    "newton_schulz": ("d4", "d12", "d20", "d32"),
 }

@@ -55,6 +55,14 @@ def header(command: str) -> dict:
     }
 
 
+def _rates(flops: dict[str, float], variant: str, ms: float) -> dict:
+    """TFLOP/s that a variant executes, and what they would be with the operations of the plain algorithm."""
+    if not flops:
+        return {}
+    done = flops.get(variant, flops["dense"])
+    return {"flops": done, "tflops": done / ms / 1e9, "dense_tflops": flops["dense"] / ms / 1e9}
+
+
 def measure(case: Case, rounds: int = ROUNDS) -> Iterator[dict]:
     """A row for each variant: median ms with quartiles, GB/s, percent of the copy, ratios, launch µs, transient bytes.
 
@@ -90,6 +98,7 @@ def measure(case: Case, rounds: int = ROUNDS) -> Iterator[dict]:
             "percent_of_copy": 100 * gbps / copy_gbps,
             "ratio_to": {rival: medians[name] / ms for rival, ms in medians.items() if rival != name},
             **extra[name],
+            **_rates(case.flops, name, medians[name]),
         }
     for name in lost:
         yield {**common, "impl": name, "ms": None, "note": "out of memory"}

@@ -16,7 +16,7 @@ from bench.cases import flops_per_byte
 from bench.compare import load
 
 OURS = "triton"
-RIVALS = {"eager": "#b9cde8", "compile": "#1f4e8c", "liger": "#c0862b"}
+RIVALS = {"eager": "#b9cde8", "compile": "#1f4e8c", "liger": "#c0862b", "loop": "#7a9a5a"}
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}"
     "table{border-collapse:collapse}td,th{padding:.2rem .6rem;border-bottom:1px solid #ddd;text-align:right}"
@@ -54,7 +54,8 @@ def markdown(headers: list[dict], rows: list[dict]) -> str:
     lines += [
         "",
         "Time is the median of GPU time with a cold L2 cache, variants taking turns; a ratio below 1 means that",
-        "the fused kernel is faster. Launch is the processor's time to hand a call to an idle GPU.",
+        "the fused kernel is faster. Launch is the processor's time to hand a call to an idle GPU. TFLOP/s are executed ones (in",
+        "brackets: those of the plain algorithm in the same time); `loop` is the compiled reference, matrix by matrix.",
         "",
     ]
     lines += ["![ratio to each rival](ratios.png)", "", "![roofline](roofline.png)", ""]
@@ -62,16 +63,17 @@ def markdown(headers: list[dict], rows: list[dict]) -> str:
         lines += [
             f"## {operation}",
             "",
-            "| case | impl | ms | quartiles | GB/s | % of copy | fused is × of it | launch µs | transient MB |",
+            "| case | impl | ms | quartiles | GB/s | % of copy | TFLOP/s | fused is × of it | launch µs | transient MB |",
         ]
-        lines += ["|" + "---|" * 9]
+        lines += ["|" + "---|" * 10]
         for row in rows:
             if row["op"] == operation:
                 low, high = row["quartiles_ms"]
                 ratio = 1 / row["ratio_to"][OURS] if OURS in row["ratio_to"] else 1.0
+                rate = f"{row['tflops']:.0f} ({row['dense_tflops']:.0f})" if "tflops" in row else ""
                 lines.append(
                     f"| {case_name(row)} | {row['impl']} | {row['ms']:.4f} | {low:.4f} to {high:.4f} | {row['gbps']:.0f} | "
-                    f"{row['percent_of_copy']:.1f} | {ratio:.3f} | {row['launch_us']:.0f} | {row['transient_mb']:.1f} |"
+                    f"{row['percent_of_copy']:.1f} | {rate} | {ratio:.3f} | {row['launch_us']:.0f} | {row['transient_mb']:.1f} |"
                 )
         lines.append("")
     return "\n".join(lines)
@@ -86,7 +88,7 @@ def plot_ratios(rows: list[dict], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(9, 1.2 + 0.42 * len(ours)), layout="constrained")
     height = 0.8 / len(RIVALS)
     for number, (rival, color) in enumerate(RIVALS.items()):
-        at = [i + (number - 1) * height for i, row in enumerate(ours) if rival in row["ratio_to"]]
+        at = [i + (number - 1.5) * height for i, row in enumerate(ours) if rival in row["ratio_to"]]
         values = [row["ratio_to"][rival] for row in ours if rival in row["ratio_to"]]
         bars = axis.barh(at, values, height, color=color, label=f"time relative to {rival}")
         axis.bar_label(bars, [f"{value:.2f}" for value in values], fontsize=7, padding=2)
@@ -109,7 +111,10 @@ def plot_roofline(rows: list[dict], peak_tflops: float, path: Path) -> None:
     axis.annotate(f"bf16 product {peak_tflops:.0f} TFLOP/s", (1e3, peak_tflops * 1.1), fontsize=8)
     for operation in dict.fromkeys(row["op"] for row in ours):
         points = [row for row in ours if row["op"] == operation]
-        x = [flops_per_byte(operation, row["mode"], row["dtype"]) for row in points]
+        x = [
+            row["flops"] / row["bytes"] if "flops" in row else flops_per_byte(operation, row["mode"], row["dtype"])
+            for row in points
+        ]
         y = [i * row["gbps"] / 1e3 for i, row in zip(x, points, strict=True)]
         axis.scatter(
             x, y, s=22, label=f"{operation}: {max(row['percent_of_copy'] for row in points):.0f} % of the copy at best"

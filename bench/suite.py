@@ -6,10 +6,10 @@ from functools import lru_cache
 import pytest
 import torch
 
-from bench.cases import MODES, SHAPES, case
+from bench.cases import MODES, MODES_OF, SHAPES, case
 from bench.measure import measure
 
-IMPLS = ("triton", "eager", "compile", "liger")
+IMPLS = ("triton", "standard", "eager", "compile", "loop", "liger")
 
 
 class Clock:
@@ -35,7 +35,7 @@ def measured(operation: str, shape: str, mode: str) -> dict[str, dict]:
 
 def every_case(operation: str):
     """Parametrises a test over the operation's shapes, modes and variants."""
-    modes = [mode for mode in MODES if mode != "bwd" or operation != "softcap_cross_entropy"]
+    modes = MODES_OF.get(operation, MODES)
     cases = [(operation, s, m, i) for s in SHAPES[operation] for m in modes for i in IMPLS]
     return pytest.mark.parametrize(("operation", "shape", "mode", "impl"), cases, ids="-".join)
 
@@ -50,5 +50,5 @@ def replay(benchmark, operation: str, shape: str, mode: str, impl: str) -> None:
     benchmark.group = f"{operation} {shape} {mode}"
     samples = iter(row["samples_ms"])
     benchmark.pedantic(lambda: clock.play(next(samples) / 1e3), rounds=len(row["samples_ms"]))
-    wanted = ("gbps", "copy_gbps", "percent_of_copy", "ratio_to", "launch_us", "transient_mb")
-    benchmark.extra_info.update({name: row[name] for name in wanted})
+    wanted = ("gbps", "copy_gbps", "percent_of_copy", "ratio_to", "launch_us", "transient_mb", "tflops", "dense_tflops")
+    benchmark.extra_info.update({name: row[name] for name in wanted if name in row})

@@ -184,10 +184,16 @@ def _arguments(symmetric: bool):
         x, y = "*T", "*T"
         if parameters["TMA"]:
             x, y = f"tensordesc<T[{bm}, {bk}]>", f"tensordesc<T[{bn if symmetric else bk}, {bk if symmetric else bn}]>"
-        types = {"x": x, "y": y, "plus": "*T", "out": "*T"} | {name: "i32" for name in ("tiles", "total", "m", "n", "k")}
+        types = {"x": x, "y": y, "plus": "*T", "out": "*T"} | {
+            name: "i32" for name in ("tiles", "total", "m", "n", "k")
+        }
         types |= {name: "fp32" for name in ("alpha", "beta", "gamma")}
         flags = {"X_TRANSPOSED": False, "Y_TRANSPOSED": symmetric, "SYMMETRIC": symmetric, "PLUS": True}
-        return types, flags | {"DIAGONAL": symmetric, "WHOLE": size % bm == size % bn == size % bk == 0, "FLATTEN": parameters["PROGRAMS"] > 0 and not symmetric}
+        return types, flags | {
+            "DIAGONAL": symmetric,
+            "WHOLE": size % bm == size % bn == size % bk == 0,
+            "FLATTEN": parameters["PROGRAMS"] > 0 and not symmetric,
+        }
 
     return arguments
 

@@ -206,7 +206,9 @@ def refusal(gradients: Tensor, coefficients: Coefficients, algorithm: str, squar
 IMPLEMENTATIONS = {
     "newton_schulz": {
         "triton": Implementation(run, refusal),
-        "reference": Implementation(lambda gradients, coefficients, *_: reference.newton_schulz(gradients, coefficients)),
+        "reference": Implementation(
+            lambda gradients, coefficients, *_: reference.newton_schulz(gradients, coefficients)
+        ),
     }
 }
 

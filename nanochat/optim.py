@@ -100,13 +100,13 @@ class Replayed:
 class MuonAdamW:
     """The optimizer of a GPT, whose parameters it moves into buffers of its own, as views.
 
-    Call `synchronize()` after the backward pass of a step (on every rank; it returns the global gradient norm, a
+    graphs: replay CUDA graphs where there are fused kernels. Call `synchronize()` after the backward pass of a step (on every rank; it returns the global gradient norm, a
     float32 scalar tensor), then `update(...)`. Keller Jordan et al. 2024 (Muon), Loshchilov and Hutter 2019 (AdamW).
     """
 
     ADAM_BETAS, ADAM_EPS, NEWTON_SCHULZ_STEPS = (0.8, 0.95), 1e-10, 5
 
-    def __init__(self, model: GPT, config: OptimizerConfig | None = None):
+    def __init__(self, model: GPT, config: OptimizerConfig | None = None, graphs: bool = True):
         self.config = config or OptimizerConfig()
         self.impl = model.config.impl.newton_schulz
         self.steps = 0
@@ -132,7 +132,8 @@ class MuonAdamW:
         scalars = torch.ones(5, device=model.device)
         self.clip, self.rate, self.momentum, *_ = scalars
         self.biases = scalars[3:]
-        pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" and self.impl != "reference" else None
+        graphs = graphs and model.device.type == "cuda" and self.impl != "reference"
+        pool = torch.cuda.graph_pool_handle() if graphs else None
         self._measured = Replayed(self._measure, pool)
         self._moved = {
             group.name: Replayed(partial(self._direction if group.stacked else self._adamw, group), pool)
@@ -167,10 +168,19 @@ class MuonAdamW:
     @torch.no_grad()
     def update(self, lr_multiplier: float, momentum: float) -> None:
         """Move the weights by the synchronised gradient and forget it."""
+        self.schedule(lr_multiplier, momentum)
+        self.move()
+
+    def schedule(self, lr_multiplier: float, momentum: float) -> None:
+        """Begin a step: what it needs to know goes to the device, outside of any graph that `move` is captured in."""
         self.steps += 1
         self.rate.fill_(lr_multiplier), self.momentum.fill_(momentum)
         for bias, beta in zip(self.biases, self.ADAM_BETAS, strict=True):
             bias.fill_(1 - beta**self.steps)
+
+    @torch.no_grad()
+    def move(self) -> None:
+        """The rest of `update`."""
         if self.world_size == 1:
             self._alone()
         else:

@@ -36,7 +36,9 @@ def check_product(x, y, plus, parameters=None, **options):
     """Not further from float64 than torch.baddbmm, whose sums are float32 too and which rounds once as well."""
     left = x.mT if options.get("x_transposed") else x
     right = y.mT if options.get("y_transposed") else y
-    alpha, beta, gamma = (options.get(name, default) for name, default in (("alpha", 1.0), ("beta", 0.0), ("gamma", 0.0)))
+    alpha, beta, gamma = (
+        options.get(name, default) for name, default in (("alpha", 1.0), ("beta", 0.0), ("gamma", 0.0))
+    )
     with poisoned():
         found = PRODUCTS.product(x, y, plus, **options, parameters=parameters)
         again = PRODUCTS.product(x, y, plus, **options, parameters=parameters)
@@ -164,7 +166,9 @@ def test_other_coefficients(coefficients, algorithm):
     assert (cosine(out, oracle(gradients, coefficients)) > 0.9999).all()
 
 
-@pytest.mark.parametrize(("coefficients", "where", "bound"), [("model", (3,), 58), ("you", (2,), 53), ("polar_express", (2,), 84)])
+@pytest.mark.parametrize(
+    ("coefficients", "where", "bound"), [("model", (3,), 58), ("you", (2,), 53), ("polar_express", (2,), 84)]
+)
 def test_restarts_keep_the_condition(coefficients, where, bound):
     """The condition of an accumulated factor, by its definition on a grid of its own."""
     steps = ROOM.coefficients_of(5, coefficients)
@@ -218,7 +222,9 @@ def test_extreme_gradients(m, n):
     nan, inf = good.clone(), good.clone()
     nan[m // 2, 1], inf[0, 0] = float("nan"), float("inf")
     rank1 = torch.outer(good[:, 0], good[0])
-    out = fused(torch.stack([good, nan, torch.zeros_like(good), good * 1e-30, good * 1e30, good * 1e-4, rank1, inf, good]))
+    out = fused(
+        torch.stack([good, nan, torch.zeros_like(good), good * 1e-30, good * 1e30, good * 1e-4, rank1, inf, good])
+    )
     assert torch.equal(out[0], out[8]) and out[1].isnan().all() and out[7].isnan().all()
     assert (out[2] == 0).all()
     assert out[3].isfinite().all() and out[3].abs().max() < 1e-15  # as ‖G‖ + 1e-7 has it
