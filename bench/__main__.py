@@ -166,8 +166,8 @@ def _table(rows: list[dict]) -> Table:
         ratio = next((r["ratio_to"].get(row["impl"]) for r in rows if r["impl"] == "triton" and r["ms"]), None)
         table.add_row(
             row["impl"], f"{row['ms']:.4f}", f"{low:.4f}-{high:.4f}", f"{row['gbps']:.0f}",
-            f"{row['percent_of_copy']:.1f}", f"{row['tflops']:.0f}" if "tflops" in row else "", f"{ratio:.3f}" if ratio else "", f"{row['launch_us']:.0f}",
-            f"{row['transient_mb']:.1f}",
+            f"{row['percent_of_copy']:.1f}", f"{row['tflops']:.0f}" if "tflops" in row else "",
+            f"{ratio:.3f}" if ratio else "", f"{row['launch_us']:.0f}", f"{row['transient_mb']:.1f}",
         )  # fmt: skip
     return table
 

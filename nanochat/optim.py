@@ -100,8 +100,9 @@ class Replayed:
 class MuonAdamW:
     """The optimizer of a GPT, whose parameters it moves into buffers of its own, as views.
 
-    graphs: replay CUDA graphs where there are fused kernels. Call `synchronize()` after the backward pass of a step (on every rank; it returns the global gradient norm, a
-    float32 scalar tensor), then `update(...)`. Keller Jordan et al. 2024 (Muon), Loshchilov and Hutter 2019 (AdamW).
+    Call `synchronize()` after the backward pass of a step (on every rank; it returns the global gradient norm, a
+    float32 scalar tensor), then `update(...)`. graphs: replay CUDA graphs where there are fused kernels.
+    Keller Jordan et al. 2024 (Muon), Loshchilov and Hutter 2019 (AdamW).
     """
 
     ADAM_BETAS, ADAM_EPS, NEWTON_SCHULZ_STEPS = (0.8, 0.95), 1e-10, 5
