@@ -7,7 +7,7 @@ command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer is not on 
 PYTHON=${PYTHON:-.venv/bin/python}
 # the caching allocator would hide stray accesses inside its blocks; the properties' many examples add no new code paths
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-for tool in memcheck racecheck initcheck; do
+for tool in ${TOOLS:-memcheck racecheck initcheck}; do
     echo "== $tool"
     compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
         "$PYTHON" -m pytest tests/kernels -q -p no:cacheprovider \
