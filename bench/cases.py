@@ -177,14 +177,13 @@ def _newton_schulz_case(shape: str, dtype: torch.dtype, impls: tuple[str, ...]) 
     sizes = [(4 * depth, width, width), (depth, 4 * width, width), (depth, width, 4 * width)]
     groups = [_normal(*size, dtype=dtype) for size in sizes]
     torch._dynamo.reset()
-    # one for each: else the shapes of the other depths count against the limit of recompilations
-    compiled = {size[-2:]: torch.compile(partial(reference.newton_schulz), dynamic=False) for size in sizes}
+    compiled = torch.compile(reference.newton_schulz, dynamic=False)
     variants = {
         "triton": lambda _: [kernels.newton_schulz(x, impl="triton") for x in groups],
         "standard": lambda _: [kernels.newton_schulz(x, algorithm="standard", impl="triton") for x in groups],
         "eager": lambda _: [[reference.newton_schulz(matrix) for matrix in x] for x in groups],
-        "compile": lambda _: [compiled[x.shape[-2:]](x) for x in groups],
-        "loop": lambda _: [[compiled[x.shape[-2:]](matrix) for matrix in x] for x in groups],
+        "compile": lambda _: [compiled(x) for x in groups],
+        "loop": lambda _: [[compiled(matrix) for matrix in x] for x in groups],
     }
     variants = {name: run for name, run in variants.items() if not impls or name in impls}
     flops = {name: 0.0 for name in ("dense", "standard", "triton")}
