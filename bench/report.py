@@ -92,11 +92,12 @@ def plot_ratios(rows: list[dict], path: Path) -> None:
         values = [row["ratio_to"][rival] for row in ours if rival in row["ratio_to"]]
         bars = axis.barh(at, values, height, color=color, label=f"time relative to {rival}")
         axis.bar_label(bars, [f"{value:.2f}" for value in values], fontsize=7, padding=2)
+    widest = max([1.2, *(1.08 * row["ratio_to"][rival] for row in ours for rival in RIVALS if rival in row["ratio_to"])])
     axis.axvline(1.0, color="#555", linewidth=1)
     axis.set_yticks(range(len(ours)), [f"{row['op']} {row['shape']} {row['mode']}" for row in ours], fontsize=8)
     axis.set_ylim(len(ours) - 0.5, -0.5)
-    axis.set(title="Fused kernels: time relative to each rival (shorter is faster, 1 is equal)", xlim=(0, 1.2))
-    axis.legend(fontsize=8, loc="lower right")
+    axis.set(title="Fused kernels: time relative to each rival (shorter is faster, 1 is equal)", xlim=(0, widest))
+    figure.legend(fontsize=8, loc="outside lower center", ncols=len(RIVALS))
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -116,9 +117,10 @@ def plot_roofline(rows: list[dict], peak_tflops: float, path: Path) -> None:
             for row in points
         ]
         y = [i * row["gbps"] / 1e3 for i, row in zip(x, points, strict=True)]
-        axis.scatter(
-            x, y, s=22, label=f"{operation}: {max(row['percent_of_copy'] for row in points):.0f} % of the copy at best"
-        )
+        best, of = max(row["percent_of_copy"] for row in points), "copy"
+        if "tflops" in points[0]:
+            best, of = max(100 * row["tflops"] / peak_tflops for row in points), "product"
+        axis.scatter(x, y, s=22, label=f"{operation}: {best:.0f} % of the {of} at best")
     axis.set(title="Roofline", xlabel="operations a byte", ylabel="TFLOP/s", xlim=(0.1, 1e4))
     axis.legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=130)

@@ -50,14 +50,14 @@ def update_kernel(weight, update, rate, size, factor, BLOCK: tl.constexpr):
 
 @triton.jit
 def adamw_kernel(
-    weight, gradient, mean, variance, clip, rate, bias1, bias2, size, factor, beta1, beta2, eps, BLOCK: tl.constexpr
+    weight, gradient, mean, variance, clip, rate, bias1, bias2, size, factor, new1, new2, eps, BLOCK: tl.constexpr
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     g = tl.load(gradient + at, mask=at < size, other=0.0).to(tl.float32) * tl.load(clip)
     m = tl.load(mean + at, mask=at < size, other=0.0)
     v = tl.load(variance + at, mask=at < size, other=0.0)
-    m += (1.0 - beta1) * (g - m)
-    v += (1.0 - beta2) * (g * g - v)
+    m += new1 * (g - m)  # 1 − β, rounded once
+    v += new2 * (g * g - v)
     tl.store(mean + at, m, mask=at < size)
     tl.store(variance + at, v, mask=at < size)
     step = (m / tl.load(bias1)) / (tl.sqrt_rn(v / tl.load(bias2)) + eps)
@@ -86,8 +86,8 @@ def run_adamw(
 ) -> None:  # fmt: skip
     if weight.numel():
         adamw_kernel[(cdiv(weight.numel(), BLOCK),)](
-            weight, gradient, mean, variance, clip, rate, biases, biases[1:], weight.numel(), factor, *betas, eps,
-            BLOCK=BLOCK,
+            weight, gradient, mean, variance, clip, rate, biases, biases[1:], weight.numel(), factor,
+            1 - betas[0], 1 - betas[1], eps, BLOCK=BLOCK,
         )  # fmt: skip
 
 

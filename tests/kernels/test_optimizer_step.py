@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import kernels
@@ -20,7 +20,8 @@ def scalar(value):
 
 
 def agree(operation, in_place, others, results=()):
-    """Both implementations change copies of the same tensors; the fused one is as near to float64 as the reference."""
+    """Both implementations change copies of the same tensors; the fused one is as near to float64 as the reference, give or
+    take a rounding of the largest number that enters: where terms nearly cancel, one of them may be lucky."""
 
     def changed(impl, cast):
         copies = [cast(x.clone()) for x in in_place]
@@ -31,10 +32,11 @@ def agree(operation, in_place, others, results=()):
         found = changed("triton", lambda x: x)
     rival = changed("reference", lambda x: x)
     oracle = changed(None, lambda x: x.double())
+    largest = max(float(x.abs().max()) for x in (*in_place, *others))
     for a, b, true in zip(found, rival, oracle, strict=False):
         assert a.dtype == b.dtype and a.shape == b.shape
         error, allowed = float((a.double() - true).norm()), float((b.double() - true).norm())
-        unit = torch.finfo(a.dtype).eps * float(true.abs().max())
+        unit = torch.finfo(a.dtype).eps * max(largest, float(true.abs().max()))
         assert error <= RATIO * allowed + unit, f"error {error:.3e}, reference {allowed:.3e}"
     return found
 
@@ -78,6 +80,7 @@ def test_apply_update(rows, columns, dtype, seed):
 
 
 @property_test
+@example(rows=1, columns=1, clip=1.0, step=1, seed=1)
 @given(rows=st.integers(1, 70), columns=sizes, clip=st.sampled_from((1.0, 0.3)), step=st.integers(1, 50), seed=seeds)
 def test_adamw(rows, columns, clip, step, seed):
     state = [randn(rows, columns, dtype=torch.float32, seed=seed + i) for i in range(3)]
