@@ -7,6 +7,7 @@ import torch
 
 import kernels
 from kernels import reference
+from tests.kernels.gradients import saved
 from tests.kernels.harness import DEVICE, GPU, randn
 
 ROOM = importlib.import_module("kernels.newton_schulz")
@@ -205,3 +206,20 @@ def test_graph_replay():
     still.copy_(randn(4, 256, 1024, dtype=torch.bfloat16, seed=9))
     graph.replay()
     assert torch.equal(out, fused(still))
+
+
+@pytest.mark.parametrize("name", ["query", "expand", "project"])
+def test_gradients_of_a_real_run(name):
+    """Of a d4 model's training (gradients.py says how): the band, and the direction that float64 gives."""
+    gradients = saved()[name].to(DEVICE)
+    assert gradients.dtype == torch.bfloat16 and gradients.shape[0] * gradients.shape[1] >= 256**2
+    if not GPU:  # of every eighth row and column, for the interpreter; the spectrum stays as uneven
+        gradients = gradients[::8, ::8]
+    left, before, right = torch.linalg.svd(gradients.double(), full_matrices=False)
+    strong = before >= 1e-2 * before.norm()
+    true = oracle(gradients)
+    for algorithm in ("standard", "gram"):
+        out = fused(gradients, algorithm=algorithm)
+        turned = torch.diagonal(left.mT @ out.double() @ right.mT)[strong]
+        assert strong.sum() > 5 and turned.min() > 0.66 and turned.max() < 1.16
+        assert cosine(out, true) >= 0.999
