@@ -92,7 +92,9 @@ def plot_ratios(rows: list[dict], path: Path) -> None:
         values = [row["ratio_to"][rival] for row in ours if rival in row["ratio_to"]]
         bars = axis.barh(at, values, height, color=color, label=f"time relative to {rival}")
         axis.bar_label(bars, [f"{value:.2f}" for value in values], fontsize=7, padding=2)
-    widest = max([1.2, *(1.08 * row["ratio_to"][rival] for row in ours for rival in RIVALS if rival in row["ratio_to"])])
+    widest = max(
+        [1.2, *(1.08 * row["ratio_to"][rival] for row in ours for rival in RIVALS if rival in row["ratio_to"])]
+    )
     axis.axvline(1.0, color="#555", linewidth=1)
     axis.set_yticks(range(len(ours)), [f"{row['op']} {row['shape']} {row['mode']}" for row in ours], fontsize=8)
     axis.set_ylim(len(ours) - 0.5, -0.5)

@@ -1,8 +1,8 @@
 """What surrounds the orthogonalisation in a step of Muon, and AdamW: each one pass over its tensors, in place.
 
 nesterov_momentum: m ← m + (1 − μ)(g − m) with g = clip·gradient, and the direction g + μ(m − g), with its squares summed.
-apply_update: w ← w − factor·rate·u.
-adamw: the moments of g, their bias corrected, and w ← w − factor·rate·(m/b₁)/(√(v/b₂) + ε), without decay.
+apply_update: w ← w − factor·rate·u, and a copy of w in another dtype.
+adamw: the moments of g, their bias corrected, and w ← w − factor·rate·(m/b₁)/(√(v/b₂) + ε), without decay, copied likewise.
 Numbers that change from step to step (clip, μ, rate, b₁, b₂) are float32 scalars on the device, so that a step can be
 captured in a CUDA graph once and no step waits for the host.
 Jordan et al. 2024 (Muon), Loshchilov and Hutter 2019 (AdamW).
@@ -41,17 +41,21 @@ def momentum_kernel(gradient, momentum, direction, partial, clip, mu, size, BLOC
 
 
 @triton.jit
-def update_kernel(weight, update, rate, size, factor, BLOCK: tl.constexpr):
+def update_kernel(weight, update, copy, rate, size, factor, COPY: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     w = tl.load(weight + at, mask=at < size)
     u = tl.load(update + at, mask=at < size).to(tl.float32)
-    tl.store(weight + at, w - u * (factor * tl.load(rate)), mask=at < size)
+    w -= u * (factor * tl.load(rate))
+    tl.store(weight + at, w, mask=at < size)
+    if COPY:
+        tl.store(copy + at, cast(w, copy.dtype.element_ty), mask=at < size)
 
 
 @triton.jit
 def adamw_kernel(
-    weight, gradient, mean, variance, clip, rate, bias1, bias2, size, factor, new1, new2, eps, BLOCK: tl.constexpr
-):
+    weight, gradient, mean, variance, copy, clip, rate, bias1, bias2, size, factor, new1, new2, eps,
+    COPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     g = tl.load(gradient + at, mask=at < size, other=0.0).to(tl.float32) * tl.load(clip)
     m = tl.load(mean + at, mask=at < size, other=0.0)
@@ -62,7 +66,10 @@ def adamw_kernel(
     tl.store(variance + at, v, mask=at < size)
     step = (m / tl.load(bias1)) / (tl.sqrt_rn(v / tl.load(bias2)) + eps)
     w = tl.load(weight + at, mask=at < size, other=0.0)
-    tl.store(weight + at, w - step * (factor * tl.load(rate)), mask=at < size)
+    w -= step * (factor * tl.load(rate))
+    tl.store(weight + at, w, mask=at < size)
+    if COPY:
+        tl.store(copy + at, cast(w, copy.dtype.element_ty), mask=at < size)
 
 
 def run_momentum(gradient: Tensor, momentum: Tensor, clip: Tensor, mu: Tensor, dtype: torch.dtype):
@@ -75,19 +82,22 @@ def run_momentum(gradient: Tensor, momentum: Tensor, clip: Tensor, mu: Tensor, d
     return direction, partial
 
 
-def run_update(weight: Tensor, update: Tensor, rate: Tensor, factor: float) -> None:
+def run_update(weight: Tensor, update: Tensor, rate: Tensor, factor: float, copy: Tensor | None = None) -> None:
     if weight.numel():
-        update_kernel[(cdiv(weight.numel(), BLOCK),)](weight, update, rate, weight.numel(), factor, BLOCK=BLOCK)
+        update_kernel[(cdiv(weight.numel(), BLOCK),)](
+            weight, update, weight if copy is None else copy, rate, weight.numel(), factor, COPY=copy is not None,
+            BLOCK=BLOCK,
+        )  # fmt: skip
 
 
 def run_adamw(
     weight: Tensor, gradient: Tensor, mean: Tensor, variance: Tensor, clip: Tensor, rate: Tensor, biases: Tensor,
-    factor: float, betas: tuple[float, float], eps: float,
+    factor: float, betas: tuple[float, float], eps: float, copy: Tensor | None = None,
 ) -> None:  # fmt: skip
     if weight.numel():
         adamw_kernel[(cdiv(weight.numel(), BLOCK),)](
-            weight, gradient, mean, variance, clip, rate, biases, biases[1:], weight.numel(), factor,
-            1 - betas[0], 1 - betas[1], eps, BLOCK=BLOCK,
+            weight, gradient, mean, variance, weight if copy is None else copy, clip, rate, biases, biases[1:],
+            weight.numel(), factor, 1 - betas[0], 1 - betas[1], eps, COPY=copy is not None, BLOCK=BLOCK,
         )  # fmt: skip
 
 
@@ -128,28 +138,38 @@ def nesterov_momentum(
     return choose("nesterov_momentum", impl, implementations, *arguments)(*arguments)
 
 
-def apply_update(weight: Tensor, update: Tensor, rate: Tensor, factor: float, *, impl: str = "auto") -> None:
-    """Subtract factor·rate·update from a float32 weight of the same shape, in place; rate is a scalar on the device."""
+def apply_update(
+    weight: Tensor, update: Tensor, rate: Tensor, factor: float, copy: Tensor | None = None, *, impl: str = "auto"
+) -> None:
+    """Subtract factor·rate·update from a float32 weight of the same shape, in place; rate is a scalar on the device.
+
+    copy: of the same shape, takes the new weight in its own dtype.
+    """
     check_float("apply_update", update=update)
     check_state("apply_update", update, weight=weight)
     check_scalars("apply_update", weight, rate=rate)
-    arguments = (weight, update, rate, factor)
+    if copy is not None:
+        check_shape("apply_update", "copy", copy, *weight.shape)
+    arguments = (weight, update, rate, factor, copy)
     choose("apply_update", impl, IMPLEMENTATIONS["apply_update"], *arguments)(*arguments)
 
 
 def adamw(
     weight: Tensor, gradient: Tensor, mean: Tensor, variance: Tensor, clip: Tensor, rate: Tensor, biases: Tensor,
-    factor: float, betas: tuple[float, float], eps: float, *, impl: str = "auto",
+    factor: float, betas: tuple[float, float], eps: float, copy: Tensor | None = None, *, impl: str = "auto",
 ) -> None:  # fmt: skip
     """A step of AdamW without decay, in place on float32 weight, mean and variance of the gradient's shape.
 
     clip, rate: float32 scalars on the device; biases (2,): 1 − β₁ᵗ and 1 − β₂ᵗ there; the learning rate is factor·rate.
+    copy: of the weight's shape, takes the new weight in its own dtype.
     """
     check_float("adamw", gradient=gradient)
     check_state("adamw", gradient, weight=weight, mean=mean, variance=variance)
     check_scalars("adamw", gradient, clip=clip, rate=rate)
     check_shape("adamw", "biases", biases, 2)
-    arguments = (weight, gradient, mean, variance, clip, rate, biases, factor, betas, eps)
+    if copy is not None:
+        check_shape("adamw", "copy", copy, *weight.shape)
+    arguments = (weight, gradient, mean, variance, clip, rate, biases, factor, betas, eps, copy)
     choose("adamw", impl, IMPLEMENTATIONS["adamw"], *arguments)(*arguments)
 
 

@@ -123,17 +123,21 @@ def nesterov_momentum(
     return gradient.lerp(momentum.to(gradient.dtype), mu).to(dtype), None
 
 
-def apply_update(weight: Tensor, update: Tensor, rate: Tensor, factor: float) -> None:
-    """weight ← weight − factor·rate·update, in place."""
+def apply_update(weight: Tensor, update: Tensor, rate: Tensor, factor: float, copy: Tensor | None = None) -> None:
+    """weight ← weight − factor·rate·update, in place, and its copy."""
     weight.sub_(update.to(weight.dtype) * (factor * rate))
+    if copy is not None:
+        copy.copy_(weight)
 
 
 def adamw(
     weight: Tensor, gradient: Tensor, mean: Tensor, variance: Tensor, clip: Tensor, rate: Tensor, biases: Tensor,
-    factor: float, betas: tuple[float, float], eps: float,
+    factor: float, betas: tuple[float, float], eps: float, copy: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """One step of AdamW without decay, in place."""
+    """One step of AdamW without decay, in place, and a copy of the weight."""
     gradient = gradient * clip
     mean.lerp_(gradient, 1 - betas[0])
     variance.lerp_(gradient.square(), 1 - betas[1])
     weight.sub_((mean / biases[0]) / ((variance / biases[1]).sqrt() + eps) * (factor * rate))
+    if copy is not None:
+        copy.copy_(weight)

@@ -112,6 +112,7 @@ class CheckpointStore:
             warnings.simplefilter("ignore")
             dcp.load(state, checkpoint_id=path / "state", no_dist=self.runtime.world_size == 1)
         optimizer.steps = meta["step"]
+        optimizer.refresh()
         if f"rng.cpu.{self.runtime.rank}" in state:
             torch.set_rng_state(state[f"rng.cpu.{self.runtime.rank}"])
         if f"rng.cuda.{self.runtime.rank}" in state:

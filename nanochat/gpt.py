@@ -96,38 +96,67 @@ class Cache(Protocol):
         """Store k, v (B, T, G, D); return the row's keys, values (B, S, G, D) and how many of them exist (B,)."""
 
 
+class FromCopy(torch.autograd.Function):
+    """The copy of a weight in its place; the gradient goes to the weight."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, copy: Tensor) -> Tensor:
+        ctx.dtype = weight.dtype
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.to(ctx.dtype), None
+
+
+class Linear(nn.Linear):
+    """x·weightᵀ in x's dtype. An optimizer may keep a copy of the weight in another dtype, so that no pass has to cast it."""
+
+    def __init__(self, width: int, out: int):
+        super().__init__(width, out, bias=False)
+        self.register_buffer("copy", None, persistent=False)
+
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
+        if self.copy is None or self.copy.dtype != dtype:
+            return self.weight.to(dtype)
+        return FromCopy.apply(self.weight, self.copy)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight_in(x.dtype))
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.config, self.layer = config, layer
         kv_width = config.n_kv_head * config.head_width
-        self.query = nn.Linear(config.width, config.width, bias=False)
-        self.key = nn.Linear(config.width, kv_width, bias=False)
-        self.value = nn.Linear(config.width, kv_width, bias=False)
-        self.project = nn.Linear(config.width, config.width, bias=False)
+        self.query = Linear(config.width, config.width)
+        self.key = Linear(config.width, kv_width)
+        self.value = Linear(config.width, kv_width)
+        self.project = Linear(config.width, config.width)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None) -> Tensor:
         impl, (batch, tokens, _), width = self.config.impl, x.shape, self.config.head_width
-        q = linear(x, self.query.weight).view(batch, tokens, -1, width)
-        k = linear(x, self.key.weight).view(batch, tokens, -1, width)
-        v = linear(x, self.value.weight).view(batch, tokens, -1, width)
+        q = self.query(x).view(batch, tokens, -1, width)
+        k = self.key(x).view(batch, tokens, -1, width)
+        v = self.value(x).view(batch, tokens, -1, width)
         q, k = kernels.qk_norm_rope(q, k, cos, sin, 0 if cache is None else cache.lengths, impl=impl.qk_norm_rope)
         lengths = None
         if cache is not None:
             k, v, lengths = cache.append(self.layer, k, v)
         out = kernels.attention(q, k, v, lengths, impl=impl.attention)
-        return linear(out.reshape(batch, tokens, -1), self.project.weight)
+        return self.project(out.reshape(batch, tokens, -1))
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.impl = config.impl.relu2_mlp
-        self.expand = nn.Linear(config.width, 4 * config.width, bias=False)
-        self.project = nn.Linear(4 * config.width, config.width, bias=False)
+        self.expand = Linear(config.width, 4 * config.width)
+        self.project = Linear(4 * config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        w1, w2 = self.expand.weight.to(x.dtype), self.project.weight.to(x.dtype)
+        w1, w2 = self.expand.weight_in(x.dtype), self.project.weight_in(x.dtype)
         return kernels.relu2_mlp(x, w1, w2, impl=self.impl)
 
 
@@ -155,7 +184,7 @@ class GPT(nn.Module):
         self.config, self.compute_dtype = config, compute_dtype
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.head = Linear(config.width, config.vocab_size)
         cos, sin = rope_tables(config)
         self.register_buffer("cos", cos.to(compute_dtype), persistent=False)
         self.register_buffer("sin", sin.to(compute_dtype), persistent=False)
@@ -200,7 +229,7 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Softcapped float32 logits (…, V) of hidden states (…, C)."""
-        return SOFTCAP * torch.tanh(linear(hidden, self.head.weight).float() / SOFTCAP)
+        return SOFTCAP * torch.tanh(self.head(hidden).float() / SOFTCAP)
 
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, reduction: str = "mean", cache: Cache | None = None
@@ -211,7 +240,7 @@ class GPT(nn.Module):
             return self.logits(hidden)
         loss = kernels.linear_cross_entropy(
             hidden.flatten(0, 1),
-            self.head.weight.to(hidden.dtype),
+            self.head.weight_in(hidden.dtype),
             targets.flatten(),
             SOFTCAP,
             reduction=reduction,
@@ -222,10 +251,6 @@ class GPT(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.head.weight.device
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(x, weight.to(x.dtype))
 
 
 def rope_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:

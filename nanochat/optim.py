@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import kernels
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, Linear
 
 # torch 2.13 renamed these and warns at the old names
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -59,15 +59,30 @@ class Group:
         self.gradients = torch.zeros_like(self.weights)
         # a rank's place of the gradient after the exchange; alone, the gradient itself
         self.share = self.gradients if len(counts) == 1 else torch.zeros_like(self.weights[: self.per_rank])
-        places = [r * self.per_rank + i for r, count in enumerate(counts) for i in range(count)]
-        self.views = [self.gradients[i] for i in places] if self.stacked else [self.gradients[: self.items]]
-        for parameter, view in zip(parameters, self._cut(self.weights, places), strict=True):
+        self.places = [r * self.per_rank + i for r, count in enumerate(counts) for i in range(count)]
+        self.views = self._cut(self.gradients)
+        for parameter, view in zip(parameters, self._cut(self.weights), strict=True):
             parameter.data = view.copy_(parameter.data)
+        self.copies: Tensor | None = None
         state = ("momentum",) if self.stacked else ("mean", "variance")
         self.state = {n: torch.zeros(self.owned, *self.item_shape, device=self.weights.device) for n in state}
 
-    def _cut(self, buffer: Tensor, places: list[int]) -> list[Tensor]:
-        return [buffer[i] for i in places] if self.stacked else [buffer[: self.items]]
+    def _cut(self, buffer: Tensor) -> list[Tensor]:
+        """What belongs to each parameter."""
+        return [buffer[i] for i in self.places] if self.stacked else [buffer[: self.items]]
+
+    def keep_copies(self, layers: list[Linear], dtype: torch.dtype) -> None:
+        """Have a copy of the weights in the dtype of computation, which the layers take instead of casting theirs."""
+        self.copies = self.weights.to(dtype)
+        for layer, view in zip(layers, self._cut(self.copies), strict=True):
+            layer.copy = view
+
+    def take(self, weights: Tensor) -> None:
+        """Have these weights, and the copy of them."""
+        if weights is not self.weights:
+            self.weights.copy_(weights)
+        if self.copies is not None:
+            self.copies.copy_(weights)
 
     def collect(self) -> None:
         """Have every gradient in the buffer; a parameter without one counts as zero."""
@@ -130,6 +145,11 @@ class MuonAdamW:
             rows = -(-parameter.size(0) // self.world_size)  # in equal runs, so that they lie one after the other
             counts = [min(rows, max(0, parameter.size(0) - r * rows)) for r in range(self.world_size)]
             self.groups.append(Group(f"adamw-{name}", [parameter], lr * width_scale, counts, self.rank))
+        if model.compute_dtype != torch.float32:
+            layers = {layer.weight: layer for layer in model.modules() if isinstance(layer, Linear)}
+            for group in self.groups:
+                if group.parameters[0] in layers:
+                    group.keep_copies([layers[parameter] for parameter in group.parameters], model.compute_dtype)
         scalars = torch.ones(5, device=model.device)
         self.clip, self.rate, self.momentum, *_ = scalars
         self.biases = scalars[3:]
@@ -188,9 +208,15 @@ class MuonAdamW:
             gathers = [(group, *self._gather(group, self._moved[group.name]())) for group in self.groups]
             for group, gathered, work in gathers:
                 work.wait()
-                self._apply(group, gathered) if group.stacked else group.weights.copy_(gathered)
+                self._apply(group, gathered) if group.stacked else group.take(gathered)
         for group in self.groups:
             group.gradients.zero_()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy the weights anew, after something other than a step changed them."""
+        for group in self.groups:
+            group.take(group.weights)
 
     def _update_alone(self) -> None:
         for group in self.groups:
@@ -212,14 +238,15 @@ class MuonAdamW:
 
     def _apply(self, group: Group, update: Tensor) -> None:
         factor = group.lr * math.sqrt(max(1, group.item_shape[0] / group.item_shape[1]))
-        kernels.apply_update(group.weights, update.contiguous(), self.rate, factor, impl=self.impl)
+        kernels.apply_update(group.weights, update.contiguous(), self.rate, factor, group.copies, impl=self.impl)
 
     def _adamw(self, group: Group) -> Tensor:
         """The owned rows, updated."""
         weights, gradient = group.weights[group.mine], group.share[: group.owned]
         kernels.adamw(
             weights, gradient, group.state["mean"], group.state["variance"], self.clip, self.rate, self.biases,
-            group.lr, self.ADAM_BETAS, self.ADAM_EPS, impl=self.impl,
+            group.lr, self.ADAM_BETAS, self.ADAM_EPS, None if group.copies is None else group.copies[group.mine],
+            impl=self.impl,
         )  # fmt: skip
         return weights
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import kernels
 from nanochat.console import console, say
-from nanochat.gpt import GPT, SOFTCAP, GPTConfig, linear
+from nanochat.gpt import GPT, SOFTCAP, GPTConfig
 from nanochat.optim import MuonAdamW
 
 
@@ -67,7 +67,7 @@ def traced_forward(model: GPT, tokens: Tensor, targets: Tensor, note: Tracer) ->
     for i, block in enumerate(model.blocks):
         x = _traced_block(model, block, i, x, note)
     x = note("final rms_norm", kernels.rms_norm(x), "what the head reads")
-    logits = linear(x, model.head.weight).float()
+    logits = model.head(x).float()
     note("head", logits, "a score for each token of the vocabulary; zero before the first step")
     logits = SOFTCAP * torch.tanh(logits / SOFTCAP)
     note("softcap", logits, f"{SOFTCAP:g}·tanh(z/{SOFTCAP:g}) keeps every score within ±{SOFTCAP:g}")
@@ -84,7 +84,7 @@ def _traced_block(model: GPT, block, i: int, x: Tensor, note: Tracer) -> Tensor:
     q, k, v = (
         note(
             f"{name} {part}",
-            linear(h, getattr(attention, part).weight).view(batch, count, -1, attention.config.head_width),
+            getattr(attention, part)(h).view(batch, count, -1, attention.config.head_width),
             meaning,
         )
         for part, meaning in (
@@ -98,13 +98,13 @@ def _traced_block(model: GPT, block, i: int, x: Tensor, note: Tracer) -> Tensor:
     note(f"{name} qk_norm_rope k", k, "the same, so that |q·k|/√D never passes √D")
     y = kernels.attention(q, k, v)
     note(f"{name} attention", y, "softmax(q·kᵀ/√D)·v over this position and those before it")
-    y = linear(y.reshape(batch, count, -1), attention.project.weight)
+    y = attention.project(y.reshape(batch, count, -1))
     note(f"{name} projection", y, "heads mixed; the matrix is zero before the first step")
     x = note(f"{name} residual", x + y, "added to the residual stream")
     h = note(f"{name} rms_norm 2", kernels.rms_norm(x), "the residual stream, normalised for the MLP")
-    hidden = linear(h, mlp.expand.weight).relu().square()
+    hidden = mlp.expand(h).relu().square()
     note(f"{name} relu²", hidden, "4·C hidden units, negative ones cut, the rest squared; about half are zero")
-    y = note(f"{name} MLP output", linear(hidden, mlp.project.weight), "back to width C")
+    y = note(f"{name} MLP output", mlp.project(hidden), "back to width C")
     return note(f"{name} residual 2", x + y, "added to the residual stream")
 
 

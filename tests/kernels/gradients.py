@@ -19,6 +19,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.paths import Paths
 from nanochat.tokenizer import Tokenizer
 
+STEPS = 40
 PATH = Path(__file__).with_name("gradients_d4.safetensors")
 
 
@@ -35,7 +36,7 @@ def main() -> None:
         batches = TokenStream(shards, tokenizer, 0, 1, pool).batches(8, 256)
         model = GPT.create(GPTConfig.from_depth(4, 2048, 256))
         optimizer = MuonAdamW(model)
-        for step in range(40):
+        for _ in range(STEPS):
             batch = next(batches)
             loss = model(batch.inputs, batch.targets)
             loss.backward()
@@ -44,7 +45,7 @@ def main() -> None:
             kept = {name: layer.weight.grad.to(torch.bfloat16, copy=True) for name, layer in matrices.items()}
             optimizer.synchronize()
             optimizer.update(1.0, 0.9)
-        print(f"loss {loss.item():.2f} after {step + 1} steps")
+        print(f"loss {loss.item():.2f} after {STEPS} steps")
     save_file(kept, PATH)
 
 

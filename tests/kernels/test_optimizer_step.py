@@ -71,7 +71,10 @@ def test_apply_update(rows, columns, dtype, seed):
     def run(state, others, impl):
         if impl is None:
             return reference.apply_update(state[0], others[0], scalar(0.7).double(), 0.02)
-        return kernels.apply_update(state[0], others[0], scalar(0.7), 0.02, impl=impl)
+        copy = torch.full_like(state[0], float("nan"), dtype=torch.bfloat16)
+        kernels.apply_update(state[0], others[0], scalar(0.7), 0.02, copy, impl=impl)
+        assert torch.equal(copy, state[0].to(copy.dtype))
+        return None
 
     if rows:
         agree(run, [weight], [update])
@@ -94,7 +97,10 @@ def test_adamw(rows, columns, clip, step, seed):
         if impl is None:
             arguments = tuple(x.double() for x in arguments)
             return reference.adamw(weight, others[0], mean, variance, *arguments, 0.01, (0.8, 0.95), 1e-10)
-        return kernels.adamw(weight, others[0], mean, variance, *arguments, 0.01, (0.8, 0.95), 1e-10, impl=impl)
+        copy = torch.full_like(weight, float("nan"), dtype=torch.bfloat16)
+        kernels.adamw(weight, others[0], mean, variance, *arguments, 0.01, (0.8, 0.95), 1e-10, copy, impl=impl)
+        assert torch.equal(copy, weight.to(copy.dtype))
+        return None
 
     agree(run, state, [gradient])
 

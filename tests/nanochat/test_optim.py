@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from kernels import reference
-from nanochat.gpt import GPT, GPTConfig, Implementations
+from nanochat.gpt import GPT, GPTConfig, Implementations, Linear
 from nanochat.optim import MuonAdamW, OptimizerConfig, deal, muon_momentum
 
 CONFIG = GPTConfig.from_depth(3, 301, 16)  # 301 rows do not divide by 2, nor do 3 matrices of one shape
@@ -142,6 +142,41 @@ def test_gradients_elsewhere_are_collected():
             optimizer.synchronize()
             optimizer.update(1.0, 0.9)
     for a, b in zip(moved.parameters(), left.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_copies_of_the_weights_change_nothing(compiled):
+    """Three steps in bfloat16 with the copies that the optimizer keeps and without: the same bits; compiled: the same loss."""
+    models, losses = [], []
+    for copies in (True, False):
+        model = GPT.create(CONFIG, compute_dtype=torch.bfloat16)
+        optimizer = MuonAdamW(model)
+        layer = model.blocks[0].mlp.expand
+        assert layer.copy.dtype == torch.bfloat16
+        if not copies:
+            for part in model.modules():
+                if isinstance(part, Linear):
+                    part.copy = None
+        torch._dynamo.reset()
+        forward = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        for step in range(3):
+            rows = batch(step)
+            loss = forward(rows[:, :-1], rows[:, 1:])
+            loss.backward()
+            losses.append(loss.item())
+            optimizer.synchronize()
+            optimizer.update(1.0, 0.9)
+        if copies:
+            assert torch.equal(layer.copy, layer.weight.to(torch.bfloat16)) and layer.copy.abs().sum() > 0
+            with torch.no_grad():
+                layer.weight.mul_(2)
+                optimizer.refresh()
+                assert torch.equal(layer.copy, layer.weight.to(torch.bfloat16))
+                layer.weight.div_(2)
+        models.append(model)
+    assert losses[:3] == losses[3:]
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(a, b)
 
 
