@@ -4,8 +4,9 @@ Parameters are gathered in groups whose items can be dealt out to ranks: the mat
 or the rows of an embedding (an item is a row). The items of a group lie in one buffer, of which the parameters become views,
 and so do their gradients: a group is one batch for every kernel and one message for every exchange. A step
 reduce-scatters each group's gradient, so that a rank holds the mean gradient of the items it owns, clips by the
-global norm, and updates its items with optimizer state that exists only there. Muon's updates are all-gathered while
-the next group is orthogonalised; of AdamW's groups the new weights are. State is float32.
+global norm (for which all of them must have arrived), and updates its items with optimizer state that exists only
+there. Of AdamW's groups the new weights and then Muon's updates are all-gathered while the next group is orthogonalised.
+State is float32.
 
 Nothing waits for the host, and what changes from step to step lies on the device: on CUDA the work between exchanges is
 replayed from graphs, and a whole step can be captured in one.
@@ -167,15 +168,18 @@ class MuonAdamW:
         """Average the gradient over ranks, keep the owned share of it, and return its global norm."""
         for group in self.groups:
             group.collect()
-        if self.world_size > 1:
+        if self.world_size == 1:
+            squares = self._measured()
+        else:
             pending = [
                 _reduce_scatter(group.share, group.gradients, op=dist.ReduceOp.AVG, async_op=True)
                 for group in self.groups
             ]
-            for work in pending:
+            parts = []
+            for group, work in zip(self.groups, pending, strict=True):  # one is summed while the next arrives
                 work.wait()
-        squares = self._measured()
-        if self.world_size > 1:
+                parts.append(square_sum(group.share[: group.owned]))
+            squares = torch.stack(parts).sum()
             dist.all_reduce(squares)
         self.norm = squares.sqrt()
         if self.config.grad_clip > 0:
@@ -183,8 +187,7 @@ class MuonAdamW:
         return self.norm
 
     def _measure(self) -> Tensor:
-        shares = [group.share[: group.owned] for group in self.groups]
-        return torch.stack([square_sum(share) for share in shares]).sum()
+        return torch.stack([square_sum(group.share) for group in self.groups]).sum()
 
     @torch.no_grad()
     def update(self, lr_multiplier: float, momentum: float) -> None:
@@ -205,7 +208,9 @@ class MuonAdamW:
         if self.world_size == 1:
             self._alone()
         else:
-            gathers = [(group, *self._gather(group, self._moved[group.name]())) for group in self.groups]
+            # the embeddings' weights, which are quickly made, travel while the matrices are orthogonalised
+            order = sorted(self.groups, key=lambda group: group.stacked)
+            gathers = [(group, *self._gather(group, self._moved[group.name]())) for group in order]
             for group, gathered, work in gathers:
                 work.wait()
                 self._apply(group, gathered) if group.stacked else group.take(gathered)
