@@ -107,7 +107,7 @@ class Replayed:
             return self.work()
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=self.pool):
+            with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):
                 self.result = self.work()
         self.graph.replay()
         return self.result
