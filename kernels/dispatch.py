@@ -72,7 +72,9 @@ def automatic(operation: str, implementations: Implementations, *arguments) -> t
 
 @torch.compiler.assume_constant_result
 def preferred(operation: str, device_index: int | None) -> tuple[str | None, str]:
-    """What the launch table of the device names for the operation (None: nothing), and its reason."""
+    """What the gate or else the launch table of the device names for the operation (None: nothing), and its reason."""
+    if operation in configs.choices:
+        return configs.choices[operation]
     table = configs.table(configs.architecture(device_index))
     choice = table["auto"].get(operation)
     return (choice["impl"], choice["why"]) if choice else (None, "nothing was measured: the first that it has")

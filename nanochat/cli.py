@@ -127,6 +127,12 @@ def _kernels_tune():
     return KernelsTuneConfig, tune_kernels
 
 
+def _kernels_gate():
+    from nanochat.kernel_commands import KernelsGateConfig, run_gate
+
+    return KernelsGateConfig, lambda config: run_gate(config, base_paths())
+
+
 COMMANDS = {
     "speedrun": Command(_speedrun, "run every stage, from text to chat"),
     "data generate": Command(_data_generate, "make the embedded data"),
@@ -142,6 +148,7 @@ COMMANDS = {
     "trace": Command(_trace, "show the tensors of a forward pass"),
     "kernels list": Command(_kernels_list, "operations, implementations, and what auto takes here"),
     "kernels inspect": Command(_kernels_inspect, "compile every kernel for an architecture and check it"),
+    "kernels gate": Command(_kernels_gate, "validate and time the operations on the device that trains"),
     "kernels tune": Command(_kernels_tune, "search launch parameters on the GPU here and write its table"),
 }
 

@@ -1,4 +1,4 @@
-"""The commands about kernels: what there is, what the compiler makes of it, and the search for launch parameters."""
+"""The commands about kernels: what there is, what the compiler makes of it, the search for launch parameters, the gate."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,9 +6,17 @@ from typing import Literal
 
 from rich.table import Table
 
+import kernels.gate
 from kernels import dispatch, inspect, tune
 from nanochat.console import console, say
 from nanochat.errors import UserError
+from nanochat.gate import run_shape
+from nanochat.gpt import GPTConfig
+from nanochat.paths import Paths
+from nanochat.presets import PresetName, with_preset
+from nanochat.runtime import start_runtime
+from nanochat.tokenizer import Tokenizer
+from nanochat.train.base import BaseConfig
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,48 @@ def tune_kernels(config: KernelsTuneConfig) -> None:
             say(f"{what}: {milliseconds:.4f} ms with {parameters}")
     except (RuntimeError, ValueError) as error:
         raise UserError(str(error)) from error
+
+
+@dataclass(frozen=True)
+class KernelsGateConfig:
+    """Validate and time every operation on the device that will train, at its shapes, and keep what training takes."""
+
+    preset: PresetName = "d20"
+    """whose depth, context and rows of pretraining; options given besides win"""
+    depth: int = 0
+    """blocks; 0: the preset's, as with the options below"""
+    context_length: int = 0
+    """tokens a row"""
+    device_batch_size: int = 0
+    """rows a process takes at once; training may take fewer"""
+    n_kv_head: int = 0
+    """key/value heads"""
+    vocab_size: int = 0
+    """tokens; 0: those of the trained tokenizer, else 65536"""
+    device: str = "auto"
+    """auto, cuda or cpu"""
+
+
+def run_gate(config: KernelsGateConfig, paths: Paths) -> None:
+    """Write gate.json under the base directory."""
+    base = with_preset(BaseConfig(), "train base", config.preset)
+    vocabulary = config.vocab_size or (
+        Tokenizer.load(paths.tokenizer).vocab_size if paths.tokenizer.exists() else 65536
+    )
+    model = GPTConfig.from_depth(
+        config.depth or base.depth, vocabulary, config.context_length or base.context_length,
+        config.n_kv_head or base.n_kv_head,
+    )  # fmt: skip
+    with start_runtime(config.device) as runtime:
+        shape = run_shape(model, config.device_batch_size or base.device_batch_size)
+        table = Table("operation", "training takes", "because", box=None)
+        operations = {}
+        for operation, choice in kernels.gate.examine(shape, runtime.device, runtime.compute_dtype):
+            operations[operation] = choice
+            table.add_row(operation, choice["impl"], choice["why"])
+        kernels.gate.write(paths.gate, kernels.gate.identity(shape, runtime.device, runtime.compute_dtype), operations)
+    _show(table)
+    say(f"wrote {paths.gate}; training on this device and at these shapes takes it from now on")
 
 
 def _join(words: Iterable[str]) -> str:

@@ -41,6 +41,11 @@ class Paths:
         return self.base / "encodings"
 
     @property
+    def gate(self) -> Path:
+        """Which implementation of each operation was found best on the GPU that trains, by `nanochat kernels gate`."""
+        return self.base / "gate.json"
+
+    @property
     def records(self) -> Path:
         """Completion records of the stages."""
         return self.base / "records"

@@ -21,7 +21,7 @@ LAYERS = (
     ("nanochat.train",),
     ("nanochat.evaluate",),
     ("nanochat.checkpoint",),
-    ("nanochat.engine", "nanochat.optim"),
+    ("nanochat.engine", "nanochat.optim", "nanochat.gate"),
     ("nanochat.gpt", "nanochat.data", "nanochat.tasks", "nanochat.presets", "nanochat.runtime", "nanochat.console"),
     ("nanochat.tokenizer", "nanochat.sandbox", "nanochat.calculator", "nanochat.paths"),
     ("nanochat.errors",),

@@ -19,6 +19,9 @@ import torch
 
 FOLDER = Path(__file__).parent
 ARCHITECTURES = ("sm80", "sm90")
+choices: dict[
+    str, tuple[str, str]
+] = {}  # operation → (implementation, why), where a gate chose; before the tables' "auto"
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.evaluate.bpb import bits_per_byte
 from nanochat.evaluate.core import evaluate_core
+from nanochat.gate import take_gate
 from nanochat.gpt import GPT, GPTConfig, Implementations
 from nanochat.optim import MuonAdamW, OptimizerConfig
 from nanochat.paths import Paths
@@ -116,6 +117,7 @@ def train_base(config: BaseConfig, paths: Paths, runtime: Runtime) -> dict:
     accumulation = accumulation_steps(config.total_batch_size, rows, length, runtime.world_size, "tokens")
     steps = horizon(config, shape)
     train, val = Shards.of(paths, "train"), Shards.of(paths, "val")
+    take_gate(paths, shape, rows, runtime)
     model = GPT.create(shape, runtime.device, runtime.compute_dtype, config.seed)
     if runtime.primary:
         say(

@@ -10,6 +10,7 @@ from nanochat.console import say
 from nanochat.data.conversations import First, Mixture, packed_batches, reposition
 from nanochat.errors import UserError
 from nanochat.evaluate.bpb import bits_per_byte
+from nanochat.gate import take_gate
 from nanochat.gpt import Implementations
 from nanochat.optim import MuonAdamW, OptimizerConfig
 from nanochat.paths import Paths
@@ -69,6 +70,7 @@ def train_mid(config: MidConfig, paths: Paths, runtime: Runtime) -> dict:
     model, tokenizer, base_meta = load_model(paths, "base", runtime, config.impl)
     length = model.config.context_length
     rows = config.device_batch_size
+    take_gate(paths, model.config, rows, runtime)
     accumulation = accumulation_steps(config.total_batch_size, rows, length, runtime.world_size, "tokens")
     mixture = mid_mixture(config, paths)
     held_out = Mixture([First(SmolTalk(paths, "test"), config.eval_rows), GSM8K(paths, "test"), MMLU(paths, "test")])

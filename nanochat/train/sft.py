@@ -9,6 +9,7 @@ from nanochat.checkpoint import load_model
 from nanochat.console import say
 from nanochat.data.conversations import First, Mixture, padded_batches, reposition
 from nanochat.errors import UserError
+from nanochat.gate import take_gate
 from nanochat.gpt import Implementations
 from nanochat.optim import MuonAdamW, OptimizerConfig
 from nanochat.paths import Paths
@@ -69,6 +70,7 @@ def train_sft(config: SftConfig, paths: Paths, runtime: Runtime) -> dict:
     """Run or resume fine-tuning from the newest mid checkpoint; returns its results."""
     model, tokenizer, mid_meta = load_model(paths, "mid", runtime, config.impl)
     rows, length = config.device_batch_size, model.config.context_length
+    take_gate(paths, model.config, rows, runtime)
     accumulation = accumulation_steps(config.examples_per_step, rows, 1, runtime.world_size, "conversations")
     mixture = sft_mixture(config, paths)
     steps = len(mixture) // config.examples_per_step

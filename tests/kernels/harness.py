@@ -1,10 +1,5 @@
-"""How every kernel is judged, on a GPU and, through Triton's interpreter, on a CPU.
-
-Oracle: the reference in float64. Budget, for each result and each gradient: 1.5 × the error that the reference makes in the
-compute dtype, both as the norm over a tensor, plus what chance adds where a tensor is small: one rounding unit of its
-largest element, and one of float32 of its largest row, whose own factor is rounded by that. Memory that is handed out
-uninitialised holds NaN meanwhile.
-"""
+"""How every kernel is judged, on a GPU and, through Triton's interpreter, on a CPU: by kernels/oracle.py, for each result
+and each gradient. Memory that is handed out uninitialised holds NaN meanwhile."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,10 +9,11 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels.oracle import evaluate, over_budget
+
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-RATIO = 1.5
 
 # a failing example is not made smaller: it is small, and an interpreted kernel takes its time
 property_test = settings(max_examples=100 if GPU else 15, phases=(Phase.explicit, Phase.generate))
@@ -59,15 +55,6 @@ def poisoned() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = before
 
 
-def evaluate(function: Callable, inputs: Sequence, upstream: Sequence[Tensor], wrt: Sequence[int]) -> list[Tensor]:
-    """Results, then gradients with respect to the inputs numbered in wrt."""
-    inputs = [x.detach().requires_grad_(i in wrt) if isinstance(x, Tensor) else x for i, x in enumerate(inputs)]
-    outputs = function(*inputs)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    grads = torch.autograd.grad(outputs, [inputs[i] for i in wrt], list(upstream)) if wrt else []
-    return [x.detach() for x in (*outputs, *grads)]
-
-
 def check(
     kernel: Callable,
     reference: Callable,
@@ -95,21 +82,8 @@ def check(
         assert torch.equal(a, b), f"result {number} differs when repeated"
         is_result = number < len(shapes)
         more = epsilon * (a.numel() ** 0.5 if is_result else float(true.norm()))
-        assert_within_budget(
-            a, true, other, f"result {number}" if is_result else f"gradient {number - len(shapes)}", more
-        )
-
-
-def assert_within_budget(found: Tensor, oracle: Tensor, rival: Tensor, name: str, more: float = 0.0) -> None:
-    if not found.numel():
-        return
-    unit = torch.finfo(found.dtype).eps * float(oracle.abs().max())
-    unit += torch.finfo(torch.float32).eps * float(
-        oracle.reshape(-1, oracle.shape[-1] if oracle.dim() else 1).norm(dim=-1).max()
-    )
-    error, allowed = float((found.double() - oracle).norm()), float((rival.double() - oracle).norm())
-    budget = RATIO * allowed + unit + more
-    assert error <= budget, f"{name}: error {error:.3e}, reference {allowed:.3e}, budget {budget:.3e}"
+        wrong = over_budget(a, true, other, more)
+        assert not wrong, f"{f'result {number}' if is_result else f'gradient {number - len(shapes)}'}: {wrong}"
 
 
 def check_compiled(kernel: Callable, inputs: Sequence, wrt: Sequence[int]) -> None:
