@@ -1,6 +1,7 @@
 """The speedrun: stages once each, in order, resumed, and stopped by the first that fails. Run with tiny settings."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -73,7 +74,10 @@ def test_the_whole_run_its_repetition_and_its_failures(tiny, capfd):
     report = (tiny.report / "report.md").read_text()
     assert "stages that have not run" not in report and "| ARC-Easy | 0.2500 |" in report
     html = (tiny.report / "report.html").read_text()
-    assert html.count("data:image/png;base64,") == 2 and "http" not in html
+    page, pictures = re.subn(
+        r"data:image/png;base64,[A-Za-z0-9+/=]+", "", html
+    )  # four letters of base64 may spell anything
+    assert pictures == 2 and "http" not in page
 
     before = files(tiny)
     capfd.readouterr()
