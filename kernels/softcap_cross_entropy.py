@@ -3,8 +3,8 @@
 l = cap·tanh(z/cap) lies in ±cap, so Σ exp(l) needs no running maximum: with w = 1/(1 + exp(2z/cap)),
     e = exp(l) = exp(cap − 2·cap·w),   S = Σ e,   loss = log S − l_target,
     dloss/dz = (e/S − [target])·(1 − tanh²) with 1 − tanh² = 4·w·(1 − w).
-Three special-function operations an element, and no division but the row's. w is rounded to 2⁻²⁵, so l to cap·2⁻²⁴, of which
-a sum over many logits keeps little; what belongs to the target alone is computed in float64.
+Three special-function operations an element, or two and a half where two share a reciprocal, and no division but the row's.
+w is rounded to 2⁻²⁵, so l to cap·2⁻²⁴, of which a sum over many logits keeps little; the target's own part is float64.
 
 A row of 16-bit logits (65,536 of them are 128 KiB) stays on the chip between the sum and the gradient, as E = e·w(1−w)
 in 16 bits of its own: 6 of exponent and 10 of fraction, because E is positive and its range is known. That adds 3 % to
@@ -91,13 +91,6 @@ def unpack(pair):
 
 
 @triton.jit
-def load_chunk(row, at, width, EVEN: tl.constexpr):
-    if EVEN:
-        return tl.load(row + at, eviction_policy="evict_first")
-    return tl.load(row + at, mask=at < width, other=0.0)
-
-
-@triton.jit
 def store_chunk(row, at, width, pair, share, EVEN: tl.constexpr):
     """A chunk of the gradient, from what was held of it."""
     value = cast(unpack(pair) * share, row.dtype.element_ty)
@@ -133,7 +126,11 @@ def held_kernel(
         new = tl.zeros([CHUNK // 2], tl.int32)
         read = ()
         for i in tl.static_range(CHUNKS):
-            z = load_chunk(logits + row * stride + i * CHUNK, column, width - i * CHUNK, EVEN)
+            from_ = logits + row * stride + i * CHUNK + column
+            if EVEN:
+                z = tl.load(from_, eviction_policy="evict_first")
+            else:
+                z = tl.load(from_, mask=column < width - i * CHUNK, other=0.0)
             if AHEAD > 0 and EVEN:
                 start = row * stride if i + AHEAD < CHUNKS else following
                 prefetch(logits + start + (i + AHEAD) * CHUNK + 8 * tl.arange(0, CHUNK // 8))
@@ -245,10 +242,6 @@ def top_of(cap: float) -> int:
     return ceil(cap * log2(e))
 
 
-def is_held(logits: Tensor, cap: float) -> bool:
-    return logits.element_size() == 2 and logits.size(1) <= WIDEST_HELD and cap <= LARGEST_HELD_CAP
-
-
 def launch(
     logits: Tensor, targets: Tensor, cap: float, ignore_index: int, mean: bool, with_gradient: bool,
     parameters: dict[str, int] | None = None,
@@ -262,17 +255,18 @@ def launch(
         scale = 1.0 / (targets != ignore_index).sum().clamp(min=1).to(torch.float32)
     if rows:
         logits = as_rows(logits)
-        held = with_gradient and ("PROGRAMS" in parameters if parameters else is_held(logits, cap))
+        fits = logits.element_size() == 2 and width <= WIDEST_HELD and cap <= LARGEST_HELD_CAP
+        held = with_gradient and ("PROGRAMS" in parameters if parameters else fits)
         kernel = "softcap_cross_entropy_held" if held else "softcap_cross_entropy_streamed"
         parameters = dict(parameters or launch_parameters(kernel, logits.device, logits.dtype, width))
         tensors, stride = (logits, targets, losses, gradient, scale), logits.stride(0)
         if held:
-            chunk = chunk_of(width, parameters)
-            del parameters["CHUNK"]
+            chunk = parameters["CHUNK"] = chunk_of(width, parameters)
+            parameters["AHEAD"] = min(parameters["AHEAD"], cdiv(width, chunk))  # to the next row, not beyond
             programs = min(rows, multiprocessors(logits.device) * parameters.pop("PROGRAMS"))
             held_kernel[(programs,)](
                 *tensors, rows, width, stride, ignore_index, CAP=cap, MEAN=mean,
-                CHUNKS=cdiv(width, chunk), EVEN=width % chunk == 0, TOP=top_of(cap), CHUNK=chunk, **parameters,
+                CHUNKS=cdiv(width, chunk), EVEN=width % chunk == 0, TOP=top_of(cap), **parameters,
             )  # fmt: skip
         else:
             streamed_kernel[(rows,)](
@@ -313,10 +307,10 @@ def keep(ctx, inputs, output) -> None:
 
 
 def gradient(ctx, dloss, _):
-    if dloss is None:
-        return (None,) * 6
-    (saved,) = ctx.saved_tensors
-    scale_rows_op(saved, dloss)  # nobody else holds it; a second backward over the same graph is refused by autograd
+    saved = None if dloss is None else ctx.saved_tensors[0]
+    if saved is not None:
+        # nobody else holds it; a second backward over the same graph is refused by autograd
+        scale_rows_op(saved, dloss)
     return saved, None, None, None, None, None
 
 
@@ -324,8 +318,7 @@ loss_op.register_autograd(gradient, setup_context=keep)
 
 
 def run(logits: Tensor, targets: Tensor, cap: float, ignore_index: int, reduction: str) -> Tensor:
-    mean = reduction == "mean"
-    return loss_op(logits, targets.contiguous(), float(cap), ignore_index, mean, wants_gradient(logits))[0]
+    return loss_op(logits, targets.contiguous(), cap, ignore_index, reduction == "mean", wants_gradient(logits))[0]
 
 
 def refusal(logits: Tensor, targets: Tensor, cap: float, ignore_index: int, reduction: str) -> str | None:
@@ -365,7 +358,7 @@ def softcap_cross_entropy(
     check_float("softcap_cross_entropy", logits=logits)
     check_shape("softcap_cross_entropy", "logits", logits, "N", "V")
     check_targets("softcap_cross_entropy", logits, targets, cap, reduction)
-    arguments = (logits, targets, cap, ignore_index, reduction)
+    arguments = (logits, targets, float(cap), ignore_index, reduction)
     return choose("softcap_cross_entropy", impl, IMPLEMENTATIONS["softcap_cross_entropy"], *arguments)(*arguments)
 
 
@@ -398,9 +391,7 @@ HELD_SPACE = tuple(
 )  # 256 columns a warp: 8 neighbours a thread, which are loaded at once
 STREAMED_SPACE = tuple({"CHUNK": chunk, "num_warps": warps} for chunk in (1024, 4096, 8192) for warps in (4, 8, 16))
 KERNELS = (
-    Kernel(
-        "softcap_cross_entropy_held", held_kernel, VOCABULARIES, DTYPES[:2], HELD_SPACE, _held_arguments, _example
-    ),
+    Kernel("softcap_cross_entropy_held", held_kernel, VOCABULARIES, DTYPES[:2], HELD_SPACE, _held_arguments, _example),
     Kernel(
         "softcap_cross_entropy_streamed", streamed_kernel, (*VOCABULARIES, 131_072), DTYPES, STREAMED_SPACE,
         _streamed_arguments, _example,
