@@ -37,7 +37,7 @@ class OptimizerStepConfig:
 def main(config: OptimizerStepConfig) -> None:
     found = header(f"python -m bench.optimizer_step {' '.join(sys.argv[1:])}".strip())
     optimizers = {}
-    for name, impl in {"graph": "auto", "eager": "auto", "reference": "reference"}.items():
+    for name, impl in {"graph": "triton", "eager": "triton", "reference": "reference"}.items():
         shape = GPTConfig.from_depth(config.depth, config.vocab_size, impl=Implementations(newton_schulz=impl))
         model = GPT.create(shape, "cuda", torch.bfloat16)
         optimizers[name] = MuonAdamW(model, graphs=name == "graph")

@@ -6,7 +6,7 @@ fastest is, the reference compiled as it is in a model. What follows reads the f
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -230,5 +230,5 @@ def apply(path: Path, valid_for: dict) -> str:
             raise GateError(f"{path} was made for another {name}: {found.get(name)}, here it is {wanted}; {remedy}")
     configs.choices.clear()
     configs.choices.update(choices)
-    taken: Sequence[str] = [name for name, (impl, _) in choices.items() if impl != "reference"]
+    taken = [name for name, (impl, _) in choices.items() if impl != "reference"]
     return f"kernels: the gate of {path} chose fused {', '.join(taken) or 'nothing'}"

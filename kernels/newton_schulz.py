@@ -93,8 +93,8 @@ def gram_of(x: Tensor, tall: bool) -> Tensor:
 
 def applied(factor: Tensor, x: Tensor, tall: bool, plus: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
     """plus·x + factor·x, or plus·x + x·factor of a tall x; the factor is symmetric."""
-    x, y = (x, factor) if tall else (factor, x)
-    return product(x, y, y if not tall else x, beta=plus, dtype=dtype) if plus else product(x, y, dtype=dtype)
+    left, right = (x, factor) if tall else (factor, x)
+    return product(left, right, x if plus else None, beta=plus, dtype=dtype)
 
 
 def together(x: Tensor, y: Tensor) -> Tensor:

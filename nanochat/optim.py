@@ -8,8 +8,8 @@ global norm (for which all of them must have arrived), and updates its items wit
 there. Of AdamW's groups the new weights and then Muon's updates are all-gathered while the next group is orthogonalised.
 State is float32.
 
-Nothing waits for the host, and what changes from step to step lies on the device: on CUDA the work between exchanges is
-replayed from graphs, and a whole step can be captured in one.
+Nothing waits for the host, and what changes from step to step lies on the device: a whole step can be captured in a CUDA
+graph, and with `graphs` the work between exchanges is replayed from such.
 """
 
 import math
@@ -117,13 +117,13 @@ class MuonAdamW:
     """The optimizer of a GPT, whose parameters it moves into buffers of its own, as views.
 
     Call `synchronize()` after the backward pass of a step (on every rank; it returns the global gradient norm, a
-    float32 scalar tensor), then `update(...)`. graphs: replay CUDA graphs where there are fused kernels.
+    float32 scalar tensor), then `update(...)`. graphs: replay CUDA graphs, with fused kernels on CUDA.
     Keller Jordan et al. 2024 (Muon), Loshchilov and Hutter 2019 (AdamW).
     """
 
     ADAM_BETAS, ADAM_EPS, NEWTON_SCHULZ_STEPS = (0.8, 0.95), 1e-10, 5
 
-    def __init__(self, model: GPT, config: OptimizerConfig | None = None, graphs: bool = True):
+    def __init__(self, model: GPT, config: OptimizerConfig | None = None, graphs: bool = False):
         self.config = config or OptimizerConfig()
         self.impl = model.config.impl.newton_schulz
         self.steps = 0

@@ -184,7 +184,7 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs a
 WIDE = GPTConfig.from_depth(4, 512, 128)
 
 
-def learn(steps: int, impl: str = "auto", graphs: bool = True, whole: bool = False) -> tuple[GPT, list[float]]:
+def learn(steps: int, impl: str = "triton", graphs: bool = True, whole: bool = False) -> tuple[GPT, list[float]]:
     """A d4 model on sequences whose next token is drawn from four that follow the one before; whole: a step in one graph."""
     config = replace(WIDE, impl=Implementations(newton_schulz=impl))
     model = GPT.create(config, "cuda", torch.bfloat16)
