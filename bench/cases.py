@@ -12,6 +12,8 @@ from torch import Tensor
 
 import kernels
 from kernels import reference
+from kernels.timing import Graph
+from nanochat.optim import deal
 
 MODES = ("fwd", "bwd", "both")
 # the cross entropy makes its gradient in the forward pass; an orthogonalisation has none
@@ -171,18 +173,34 @@ def _entropy_inputs(operation: str, shape: str, dtype: torch.dtype) -> tuple[lis
 
 
 def _newton_schulz_case(shape: str, dtype: torch.dtype, impls: tuple[str, ...]) -> Case:
-    """All matrices of a model in one go: 4 square ones a layer, one 4 times as long and one 4 times as wide."""
-    depth = int(shape[1:])
-    width = 64 * depth
-    sizes = [(4 * depth, width, width), (depth, 4 * width, width), (depth, width, 4 * width)]
+    """All matrices of a model in one go, or, as "d20/8", what the busiest of eight ranks owns of them: 4 square ones a layer,
+    one 4 times as long and one 4 times as wide. "graph" replays ours from a CUDA graph, as training does."""
+    depth, _, ranks = shape[1:].partition("/")
+    depth, width = int(depth), 64 * int(depth)
+    owned = deal({(width, width): 4 * depth, (4 * width, width): depth, (width, 4 * width): depth}, int(ranks or 1))
+
+    def multiply_adds(rank: int) -> int:
+        return sum(counts[rank] * min(size) ** 2 * max(size) for size, counts in owned.items())
+
+    rank = max(range(int(ranks or 1)), key=multiply_adds)
+    sizes = [(counts[rank], *size) for size, counts in owned.items()]
     groups = [_normal(*size, dtype=dtype) for size in sizes]
     torch._dynamo.reset()
     compiled = torch.compile(reference.newton_schulz, dynamic=False)
+
+    def ours(number: int):
+        return [kernels.newton_schulz(x, impl="triton") for x in groups]
+
+    def batched(number: int):
+        return [compiled(x) for x in groups]
+
     variants = {
-        "triton": lambda _: [kernels.newton_schulz(x, impl="triton") for x in groups],
+        "triton": ours,
+        "graph": Graph(ours),
         "standard": lambda _: [kernels.newton_schulz(x, algorithm="standard", impl="triton") for x in groups],
         "eager": lambda _: [[reference.newton_schulz(matrix) for matrix in x] for x in groups],
-        "compile": lambda _: [compiled(x) for x in groups],
+        "compile": batched,
+        "compile_graph": Graph(batched),
         "loop": lambda _: [[compiled(matrix) for matrix in x] for x in groups],
     }
     variants = {name: run for name, run in variants.items() if not impls or name in impls}
@@ -193,6 +211,7 @@ def _newton_schulz_case(shape: str, dtype: torch.dtype, impls: tuple[str, ...]) 
         flops["standard"] += count * 5 * (3 * m * m * n + m**3)
         gram = 2 * m * m * n + 14 * m**3 + 4 * m * m * n  # two of R, fourteen small products, two of Q·X
         flops["triton"] += count * (5 * (3 * m * m * n + m**3) if m == n else gram)
+    flops["graph"] = flops["triton"]
     size = 2 * sum(x.nbytes for x in groups)
     return Case("newton_schulz", shape, "fwd", str(dtype).removeprefix("torch."), size, variants, flops=flops)
 
@@ -215,5 +234,5 @@ SHAPES = {
     "qk_norm_rope": tuple(MODELS),
     # every depth has the vocabulary 65,536: all tokens of a micro-batch, and an eighth of them, as a chunked head has
     "softcap_cross_entropy": ("d20", "chunk"),
-    "newton_schulz": ("d4", "d12", "d20", "d32"),
+    "newton_schulz": ("d4", "d12", "d20", "d20/8", "d32"),
 }

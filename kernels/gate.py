@@ -1,7 +1,7 @@
 """The gate: on the GPU where training will run, at its shapes, every operation validated and timed, and the choice kept.
 
 An implementation that fails, or is further from the oracle than kernels/oracle.py allows, is not chosen; of the others the
-fastest is, the reference compiled as it is in a model. What follows reads the file and refuses one of another machine.
+fastest is, the model's references compiled as they are in training. What follows reads the file and refuses one of another machine.
 """
 
 import json
@@ -72,8 +72,8 @@ def trials(shape: RunShape, device: torch.device, dtype: torch.dtype) -> Iterato
     targets = torch.randint(shape.vocab, (rows,), device=device)
     yield Trial("softcap_cross_entropy", (normal(rows, shape.vocab).mul_(3.0), targets, 15.0, -1, "none"), 2, (0,))
     half = dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
-    for size in ((shape.width, shape.width), (4 * shape.width, shape.width)):
-        matrices = normal(min(shape.depth, 4), *size, dtype=half)
+    for count, height in ((4 * shape.depth, shape.width), (shape.depth, 4 * shape.width)):
+        matrices = normal(count, height, shape.width, dtype=half)
         yield Trial("newton_schulz", (matrices,), 1, (), partial(_orthogonal, matrices))
     yield from _optimizer_trials(shape, normal, half, device)
 
@@ -136,17 +136,18 @@ def fault(trial: Trial, function: Callable) -> str | None:
 
 
 def milliseconds(trial: Trial, implementations: dict[str, Callable]) -> dict[str, float]:
-    """Median time of each, forward and backward, taking turns."""
+    """Median time of each, forward and backward, taking turns; on a GPU without launches, which training hides or captures."""
     results = call(trial.operation, getattr(reference, trial.operation), *trial.inputs)
     upstream = (
         [torch.randn_like(x) for x in (results if isinstance(results, tuple) else (results,))] if trial.wrt else []
     )
 
-    def once(function: Callable, _) -> None:
-        evaluate(partial(call, trial.operation, function), trial.inputs, upstream, trial.wrt)
+    def once(function: Callable, _) -> list[Tensor]:
+        return evaluate(partial(call, trial.operation, function), trial.inputs, upstream, trial.wrt)
 
     variants = {name: partial(once, function) for name, function in implementations.items()}
     if trial.inputs[0].is_cuda:
+        variants = {name: timing.Graph(run) for name, run in variants.items()}
         return {name: median(samples) for name, samples in timing.interleaved(variants, ROUNDS).items()}
     times: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(3):
@@ -176,7 +177,7 @@ def examine(shape: RunShape, device: torch.device, dtype: torch.dtype) -> Iterat
                 faults[name] = wrong
             else:
                 able[name] = function
-        if trial.inputs[0].is_cuda and trial.operation not in IN_PLACE:
+        if trial.inputs[0].is_cuda and trial.wrt:  # the model is compiled, the optimizer is not
             able["reference"] = torch.compile(able["reference"], dynamic=False)
         ms = milliseconds(trial, able)
         before = found.get(trial.operation, {"ms": {}, "faults": {}})

@@ -65,7 +65,7 @@ def store_tile(
     sums, plus, out, row, column, m, n, alpha, beta, gamma,
     SYMMETRIC: tl.constexpr, PLUS: tl.constexpr, DIAGONAL: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """alpha·sums + beta·plus + gamma·I to where it belongs; below the diagonal to both places, above it nowhere."""
+    """alpha·sums + beta·plus + gamma·I to where it belongs; below the diagonal to both places."""
     r, c = row + tl.arange(0, sums.shape[0]), column + tl.arange(0, sums.shape[1])
     at = (r * n)[:, None] + c[None, :]
     inside = (r < m)[:, None] & (c < n)[None, :]
@@ -83,7 +83,7 @@ def store_tile(
         if WHOLE and column + sums.shape[1] <= row + 1:  # no mask of single elements, with which no store is a wide one
             tl.store(out + at, value)
             tl.store(out + mirrored, value)
-        elif column < row + sums.shape[0]:
+        else:
             below = inside & (c[None, :] <= r[:, None])
             tl.store(out + at, value, mask=below)
             tl.store(out + mirrored, value, mask=below)  # the diagonal twice, with the same
@@ -127,9 +127,11 @@ def product_kernel(
             parts = halves(parts[0]) + halves(parts[1])
         for i in tl.static_range(len(parts)):
             left = column + i * (BN // len(parts))
-            store_tile(
-                parts[i], plus + base, out + base, row, left, m, n, alpha, beta, gamma, SYMMETRIC, PLUS, DIAGONAL, WHOLE
-            )  # fmt: skip
+            wanted = left < row + BM if SYMMETRIC else True  # not above the diagonal
+            if wanted:
+                store_tile(
+                    parts[i], plus + base, out + base, row, left, m, n, alpha, beta, gamma, SYMMETRIC, PLUS, DIAGONAL, WHOLE
+                )  # fmt: skip
 
 
 def tiles_of(m: int, n: int, tile_m: int, tile_n: int, symmetric: bool) -> int:

@@ -123,7 +123,7 @@ class MuonAdamW:
 
     ADAM_BETAS, ADAM_EPS, NEWTON_SCHULZ_STEPS = (0.8, 0.95), 1e-10, 5
 
-    def __init__(self, model: GPT, config: OptimizerConfig | None = None, graphs: bool = False):
+    def __init__(self, model: GPT, config: OptimizerConfig | None = None, graphs: bool = True):
         self.config = config or OptimizerConfig()
         self.impl = model.config.impl.newton_schulz
         self.steps = 0

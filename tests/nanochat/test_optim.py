@@ -195,7 +195,7 @@ def learn(steps: int, impl: str = "triton", graphs: bool = True, whole: bool = F
         tokens = torch.randint(512, (32, 1), device="cuda", generator=generator)
         for _ in range(128):
             choice = torch.randint(4, (32, 1), device="cuda", generator=generator)
-            tokens = torch.cat([tokens, successors[tokens[:, -1:], choice[:, :, None]].view(32, 1)], 1)
+            tokens = torch.cat([tokens, successors[tokens[:, -1:], choice]], 1)
         loss = model(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
         losses.append(loss.item())
