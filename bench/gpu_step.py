@@ -1,14 +1,16 @@
-"""Tokens/s and peak memory of one training step on the GPU here, eager and compiled, by implementation.
+"""Tokens/s and peak memory of training on the GPU here, eager and compiled, by implementation.
 
 python -m bench.gpu_step --depth 20 --rows 16      prints a line of JSON for each
+Micro-steps follow each other as in training, without waiting for the host; then whole steps of eight of them are timed.
 """
 
 import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from itertools import product
+from itertools import pairwise, product
 
 import torch
 import tyro
@@ -17,6 +19,8 @@ from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig, Implementations
 from nanochat.optim import MuonAdamW
 from nanochat.runtime import start_runtime
+
+MICRO_STEPS = 8  # of a step
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,18 @@ class GpuStepConfig:
     compiled: tuple[bool, ...] = (False, True)
     """without and with torch.compile"""
     repeats: int = 10
-    """timed steps; the median counts"""
+    """timed micro-steps and updates; the median counts"""
+
+
+def elapsed(work: Callable[[], None], times: int) -> list[float]:
+    """Milliseconds of each of several calls, one after the other, on the GPU."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        work()
+        mark.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in pairwise(marks)]
 
 
 def main(config: GpuStepConfig) -> None:
@@ -47,38 +62,49 @@ def main(config: GpuStepConfig) -> None:
             optimizer = MuonAdamW(model)
             tokens = torch.randint(config.vocab_size, (config.rows, shape.context_length + 1), device=runtime.device)
             torch.cuda.reset_peak_memory_stats()
-            micro, update, losses = [], [], []
-            for _ in range(3 + config.repeats):
-                torch.cuda.synchronize()
-                started = time.perf_counter()
+            losses = []
+
+            def micro_step(forward=forward, tokens=tokens, losses=losses) -> None:
                 loss = forward(tokens[:, :-1], tokens[:, 1:])
                 loss.backward()
-                torch.cuda.synchronize()
-                middle = time.perf_counter()
+                losses.append(loss.detach())
+
+            def update(optimizer=optimizer) -> None:
                 optimizer.synchronize()
                 optimizer.update(1.0, 0.9)
-                torch.cuda.synchronize()
-                micro.append(middle - started), update.append(time.perf_counter() - middle), losses.append(loss.item())
-            times = sorted(micro[3:])
-            rate = tokens[:, 1:].numel() / statistics.median(times)
+
+            for _ in range(3):
+                micro_step(), update()
+            micro = elapsed(micro_step, config.repeats)
+            updates = elapsed(update, config.repeats)
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            for _ in range(MICRO_STEPS):
+                micro_step()
+            update()
+            torch.cuda.synchronize()
+            whole = time.perf_counter() - started
+            times = sorted(micro)
+            rate = tokens[:, 1:].numel() / statistics.median(times) * 1e3
             row = {
                 "device": runtime.device_name,
                 "depth": config.depth,
                 "rows": config.rows,
                 "impl": impl,
                 "compiled": compiled,
-                "micro_step_ms": statistics.median(times) * 1e3,
-                "spread_ms": [times[0] * 1e3, times[-1] * 1e3],
+                "micro_step_ms": statistics.median(times),
+                "spread_ms": [times[0], times[-1]],
                 "tokens_per_second": rate,
                 "mfu": rate * shape.flops_per_token / runtime.peak_flops if runtime.peak_flops else None,
-                "optimizer_ms": statistics.median(update[3:]) * 1e3,
+                "optimizer_ms": statistics.median(updates),
+                "step_of_8_ms": whole * 1e3,
                 "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
-                "first_loss": losses[0],
-                "last_loss": losses[-1],
+                "first_loss": losses[0].item(),
+                "last_loss": losses[-1].item(),
                 "torch": torch.__version__,
             }
             print(json.dumps(row), flush=True)
-            del model, forward, optimizer, loss
+            del model, forward, optimizer, micro_step, update
             torch.cuda.empty_cache()
 
 

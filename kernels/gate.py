@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -41,12 +42,12 @@ class RunShape:
 
 @dataclass(frozen=True)
 class Trial:
-    """An operation with the inputs of the run. The first `rowwise` inputs, and all results, have a row for each of theirs, and
-    rows do not mix: so a few of them can be compared. judge replaces that comparison."""
+    """An operation with the inputs of the run. The inputs numbered in `rowwise`, and all results, have a row for each of
+    theirs, and rows do not mix: so a few of them, and of their gradients, can be compared. judge replaces that comparison."""
 
     operation: str
     inputs: tuple
-    rowwise: int
+    rowwise: tuple[int, ...]
     wrt: tuple[int, ...]
     judge: Callable[[Callable], str | None] | None = None
 
@@ -62,19 +63,22 @@ def trials(shape: RunShape, device: torch.device, dtype: torch.dtype) -> Iterato
     def normal(*size: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(size, device=device, dtype=dtype).normal_()
 
-    yield Trial("rms_norm", (normal(positions, shape.width),), 1, (0,))
-    yield Trial("add_rms_norm", (normal(positions, shape.width), normal(positions, shape.width)), 2, (0, 1))
+    yield Trial("rms_norm", (normal(positions, shape.width),), (0,), (0,))
+    yield Trial("add_rms_norm", (normal(positions, shape.width), normal(positions, shape.width)), (0, 1), (0, 1))
     angles = torch.arange(shape.tokens)[:, None] * 10000.0 ** (-torch.arange(0, head, 2) / head)
     tables = [table.to(device, dtype) for table in (angles.cos(), angles.sin())]
     q, k = (normal(shape.rows, shape.tokens, heads, head) for heads in (shape.heads, shape.kv_heads))
-    yield Trial("qk_norm_rope", (q, k, *tables), 2, (0, 1))
+    yield Trial("qk_norm_rope", (q, k, *tables), (0, 1), (0, 1))
     rows = min(positions, max(1, LOGITS // shape.vocab))
     targets = torch.randint(shape.vocab, (rows,), device=device)
-    yield Trial("softcap_cross_entropy", (normal(rows, shape.vocab).mul_(3.0), targets, 15.0, -1, "none"), 2, (0,))
+    how = (targets, 15.0, -1, "none")
+    yield Trial("softcap_cross_entropy", (normal(rows, shape.vocab).mul_(3.0), *how), (0, 1), (0,))
+    hidden, weight = normal(rows, shape.width), normal(shape.vocab, shape.width).mul_(3 * shape.width**-0.5)
+    yield Trial("linear_cross_entropy", (hidden, weight, *how), (0, 2), (0, 1))
     half = dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
     for count, height in ((4 * shape.depth, shape.width), (shape.depth, 4 * shape.width)):
         matrices = normal(count, height, shape.width, dtype=half)
-        yield Trial("newton_schulz", (matrices,), 1, (), partial(_orthogonal, matrices))
+        yield Trial("newton_schulz", (matrices,), (0,), (), partial(_orthogonal, matrices))
     yield from _optimizer_trials(shape, normal, half, device)
 
 
@@ -83,10 +87,10 @@ def _optimizer_trials(shape: RunShape, normal: Callable, half: torch.dtype, devi
     one, biases = torch.ones((), device=device), torch.tensor([0.2, 0.05], device=device)
     size = (min(shape.depth, 4), shape.width, shape.width)
     float32 = partial(normal, dtype=torch.float32)
-    yield Trial("nesterov_momentum", (float32(*size), float32(*size), one * 0.5, one * 0.9, half), 2, ())
-    yield Trial("apply_update", (float32(*size), normal(*size, dtype=half), one, 0.02), 2, ())
+    yield Trial("nesterov_momentum", (float32(*size), float32(*size), one * 0.5, one * 0.9, half), (0, 1), ())
+    yield Trial("apply_update", (float32(*size), normal(*size, dtype=half), one, 0.02), (0, 1), ())
     state = (float32(*size), float32(*size), float32(*size), float32(*size).abs())
-    yield Trial("adamw", (*state, one, one, biases, 0.01, (0.8, 0.95), 1e-10), 4, ())
+    yield Trial("adamw", (*state, one, one, biases, 0.01, (0.8, 0.95), 1e-10), (0, 1, 2, 3), ())
 
 
 def _orthogonal(matrices: Tensor, found: Tensor) -> str | None:
@@ -122,12 +126,14 @@ def fault(trial: Trial, function: Callable) -> str | None:
     if trial.judge:
         return trial.judge(found[0])
     for part in (slice(0, CHECKED), slice(-CHECKED, None)) if trial.inputs[0].dim() < 3 else (slice(-1, None),):
-        few = [x[part] if i < trial.rowwise else x for i, x in enumerate(trial.inputs)]
+        few = [x[part] if i in trial.rowwise else x for i, x in enumerate(trial.inputs)]
         above = [x[part] for x in upstream]
         wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in few]
         wide = [torch.float64 if isinstance(x, torch.dtype) else x for x in wide]
         oracle = evaluate(plain, wide, [x.double() for x in above], trial.wrt)
-        for one, true, rival in zip(found, oracle, evaluate(plain, few, above, trial.wrt), strict=True):
+        compared = [True] * len(results) + [i in trial.rowwise for i in trial.wrt]
+        every = zip(found, oracle, evaluate(plain, few, above, trial.wrt), strict=True)
+        for one, true, rival in compress(every, compared):
             # a cross entropy states cap·2⁻²³ as its own
             wrong = over_budget(one[part], true, rival, 15.0 * 2**-23 * true.numel() ** 0.5 * (one.dim() == 1))
             if wrong:

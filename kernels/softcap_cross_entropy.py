@@ -322,11 +322,16 @@ def run(logits: Tensor, targets: Tensor, cap: float, ignore_index: int, reductio
 
 
 def refusal(logits: Tensor, targets: Tensor, cap: float, ignore_index: int, reduction: str) -> str | None:
+    return refusal_of(logits, *logits.shape, cap)
+
+
+def refusal_of(x: Tensor, rows: int, columns: int, cap: float) -> str | None:
+    """Why logits of this size, made of x, cannot be served."""
     if cap > LARGEST_CAP:
         return f"it sums exp(l) without a running maximum, which takes a cap of at most {LARGEST_CAP}, got {cap}"
-    if logits.size(0) > GRID_LIMIT or logits.size(1) > GRID_LIMIT:
-        return f"{tuple(logits.shape)} logits pass the {GRID_LIMIT} rows or columns of one launch; split them"
-    return triton_refusal(logits)
+    if max(rows, columns) > GRID_LIMIT:
+        return f"{rows} × {columns} logits pass the {GRID_LIMIT} rows or columns of one launch; split them"
+    return triton_refusal(x)
 
 
 IMPLEMENTATIONS = {
