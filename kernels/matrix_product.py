@@ -122,10 +122,11 @@ def product_kernel(
                 b = load_tile(y, matrix, start, column, k, n, BK, BN, TMA, WHOLE)
             sums = dot(a, b, sums)
         base = matrix.to(tl.int64) * m * n
-        parts = halves(sums)
-        parts = halves(parts[0]) + halves(parts[1])  # of which one at a time takes registers for its addresses
-        for i in tl.static_range(4):
-            left = column + i * (BN // 4)
+        parts = halves(sums)  # of which one at a time takes registers for its addresses
+        if BN > 128 or not TMA:  # as do those that are loaded from
+            parts = halves(parts[0]) + halves(parts[1])
+        for i in tl.static_range(len(parts)):
+            left = column + i * (BN // len(parts))
             wanted = left < row + BM if SYMMETRIC else True  # not above the diagonal
             if wanted:
                 store_tile(

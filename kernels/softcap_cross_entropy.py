@@ -321,10 +321,6 @@ def run(logits: Tensor, targets: Tensor, cap: float, ignore_index: int, reductio
     return loss_op(logits, targets.contiguous(), cap, ignore_index, reduction == "mean", wants_gradient(logits))[0]
 
 
-def refusal(logits: Tensor, targets: Tensor, cap: float, ignore_index: int, reduction: str) -> str | None:
-    return refusal_of(logits, *logits.shape, cap)
-
-
 def refusal_of(x: Tensor, rows: int, columns: int, cap: float) -> str | None:
     """Why logits of this size, made of x, cannot be served."""
     if cap > LARGEST_CAP:
@@ -336,7 +332,7 @@ def refusal_of(x: Tensor, rows: int, columns: int, cap: float) -> str | None:
 
 IMPLEMENTATIONS = {
     "softcap_cross_entropy": {
-        "triton": Implementation(run, refusal),
+        "triton": Implementation(run, lambda logits, targets, cap, *_: refusal_of(logits, *logits.shape, cap)),
         "reference": Implementation(reference.softcap_cross_entropy),
     }
 }

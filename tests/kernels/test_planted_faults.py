@@ -65,8 +65,8 @@ FAULTS = {
     ),
     "mirrored tile not stored": (
         "matrix_product",
-        "            tl.store(out + mirrored, value)\n        elif",
-        "        elif",
+        "            tl.store(out + mirrored, value)\n        else",
+        "        else",
     ),
     "tile row of the triangle wrong": ("matrix_product", "rest // (group + 1) * BM", "rest // (group + 2) * BM"),
     "diagonal not added": ("matrix_product", "== c[None, :], gamma, 0.0)", "== c[None, :], 0.0, 0.0)"),
