@@ -133,6 +133,18 @@ def _kernels_gate():
     return KernelsGateConfig, lambda config: run_gate(config, base_paths())
 
 
+def _cluster_submit():
+    from nanochat.cluster_commands import SubmitConfig, submit
+
+    return SubmitConfig, submit
+
+
+def _cluster_status():
+    from nanochat.cluster_commands import StatusConfig, status
+
+    return StatusConfig, lambda config: status(config, base_paths())
+
+
 COMMANDS = {
     "speedrun": Command(_speedrun, "run every stage, from text to chat"),
     "data generate": Command(_data_generate, "make the embedded data"),
@@ -149,6 +161,8 @@ COMMANDS = {
     "kernels list": Command(_kernels_list, "operations, implementations, and what auto takes here"),
     "kernels inspect": Command(_kernels_inspect, "compile every kernel for an architecture and check it"),
     "kernels gate": Command(_kernels_gate, "validate and time the operations on the device that trains"),
+    "cluster submit": Command(_cluster_submit, "submit a job to Slurm"),
+    "cluster status": Command(_cluster_status, "how far the run is"),
     "kernels tune": Command(_kernels_tune, "search launch parameters on the GPU here and write its table"),
 }
 

@@ -46,6 +46,21 @@ class Paths:
         return self.base / "gate.json"
 
     @property
+    def stop(self) -> Path:
+        """While it exists, training saves and ends at its next step; the speedrun makes it on a signal, for all nodes to see."""
+        return self.base / "stop"
+
+    @property
+    def logs(self) -> Path:
+        """What jobs of a cluster print."""
+        return self.base / "logs"
+
+    @property
+    def jobs(self) -> Path:
+        """The jobs that were submitted, a line of JSON each."""
+        return self.base / "jobs.jsonl"
+
+    @property
     def records(self) -> Path:
         """Completion records of the stages."""
         return self.base / "records"

@@ -6,6 +6,7 @@ a stage whose record still holds, and starts an unfinished one anew, which then 
 
 import hashlib
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -19,10 +20,11 @@ import torch
 import tyro
 from filelock import FileLock, Timeout
 
+from nanochat.cluster import distributed_launcher
 from nanochat.console import console, say
-from nanochat.errors import UserError
+from nanochat.errors import TrainingStopped, UserError
 from nanochat.paths import Paths
-from nanochat.presets import SHARDS, PresetName
+from nanochat.presets import EMBEDDED, SHARDS, PresetName
 from nanochat.report.sections import write_json
 
 
@@ -34,6 +36,7 @@ class Step:
     command: tuple[str, ...]
     outputs: Callable[[Paths], list[Path]]
     distributed: bool = False
+    saves: bool = False  # resumes from a checkpoint of its own; others begin anew
 
 
 def _newest_checkpoint(stage: str) -> Callable[[Paths], list[Path]]:
@@ -54,11 +57,11 @@ STEPS = (
         "tokenizer", ("tokenizer", "train"), lambda p: [p.tokenizer / "tokenizer.json", p.tokenizer / "token_bytes.npy"]
     ),
     Step("tokenizer-eval", ("tokenizer", "eval"), _section("tokenizer-eval")),
-    Step("base", ("train", "base"), _newest_checkpoint("base"), distributed=True),
+    Step("base", ("train", "base"), _newest_checkpoint("base"), distributed=True, saves=True),
     Step("base-eval", ("evaluate", "base"), _section("base-eval"), distributed=True),
-    Step("mid", ("train", "mid"), _newest_checkpoint("mid"), distributed=True),
+    Step("mid", ("train", "mid"), _newest_checkpoint("mid"), distributed=True, saves=True),
     Step("mid-eval", ("evaluate", "chat", "--stage", "mid"), _section("mid-eval"), distributed=True),
-    Step("sft", ("train", "sft"), _newest_checkpoint("sft"), distributed=True),
+    Step("sft", ("train", "sft"), _newest_checkpoint("sft"), distributed=True, saves=True),
     Step("sft-eval", ("evaluate", "chat", "--stage", "sft"), _section("sft-eval"), distributed=True),
     Step("report", ("report",), lambda p: [p.report / "report.md", p.report / "report.html"]),
 )
@@ -70,7 +73,7 @@ class SpeedrunConfig:
     """Run the whole pipeline, from text to chat. The same command again goes on where the last one stopped."""
 
     preset: PresetName = "cpu"
-    """cpu (embedded data, minutes on two cores), d20, d26 or d32"""
+    """cpu (embedded data, minutes on two cores), tiny (a minute, to try a machine), d20, d26 or d32"""
     first: Annotated[str, tyro.conf.arg(name="from")] = NAMES[0]
     """stage to begin with; earlier ones must have finished"""
     last: Annotated[str, tyro.conf.arg(name="to")] = NAMES[-1]
@@ -90,11 +93,12 @@ def run_speedrun(config: SpeedrunConfig, paths: Paths) -> None:
     if first > last:
         raise UserError(f"--from {config.first} comes after --to {config.last}; the order is: {', '.join(NAMES)}")
     preset = config.preset or "cpu"
-    steps = [step for step in STEPS if preset == "cpu" or step.name != "data"]
+    embedded = preset in EMBEDDED
+    steps = [step for step in STEPS if embedded or step.name != "data"]
     processes = config.processes or max(1, torch.cuda.device_count() if config.device in ("auto", "cuda") else 1)
     started = time.perf_counter()
-    with _only_one(paths):
-        if preset != "cpu":
+    with _only_one(paths), Stop(paths) as stop:
+        if not embedded:
             _check_data(paths, preset)
         made = ""  # hash of all that earlier stages made
         for number, step in enumerate(steps, 1):
@@ -107,13 +111,52 @@ def run_speedrun(config: SpeedrunConfig, paths: Paths) -> None:
                 raise UserError(f"stage {step.name} has not finished (or what it made has changed); run without --from")
             if record is None:
                 say(f"[{number}/{len(steps)}] {step.name}: nanochat {' '.join(command)}")
-                record = _run(step, command, processes, paths, made)
+                record = _run(step, command, processes, paths, made, stop)
                 say(f"[{number}/{len(steps)}] {step.name}: done in {record['seconds']:.0f} s")
             elif chosen:
                 say(f"[{number}/{len(steps)}] {step.name}: finished before, skipped")
             made = hashlib.sha256((made + record["made"]).encode()).hexdigest()
     console.rule()
     say(f"all stages up to {config.last} are done, {time.perf_counter() - started:.0f} s for this command")
+
+
+class Stop:
+    """What USR1 and SIGTERM do: a training stage saves and ends, another is ended, and none is begun."""
+
+    def __init__(self, paths: Paths):
+        self.file, self.received, self.process = paths.stop, 0, None
+
+    def __enter__(self) -> "Stop":
+        self.file.unlink(missing_ok=True)
+        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGUSR1, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self.file.unlink(missing_ok=True)
+
+    def _receive(self, number: int, frame) -> None:
+        self.received = number
+        self.file.write_text(f"{signal.Signals(number).name}\n", "utf-8")
+        if self.process is not None:
+            self.process.terminate()
+
+    @contextmanager
+    def watching(self, step: Step, process: subprocess.Popen) -> Iterator[None]:
+        """A training stage reads the file, on whichever node; of others the process is ended."""
+        self.process = None if step.saves else process
+        if self.received and not step.saves:
+            process.terminate()
+        yield
+        self.process = None
+
+    def check(self, step: Step) -> None:
+        """Raises TrainingStopped when a signal came."""
+        if self.received:
+            name = signal.Signals(self.received).name
+            message = f"stopped by {name} in stage {step.name}; what was trained is saved, the same command goes on from there"
+            raise TrainingStopped(message, 128 + self.received)
 
 
 def _command(step: Step, preset: str, device: str) -> list[str]:
@@ -125,30 +168,27 @@ def _command(step: Step, preset: str, device: str) -> list[str]:
     return command
 
 
-def _run(step: Step, command: list[str], processes: int, paths: Paths, made_from: str) -> dict:
-    if step.distributed and processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m", "nanochat"]
-    else:
-        launcher = ["-m", "nanochat"]
+def _run(step: Step, command: list[str], processes: int, paths: Paths, made_from: str, stop: Stop) -> dict:
+    stop.check(step)
+    launcher = distributed_launcher(processes) if step.distributed else [sys.executable]
     started = time.perf_counter()
     # stderr is read, so that the cause of a failure can be repeated at the end of a long run
     process = subprocess.Popen(
-        [sys.executable, *launcher, *command], stderr=subprocess.PIPE, text=True, errors="replace"
+        [*launcher, "-m", "nanochat", *command], stderr=subprocess.PIPE, text=True, errors="replace"
     )
     cause = ""
     try:
-        for line in process.stderr:
-            sys.stderr.write(line)
-            sys.stderr.flush()
-            cause = (
-                line.strip()
-                if line.startswith("nanochat: error:") or not cause.startswith("nanochat: error:")
-                else cause
-            )
-        status = process.wait()
+        with stop.watching(step, process):
+            for line in process.stderr:
+                sys.stderr.write(line)
+                sys.stderr.flush()
+                if line.startswith("nanochat: error:") or not cause.startswith("nanochat: error:"):
+                    cause = line.strip()
+            status = process.wait()
     except KeyboardInterrupt:  # the terminal sent it to the stage too, which saves and ends
         status = process.wait()
     if status:
+        stop.check(step)
         error = UserError(
             f"stage {step.name} failed with exit status {status}"
             + (f" ({cause.removeprefix('nanochat: error: ')})" if cause else "")

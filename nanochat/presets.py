@@ -6,7 +6,7 @@ A preset lists only what differs from a command's defaults; an option given on t
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
-PresetName = Literal["", "cpu", "d20", "d26", "d32"]
+PresetName = Literal["", "tiny", "cpu", "d20", "d26", "d32"]
 T = TypeVar("T")
 
 
@@ -15,11 +15,52 @@ class PresetOptions:
     """What every command with presets has."""
 
     preset: PresetName = ""
-    """values for all options below: cpu (embedded data, minutes), d20, d26, d32; options given besides win"""
+    """values for all options below: tiny (embedded data, a minute), cpu (minutes), d20, d26, d32; options given besides win"""
 
 
 _CPU_RUN = {"save_every": 100, "loader_threads": 1}
+_TINY_RUN = {"save_every": 20, "loader_threads": 1}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "tiny": {  # to try a machine or a cluster: every stage in a minute, learning little
+        "tokenizer train": {"vocab_size": 512},
+        "train base": {
+            "depth": 1,
+            "context_length": 128,
+            "num_iterations": 400,
+            "device_batch_size": 8,
+            "total_batch_size": 2048,
+            "eval_every": 200,
+            "eval_tokens": 8192,
+            "core_metric_every": -1,
+            "sample_every": -1,
+            "run": _TINY_RUN,
+        },
+        "train mid": {
+            "device_batch_size": 8,
+            "total_batch_size": 2048,
+            "smoltalk": 300,
+            "mmlu": 200,
+            "gsm8k": 200,
+            "simple_spelling": 100,
+            "spelling_bee": 100,
+            "eval_every": 0,
+            "eval_rows": 20,
+            "run": _TINY_RUN,
+        },
+        "train sft": {
+            "device_batch_size": 8,
+            "arc_easy": 200,
+            "arc_challenge": 200,
+            "gsm8k": 100,
+            "smoltalk": 200,
+            "identity": 20,
+            "simple_spelling": 20,
+            "spelling_bee": 20,
+            "run": _TINY_RUN,
+        },
+        "evaluate base": {"tokens": 8192, "batch_size": 8, "core_max_per_task": 20},
+        "evaluate chat": {"options": {"max_tokens": 16, "max_per_task": 20}},
+    },
     "cpu": {
         "tokenizer train": {"vocab_size": 1024},
         "train base": {
@@ -72,6 +113,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "d26": {"train base": {"depth": 26, "device_batch_size": 16}},
     "d32": {"train base": {"depth": 32, "device_batch_size": 8}},
 }
+EMBEDDED = ("tiny", "cpu")  # presets that make their data themselves
 SHARDS = {"d20": 240, "d26": 450, "d32": 800}  # of pretraining text, at 20 tokens a parameter and 4.8 bytes a token
 
 

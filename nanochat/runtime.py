@@ -5,11 +5,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from nanochat.cluster import collective_timeout
 from nanochat.errors import UserError
 
 # dense bf16 FLOP/s by the vendors' datasheets, by a part of the device's name; the first that fits counts
@@ -26,6 +26,9 @@ PEAK_FLOPS = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
+
+# what gloo and NCCL say when a process does not answer
+LOST = ("timed out", "timeout", "connection closed", "connection reset", "broken pipe", "connection refused", "peer")
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,18 @@ def start_runtime(device: str = "auto") -> Iterator[Runtime]:
         torch.cuda.set_device(local)
     index = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     # CPU tensors, which carry control messages, go through gloo and never wait for a GPU
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    timeout = collective_timeout()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timeout)
     try:
         yield Runtime(dist.get_rank(), dist.get_world_size(), index, compute_dtype(kind))
+    except RuntimeError as error:  # of which torch.distributed's are
+        if not any(words in str(error).lower() for words in LOST):
+            raise
+        raise UserError(
+            f"process {dist.get_rank()} of {dist.get_world_size()} lost another one: it died, or hangs for more than "
+            f"{timeout.total_seconds():.0f} s ({str(error).splitlines()[0]}); see the other processes' last lines; the same "
+            "command goes on from the last checkpoint"
+        ) from error
     finally:
         # waiting for the others after an error would hang until the timeout: they may never arrive
         if sys.exc_info()[0] is None:

@@ -17,13 +17,13 @@ SOURCES = [p for folder in ("kernels", "nanochat", "bench", "tests") for p in so
 # a module may import from its own layer and those below it
 LAYERS = (
     ("nanochat.cli", "nanochat.__main__", "nanochat.pipeline"),
-    ("nanochat.report", "nanochat.chat", "nanochat.trace", "nanochat.kernel_commands"),
+    ("nanochat.report", "nanochat.chat", "nanochat.trace", "nanochat.kernel_commands", "nanochat.cluster_commands"),
     ("nanochat.train",),
     ("nanochat.evaluate",),
     ("nanochat.checkpoint",),
     ("nanochat.engine", "nanochat.optim", "nanochat.gate"),
     ("nanochat.gpt", "nanochat.data", "nanochat.tasks", "nanochat.presets", "nanochat.runtime", "nanochat.console"),
-    ("nanochat.tokenizer", "nanochat.sandbox", "nanochat.calculator", "nanochat.paths"),
+    ("nanochat.tokenizer", "nanochat.sandbox", "nanochat.calculator", "nanochat.paths", "nanochat.cluster"),
     ("nanochat.errors",),
     ("kernels",),
 )

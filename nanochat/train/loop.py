@@ -185,9 +185,10 @@ class Trainer:
             last = ended or step == self.stage.steps
             if interrupted:
                 self._save(step)
-                number = self.interrupt.received or signal.SIGTERM
+                number = self.interrupt.received or signal.SIGUSR1
+                by = signal.Signals(number).name if self.interrupt.received else f"the file {self.paths.stop}"
                 raise TrainingStopped(
-                    f"training {self.stage.name} stopped at step {step} by {signal.Signals(number).name}; all is saved in "
+                    f"training {self.stage.name} stopped at step {step} by {by}; all is saved in "
                     f"{self.store.path(step)}; the same command goes on from there",
                     128 + number,
                 )
@@ -214,7 +215,8 @@ class Trainer:
         valid = sum(int((batch.targets != -1).sum()) for batch in micro)
         short = float(len(micro) < self.stage.accumulation)
         progress = micro[-1].progress if micro else 1.0
-        stop = float(self.interrupt.received is not None)
+        asked = self.runtime.primary and self.paths.stop.exists()
+        stop = float(self.interrupt.received is not None or asked)
         self.valid, short, progress, stop = self.runtime.sum([float(valid), short, progress, stop])
         self.data_progress = progress / self.runtime.world_size
         return stop > 0, short > 0
@@ -294,6 +296,7 @@ class Trainer:
         )
         record = {"step": step, "loss": loss, "smoothed_loss": debiased, "grad_norm": norm, "lr_multiplier": multiplier}
         timing = {"dt": seconds, "tokens_per_second": rate, "mfu": mfu, "tokens": self.tokens, "elapsed": self.elapsed}
+        timing |= {"progress": done, "remaining": remaining}
         self._write(record | timing)
 
     def _write(self, record: dict) -> None:

@@ -1,0 +1,25 @@
+# Sourced by every script here, from the repository's root: the site's profile, modules, and the virtual environment.
+# shellcheck shell=bash
+site="${NANOCHAT_SITE:-generic}"
+[[ "$site" == *.env ]] || site="slurm/$site.env"
+[[ -f "$site" ]] || { echo "there is no site profile $site; copy slurm/generic.env" >&2; exit 1; }
+chosen_base="${NANOCHAT_BASE_DIR:-}"
+# shellcheck disable=SC1090
+source "$site"
+if [[ -n "${NANOCHAT_MODULES:-}" ]]; then
+    type module > /dev/null 2>&1 || { echo "the profile $site names modules, and there is no module command" >&2; exit 1; }
+    # shellcheck disable=SC2086
+    module load $NANOCHAT_MODULES
+fi
+if [[ -n "${NANOCHAT_SCRATCH:-}" ]]; then
+    NANOCHAT_VENV="${NANOCHAT_VENV:-$NANOCHAT_SCRATCH/nanochat-venv}"
+    NANOCHAT_BASE_DIR="${chosen_base:-$NANOCHAT_SCRATCH/nanochat-cache}"
+    export NANOCHAT_BASE_DIR
+fi
+export NANOCHAT_VENV="${NANOCHAT_VENV:-$PWD/.venv}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+export PYTHONUNBUFFERED=1
+export PATH="$NANOCHAT_VENV/bin:$PATH"
+need_nanochat() {
+    [[ -x "$NANOCHAT_VENV/bin/nanochat" ]] || { echo "nanochat is not installed in $NANOCHAT_VENV; run slurm/setup.sh first" >&2; exit 1; }
+}
