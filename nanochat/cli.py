@@ -133,6 +133,18 @@ def _kernels_gate():
     return KernelsGateConfig, lambda config: run_gate(config, base_paths())
 
 
+def _fetch():
+    from nanochat.fetch import FetchConfig, fetch
+
+    return FetchConfig, lambda config: fetch(config, base_paths())
+
+
+def _preflight():
+    from nanochat.preflight import PreflightConfig, preflight
+
+    return PreflightConfig, lambda config: preflight(config, base_paths())
+
+
 def _cluster_submit():
     from nanochat.cluster_commands import SubmitConfig, submit
 
@@ -147,6 +159,8 @@ def _cluster_status():
 
 COMMANDS = {
     "speedrun": Command(_speedrun, "run every stage, from text to chat"),
+    "fetch": Command(_fetch, "fetch the data of a preset, where there is internet"),
+    "preflight": Command(_preflight, "check data, GPUs, disk and time before a run"),
     "data generate": Command(_data_generate, "make the embedded data"),
     "tokenizer train": Command(_tokenizer_train, "train the tokenizer"),
     "tokenizer eval": Command(_tokenizer_eval, "bytes per token on several kinds of text"),

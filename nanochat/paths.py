@@ -46,6 +46,11 @@ class Paths:
         return self.base / "gate.json"
 
     @property
+    def assets(self) -> Path:
+        """What was fetched, with sizes and hashes."""
+        return self.base / "assets.json"
+
+    @property
     def stop(self) -> Path:
         """While it exists, training saves and ends at its next step; the speedrun makes it on a signal, for all nodes to see."""
         return self.base / "stop"

@@ -20,11 +20,12 @@ import torch
 import tyro
 from filelock import FileLock, Timeout
 
+from nanochat.assets import faults
 from nanochat.cluster import distributed_launcher
 from nanochat.console import console, say
 from nanochat.errors import TrainingStopped, UserError
 from nanochat.paths import Paths
-from nanochat.presets import EMBEDDED, SHARDS, PresetName
+from nanochat.presets import EMBEDDED, PresetName
 from nanochat.report.sections import write_json
 
 
@@ -99,7 +100,9 @@ def run_speedrun(config: SpeedrunConfig, paths: Paths) -> None:
     started = time.perf_counter()
     with _only_one(paths), Stop(paths) as stop:
         if not embedded:
-            _check_data(paths, preset)
+            for _, _, fault in faults(preset, paths):
+                if fault:
+                    raise UserError(f"{fault}; nanochat preflight names all that is missing")
         made = ""  # hash of all that earlier stages made
         for number, step in enumerate(steps, 1):
             command = _command(step, preset, config.device)
@@ -251,12 +254,3 @@ def _only_one(paths: Paths) -> Iterator[None]:
         raise UserError(
             f"another speedrun is at work in {paths.base}; wait for it or set another NANOCHAT_BASE_DIR"
         ) from None
-
-
-def _check_data(paths: Paths, preset: str) -> None:
-    count = len(list(paths.text.glob("shard_*.parquet")))
-    if count < 2:
-        raise UserError(
-            f"preset {preset} reads {SHARDS[preset]} shards of FineWeb-Edu from {paths.text}, which holds {count}; put the "
-            "files shard_00000.parquet … and shard_01822.parquet of karpathy/fineweb-edu-100b-shuffle there"
-        )

@@ -17,7 +17,16 @@ SOURCES = [p for folder in ("kernels", "nanochat", "bench", "tests") for p in so
 # a module may import from its own layer and those below it
 LAYERS = (
     ("nanochat.cli", "nanochat.__main__", "nanochat.pipeline"),
-    ("nanochat.report", "nanochat.chat", "nanochat.trace", "nanochat.kernel_commands", "nanochat.cluster_commands"),
+    (
+        "nanochat.report",
+        "nanochat.chat",
+        "nanochat.trace",
+        "nanochat.kernel_commands",
+        "nanochat.cluster_commands",
+        "nanochat.assets",
+        "nanochat.fetch",
+        "nanochat.preflight",
+    ),
     ("nanochat.train",),
     ("nanochat.evaluate",),
     ("nanochat.checkpoint",),

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from nanochat.errors import UserError
 from nanochat.paths import Paths
 
-HOW_TO_MAKE = "make the embedded text with: nanochat data generate"
+HOW_TO_MAKE = "make the embedded text with: nanochat data generate, or fetch the real one with: nanochat fetch"
 
 
 @dataclass(frozen=True)

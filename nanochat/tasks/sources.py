@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from nanochat.errors import UserError
 from nanochat.paths import Paths
 
-HOW_TO_MAKE = "make the embedded sources with: nanochat data generate"
+HOW_TO_MAKE = "make the embedded sources with: nanochat data generate, or fetch the real ones with: nanochat fetch"
 
 
 def load_rows(paths: Paths, source: str, split: str, columns: tuple[str, ...]) -> pa.Table:

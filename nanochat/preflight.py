@@ -1,0 +1,97 @@
+"""Before a run: is everything there that its stages will read, and will it fit? No GPU work, no network."""
+
+import shutil
+from dataclasses import dataclass
+
+import torch
+
+from nanochat.assets import faults
+from nanochat.cluster import seconds_left
+from nanochat.console import say
+from nanochat.errors import UserError
+from nanochat.gate import take_gate
+from nanochat.gpt import GPTConfig
+from nanochat.paths import Paths
+from nanochat.presets import EMBEDDED, PresetName, with_preset
+from nanochat.runtime import Runtime, compute_dtype, pick_device
+from nanochat.tokenizer import Tokenizer
+from nanochat.train.base import BaseConfig, horizon
+
+MFU = 0.5  # of a compiled model; what the estimate assumes
+REST = 0.35  # of pretraining's time that the other stages take
+STAGES = ("base", "mid", "sft")
+
+
+@dataclass(frozen=True)
+class PreflightConfig:
+    """Check data, GPUs, disk space, time and gate file before a run. Every fault is named, with the stage and the remedy."""
+
+    preset: PresetName = "d20"
+    """tiny, cpu, d20, d26 or d32"""
+    shards: int = 0
+    """shards of pretraining text; 0: the preset's number"""
+    data_only: bool = False
+    """check the data alone, as on the node that fetches"""
+
+
+def preflight(config: PreflightConfig, paths: Paths) -> None:
+    """Raises UserError when anything is missing, after everything has been looked at."""
+    wrong = []
+    for asset, rows, fault in faults(config.preset, paths, config.shards):
+        if fault:
+            wrong.append(fault)
+        else:
+            say(f"ok   {asset.name}: {rows:,} {'shards' if asset.name == 'text' else 'rows'}")
+    if config.preset in EMBEDDED:
+        say("ok   data: the run makes them itself")
+    if not config.data_only:
+        wrong += _machine(config, paths)
+    for fault in wrong:
+        say(f"BAD  {fault}")
+    if wrong:
+        more = f" and {len(wrong) - 1} more, see above" if len(wrong) > 1 else ""
+        raise UserError(f"preflight of {config.preset}: {wrong[0]}{more}")
+    say(f"preflight of {config.preset}: all is there")
+
+
+def _machine(config: PreflightConfig, paths: Paths) -> list[str]:
+    wrong = []
+    device = pick_device("auto")
+    if config.preset not in EMBEDDED and device != "cuda":
+        wrong.append("there is no GPU here, and the preset needs one; ask for them: nanochat cluster submit, --gpus")
+    base = with_preset(BaseConfig(), "train base", config.preset)
+    vocabulary = Tokenizer.load(paths.tokenizer).vocab_size if paths.tokenizer.exists() else 65536
+    model = GPTConfig.from_depth(base.depth, vocabulary, base.context_length, base.n_kv_head)
+    # a checkpoint has float32 weights, a momentum of every matrix, mean and variance of both embeddings
+    embeddings = 2 * model.vocab_size * model.width
+    checkpoint = 8 * (model.num_parameters - embeddings) + 12 * embeddings
+    kept = sum(len(list(paths.checkpoints(stage).glob("step_*"))) for stage in STAGES)
+    need, free = checkpoint * max(1, 2 * len(STAGES) + 1 - kept), shutil.disk_usage(paths.base).free
+    line = f"disk: {free / 1e9:.1f} GB free, checkpoints take up to {need / 1e9:.1f} more"
+    wrong.append(f"{line}; free space in {paths.base}, or set NANOCHAT_BASE_DIR") if free < need else say(
+        f"ok   {line}"
+    )
+    if device == "cuda":
+        count = torch.cuda.device_count()
+        runtime = Runtime(0, 1, torch.device("cuda", 0), compute_dtype(device))
+        say(f"ok   {count} × {runtime.device_name}")
+        _estimate(base, model, runtime, count)
+        try:
+            take_gate(paths, model, base.device_batch_size, runtime)
+        except UserError as error:
+            wrong.append(str(error))
+    if not paths.gate.exists():
+        say("ok   no gate file: the launch tables choose the kernels (nanochat kernels gate measures here)")
+    return wrong
+
+
+def _estimate(base: BaseConfig, model: GPTConfig, runtime: Runtime, count: int) -> None:
+    """How long the run takes, and whether the job's time limit lets it."""
+    if not runtime.peak_flops:
+        return
+    flops = horizon(base, model) * base.total_batch_size * model.flops_per_token
+    hours = flops / (runtime.peak_flops * count * MFU) * (1 + REST) / 3600
+    left = seconds_left()
+    say(f"ok   time: about {hours:.1f} h from the beginning, at {100 * MFU:.0f} % of the peak")
+    if left is not None and left / 3600 < hours:
+        say(f"note the job ends in {left / 3600:.1f} h: a run that is not done then is saved and queued again")
