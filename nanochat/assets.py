@@ -105,15 +105,18 @@ def verify(asset: Asset, paths: Paths) -> int:
             raise _wrong(
                 asset, f"{paths.base / name} {'is missing' if found is None else f'has {found} of {size} bytes'}"
             )
-    if not files:
-        raise _wrong(asset, f"there is nothing at {paths.base / asset.target}")
     if asset.name == "text":
         missing = set(asset.files) - {path.name for path in files}
         if missing:
-            raise _wrong(asset, f"{len(missing)} of {len(asset.files)} shards are missing, the first {min(missing)}")
+            raise _wrong(
+                asset,
+                f"of {len(asset.files)} shards of FineWeb-Edu {len(missing)} are missing, the first {min(missing)}",
+            )
         for path in files:
             _rows(asset, path)
         return len(files)
+    if not files:
+        raise _wrong(asset, f"there is nothing at {paths.base / asset.target}")
     rows = sum(_rows(asset, path) for path in files) if asset.name != "eval_bundle" else _bundle_tasks(asset, paths)
     if not asset.rows <= rows <= asset.rows * SLACK:
         raise _wrong(asset, f"it has {rows:,} rows, wanted {asset.rows:,}: another configuration, or not all of it")

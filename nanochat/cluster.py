@@ -92,6 +92,7 @@ class Job:
     mail: str = ""
     after: str = ""
     signal_seconds: int = SIGNAL_SECONDS
+    stages: str = ""  # --from and --to of the speedrun
 
 
 def sbatch_command(job: Job, site: Site, base: str) -> list[str]:
@@ -114,7 +115,8 @@ def sbatch_command(job: Job, site: Site, base: str) -> list[str]:
         "mail-type": "BEGIN,END,FAIL" if job.mail else "",
     }
     passed = {"NANOCHAT_SITE": site.name, "NANOCHAT_BASE_DIR": base, "NANOCHAT_PRESET": job.preset}
-    passed["NANOCHAT_SIGNAL_SECONDS"] = str(job.signal_seconds)
+    passed |= {"NANOCHAT_SIGNAL_SECONDS": str(job.signal_seconds)} if job.name == "speedrun" else {}
+    passed |= {"NANOCHAT_STAGES": job.stages} if job.stages else {}
     if any("," in value for value in passed.values()):
         raise UserError(f"Slurm cannot pass values with a comma on: {passed}; rename the directory")
     arguments = [f"--{name}={value}" for name, value in options.items() if value]
@@ -141,6 +143,20 @@ def distributed_launcher(processes: int) -> list[str]:
         f"--nnodes={tasks}", f"--nproc_per_node={per_task}", "--rdzv_backend=c10d", f"--rdzv_endpoint={host}:{port}",
         f"--rdzv_id={job}.{attempt}",
     ]  # fmt: skip
+
+
+def seconds_of(limit: str) -> int:
+    """Of a time limit in Slurm's notation: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
+
+    Raises UserError for another."""
+    days, dash, rest = limit.rpartition("-")
+    parts = rest.split(":")
+    if not all(part.isdigit() for part in (*parts, days or "0")) or len(parts) > 3:
+        raise UserError(
+            f"--time {limit!r} is no time limit; wanted minutes, hours:minutes:seconds or days-hours:minutes:seconds"
+        )
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return 86400 * int(days or 0) + sum(unit * int(part) for unit, part in zip(units, parts, strict=False))
 
 
 def _first_host(node_list: str) -> str:

@@ -13,14 +13,15 @@ from typing import Annotated, Literal
 import tyro
 from rich.table import Table
 
-from nanochat.cluster import ROOT, SIGNAL_SECONDS, Job, base_directory, load_site, mail_user, sbatch_command
+from nanochat.cluster import ROOT, SIGNAL_SECONDS, Job, base_directory, load_site, mail_user, sbatch_command, seconds_of
 from nanochat.console import console, say
 from nanochat.errors import UserError
 from nanochat.paths import Paths
-from nanochat.pipeline import STEPS
+from nanochat.pipeline import NAMES, STEPS
 from nanochat.presets import EMBEDDED, PresetName
 from nanochat.train.metrics import read_metrics
 
+SHORTEST_RUN = 45  # seconds, in which a start gets somewhere
 STALE_SECONDS = 300  # without a new line in its metrics a stage is not called running
 
 
@@ -34,6 +35,10 @@ class SubmitConfig:
     """site profile: slurm/<site>.env, or the path of such a file"""
     preset: PresetName = "d20"
     """cpu, tiny, d20, d26 or d32"""
+    first: Annotated[str, tyro.conf.arg(name="from")] = ""
+    """stage of the speedrun to begin with; earlier ones must have finished"""
+    last: Annotated[str, tyro.conf.arg(name="to")] = ""
+    """stage of the speedrun to end with"""
     after_gate: bool = False
     """submit the gate too, and begin only when it has succeeded"""
     nodes: int = 1
@@ -64,6 +69,16 @@ def submit(config: SubmitConfig) -> None:
     gpus = config.gpus if config.gpus >= 0 else 0 if plain else int(site.gpus or 8)
     if gpus and config.tasks_per_node > 1:
         raise UserError("one task a node serves all of its GPUs; --tasks-per-node is for runs without")
+    for option, name in (("--from", config.first), ("--to", config.last)):
+        if name and name not in NAMES:
+            raise UserError(f"{option} {name}: no such stage; there are: {', '.join(NAMES)}")
+    limit = config.time or site.time
+    if limit and seconds_of(limit) < config.signal_seconds + SHORTEST_RUN:
+        raise UserError(
+            f"--time {limit} leaves less than {SHORTEST_RUN} s before the signal to save, {config.signal_seconds} s ahead of its "
+            "end: the job would be queued again and again; give more time, or a smaller --signal-seconds"
+        )
+    stages = " ".join(f"{option} {name}" for option, name in (("--from", config.first), ("--to", config.last)) if name)
     mail = mail_user(config.mail_user)
     names = ["gate", "speedrun"] if config.job == "speedrun" and config.after_gate else [config.job]
     submitted = ""
@@ -71,7 +86,7 @@ def submit(config: SubmitConfig) -> None:
         whole = name == "speedrun"
         job = Job(
             name, config.preset, config.nodes if whole else 1, gpus if whole else min(gpus, 1),
-            config.tasks_per_node if whole else 1, config.time, mail, submitted, config.signal_seconds,
+            config.tasks_per_node if whole else 1, config.time, mail, submitted, config.signal_seconds, stages,
         )  # fmt: skip
         command = sbatch_command(job, site, base)
         if config.dry_run:

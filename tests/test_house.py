@@ -16,13 +16,12 @@ ROOT = Path(__file__).parent.parent
 SOURCES = [p for folder in ("kernels", "nanochat", "bench", "tests") for p in sorted((ROOT / folder).rglob("*.py"))]
 # a module may import from its own layer and those below it
 LAYERS = (
-    ("nanochat.cli", "nanochat.__main__", "nanochat.pipeline"),
+    ("nanochat.cli", "nanochat.__main__", "nanochat.pipeline", "nanochat.cluster_commands"),
     (
         "nanochat.report",
         "nanochat.chat",
         "nanochat.trace",
         "nanochat.kernel_commands",
-        "nanochat.cluster_commands",
         "nanochat.assets",
         "nanochat.fetch",
         "nanochat.preflight",

@@ -1,0 +1,146 @@
+"""The sbatch calls word for word, site profiles, and what is refused."""
+
+import subprocess
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from nanochat import cluster
+from nanochat.cluster import Job, load_site, mail_user, sbatch_command, seconds_of
+from nanochat.errors import UserError
+from tests.conftest import assert_refused, nanochat
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = """
+sbatch --parsable --job-name=nanochat-speedrun --account=class-cse8990 --partition=gpu-a100 --nodes=1 --ntasks-per-node=1
+--gres=gpu:a100:8 --cpus-per-task=16 --mem=256G --time=12:00:00 --signal=B:USR1@600 --open-mode=append
+--output=/scratch/ptolemy/users/ada/nanochat-cache/logs/%x-%j.log --dependency=afterok:41 --mail-user=ada@example.edu
+--mail-type=BEGIN,END,FAIL --requeue
+--export=ALL,NANOCHAT_SITE=ptolemy,NANOCHAT_BASE_DIR=/scratch/ptolemy/users/ada/nanochat-cache,NANOCHAT_PRESET=d20,NANOCHAT_SIGNAL_SECONDS=600
+slurm/speedrun.sbatch
+""".split()
+
+
+@pytest.fixture(autouse=True)
+def somebody(monkeypatch):
+    monkeypatch.setenv("USER", "ada")
+    for name in ("NANOCHAT_BASE_DIR", "MAIL_USER", "NANOCHAT_MAIL_USER", "mail_user"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_the_call_word_for_word():
+    site = load_site("ptolemy")
+    job = Job("speedrun", "d20", gpus=8, mail="ada@example.edu", after="41")
+    assert sbatch_command(job, site, cluster.base_directory(site)) == GOLDEN
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 2, 4, 8])
+@pytest.mark.parametrize("name", ["ptolemy", "generic"])
+def test_sites_and_gpus(name, gpus):
+    site = load_site(name)
+    call = sbatch_command(Job("speedrun", "d20", nodes=2, gpus=gpus), site, "/data")
+    assert (f"--gres={site.gres}:{gpus}" in call) == (gpus > 0) and "--nodes=2" in call
+    assert ("--account=class-cse8990" in call) == (name == "ptolemy")
+    assert not any(word.startswith(("--mail", "--dependency")) or word.endswith("=") for word in call)
+
+
+def test_a_dry_run_calls_nothing(tmp_path):
+    shown = nanochat(
+        tmp_path / "new", "cluster", "submit", "speedrun", "--site", "ptolemy", "--after-gate", "--dry-run"
+    )
+    gate, speedrun = shown.stdout.splitlines()
+    assert "slurm/gate.sbatch" in gate and "--gres=gpu:a100:1" in gate
+    assert "afterok:<gate>" in speedrun and "--gres=gpu:a100:8" in speedrun
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("line", ["mail_user=ada@example.edu", "export MAIL_USER='ada@example.edu'", "Nanochat_Mail_User=ada@example.edu"])  # fmt: skip
+def test_the_address_is_found(tmp_path, monkeypatch, line):
+    assert mail_user("", tmp_path) == ""
+    (tmp_path / ".env.local").write_text(f"# mine\n{line}\nOTHER=1\n")
+    assert mail_user("", tmp_path) == "ada@example.edu"
+    monkeypatch.setenv("mail_user", "bob@example.edu")
+    assert mail_user("", tmp_path) == "bob@example.edu" and mail_user("eve@example.edu", tmp_path) == "eve@example.edu"
+
+
+def test_time_limits():
+    limits = {"90": 5400, "1:30": 90, "12:00:00": 43200, "1-12": 129600, "2-01:30": 178200}
+    assert {limit: seconds_of(limit) for limit in limits} == limits
+
+
+def test_what_is_wrong_is_named(tmp_path):
+    (tmp_path / "bad.env").write_text("PARTITION=x\n")
+    (tmp_path / "unset.env").write_text("NANOCHAT_SCRATCH=/s/$NOT_SET_ANYWHERE\n")
+    cases = [
+        ("there are: generic, ptolemy", lambda: load_site("nowhere")),
+        ("bad.env:1: wanted NANOCHAT_NAME=value, got 'PARTITION=x'", lambda: load_site(str(tmp_path / "bad.env"))),
+        ("names a variable that is not set", lambda: load_site(str(tmp_path / "unset.env"))),
+        ("'nobody' is no address", lambda: mail_user("nobody")),
+        ("cannot pass values with a comma", lambda: sbatch_command(Job("gate", "d20"), load_site("generic"), "/a,b")),
+        ("'soon' is no time limit", lambda: seconds_of("soon")),
+    ]
+    for message, call in cases:
+        with pytest.raises(UserError, match=message):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--time", "10"], ("queued again and again", "--signal-seconds")),
+        (["--nodes", "0"], ("must be at least 1, got 0",)),
+        (["--tasks-per-node", "2"], ("one task a node serves all of its GPUs",)),
+        (["--from", "bas"], ("--from bas: no such stage", "tokenizer")),
+    ],
+)
+def test_a_submission_that_cannot_be_is_refused(tmp_path, options, parts):
+    assert_refused(
+        nanochat(tmp_path, "cluster", "submit", "speedrun", "--site", "ptolemy", "--dry-run", *options), *parts
+    )
+
+
+def test_without_slurm_it_says_so(tmp_path):
+    result = nanochat(tmp_path, "cluster", "submit", "gate", PATH=str(tmp_path))
+    assert_refused(result, "sbatch is not on the PATH", "--dry-run")
+
+
+def test_launchers(monkeypatch):
+    assert cluster.distributed_launcher(1)[1:] == []
+    assert "--nproc_per_node=4" in cluster.distributed_launcher(4)
+    values = {
+        "SLURM_NTASKS": "3",
+        "SLURM_JOB_ID": "1234",
+        "SLURM_JOB_NODELIST": "gpu[07-09]",
+        "SLURM_RESTART_COUNT": "2",
+    }
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    call = cluster.distributed_launcher(8)
+    assert call[0] == "srun" and {"--nnodes=3", "--nproc_per_node=8", "--rdzv_endpoint=gpu07:21234"} <= set(call)
+    assert "--rdzv_id=1234.2" in call
+    monkeypatch.setenv("NANOCHAT_TIMEOUT", "30")
+    assert cluster.collective_timeout() == timedelta(seconds=30)
+    monkeypatch.setenv("NANOCHAT_TIMEOUT", "soon")
+    with pytest.raises(UserError, match="whole number of seconds, got 'soon'"):
+        cluster.collective_timeout()
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "slurm").glob("*.s*")), ids=lambda path: path.name)
+def test_scripts_are_strict_and_thin(script):
+    text = script.read_text()
+    assert subprocess.run(["bash", "-n", script]).returncode == 0 and len(text.splitlines()) < 60
+    if script.name != "environment.sh":
+        assert text.startswith("#!/usr/bin/env bash\n") and "\nset -Eeuo pipefail\n" in text
+
+
+def test_a_job_without_an_installation_fails_with_the_remedy(tmp_path):
+    env = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "NANOCHAT_VENV": str(tmp_path),
+    }
+    for name in ("speedrun", "gate", "bench", "profile"):
+        done = subprocess.run(["bash", ROOT / "slurm" / f"{name}.sbatch"], capture_output=True, text=True, env=env)
+        assert done.returncode == 1 and "run slurm/setup.sh first" in done.stderr and "all" not in done.stdout
