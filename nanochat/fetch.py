@@ -55,6 +55,7 @@ def fetch(config: FetchConfig, paths: Paths) -> None:
         names = ", ".join(asset.name for asset in wanted)
         raise UserError(f"--only {', '.join(sorted(unknown))}: no such asset; there are: {names}")
     disable_progress_bars()  # a bar a file would be hundreds
+    pooch.get_logger().setLevel("ERROR")
     try:
         with FileLock(paths.base / ".fetch.lock").acquire(timeout=0):
             _fetch([asset for asset in wanted if not config.only or asset.name in config.only], config.workers, paths)
@@ -170,11 +171,10 @@ def _has_hash(path: Path, etag: str) -> bool:
 
 def _from_web(asset: Asset, paths: Paths) -> list[Path]:
     staging, target = _staging(paths), paths.base / asset.target
-    loader = pooch.create(
-        staging, base_url="", registry={asset.name: None}, urls={asset.name: asset.url}, retry_if_failed=ATTEMPTS
-    )
-    (staging / asset.name).unlink(missing_ok=True)  # its hash is not known: never take an older one
-    file = Path(loader.fetch(asset.name, downloader=pooch.HTTPDownloader(timeout=30)))
+    name = f"{asset.name}.download"
+    loader = pooch.create(staging, base_url="", registry={name: None}, urls={name: asset.url}, retry_if_failed=ATTEMPTS)
+    (staging / name).unlink(missing_ok=True)  # its hash is not known: never take an older one
+    file = Path(loader.fetch(name, downloader=pooch.HTTPDownloader(timeout=30)))
     if not zipfile.is_zipfile(file):
         file.replace(target)
         return [target]

@@ -55,11 +55,11 @@ def test_a_dry_run_calls_nothing(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("line", ["mail_user=ada@example.edu", "export MAIL_USER='ada@example.edu'", "Nanochat_Mail_User=ada@example.edu"])  # fmt: skip
+@pytest.mark.parametrize("line", ["mail_user=a@b.edu", "export MAIL_USER='a@b.edu'", "Nanochat_Mail_User=a@b.edu"])
 def test_the_address_is_found(tmp_path, monkeypatch, line):
     assert mail_user("", tmp_path) == ""
     (tmp_path / ".env.local").write_text(f"# mine\n{line}\nOTHER=1\n")
-    assert mail_user("", tmp_path) == "ada@example.edu"
+    assert mail_user("", tmp_path) == "a@b.edu"
     monkeypatch.setenv("mail_user", "bob@example.edu")
     assert mail_user("", tmp_path) == "bob@example.edu" and mail_user("eve@example.edu", tmp_path) == "eve@example.edu"
 

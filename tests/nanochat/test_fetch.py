@@ -1,0 +1,172 @@
+"""Downloads from a hub that is slow, cuts, lies, refuses and dies, and from the web; then nothing is missing or it is named."""
+
+import hashlib
+import io
+import os
+import signal
+import subprocess
+import time
+from dataclasses import replace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanochat import fetch as room
+from nanochat.assets import assets, read_record
+from nanochat.errors import UserError
+from nanochat.fetch import _fetch
+from nanochat.paths import Paths
+from tests.conftest import assert_refused, command, environment, nanochat
+from tests.nanochat.hub import Hub
+from tests.nanochat.world_of_d20 import content
+
+SHARDS = 5
+ON_HUB = [asset for asset in assets("d20", SHARDS) if asset.repo]
+ONLY = ("text", "gsm8k/train", "gsm8k/test", "arc-easy/train")
+
+
+@pytest.fixture
+def hub():
+    files = {f"{asset.repo}/{name}": data for asset in ON_HUB for name, data in content(asset).items()}
+    with Hub(files) as server:
+        yield server
+
+
+def shard(number: int) -> str:
+    return f"karpathy/fineweb-edu-100b-shuffle/shard_{number:05d}.parquet"
+
+
+def arguments(*only: str) -> list[str]:
+    return ["fetch", "--shards", str(SHARDS), "--only", *(only or ONLY)]
+
+
+def around(hub: Hub) -> dict[str, str]:
+    return {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DOWNLOAD_TIMEOUT": "5"}
+
+
+def test_a_hub_that_misbehaves(hub, tmp_path):
+    """Slow, cut in the middle, wrong once, asking to wait, failing once: all of it arrives whole, in one command."""
+    hub.faults = {
+        shard(0): ["slow"],
+        shard(1): ["cut"],
+        shard(2): ["wrong"],
+        shard(3): ["429"],
+        shard(4): ["500", "500"],
+    }
+    hub.faults["openai/gsm8k/main/train-00000-of-00001.parquet"] = ["cut", "500", "wrong"]
+    done = nanochat(tmp_path, *arguments(), **around(hub))
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert not any(hub.faults.values()), hub.faults
+    for number in range(SHARDS):
+        assert (tmp_path / "text" / f"shard_{number:05d}.parquet").read_bytes() == hub.files[shard(number)]
+    record = read_record(Paths(tmp_path))
+    assert set(record) == set(ONLY)
+    data = hub.files[shard(1822)]
+    assert record["text"]["text/shard_01822.parquet"] == [len(data), hashlib.sha256(data).hexdigest()]
+    # cut in the middle: the rest was asked for, not all of it again
+    assert any(name == shard(1) and asked and asked != "bytes=0-" for name, asked in hub.gets)
+
+    count = len(hub.gets)
+    again = nanochat(tmp_path, *arguments(), **around(hub))
+    assert again.returncode == 0 and len(hub.gets) == count and "4 of 4 assets are there; 0 to fetch" in again.stdout
+
+
+def large_shard() -> bytes:
+    """30 MB that do not compress: more than the hub's client holds before it writes."""
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"text": [os.urandom(2**20).hex() for _ in range(15)]}), buffer, compression="none")
+    return buffer.getvalue()
+
+
+def test_what_is_missing_is_listed(hub, tmp_path):
+    del hub.files[shard(3)]
+    hub.faults["openai/gsm8k/main/test-00000-of-00001.parquet"] = ["wrong"] * 20
+    done = nanochat(tmp_path, *arguments(), **around(hub))
+    assert_refused(
+        done, "2 of 4 assets are missing", "text (1 of 6 files failed, shard_00003.parquet: the hub", "does not have it"
+    )
+    assert "its hash is not the" in done.stderr and "goes on from here" in done.stderr
+    assert set(read_record(Paths(tmp_path))) == {"gsm8k/train", "arc-easy/train"}
+    assert not (tmp_path / "chat" / "gsm8k" / "test-00000-of-00001.parquet").exists()
+
+
+def test_killed_and_resumed(hub, tmp_path):
+    hub.faults = {shard(2): ["hold"]}
+    process = subprocess.Popen(
+        command(*arguments("text"), "--workers", "1"),
+        env=environment(tmp_path, **around(hub)),
+        stdout=subprocess.DEVNULL,
+    )
+    while not any(name == shard(2) for name, _ in hub.gets):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = len(hub.gets)
+    assert read_record(Paths(tmp_path)) == {} and not nothing_half(tmp_path)
+    hub.release.set()
+    done = nanochat(tmp_path, *arguments("text"), **around(hub))
+    assert done.returncode == 0, done.stderr
+    fetched = [name for name, _ in hub.gets[before:]]
+    assert fetched.count(shard(2)) == 1 and len(list((tmp_path / "text").glob("*.parquet"))) == SHARDS + 1
+
+
+def nothing_half(base) -> list:
+    """Shards in their place that are not whole."""
+    whole = len(next(iter(content(ON_HUB[0]).values())))
+    return [path for path in (base / "text").glob("*") if path.stat().st_size != whole]
+
+
+def test_two_at_once(hub, tmp_path):
+    hub.faults = {shard(2): ["hold"]}
+    first = subprocess.Popen(
+        command(*arguments("text")), env=environment(tmp_path, **around(hub)), stdout=subprocess.DEVNULL
+    )
+    while not hub.gets:
+        time.sleep(0.05)
+    assert_refused(nanochat(tmp_path, *arguments("text"), **around(hub)), "another fetch is at work")
+    hub.release.set()
+    assert first.wait(60) == 0
+
+
+def test_a_full_disk(hub, tmp_path):
+    """A limit on file sizes stands in for it: the operating system refuses the write in the same place."""
+    hub.files[shard(1)] = b"x" * 3_000_000
+    limited = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)); "
+        "sys.argv[0] = 'nanochat'; from nanochat.cli import main; main()"
+    )
+    base = [command()[0], "-c", limited, *arguments("text", "gsm8k/test")]
+    done = subprocess.run(base, capture_output=True, text=True, env=environment(tmp_path, **around(hub)), timeout=120)
+    assert_refused(done, "1 of 2 assets are missing", "File too large")
+    assert not nothing_half(tmp_path) and set(read_record(Paths(tmp_path))) == {"gsm8k/test"}
+    with pytest.raises(UserError, match=r"GB free, the data take .* more"):
+        _fetch([replace(ON_HUB[0], megabytes=1e9)], 1, Paths(tmp_path))
+
+
+def test_the_web_and_what_is_made(tmp_path):
+    wanted = {asset.name: asset for asset in assets("d20", SHARDS) if not asset.repo}
+    words, archive = (next(iter(content(wanted[name]).values())) for name in ("words", "eval_bundle"))
+    with Hub({"web/words": words, "web/bundle": archive}) as server:
+        server.faults = {"web/words": ["500", "cut"], "web/bundle": ["429"]}
+        at = {"words": f"{server.url}/web/words", "eval_bundle": f"{server.url}/web/bundle", "identity": ""}
+        paths = Paths(tmp_path)
+        _fetch([replace(asset, url=at[name]) for name, asset in wanted.items()], 4, paths)
+        assert set(read_record(paths)) == set(wanted) and paths.words.read_bytes() == words
+        assert not (tmp_path / ".fetch").exists()
+        server.faults = {"web/words": ["404"] * 20}
+        paths.words.unlink()
+        with pytest.raises(UserError, match="words .*the server answered 404"):
+            _fetch([replace(wanted["words"], url=at["words"])], 1, paths)
+
+
+@pytest.fixture(autouse=True)
+def no_long_waits(monkeypatch):
+    monkeypatch.setattr(room.time, "sleep", lambda seconds: None)
+
+
+def test_mistakes_are_named(tmp_path):
+    assert_refused(nanochat(tmp_path, "fetch", "--only", "mmlu"), "--only mmlu: no such asset", "mmlu/test")
+    offline = nanochat(tmp_path, "fetch", "--only", "gsm8k/test", HF_HUB_OFFLINE="1")
+    assert_refused(offline, "HF_HUB_OFFLINE is set; unset it")

@@ -1,0 +1,135 @@
+"""Preflight: each asset taken away in turn is named with its stages and the remedy; no loader reads what is not listed."""
+
+import shutil
+import socket
+
+import pytest
+
+import nanochat.tasks.sources
+from nanochat.assets import assets, faults, write_record
+from nanochat.errors import UserError
+from nanochat.evaluate.chat import TASKS
+from nanochat.paths import Paths
+from nanochat.pipeline import NAMES, SpeedrunConfig, run_speedrun
+from nanochat.preflight import PreflightConfig, preflight
+from nanochat.presets import PRESETS
+from nanochat.train.mid import MidConfig, mid_mixture
+from nanochat.train.sft import SftConfig, sft_mixture
+from tests.nanochat.world_of_d20 import on_disk, parquet
+
+SHARDS = 3
+LIST = assets("d20", SHARDS)
+
+
+@pytest.fixture(scope="module")
+def d20(tmp_path_factory):
+    base = tmp_path_factory.mktemp("d20")
+    on_disk(base, SHARDS)
+    return Paths(base)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("preflight looked for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def check(paths: Paths) -> None:
+    preflight(PreflightConfig("d20", SHARDS, data_only=True), paths)
+
+
+def test_all_is_there(d20, capsys):
+    check(d20)
+    out = capsys.readouterr().out
+    assert all(f"ok   {asset.name}: " in out for asset in LIST) and "all is there" in out
+
+
+@pytest.mark.parametrize("asset", LIST, ids=lambda asset: asset.name)
+def test_each_asset_taken_away(d20, asset, tmp_path):
+    file = asset.present(d20)[0] if asset.name != "eval_bundle" else d20.eval_bundle
+    away = tmp_path / "away"
+    shutil.move(file, away)
+    try:
+        with pytest.raises(UserError) as error:
+            check(d20)
+    finally:
+        shutil.move(away, file)
+    assert f"nanochat fetch --only {asset.name}" in str(error.value)
+    assert all(stage in str(error.value) for stage in asset.stages) and set(asset.stages) <= set(NAMES)
+    # one missing asset is one fault: the others are not named
+    assert "more, see above" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "named"),
+    [
+        ("gsm8k/test", lambda data, columns: data[:-40], "is truncated or of another format"),
+        (
+            "gsm8k/test",
+            lambda data, columns: parquet(7_473, columns),
+            "it has 7,473 rows, wanted 1,319: another configuration",
+        ),
+        (
+            "mmlu/test",
+            lambda data, columns: parquet(14_042, ("a", "b")),
+            "rows of a, b; wanted question, choices, answer",
+        ),
+        ("humaneval/test", lambda data, columns: parquet(0, columns), "has 0 rows"),
+        ("text", lambda data, columns: b"<html>not found</html>", "is truncated or of another format"),
+        ("identity", lambda data, columns: data[:-30], "is truncated or of another format"),
+        ("words", lambda data, columns: b"a\nb\n", "it has 2 rows, wanted 370,105"),
+    ],
+)
+def test_what_is_spoilt_is_no_data(d20, name, spoil, named):
+    asset = next(asset for asset in LIST if asset.name == name)
+    file = asset.present(d20)[0]
+    content = file.read_bytes()
+    try:
+        file.write_bytes(spoil(content, asset.columns))
+        found = [fault for _, _, fault in faults("d20", d20, SHARDS) if fault]
+    finally:
+        file.write_bytes(content)
+    assert len(found) == 1 and named in found[0] and found[0].startswith(name)
+
+
+def test_a_file_that_shrank_after_it_was_fetched(d20):
+    asset = next(asset for asset in LIST if asset.name == "words")
+    write_record(d20, asset, {"words.txt": [1, ""]})
+    try:
+        [fault] = [fault for _, _, fault in faults("d20", d20, SHARDS) if fault]
+    finally:
+        d20.assets.unlink()
+    assert "bytes; fetch it" in fault and "of 1 bytes" in fault
+
+
+def test_a_run_without_its_data_does_not_begin(tmp_path):
+    with pytest.raises(UserError, match="nanochat fetch --only text.*nanochat preflight names all that is missing"):
+        run_speedrun(SpeedrunConfig(preset="d20"), Paths(tmp_path))
+    assert not (tmp_path / "records").exists()
+
+
+def test_a_machine_without_a_gpu_is_told(d20):
+    with pytest.raises(UserError, match="no GPU here"):
+        preflight(PreflightConfig("d20", SHARDS), d20)
+
+
+def test_loaders_read_only_what_is_listed(world, monkeypatch):
+    asked = set()
+    load = nanochat.tasks.sources.load_rows
+
+    def recording(paths, source, split, columns):
+        asked.add((f"{source}/{split}", columns))
+        return load(paths, source, split, columns)
+
+    for module in ("gsm8k", "humaneval", "multiple_choice", "conversations"):
+        monkeypatch.setattr(f"nanochat.tasks.{module}.load_rows", recording)
+    mid_mixture(MidConfig(), world), sft_mixture(SftConfig(mmlu=1), world)
+    for make in TASKS.values():
+        make(world)
+    listed = {asset.name: asset.columns for preset in PRESETS for asset in assets(preset)}
+    for name, columns in asked:
+        if name != "identity/conversations":
+            assert set(columns) <= set(listed[name]), name
+    assert len(asked) >= 11
