@@ -12,7 +12,8 @@ speedrun: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/bench
+	$(BIN)/python -m pytest tests/bench
 
 bench: $(INSTALLED)
 	mkdir -p build

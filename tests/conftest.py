@@ -10,8 +10,6 @@ import pytest
 import torch
 from hypothesis import settings
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # a thread each, and both cores have work
-    torch.set_num_threads(1)
 if not torch.cuda.is_available():  # before the kernels are imported: interpreted, on CPU tensors
     os.environ["TRITON_INTERPRET"] = "1"
 

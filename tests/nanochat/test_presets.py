@@ -44,7 +44,7 @@ def test_presets_fit_their_commands_and_options_win_over_them():
     config = parse(BaseConfig, "train base", ["--depth", "7", "--preset=cpu", "--save-every", "9"])
     assert (config.depth, config.run.save_every) == (7, 9)
     assert config.total_batch_size == PRESETS["cpu"]["train base"]["total_batch_size"]
-    with pytest.raises(UserError, match="unknown preset 'd99'; there are: cpu, d20, d26, d32"):
+    with pytest.raises(UserError, match="unknown preset 'd99'; there are: tiny, cpu, d20, d26, d32"):
         parse(BaseConfig, "train base", ["--preset", "d99"])
 
 

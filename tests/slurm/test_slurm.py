@@ -37,7 +37,7 @@ class Run:
     def __init__(self, slurm: dict, base: Path, *options: str):
         self.paths, self.options = Paths(base), options
         self.env = environment(base, **slurm, NANOCHAT_VENV=sys.prefix)
-        self.events: list[str] = []
+        self.held: dict[tuple[str, str], float] = {}
 
     def slurm(self, *command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, env=self.env, timeout=30).stdout.strip()
@@ -60,14 +60,17 @@ class Run:
         self.job = json.loads(self.paths.jobs.read_text().splitlines()[-1])["id"]
 
     def state(self) -> tuple[str, int]:
-        """Slurm's word for it, and how often the job was queued again; one that waits after that is let go at once."""
+        """Slurm's word for it, and how often the job was queued again. Slurm holds such a job back for two minutes, until what
+        the start before left is surely gone; here some seconds will do."""
         shown = dict(
             pair.partition("=")[::2]
             for pair in self.slurm("scontrol", "show", "job", "-o", self.job).split()
             if "=" in pair
         )
         if shown["JobState"] == "PENDING" and shown["Restarts"] != "0":
-            self.slurm("scontrol", "update", f"JobId={self.job}", "StartTime=now")
+            held = self.held.setdefault((self.job, shown["Restarts"]), time.monotonic())
+            if time.monotonic() - held > 10:
+                self.slurm("scontrol", "update", f"JobId={self.job}", "StartTime=now")
         return shown["JobState"], int(shown["Restarts"])
 
     def wait(self, until, seconds: float = 240) -> None:

@@ -1,0 +1,51 @@
+"""A process that hangs or dies: the others say so within the timeout, and the run goes on from its last save."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from nanochat.paths import Paths
+from nanochat.train.metrics import read_metrics
+from tests.conftest import TINY_BASE, command, environment, nanochat
+
+
+def workers(launcher: int) -> list[int]:
+    """The processes that a launcher started."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            lines = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
+        except OSError:
+            continue
+        if lines.get("PPid") == str(launcher):
+            found.append(int(lines["Pid"]))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("fault", [signal.SIGSTOP, signal.SIGKILL])
+def test_the_others_say_so_and_the_run_goes_on(base, fault):
+    paths = Paths(base)
+    arguments = ("train", "base", *TINY_BASE)
+    process = subprocess.Popen(
+        command(*arguments, processes=2), env=environment(base, NANOCHAT_TIMEOUT="8"), stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    while len([m for m in read_metrics(paths.metrics("base")) if "loss" in m]) < 6:
+        assert process.poll() is None
+        time.sleep(0.02)
+    started = time.monotonic()
+    os.kill(workers(process.pid)[-1], fault)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and time.monotonic() - started < 60
+    if fault == signal.SIGSTOP:
+        assert (
+            "nanochat: error: process" in errors and "hangs for more than 8 s" in errors and "last checkpoint" in errors
+        )
+    again = nanochat(base, *arguments, processes=2)
+    assert again.returncode == 0 and "resuming base at step" in again.stdout, again.stderr
+    steps = [m["step"] for m in read_metrics(paths.metrics("base")) if "loss" in m]
+    assert steps == list(range(24))
