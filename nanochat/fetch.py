@@ -86,8 +86,8 @@ def _fetch(wanted: list[Asset], workers: int, paths: Paths) -> None:
                 reasons = []
                 for done in as_completed(pending):
                     try:
-                        for path in done.result():
-                            got[str(path.relative_to(paths.base))] = [path.stat().st_size, _sha256(path)]
+                        for path, digest in done.result().items():
+                            got[str(path.relative_to(paths.base))] = [path.stat().st_size, digest]
                             received += path.stat().st_size
                             advance(path.stat().st_size / 1e6)
                     except Exception as error:  # of the network, the hub, the disk: told at the end, the others go on
@@ -119,8 +119,8 @@ def _whole(asset: Asset, paths: Paths) -> bool:
     return asset.name in read_record(paths) or not (asset.repo or asset.url)
 
 
-def _works(asset: Asset, paths: Paths) -> dict[str, Callable[[], list[Path]]]:
-    """What is to be done for each file of an asset."""
+def _works(asset: Asset, paths: Paths) -> dict[str, Callable[[], dict[Path, str]]]:
+    """What is to be done for each file of an asset: it returns the files with their SHA-256."""
     if asset.url:
         return {asset.url: lambda: _from_web(asset, paths)}
     if not asset.repo:
@@ -134,23 +134,25 @@ def _works(asset: Asset, paths: Paths) -> dict[str, Callable[[], list[Path]]]:
     return {name: lambda name=name: _from_hub(asset, name, paths) for name in names}
 
 
-def _from_hub(asset: Asset, name: str, paths: Paths) -> list[Path]:
+def _from_hub(asset: Asset, name: str, paths: Paths) -> dict[Path, str]:
     """One file: whole by the hash that the hub states, then moved to its place."""
     target = paths.base / asset.target / name.rpartition("/")[2]
     known = read_record(paths).get(asset.name, {}).get(str(target.relative_to(paths.base)))
     if known and target.exists() and [target.stat().st_size, _sha256(target)] == known:
-        return [target]
+        return {target: known[1]}
     staging = _staging(paths) / asset.repo.replace("/", "--")
     for attempt in range(1, ATTEMPTS + 1):
         try:
             file = Path(hf_hub_download(asset.repo, name, repo_type="dataset", local_dir=staging))
             stated = get_hf_file_metadata(hf_hub_url(asset.repo, name, repo_type="dataset"))
-            if not _has_hash(file, stated.etag or ""):
+            digest = _sha256(file)
+            # large files have their SHA-256 as etag, small ones git's SHA-1 of a blob
+            if stated.etag not in (digest, None) and (len(stated.etag) == 64 or _blob_hash(file) != stated.etag):
                 file.unlink()
                 raise OSError(f"its hash is not the {stated.etag} that the hub states")
             target.parent.mkdir(parents=True, exist_ok=True)
             file.replace(target)
-            return [target]
+            return {target: digest}
         except FINAL:
             raise
         except Exception as error:
@@ -161,15 +163,12 @@ def _from_hub(asset: Asset, name: str, paths: Paths) -> list[Path]:
     raise AssertionError
 
 
-def _has_hash(path: Path, etag: str) -> bool:
-    """Large files have their SHA-256 as etag, small ones git's SHA-1 of a blob."""
-    if len(etag) == 64:
-        return _sha256(path) == etag
+def _blob_hash(path: Path) -> str:
     content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == etag
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def _from_web(asset: Asset, paths: Paths) -> list[Path]:
+def _from_web(asset: Asset, paths: Paths) -> dict[Path, str]:
     staging, target = _staging(paths), paths.base / asset.target
     name = f"{asset.name}.download"
     loader = pooch.create(staging, base_url="", registry={name: None}, urls={name: asset.url}, retry_if_failed=ATTEMPTS)
@@ -177,22 +176,22 @@ def _from_web(asset: Asset, paths: Paths) -> list[Path]:
     file = Path(loader.fetch(name, downloader=pooch.HTTPDownloader(timeout=30)))
     if not zipfile.is_zipfile(file):
         file.replace(target)
-        return [target]
+        return {target: _sha256(target)}
     with zipfile.ZipFile(file) as archive:
         archive.extractall(staging)
     shutil.rmtree(target, ignore_errors=True)
     (staging / asset.target).replace(target)
-    return asset.present(paths)
+    return {path: _sha256(path) for path in asset.present(paths)}
 
 
-def _made(asset: Asset, paths: Paths) -> list[Path]:
+def _made(asset: Asset, paths: Paths) -> dict[Path, str]:
     target = paths.base / asset.target
     target.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(messages) for messages in identity_conversations(IDENTITY_SEED, asset.rows)]
     temporary = target.with_suffix(".tmp")
     temporary.write_text("\n".join(lines) + "\n", "utf-8")
     temporary.replace(target)
-    return [target]
+    return {target: _sha256(target)}
 
 
 def _staging(paths: Paths) -> Path:

@@ -25,11 +25,17 @@ class Implementations:
     """Which implementation of each fused operation to use: auto, reference, or another that the operation has."""
 
     rms_norm: str = "auto"
+    """RMSNorm, alone and after the residual addition"""
     qk_norm_rope: str = "auto"
+    """rotation and norm of queries and keys"""
     attention: str = "auto"
+    """causal attention"""
     relu2_mlp: str = "auto"
+    """squared-ReLU MLP"""
     linear_cross_entropy: str = "auto"
+    """head, softcap and cross entropy"""
     newton_schulz: str = "auto"
+    """Muon's orthogonalisation, and the passes of the optimizer around it"""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def workers(launcher: int) -> list[int]:
 @pytest.mark.parametrize("fault", [signal.SIGSTOP, signal.SIGKILL])
 def test_the_others_say_so_and_the_run_goes_on(base, fault):
     paths = Paths(base)
-    arguments = ("train", "base", *TINY_BASE)
+    arguments = ("train", "base", *TINY_BASE, "--total-batch-size", "256")
     process = subprocess.Popen(
         command(*arguments, processes=2), env=environment(base, NANOCHAT_TIMEOUT="8"), stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL, text=True,

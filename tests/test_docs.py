@@ -1,0 +1,111 @@
+"""The documentation tells what is: line references, commands and options. python -m tests.test_docs brings it up to date."""
+
+import ast
+import re
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+
+from nanochat.cli import COMMANDS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OPTIONS = ROOT / "docs" / "reference" / "options.md"
+REFERENCE = re.compile(r"`([\w/]+\.py):(\d+)` `([^`]+)`")
+
+
+def line_of(file: str, text: str) -> int:
+    lines = (ROOT / file).read_text("utf-8").splitlines()
+    return next(number for number, line in enumerate(lines, 1) if line.strip().startswith(text))
+
+
+def descriptions(kind: type) -> dict[str, str]:
+    """The string under each field of a configuration."""
+    source = Path(__import__(kind.__module__, fromlist=["x"]).__file__).read_text("utf-8")
+    [body] = [n.body for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ClassDef) and n.name == kind.__name__]
+    pairs = zip(body, body[1:], strict=False)
+    return {
+        a.target.id: b.value.value
+        for a, b in pairs
+        if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr) and isinstance(b.value, ast.Constant)
+    }
+
+
+def options(kind: type, prefix: str = "") -> list[tuple[str, str, str]]:
+    """(option, default, what it does), those of nested configurations too."""
+    told = {
+        name: text for base in reversed(kind.__mro__) if is_dataclass(base) for name, text in descriptions(base).items()
+    }
+    found = []
+    for field in fields(kind):
+        default = field.default if field.default is not MISSING else field.default_factory()
+        given = re.search(r"name='(\w*)'", str(field.type))
+        name = field.name if given is None else given[1]
+        if is_dataclass(default):
+            found += options(type(default), f"{prefix}{name}." if name else prefix)
+        else:
+            shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+            option = name.upper() if "Positional" in str(field.type) else f"--{prefix}{name}".replace("_", "-")
+            found.append((option, shown, told.get(field.name, "")))
+    return found
+
+
+def reference() -> str:
+    lines = [
+        "# Every option of every command",
+        "",
+        "Defaults are those without a preset; a preset's values and what is given win.",
+        "",
+    ]
+    for name, command in COMMANDS.items():
+        kind, _ = command.load()
+        summary = " ".join((kind.__doc__ or command.summary).split())
+        lines += [f"## nanochat {name}", "", summary, ""]
+        rows = options(kind)
+        if rows:
+            lines += ["| option | default | what it does |", "|---|---|---|"]
+            lines += [
+                f"| `{o}` | {f'`{d}`' if d else ''} | {' '.join(t.split()).replace('|', '/')} |" for o, d, t in rows
+            ]
+            lines.append("")
+    return "\n".join(lines)
+
+
+def updated(text: str) -> str:
+    return REFERENCE.sub(lambda match: f"`{match[1]}:{line_of(match[1], match[3])}` `{match[3]}`", text)
+
+
+def test_line_references_are_true():
+    found = 0
+    for page in PAGES:
+        for file, number, text in REFERENCE.findall(page.read_text("utf-8")):
+            found += 1
+            assert line_of(file, text) == int(number), f"{page}: {text} is at {file}:{line_of(file, text)}"
+    assert found > 15
+
+
+def test_the_options_are_all_there():
+    assert OPTIONS.read_text("utf-8") == reference(), "run: python -m tests.test_docs"
+    for command in COMMANDS.values():
+        assert all(text for _, _, text in options(command.load()[0]))
+
+
+def test_commands_exist_and_links_lead_somewhere():
+    known = {option for command in COMMANDS.values() for option, _, _ in options(command.load()[0])}
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
+            for line in block.splitlines():
+                call = re.search(r"(?:^|/| )nanochat ((?:[a-z]+ ?){1,2})(.*?)(?:#|$)", line)
+                if call and not line.startswith(("git", "cd")):
+                    words = call[1].split()
+                    assert " ".join(words) in COMMANDS or words[0] in COMMANDS, f"{page}: {line}"
+                    for option in re.findall(r"--[a-z][\w.-]*", call[2]):
+                        assert option in known, f"{page}: {line}"
+        for target in re.findall(r"\]\(([^)#h][^)#]*)\)", text):
+            assert (page.parent / target).exists(), f"{page} links to {target}"
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(updated(page.read_text("utf-8")), "utf-8")
+    OPTIONS.write_text(reference(), "utf-8")
