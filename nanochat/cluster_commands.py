@@ -21,7 +21,7 @@ from nanochat.pipeline import NAMES, STEPS
 from nanochat.presets import EMBEDDED, PresetName
 from nanochat.train.metrics import read_metrics
 
-SHORTEST_RUN = 45  # seconds, in which a start gets somewhere
+SHORTEST_RUN = 35  # seconds, in which a start gets somewhere
 STALE_SECONDS = 300  # without a new line in its metrics a stage is not called running
 
 

@@ -26,7 +26,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "train base": {
             "depth": 1,
             "context_length": 128,
-            "num_iterations": 300,
+            "num_iterations": 600,
             "device_batch_size": 8,
             "total_batch_size": 2048,
             "eval_every": 200,

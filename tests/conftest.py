@@ -35,6 +35,11 @@ def pytest_configure(config: pytest.Config) -> None:
         run_ptx_of("sm80")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Jobs first: they take minutes and mostly wait, while the other core works on the rest."""
+    items.sort(key=lambda item: "slurm" not in item.path.parts)
+
+
 TINY_DATA = GenerateConfig(
     shards=2, documents=2100, chats=120, questions=120, problems=80, identity=20, words=300, tests=24
 )

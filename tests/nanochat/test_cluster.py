@@ -144,3 +144,16 @@ def test_a_job_without_an_installation_fails_with_the_remedy(tmp_path):
     for name in ("speedrun", "gate", "bench", "profile"):
         done = subprocess.run(["bash", ROOT / "slurm" / f"{name}.sbatch"], capture_output=True, text=True, env=env)
         assert done.returncode == 1 and "run slurm/setup.sh first" in done.stderr and "all" not in done.stdout
+
+
+def test_modules_are_loaded_or_missed(tmp_path):
+    (tmp_path / "site.env").write_text('NANOCHAT_MODULES="python/3.12.5 cuda"\nNANOCHAT_SCRATCH=\n')
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "NANOCHAT_SITE": str(tmp_path / "site.env")}
+    script = 'module() { echo "modules: $*"; }; '
+    for before, status, told in (
+        (script, 0, "modules: load python/3.12.5 cuda"),
+        ("", 1, "there is no module command"),
+    ):
+        call = ["bash", "-c", f"{before}source slurm/environment.sh"]
+        done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, env=env)
+        assert done.returncode == status and told in done.stdout + done.stderr

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 
 import pytest
 
@@ -101,6 +102,27 @@ def test_a_stage_that_fails_gives_its_status_and_cause(tiny, monkeypatch):
     ) as e:
         run_speedrun(SpeedrunConfig(first="tokenizer", last="tokenizer"), tiny)
     assert e.value.exit_status == 1 and not tiny.records.exists()
+
+
+@pytest.mark.parametrize("broken", NAMES)
+def test_after_a_stage_that_fails_none_starts_and_nothing_says_success(broken, tmp_path, monkeypatch, capfd):
+    started = []
+
+    def run(command, **options):
+        words = " ".join(command)
+        name = next(step.name for step in STEPS if " ".join(step.command) in words)
+        started.append(name)
+        return real(["sh", "-c", "echo it broke >&2; exit 7" if name == broken else "true"], **options)
+
+    real = subprocess.Popen
+    monkeypatch.setattr("nanochat.pipeline.subprocess.Popen", run)
+    with pytest.raises(
+        UserError, match=f"stage {broken} failed with exit status 7 .it broke.*same command again"
+    ) as error:
+        run_speedrun(SpeedrunConfig(device="cpu"), Paths(tmp_path))
+    assert error.value.exit_status == 7 and started == list(NAMES[: NAMES.index(broken) + 1])
+    assert sorted(p.stem for p in (tmp_path / "records").glob("*")) == sorted(NAMES[: NAMES.index(broken)])
+    assert "all stages" not in capfd.readouterr().out
 
 
 def test_one_speedrun_at_a_time(tiny):

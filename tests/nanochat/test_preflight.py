@@ -2,17 +2,22 @@
 
 import shutil
 import socket
+import time
 
 import pytest
+import torch
 
 import nanochat.tasks.sources
 from nanochat.assets import assets, faults, write_record
 from nanochat.errors import UserError
 from nanochat.evaluate.chat import TASKS
+from nanochat.gpt import GPTConfig
 from nanochat.paths import Paths
 from nanochat.pipeline import NAMES, SpeedrunConfig, run_speedrun
-from nanochat.preflight import PreflightConfig, preflight
-from nanochat.presets import PRESETS
+from nanochat.preflight import PreflightConfig, _estimate, preflight
+from nanochat.presets import PRESETS, with_preset
+from nanochat.runtime import Runtime
+from nanochat.train.base import BaseConfig
 from nanochat.train.mid import MidConfig, mid_mixture
 from nanochat.train.sft import SftConfig, sft_mixture
 from tests.nanochat.world_of_d20 import on_disk, parquet
@@ -113,6 +118,18 @@ def test_a_run_without_its_data_does_not_begin(tmp_path):
 def test_a_machine_without_a_gpu_is_told(d20):
     with pytest.raises(UserError, match="no GPU here"):
         preflight(PreflightConfig("d20", SHARDS), d20)
+
+
+def test_a_run_that_does_not_fit_its_job_is_foretold(monkeypatch, capsys):
+    base = with_preset(BaseConfig(), "train base", "d20")
+    model = GPTConfig.from_depth(base.depth, 65536)
+    runtime = Runtime(0, 1, torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setattr(Runtime, "device_name", "NVIDIA A100-SXM4-80GB")
+    for hours, warned in ((3, True), (24, False)):
+        monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time() + 3600 * hours)))
+        _estimate(base, model, runtime, 8)
+        out = capsys.readouterr().out
+        assert "time: about 11.8 h from the beginning" in out and ("saved and queued again" in out) == warned
 
 
 def test_loaders_read_only_what_is_listed(world, monkeypatch):
