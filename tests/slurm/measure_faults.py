@@ -28,7 +28,7 @@ def resumed_at(text: str, stage: str) -> int:
 
 def row(fault: str, run: Run, stage: str, before: int, ended: float, started: float) -> dict:
     """ended: seconds until all processes were gone; started: when the run was begun again."""
-    run.wait(lambda: steps(run, stage) >= before)
+    run.wait(lambda: resumed_at(run.log(), stage) and steps(run, stage) >= before)
     back = time.monotonic() - started
     lost = before - resumed_at(run.log(), stage)
     found = {
@@ -96,13 +96,12 @@ def main() -> None:
         slurm = {"SLURM_CONF": str(folder / "slurm" / "slurm.conf"), "PYTHONPATH": str(HERE / "offline")}
         try:
             rows = []
-            for stage, after in (("base", 70), ("mid", 30)):
-                for fault, command in (
-                    ("USR1", ("scancel", "--signal=USR1", "--batch")),
-                    ("scancel", ("scancel",)),
-                    ("SIGKILL of the job", ("scancel", "--signal=KILL", "--full")),
-                ):
-                    rows.append(in_jobs(slurm, folder, fault, stage, after, command))
+            for fault, command in (
+                ("USR1", ("scancel", "--signal=USR1", "--batch")),
+                ("scancel", ("scancel",)),
+                ("SIGKILL of the job", ("scancel", "--signal=KILL", "--full")),
+            ):
+                rows.append(in_jobs(slurm, folder, fault, "base", 70, command))
             rows += [in_a_process(slurm, folder, fault) for fault in (signal.SIGSTOP, signal.SIGKILL)]
         finally:
             subprocess.run([HERE / "local_slurm.sh", "stop", folder / "slurm"], check=False)
