@@ -23,7 +23,7 @@ from nanochat.assets import Asset, assets, read_record, verify, write_record
 from nanochat.console import progress_bar, say
 from nanochat.data.identity import identity_conversations
 from nanochat.errors import UserError
-from nanochat.paths import Paths
+from nanochat.paths import Paths, sha256_of
 from nanochat.presets import EMBEDDED, PresetName
 
 ATTEMPTS = 4  # of a file; each also repeats its requests, and goes on where the last one was cut off
@@ -201,11 +201,7 @@ def _staging(paths: Paths) -> Path:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as content:
-        while chunk := content.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return sha256_of(path).hexdigest()
 
 
 def _reason(error: BaseException) -> str:

@@ -1,5 +1,6 @@
 """Every path nanochat reads or writes, all under the base directory: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat."""
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,15 @@ class Paths:
     def section(self, stage: str) -> Path:
         """What a stage tells the report."""
         return self.report / "sections" / f"{stage}.json"
+
+
+def sha256_of(file: Path) -> "hashlib._Hash":
+    """Of a file's content, read in pieces."""
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while chunk := content.read(2**20):
+            digest.update(chunk)
+    return digest
 
 
 def base_paths() -> Paths:

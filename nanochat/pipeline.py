@@ -24,7 +24,7 @@ from nanochat.assets import faults
 from nanochat.cluster import distributed_launcher
 from nanochat.console import console, say
 from nanochat.errors import TrainingStopped, UserError
-from nanochat.paths import Paths
+from nanochat.paths import Paths, sha256_of
 from nanochat.presets import EMBEDDED, PresetName
 from nanochat.report.sections import write_json
 
@@ -230,18 +230,10 @@ def _hash(files: list[Path]) -> str:
                 continue
             total.update(str(file.relative_to(path.parent)).encode())
             if file.exists():
-                total.update(_file_hash(file))
+                total.update(sha256_of(file).digest())
             else:
                 total.update(b"missing")
     return total.hexdigest()
-
-
-def _file_hash(file: Path) -> bytes:
-    digest = hashlib.sha256()
-    with file.open("rb") as content:
-        while chunk := content.read(2**20):
-            digest.update(chunk)
-    return digest.digest()
 
 
 @contextmanager
