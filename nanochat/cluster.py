@@ -15,7 +15,6 @@ from string import Template
 from nanochat.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-JOBS = ("gate", "speedrun", "bench", "profile")
 SIGNAL_SECONDS = 600  # before the time limit a run is asked to save: an evaluation under way ends first
 
 
@@ -40,8 +39,8 @@ def load_site(name: str, folder: Path = ROOT / "slurm") -> Site:
         )
     values = {}
     for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
-        line = line.partition("#")[0].strip() if line.lstrip().startswith("#") else line.strip()
-        if not line:
+        line = line.strip()
+        if not line or line.startswith("#"):
             continue
         match = re.fullmatch(r"(NANOCHAT_[A-Z_]+)=(.*)", line)
         if not match:

@@ -1,7 +1,6 @@
 """The commands about a cluster: submit a job to Slurm, and tell how a run stands from the files it writes."""
 
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -132,7 +131,7 @@ def status(config: StatusConfig, paths: Paths) -> None:
     if ids and shutil.which("squeue"):
         queue = subprocess.run(
             ["squeue", "--noheader", "--format=%i %j %T %M of %l, %r", "--states=all", f"--jobs={','.join(ids[-8:])}"],
-            capture_output=True, text=True, env=dict(os.environ),
+            capture_output=True, text=True,
         )  # fmt: skip
         say(queue.stdout.strip() or f"Slurm no longer knows the jobs {', '.join(ids[-8:])}")
 
