@@ -1,14 +1,18 @@
 """The speedrun: stages once each, in order, resumed, and stopped by the first that fails. Run with tiny settings."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
+import threading
+import time
 
 import pytest
 
 from nanochat import presets
-from nanochat.errors import UserError
+from nanochat.errors import TrainingStopped, UserError
 from nanochat.paths import Paths
 from nanochat.pipeline import NAMES, STEPS, SpeedrunConfig, Step, run_speedrun
 from tests.conftest import TINY_BASE, TINY_MID, TINY_SFT, nanochat
@@ -123,6 +127,36 @@ def test_after_a_stage_that_fails_none_starts_and_nothing_says_success(broken, t
     assert error.value.exit_status == 7 and started == list(NAMES[: NAMES.index(broken) + 1])
     assert sorted(p.stem for p in (tmp_path / "records").glob("*")) == sorted(NAMES[: NAMES.index(broken)])
     assert "all stages" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(("broken_off", "script"), [
+    ("tokenizer", "sleep 60"),  # ended at once
+    ("base", 'while [ ! -e "$NANOCHAT_BASE_DIR/stop" ]; do sleep 0.1; done; exit 9'),  # asked, as training on any node sees it
+])  # fmt: skip
+def test_a_signal_stops_the_stage_under_way(broken_off, script, tmp_path, monkeypatch):
+    def run(command, **options):
+        words = " ".join(command)
+        if " ".join(next(step for step in STEPS if step.name == broken_off).command) in words:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+            return real(["sh", "-c", script], **options)
+        return real(["true"], **options)
+
+    real = subprocess.Popen
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setattr("nanochat.pipeline.subprocess.Popen", run)
+    started = time.monotonic()
+    with pytest.raises(TrainingStopped, match=f"stopped by SIGUSR1 in stage {broken_off}") as error:
+        run_speedrun(SpeedrunConfig(device="cpu"), Paths(tmp_path))
+    assert error.value.exit_status == 128 + signal.SIGUSR1 and time.monotonic() - started < 20
+    assert not Paths(tmp_path).stop.exists() and not (tmp_path / "records" / f"{broken_off}.json").exists()
+
+
+def test_training_saves_and_ends_where_the_stop_file_lies(base):
+    paths = Paths(base)
+    paths.stop.touch()
+    stopped = nanochat(base, "train", "base", *TINY_BASE)
+    assert stopped.returncode == 128 + signal.SIGUSR1 and f"by the file {paths.stop}" in stopped.stderr
+    assert (paths.checkpoints("base") / "step_000000" / "meta.json").exists()
 
 
 def test_one_speedrun_at_a_time(tiny):
