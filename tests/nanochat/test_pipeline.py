@@ -130,7 +130,7 @@ def test_after_a_stage_that_fails_none_starts_and_nothing_says_success(broken, t
 
 
 @pytest.mark.parametrize(("broken_off", "script"), [
-    ("tokenizer", "sleep 60"),  # ended at once
+    ("tokenizer", "exec sleep 60"),  # ended at once
     ("base", 'while [ ! -e "$NANOCHAT_BASE_DIR/stop" ]; do sleep 0.1; done; exit 9'),  # asked, as training on any node sees it
 ])  # fmt: skip
 def test_a_signal_stops_the_stage_under_way(broken_off, script, tmp_path, monkeypatch):
