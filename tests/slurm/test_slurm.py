@@ -119,7 +119,7 @@ def test_a_run_survives_time_limits_cancellation_and_kills(slurm, uninterrupted,
 
     run.options = ("--time=10", "--signal-seconds=30")
     run.submit()
-    run.wait(lambda: run.trained("mid", 8))
+    run.wait(lambda: run.trained("mid", 22))  # two steps behind a save
     run.slurm("scancel", "--signal=KILL", "--full", run.job)
     assert run.end(*ENDED) in ("FAILED", "CANCELLED")
 
@@ -128,7 +128,8 @@ def test_a_run_survives_time_limits_cancellation_and_kills(slurm, uninterrupted,
     stages = ("base", "mid", "sft")
     assert run.losses(*stages) == uninterrupted.losses(*stages)
     assert "preflight of tiny: all is there" in run.log()
-    assert "finished before, skipped" in run.log() and "resuming base at step" in run.log()
+    # where the signals fall is chance; the kill is in the middle of mid
+    assert "finished before, skipped" in run.log() and "resuming mid at step" in run.log()
     assert (run.paths.report / "report.html").exists()
     assert not (run.paths.base / "reached_out").exists(), "something looked for the internet"
 
