@@ -12,7 +12,7 @@ speedrun: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/bench
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/bench
 	$(BIN)/python -m pytest tests/bench
 
 bench: $(INSTALLED)
