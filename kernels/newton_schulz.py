@@ -24,7 +24,7 @@ from kernels.checks import check_float, check_shape
 from kernels.dispatch import Implementation, choose
 from kernels.matrix_product import KERNELS as PRODUCT_KERNELS
 from kernels.matrix_product import product
-from kernels.triton_helpers import DTYPES, cast, cdiv, tl, triton, triton_refusal
+from kernels.triton_helpers import DTYPES, cast, cdiv, tl, traced_as, triton, triton_refusal
 
 Coefficients = tuple[tuple[float, float, float], ...]
 
@@ -175,7 +175,7 @@ def newton_schulz_op(
     return x.view(gradients.shape)
 
 
-@newton_schulz_op.register_fake
+@traced_as(newton_schulz_op)
 def _(gradients, coefficients, algorithm, squares=None):
     return gradients.new_empty(gradients.shape)
 

@@ -22,6 +22,7 @@ from kernels.triton_helpers import (
     power_of_2,
     rsqrt,
     tl,
+    traced_as,
     triton,
     triton_refusal,
     wants_gradient,
@@ -225,13 +226,13 @@ def backward_op(
     return launch_backward(dq_out, dk_out, (q_out, k_out, q_rstd, k_rstd), (cos, sin, offset, offsets))
 
 
-@forward_op.register_fake
+@traced_as(forward_op)
 def _(q, k, cos, sin, offset, offsets, keep):
     rstd = (x.new_empty(rstd_shape(x, keep), dtype=torch.float32) for x in (q, k))
     return q.new_empty(q.shape), k.new_empty(k.shape), *rstd
 
 
-@backward_op.register_fake
+@traced_as(backward_op)
 def _(dq_out, dk_out, q_out, k_out, q_rstd, k_rstd, cos, sin, offset, offsets):
     return torch.empty_like(q_out), torch.empty_like(k_out)
 

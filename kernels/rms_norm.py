@@ -25,6 +25,7 @@ from kernels.triton_helpers import (
     power_of_2,
     rsqrt,
     tl,
+    traced_as,
     triton,
     triton_refusal,
     wants_gradient,
@@ -121,18 +122,18 @@ def backward_op(dy: Tensor, dtotal: Tensor | None, y: Tensor, rstd: Tensor) -> T
     return launch_backward(dy, dtotal, y, rstd)
 
 
-@rms_norm_op.register_fake
+@traced_as(rms_norm_op)
 def _(x, keep):
     return x.new_empty(x.shape), x.new_empty(x.shape[:-1] if keep else 0, dtype=torch.float32)
 
 
-@add_rms_norm_op.register_fake
+@traced_as(add_rms_norm_op)
 def _(x, update, keep):
     rstd = x.new_empty(x.shape[:-1] if keep else 0, dtype=torch.float32)
     return x.new_empty(x.shape), x.new_empty(x.shape), rstd
 
 
-@backward_op.register_fake
+@traced_as(backward_op)
 def _(dy, dtotal, y, rstd):
     return y.new_empty(y.shape)
 

@@ -34,6 +34,7 @@ from kernels.triton_helpers import (
     prefetch,
     reciprocal,
     tl,
+    traced_as,
     triton,
     triton_refusal,
     wants_gradient,
@@ -294,7 +295,7 @@ def scale_rows_op(gradient: Tensor, factors: Tensor) -> None:
         scale_kernel[(programs,)](gradient, factors, rows, width, factors.stride(0), CHUNK=4096, num_warps=8)
 
 
-@loss_op.register_fake
+@traced_as(loss_op)
 def _(logits, targets, cap, ignore_index, mean, with_gradient):
     loss = logits.new_empty(() if mean else logits.shape[:1], dtype=torch.float32)
     return loss, logits.new_empty(logits.shape if with_gradient else 0)

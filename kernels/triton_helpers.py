@@ -4,6 +4,8 @@ Where Triton is not installed (it has no build for macOS) the rooms still import
 that nobody launches, because dispatch refuses them.
 """
 
+import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -41,6 +43,29 @@ def triton_refusal(x: Tensor) -> str | None:
             f"the Triton kernels take CUDA tensors, got one on {x.device}; move it, or set TRITON_INTERPRET=1 to debug"
         )
     return None
+
+
+def traced_as(operation) -> Callable:
+    """Register the decorated function as how torch.compile sees an operation of torch.library."""
+
+    def register(fake: Callable) -> Callable:
+        def traced(*arguments):
+            _spare_inductor(operation._opoverload)
+            return fake(*arguments)
+
+        operation.register_fake(traced)
+        return traced
+
+    return register
+
+
+def _spare_inductor(overload) -> None:
+    """Before torch 2.13 inductor writes out, at the first call of an operation that it does not know, all that leads to
+    it, for a log that nobody reads: 4^layers expressions for a loss (github.com/pytorch/pytorch/issues/185937). It knows it now."""
+    lowering = sys.modules.get("torch._inductor.lowering")
+    if torch.__version__ < (2, 13) and lowering and overload not in lowering.lowerings:
+        tag = torch._library.utils.get_layout_constraint_tag(overload, with_default=True)
+        lowering.make_fallback(overload, lowering.tag_to_layout_constraint(tag))
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -2,12 +2,14 @@
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from nanochat.cluster import collective_timeout
 from nanochat.errors import UserError
@@ -39,6 +41,7 @@ class Runtime:
     world_size: int
     device: torch.device
     compute_dtype: torch.dtype
+    control: dist.ProcessGroup | None = None  # of messages that never wait for a GPU; None: torch's own
 
     @property
     def primary(self) -> bool:
@@ -56,14 +59,14 @@ class Runtime:
 
     def barrier(self) -> None:
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(self.control)
 
     def sum(self, values: list[float]) -> list[float]:
         """Sums over ranks of a few numbers, without touching the device."""
         if self.world_size == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=self.control)
         return tensor.tolist()
 
     def gather(self, value: object) -> list:
@@ -71,8 +74,21 @@ class Runtime:
         if self.world_size == 1:
             return [value]
         gathered = [None] * self.world_size
-        dist.all_gather_object(gathered, value)
+        dist.all_gather_object(gathered, value, group=self.control)
         return gathered
+
+    def read(self, tensor: Tensor) -> list[float]:
+        """The numbers of a tensor that may wait on the device for other ranks. Raises TimeoutError when one does not come."""
+        if self.world_size > 1 and self.device.type == "cuda":  # a copy alone would wait for ever
+            tensor = tensor.to("cpu", non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            deadline = time.monotonic() + collective_timeout().total_seconds()
+            while not arrived.query():
+                if time.monotonic() > deadline:
+                    raise TimeoutError("NCCL timed out")
+                time.sleep(1e-4)
+        return tensor.tolist()
 
 
 @contextmanager
@@ -96,12 +112,16 @@ def start_runtime(device: str = "auto") -> Iterator[Runtime]:
             raise UserError(f"process {local} of this node has no GPU ({torch.cuda.device_count()} there); start fewer")
         torch.cuda.set_device(local)
     index = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
-    # CPU tensors, which carry control messages, go through gloo and never wait for a GPU
-    timeout = collective_timeout()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timeout)
+    timeout, control = collective_timeout(), None
+    if kind == "cuda":
+        # NCCL's own watchdog aborts the process without a word that helps: it comes last
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=1.5 * timeout)
+        control = dist.new_group(backend="gloo", timeout=timeout)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
     try:
-        yield Runtime(dist.get_rank(), dist.get_world_size(), index, compute_dtype(kind))
-    except RuntimeError as error:  # of which torch.distributed's are
+        yield Runtime(dist.get_rank(), dist.get_world_size(), index, compute_dtype(kind), control)
+    except (RuntimeError, TimeoutError) as error:  # torch.distributed's are RuntimeErrors
         if not any(words in str(error).lower() for words in LOST):
             raise
         raise UserError(

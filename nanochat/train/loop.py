@@ -264,7 +264,7 @@ class Trainer:
             part.backward()
             loss += part.detach()
         norm = self.optimizer.synchronize()
-        loss_value, norm_value = torch.stack([loss, norm]).tolist()
+        loss_value, norm_value = self.runtime.read(torch.stack([loss, norm]))
         [total] = self.runtime.sum([loss_value])
         loss_value = total / self.runtime.world_size
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):

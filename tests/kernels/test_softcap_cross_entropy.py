@@ -162,6 +162,20 @@ def test_compiled(dtype):
     check_compiled(loss, inputs(4, 64, dtype), [0])
 
 
+def test_a_deep_model_compiles_in_seconds():
+    """Inductor of torch 2.11 wrote out all that led to the loss: more than doubled by each of these additions."""
+
+    def deep(x, targets):
+        y = x
+        for _ in range(40):
+            x, y = kernels.add_rms_norm(x, y, impl="triton")
+        return loss(y, targets)
+
+    logits, targets, *_ = inputs(4, 64, torch.float32)
+    with torch.compiler.config.patch(force_disable_caches=True):
+        assert torch.equal(torch.compile(deep, fullgraph=True)(logits, targets), deep(logits, targets))
+
+
 @pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
 def test_graph_replay():
     check_graph_replay(loss, inputs(64, 65_536, torch.bfloat16), [0])
