@@ -35,7 +35,9 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs 
 def test_the_others_say_so_and_the_run_goes_on(base, fault, device):
     paths = Paths(base)
     arguments = ("train", "base", *TINY_BASE, "--total-batch-size", "256", "--device", device, "--compile", "False")
-    timeout = "8" if device == "cpu" else "20"  # a GPU's kernels are made first, by one process sooner than by the other
+    timeout = (
+        "8" if device == "cpu" else "20"
+    )  # a GPU's kernels are made first, by one process sooner than by the other
     process = subprocess.Popen(
         command(*arguments, processes=2), env=environment(base, NANOCHAT_TIMEOUT=timeout), stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL, text=True,
@@ -49,7 +51,9 @@ def test_the_others_say_so_and_the_run_goes_on(base, fault, device):
     assert process.returncode != 0 and time.monotonic() - started < 90
     if fault == signal.SIGSTOP:
         assert (
-            "nanochat: error: process" in errors and f"hangs for more than {timeout} s" in errors and "last checkpoint" in errors
+            "nanochat: error: process" in errors
+            and f"hangs for more than {timeout} s" in errors
+            and "last checkpoint" in errors
         )
     again = nanochat(base, *arguments, processes=2)
     assert again.returncode == 0 and "resuming base at step" in again.stdout, again.stderr

@@ -96,23 +96,27 @@ def test_several_processes_make_the_parameters_of_one(world_size, device, tmp_pa
     ranks = [torch.load(tmp_path / f"{rank}.pt", map_location=device) for rank in range(world_size)]
     state = {name: whole for name, whole, _ in optimizer.named_state()}
     start = GPT.create(CONFIG, device).state_dict()
+
+    def same(ours: torch.Tensor, theirs: torch.Tensor, of: torch.Tensor | None = None) -> None:
+        if device == "cpu":
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-4 if of is not None else 1e-6)
+        else:  # orthogonalised in 16 bits, which makes much of rounding
+            assert (ours - theirs).norm() < 0.05 * (theirs if of is None else of).norm()
+
     for rank in ranks:
-        assert rank["norms"] == pytest.approx(norms, rel=1e-5)
+        assert rank["norms"] == pytest.approx(norms, rel=1e-5 if device == "cpu" else 1e-2)
         for name, parameter in model.named_parameters():
             assert torch.equal(rank["model"][name], ranks[0]["model"][name])
-            ours, theirs = rank["model"][name], parameter.detach()
+            ours, theirs, moved = rank["model"][name], parameter.detach(), parameter.detach() - start[name]
             variance = state.get(f"adamw-{name.removesuffix('.weight')}.variance")
             if variance is not None:  # AdamW makes as much of a gradient that is only rounding as of any
                 sure = (variance == 0) | (variance > 1e-6 * variance.max())
                 assert sure.float().mean() > 0.9
-                ours, theirs = ours[sure], theirs[sure]
-            if device == "cuda" and variance is None:  # orthogonalised in 16 bits, which makes much of rounding too
-                assert (ours - theirs).norm() < 0.05 * (theirs - start[name]).norm()
-            else:
-                torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-4)
+                ours, theirs, moved = ours[sure], theirs[sure], moved[sure]
+            same(ours, theirs, moved)
     for name, whole, rows in optimizer.named_state():  # the shares make the whole, and no rank holds more than its own
         shares = [rank["state"][name] for rank in ranks if name in rank["state"]]
-        torch.testing.assert_close(torch.cat(shares) if rows else shares[0], whole, rtol=1e-3, atol=1e-6)
+        same(torch.cat(shares) if rows else shares[0], whole)
         assert max(len(share) for share in shares) == -(-rows // world_size) if rows else len(shares) == 1
 
 
