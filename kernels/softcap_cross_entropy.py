@@ -310,8 +310,7 @@ def keep(ctx, inputs, output) -> None:
 def gradient(ctx, dloss, _):
     saved = None if dloss is None else ctx.saved_tensors[0]
     if saved is not None:
-        # nobody else holds it; a second backward over the same graph is refused by autograd
-        scale_rows_op(saved, dloss)
+        scale_rows_op(saved, dloss)  # nobody else holds it: autograd refuses a second backward over the same graph
     return saved, None, None, None, None, None
 
 
