@@ -2,12 +2,12 @@
 # shellcheck shell=bash
 site="${NANOCHAT_SITE:-generic}"
 [[ "$site" == *.env ]] || site="slurm/$site.env"
-[[ -f "$site" ]] || { echo "there is no site profile $site; copy slurm/generic.env" >&2; exit 1; }
+[[ -f "$site" ]] || { echo "there is no site profile $site; copy slurm/generic.env" >&2; return 1; }
 chosen_base="${NANOCHAT_BASE_DIR:-}"
 # shellcheck disable=SC1090
 source "$site"
 if [[ -n "${NANOCHAT_MODULES:-}" ]]; then
-    type module > /dev/null 2>&1 || { echo "the profile $site names modules, and there is no module command" >&2; exit 1; }
+    type module > /dev/null 2>&1 || { echo "the profile $site names modules, and there is no module command" >&2; return 1; }
     # shellcheck disable=SC2086
     module load $NANOCHAT_MODULES
 fi
@@ -21,5 +21,5 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export PYTHONUNBUFFERED=1
 export PATH="$NANOCHAT_VENV/bin:$PATH"
 need_nanochat() {
-    [[ -x "$NANOCHAT_VENV/bin/nanochat" ]] || { echo "nanochat is not installed in $NANOCHAT_VENV; run slurm/setup.sh first" >&2; exit 1; }
+    [[ -x "$NANOCHAT_VENV/bin/nanochat" ]] || { echo "nanochat is not installed in $NANOCHAT_VENV; run slurm/setup.sh first" >&2; return 1; }
 }

@@ -26,6 +26,7 @@ settings.load_profile("nanochat")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--plant", action="store_true", help="plant each fault in a copy of the kernels; a test must fail")
     parser.addoption("--sm80", action="store_true", help="run the PTX that is made for an A100 on the GPU here")
+    parser.addoption("--slurm-preset", default="tiny", help="what the long Slurm test runs: tiny (minutes) or cpu")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nanochat.paths import Paths
+from nanochat.presets import PRESETS
 from nanochat.train.metrics import read_metrics
 from tests.conftest import environment
 
@@ -34,8 +35,8 @@ def slurm(tmp_path_factory):
 class Run:
     """A base directory whose run is submitted, again and again."""
 
-    def __init__(self, slurm: dict, base: Path, *options: str):
-        self.paths, self.options = Paths(base), options
+    def __init__(self, slurm: dict, base: Path, *options: str, preset: str = "tiny"):
+        self.paths, self.options, self.preset = Paths(base), options, preset
         self.env = environment(base, **slurm, NANOCHAT_VENV=sys.prefix)
         self.held: dict[tuple[str, str], float] = {}
 
@@ -51,7 +52,7 @@ class Run:
             "submit",
             "speedrun",
             "--preset",
-            "tiny",
+            self.preset,
             "--site",
             SITE,
         ]
@@ -86,7 +87,7 @@ class Run:
         return "\n".join(path.read_text(errors="replace") for path in sorted(self.paths.logs.glob("*.log")))
 
     def end(self, *states: str) -> str:
-        self.wait(lambda: self.state()[0] in states)
+        self.wait(lambda: self.state()[0] in states, 600)
         return self.state()[0]
 
     def losses(self, *stages: str) -> dict:
@@ -97,18 +98,23 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, slurm) -> Run:
+def preset(pytestconfig) -> str:
+    return pytestconfig.getoption("--slurm-preset")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, slurm, preset) -> Run:
     run = Run(slurm, tmp_path_factory.mktemp("uninterrupted"))
-    command = [sys.executable, "-m", "nanochat", "speedrun", "--preset", "tiny"]
+    command = [sys.executable, "-m", "nanochat", "speedrun", "--preset", preset]
     done = subprocess.run(command, capture_output=True, text=True, env=run.env, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return run
 
 
-def test_a_run_survives_time_limits_cancellation_and_kills(slurm, uninterrupted, tmp_path):
+def test_a_run_survives_time_limits_cancellation_and_kills(slurm, preset, uninterrupted, tmp_path):
     """Queued again twice by the time limit, cancelled once, killed once: the losses are the uninterrupted run's."""
     # Slurm looks every 30 s: the signal comes 5 to 35 s after the start, so that two of them are sure to come in time
-    run = Run(slurm, tmp_path / "base", "--time=1", "--signal-seconds=25")
+    run = Run(slurm, tmp_path / "base", "--time=1", "--signal-seconds=25", preset=preset)
     run.submit()
     run.wait(lambda: run.state() == ("RUNNING", 2) and "start 3" in run.log())
     run.slurm("scancel", run.job)
@@ -127,7 +133,7 @@ def test_a_run_survives_time_limits_cancellation_and_kills(slurm, uninterrupted,
     assert run.end(*ENDED) == "COMPLETED", run.log()[-3000:]
     stages = ("base", "mid", "sft")
     assert run.losses(*stages) == uninterrupted.losses(*stages)
-    assert "preflight of tiny: all is there" in run.log()
+    assert f"preflight of {preset}: all is there" in run.log()
     # where the signals fall is chance; the kill is in the middle of mid
     assert "finished before, skipped" in run.log() and "resuming mid at step" in run.log()
     assert (run.paths.report / "report.html").exists()
@@ -153,7 +159,8 @@ def test_two_tasks_of_a_node(slurm, tmp_path):
     assert "resuming base at step" in killed.log()
 
 
-def test_status_tells_from_the_files(uninterrupted):
+def test_status_tells_from_the_files(uninterrupted, preset):
     command = [sys.executable, "-m", "nanochat", "cluster", "status"]
     shown = subprocess.run(command, capture_output=True, text=True, env=uninterrupted.env).stdout
-    assert "done in" in shown and "600" in shown and "to come" not in shown
+    steps = PRESETS[preset]["train base"]["num_iterations"]
+    assert "done in" in shown and str(steps) in shown and "to come" not in shown
