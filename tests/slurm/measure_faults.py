@@ -1,4 +1,4 @@
-"""What faults cost a run on a Slurm of this machine: python -m tests.slurm.measure_faults build/faults.json (as root)
+"""What faults cost a run on a Slurm of this machine: python -m tests.slurm.measure_faults build/faults.json [stage …] (as root)
 
 Each fault in the middle of each stage that trains, and a kill in one that evaluates; the row of the JSON tells how many
 steps had to be done again, how long the run took to end, and how long from its next start until it was as far again.
@@ -33,6 +33,11 @@ IN_JOBS = {
     "scancel": ("scancel",),
     "SIGKILL of the job": ("scancel", "--signal=KILL", "--full"),
 }
+IN_PROCESSES = {
+    "SIGSTOP of one process of two": (signal.SIGSTOP, "one"),
+    "SIGKILL of one process of two": (signal.SIGKILL, "one"),
+    "SIGKILL of every process, as when a node dies": (signal.SIGKILL, "all"),
+}
 
 
 class Measured(Run):
@@ -50,9 +55,14 @@ class Measured(Run):
         found = re.findall(rf"resuming {self.stage} at step (\d+)", self.log())
         return int(found[-1]) if found else 0
 
+    def beyond(self, step: int) -> int:
+        """How many lines of the log tell of this step or a later one."""
+        return sum(int(number) >= step for number in re.findall(r"^step (\d+)/", self.log(), re.MULTILINE))
+
     def row(self, fault: str, before: int, ended: float, started: float) -> dict:
         """ended: seconds until all processes were gone; started: when the run was begun again."""
-        self.wait(lambda: self.resumed_at() and self.steps() >= before)
+        told = self.beyond(before)
+        self.wait(lambda: self.beyond(before) > told)
         back = time.monotonic() - started
         times = {"seconds_to_end": ended, "seconds_back": back}
         found = {
@@ -85,20 +95,23 @@ def in_a_job(run: Measured, fault: str) -> dict:
     return found
 
 
-def in_a_process(run: Measured, fault: signal.Signals) -> dict:
+def in_processes(run: Measured, fault: str) -> dict:
     run.env |= {"NANOCHAT_TIMEOUT": str(TIMEOUT)}
     call = [sys.executable, "-m", "nanochat", "speedrun", "--preset", "tiny", "--to", run.stage, "--processes", "2"]
     run.paths.logs.mkdir(parents=True, exist_ok=True)
     with (run.paths.logs / "run.log").open("w") as log:
-        process = subprocess.Popen(call, env=run.env, cwd=ROOT, stdout=log, stderr=log)
+        process = subprocess.Popen(call, env=run.env, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
         run.wait(lambda: run.steps() >= MIDDLE[run.stage])
         launcher = workers(process.pid)[-1]
+        ranks = workers(launcher)
         started, before = time.monotonic(), run.steps()
-        os.kill(workers(launcher)[-1], fault)
+        number, victims = IN_PROCESSES[fault]
+        for pid in (process.pid, launcher, *ranks) if victims == "all" else ranks[-1:]:
+            os.kill(pid, number)
         process.wait()
         ended, started = time.monotonic() - started, time.monotonic()
         process = subprocess.Popen(call, env=run.env, cwd=ROOT, stdout=log, stderr=log)
-        found = run.row(f"{fault.name} of one process of two", before, ended, started)
+        found = run.row(fault, before, ended, started)
         process.wait()
     return found
 
@@ -132,9 +145,13 @@ def prepare(slurm: dict, folder: Path) -> dict[str, Path]:
 
 
 def main() -> None:
-    out = Path(sys.argv[1])
+    out, stages = Path(sys.argv[1]), sys.argv[2:] or MIDDLE
     out.parent.mkdir(parents=True, exist_ok=True)
-    result = {"command": f"python -m tests.slurm.measure_faults {out}", "save_every": SAVE_EVERY, "timeout": TIMEOUT}
+    result = {
+        "command": f"python -m tests.slurm.measure_faults {' '.join(sys.argv[1:])}",
+        "save_every": SAVE_EVERY,
+        "timeout": TIMEOUT,
+    }
     rows = result["rows"] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -143,10 +160,10 @@ def main() -> None:
         try:
             prepared = prepare(slurm, folder)
             rows.append(in_an_evaluation(Measured(slurm, prepared["mid-eval"], folder / "evaluation", "mid-eval")))
-            for stage in MIDDLE:
-                for fault in (*IN_JOBS, signal.SIGSTOP, signal.SIGKILL):
+            for stage in stages:
+                for fault in (*IN_JOBS, *IN_PROCESSES):
                     run = Measured(slurm, prepared[stage], folder / f"{len(rows)}", stage)
-                    rows.append(in_a_job(run, fault) if fault in IN_JOBS else in_a_process(run, fault))
+                    rows.append(in_a_job(run, fault) if fault in IN_JOBS else in_processes(run, fault))
                     out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")  # what was measured stays
         finally:
             subprocess.run([HERE / "local_slurm.sh", "stop", folder / "slurm"], check=False)

@@ -74,8 +74,8 @@ class Run:
                 self.slurm("scontrol", "update", f"JobId={self.job}", "StartTime=now")
         return shown["JobState"], int(shown["Restarts"])
 
-    def wait(self, until, seconds: float = 240) -> None:
-        end = time.monotonic() + seconds
+    def wait(self, until) -> None:
+        end = time.monotonic() + 500
         while not until():
             assert time.monotonic() < end, f"{self.state()}\n{self.log()[-3000:]}"
             time.sleep(0.2)
@@ -87,7 +87,7 @@ class Run:
         return "\n".join(path.read_text(errors="replace") for path in sorted(self.paths.logs.glob("*.log")))
 
     def end(self, *states: str) -> str:
-        self.wait(lambda: self.state()[0] in states, 600)
+        self.wait(lambda: self.state()[0] in states)
         return self.state()[0]
 
     def losses(self, *stages: str) -> dict:
