@@ -8,12 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.harness import GPU, poisoned, property_test, randn, seeds
+from tests.kernels.harness import GPU, SMALL, poisoned, property_test, randn, seeds
 
 ROOM = importlib.import_module("kernels.matrix_product")
 few = settings(property_test, max_examples=30 if GPU else 15)  # nearly every one is compiled anew
 halves = st.sampled_from((torch.bfloat16, torch.float16))
-SMALL = {"BM": 16, "BN": 32, "BK": 16, "PROGRAMS": 1, "TMA": 0, "num_warps": 1, "num_stages": 2}
 
 
 def check_product(x, y, plus, parameters=None, **options):
