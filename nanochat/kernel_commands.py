@@ -13,6 +13,7 @@ from nanochat.errors import UserError
 from nanochat.gate import run_shape
 from nanochat.gpt import GPTConfig
 from nanochat.paths import Paths
+from nanochat.preflight import most_rows
 from nanochat.presets import PresetName, with_preset
 from nanochat.runtime import start_runtime
 from nanochat.tokenizer import Tokenizer
@@ -96,7 +97,7 @@ class KernelsGateConfig:
     """Validate and time every operation on the device that will train, at its shapes, and keep what training takes."""
 
     preset: PresetName = "d20"
-    """whose depth, context and rows of pretraining; options given besides win"""
+    """whose depth, context and most rows of a stage; options given besides win"""
     depth: int = 0
     """blocks; 0: the preset's, as with the options below"""
     context_length: int = 0
@@ -122,7 +123,7 @@ def run_gate(config: KernelsGateConfig, paths: Paths) -> None:
         config.n_kv_head or base.n_kv_head,
     )  # fmt: skip
     with start_runtime(config.device) as runtime:
-        shape = run_shape(model, config.device_batch_size or base.device_batch_size)
+        shape = run_shape(model, config.device_batch_size or most_rows(config.preset))
         table = Table("operation", "training takes", "because", box=None)
         operations = {}
         for operation, choice in kernels.gate.examine(shape, runtime.device, runtime.compute_dtype):

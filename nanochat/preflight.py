@@ -16,6 +16,8 @@ from nanochat.presets import EMBEDDED, PresetName, with_preset
 from nanochat.runtime import Runtime, compute_dtype, pick_device
 from nanochat.tokenizer import Tokenizer
 from nanochat.train.base import BaseConfig, horizon
+from nanochat.train.mid import MidConfig
+from nanochat.train.sft import SftConfig
 
 MFU = 0.5  # of a compiled model; what the estimate assumes
 REST = 0.35  # of pretraining's time that the other stages take
@@ -77,12 +79,18 @@ def _machine(config: PreflightConfig, paths: Paths) -> list[str]:
         say(f"ok   {count} × {runtime.device_name}")
         _estimate(base, model, runtime, count)
         try:
-            take_gate(paths, model, base.device_batch_size, runtime)
+            take_gate(paths, model, most_rows(config.preset), runtime)
         except UserError as error:
             wrong.append(str(error))
     if not paths.gate.exists():
         say("ok   no gate file: the launch tables choose the kernels (nanochat kernels gate measures here)")
     return wrong
+
+
+def most_rows(preset: str) -> int:
+    """Of a stage of training: what a gate must have judged so that it serves them all."""
+    stages = {"train base": BaseConfig, "train mid": MidConfig, "train sft": SftConfig}
+    return max(with_preset(kind(), name, preset).device_batch_size for name, kind in stages.items())
 
 
 def _estimate(base: BaseConfig, model: GPTConfig, runtime: Runtime, count: int) -> None:

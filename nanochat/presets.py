@@ -110,8 +110,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "evaluate chat": {"options": {"max_tokens": 96, "max_per_task": 200}},
     },
     "d20": {"train base": {"depth": 20}},
-    "d26": {"train base": {"depth": 26, "device_batch_size": 16}},
-    "d32": {"train base": {"depth": 32, "device_batch_size": 8}},
+    "d26": {"train base": {"depth": 26, "device_batch_size": 16}, "train mid": {"device_batch_size": 16}},
+    "d32": {"train base": {"depth": 32, "device_batch_size": 8}, "train mid": {"device_batch_size": 8}},
 }
 EMBEDDED = ("tiny", "cpu")  # presets that make their data themselves
 SHARDS = {"d20": 240, "d26": 450, "d32": 800}  # of pretraining text, at 20 tokens a parameter and 4.8 bytes a token

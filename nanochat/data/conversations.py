@@ -93,13 +93,12 @@ def padded_batches(
 ) -> Iterator[Batch]:
     """One epoch, one conversation a row, padded with assistant_end to the longest; loss where the mask is 1.
 
-    A rank takes rows rank, rank + W, …; what does not fill a batch on every rank is dropped. position: (batches given,).
+    A rank takes rows rank, rank + W, …; what does not fill a batch on every rank is dropped. position:
+    (conversations this rank has used up,).
     """
-    per_batch = rows * world_size
-    for number in range(position[0], len(mixture) // per_batch):
-        rendered = [
-            tokenizer.render(mixture[number * per_batch + row * world_size + rank], length + 1) for row in range(rows)
-        ]
+    for used in range(position[0], len(mixture) // world_size - rows + 1, rows):
+        numbers = range(used, used + rows)
+        rendered = [tokenizer.render(mixture[number * world_size + rank], length + 1) for number in numbers]
         width = max(len(ids) for ids, _ in rendered) - 1
         inputs = torch.full((rows, width), tokenizer.special("assistant_end"))
         targets = torch.full((rows, width), -1)
@@ -107,7 +106,7 @@ def padded_batches(
             ids, mask = torch.tensor(ids), torch.tensor(mask)
             inputs[row, : len(ids) - 1] = ids[:-1]
             targets[row, : len(ids) - 1] = torch.where(mask[1:] == 1, ids[1:], -1)
-        yield Batch(inputs, targets, (number + 1,), (number + 1) * per_batch / len(mixture))
+        yield Batch(inputs, targets, (numbers.stop,), numbers.stop * world_size / len(mixture))
 
 
 def reposition(positions: Sequence[tuple[int, ...]], rank: int, world_size: int) -> tuple[int, ...]:

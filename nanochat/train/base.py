@@ -96,8 +96,10 @@ def warmdown(ratio: float):
 
 
 def learning_settings(config) -> dict:
-    """Of a stage's configuration what decides what is learned; a resumed run must have the same."""
-    return {key: value for key, value in _plain(asdict(config)).items() if key not in ("preset", "impl", "run")}
+    """Of a stage's configuration what decides what is learned; a resumed run must have the same. How many rows a process
+    takes at once does not: a step is accumulated from as many as it takes."""
+    free = ("preset", "impl", "run", "device_batch_size")
+    return {key: value for key, value in _plain(asdict(config)).items() if key not in free}
 
 
 def _plain(value):

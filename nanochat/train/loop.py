@@ -168,8 +168,8 @@ class Trainer:
         self.saved_step = steps[-1]
         meta = self.store.load(self.saved_step, self.model, self.optimizer, self.tokenizer)
         self.smoothed, self.elapsed, self.tokens = meta["smoothed_loss"], meta["elapsed"], meta["tokens"]
-        if meta["settings"] != self.settings:
-            changed = [k for k in self.settings if self.settings[k] != meta["settings"].get(k)]
+        changed = [k for k in self.settings if self.settings[k] != meta["settings"].get(k)]
+        if changed:
             raise UserError(
                 f"{self.store.path(self.saved_step)} was trained with other settings ({', '.join(changed)}); give the same "
                 f"ones to resume, or move {self.store.directory} away to start anew"

@@ -3,9 +3,11 @@ import pytest
 from nanochat.cli import COMMANDS, parse
 from nanochat.errors import UserError
 from nanochat.gpt import GPTConfig
+from nanochat.preflight import most_rows
 from nanochat.presets import PRESETS, PresetOptions
 from nanochat.train.base import BaseConfig, horizon
 from nanochat.train.loop import accumulation_steps
+from nanochat.train.mid import MidConfig
 
 
 def test_d20_has_the_numbers_of_the_original_model():
@@ -33,6 +35,15 @@ def test_gpu_presets_fit_any_usual_number_of_processes(preset, processes):
     config = parse(BaseConfig, "train base", ["--preset", preset])
     rows = config.device_batch_size
     assert accumulation_steps(config.total_batch_size, rows, config.context_length, processes, "tokens") >= 1
+
+
+@pytest.mark.parametrize(("preset", "rows"), [("d20", 32), ("d26", 16), ("d32", 8), ("cpu", 32)])
+def test_one_gate_serves_every_stage_and_on_a_gpu_none_takes_more_rows_than_pretraining(preset, rows):
+    assert most_rows(preset) == rows
+    if preset != "cpu":
+        assert parse(BaseConfig, "train base", ["--preset", preset]).device_batch_size == rows
+        mid = parse(MidConfig, "train mid", ["--preset", preset])
+        assert accumulation_steps(mid.total_batch_size, mid.device_batch_size, 2048, 8, "tokens") >= 1
 
 
 def test_presets_fit_their_commands_and_options_win_over_them():

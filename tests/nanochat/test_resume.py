@@ -5,9 +5,13 @@ import random
 import signal
 import subprocess
 import time
+from itertools import count
 
 import pytest
+import torch
 
+from nanochat.cli import main
+from nanochat.gpt import GPT
 from tests.conftest import TINY_BASE, TINY_MID, TINY_SFT, assert_refused, command, environment, nanochat
 
 
@@ -137,6 +141,37 @@ def test_two_processes_train_and_one_goes_on(base):
     after = losses(base)
     assert sorted(after) == list(range(12)) and {s: after[s] for s in range(8)} == first
     assert after[11][1] < first[0][1]
+
+
+def test_out_of_memory_names_the_option_with_which_the_run_goes_on(base, monkeypatch, capsys):
+    """In all three stages, with the losses of a run that had enough."""
+    whole, forward = copy(base, "whole"), GPT.forward
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    for arguments, last, fewer in (  # last: passes that go well; of base one a step, of mid four, of sft two
+        (["train", "base", *TINY_BASE], 9, "1"),
+        (["train", "mid", *TINY_MID], 30, "2"),
+        (["train", "sft", *TINY_SFT], 12, "2"),
+    ):
+        stage, passes = arguments[1], count()
+        enough = nanochat(whole, *arguments)
+        assert enough.returncode == 0, enough.stderr
+
+        def full(*given, passes=passes, last=last, **options):
+            if not options and next(passes) == last:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return forward(*given, **options)
+
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+            patch.setattr(GPT, "forward", full)
+            main(arguments)
+        assert ended.value.code == 1
+        assert "Tried to allocate 2.00 GiB); lower --device-batch-size" in capsys.readouterr().err
+        again = nanochat(base, *arguments, "--device-batch-size", fewer)
+        assert again.returncode == 0 and f"resuming {stage} at step" in again.stdout, again.stderr
+        found, wanted = losses(base, stage), losses(whole, stage)
+        assert found.keys() == wanted.keys()
+        for step in wanted:
+            assert found[step] == pytest.approx(wanted[step], rel=1e-3), f"{stage} {step}"
 
 
 def test_other_settings_are_not_resumed(base):
