@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: speedrun test bench clean
+.PHONY: speedrun test check bench clean
 
 speedrun: $(INSTALLED)
 	$(BIN)/nanochat speedrun --preset cpu
@@ -14,6 +14,12 @@ test: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/bench
 	$(BIN)/python -m pytest tests/bench
+
+# what takes long: tests marked long, every planted fault, and the preset cpu under a real Slurm where that is installed
+check: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist load -m long
+	$(BIN)/python -m pytest -n 2 --dist load tests/kernels/test_planted_faults.py --plant
+	$(BIN)/python -m pytest "tests/slurm/test_slurm.py::test_a_run_survives_time_limits_cancellation_and_kills" --slurm-preset cpu
 
 bench: $(INSTALLED)
 	mkdir -p build

@@ -1,11 +1,15 @@
 """Time a whole optimizer step on the GPU here: python -m bench.optimizer_step --depth 20 --json build/optimizer_step.json
 
-Random gradients; GPU time with a cold cache, variants taking turns; host time is the processor's to hand a step over.
+The fused one as training runs it (replayed from CUDA graphs) and launched, against the plain formulas on batches of all matrices
+of a shape, compiled by torch.compile, launched and replayed, and against the plain loop over matrices. Random gradients; GPU
+time with a cold cache, variants taking turns; host time is the processor's to hand a step to an idle GPU.
 """
 
 import json
+import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -14,15 +18,17 @@ import torch
 import tyro
 
 from bench.measure import header
+from kernels import reference
 from kernels.timing import interleaved
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig, Implementations
-from nanochat.optim import MuonAdamW
+from nanochat.graphs import Replayed
+from nanochat.optim import Group, MuonAdamW
 
 
 @dataclass(frozen=True)
 class OptimizerStepConfig:
-    """Time the optimizer with fused kernels replayed from graphs, without graphs, and plainly, matrix by matrix."""
+    """Time the optimizer: fused, and plain compiled on batches."""
 
     depth: int = 20
     """blocks"""
@@ -30,45 +36,93 @@ class OptimizerStepConfig:
     """tokens of the vocabulary"""
     rounds: int = 15
     """samples of each variant"""
+    variants: tuple[str, ...] = ("graph", "launched", "compiled", "compiled_graph", "loop")
+    """which of them"""
     json: Path | None = None
     """write every sample here"""
 
 
+class CompiledPlain:
+    """The reference formulas on the groups of an optimizer, each group compiled as one batch."""
+
+    def __init__(self, optimizer: MuonAdamW, graph: bool):
+        self.optimizer = optimizer
+        self.muon, self.adamw = (torch.compile(f, dynamic=False) for f in (self._muon, self._adamw))
+        self.work = Replayed(self._step, torch.cuda.graph_pool_handle() if graph else None, warm_up=3)
+
+    def _muon(self, group: Group, clip, momentum, rate) -> None:
+        direction, _ = reference.nesterov_momentum(
+            group.gradients, group.state["momentum"], clip, momentum, torch.bfloat16
+        )
+        factor = group.lr * math.sqrt(max(1, group.item_shape[0] / group.item_shape[1]))
+        reference.apply_update(group.weights, reference.newton_schulz(direction), rate, factor, group.copies)
+
+    def _adamw(self, group: Group, clip, rate, biases) -> None:
+        reference.adamw(
+            group.weights, group.gradients, group.state["mean"], group.state["variance"], clip, rate, biases,
+            group.lr, MuonAdamW.ADAM_BETAS, MuonAdamW.ADAM_EPS, group.copies,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        o = self.optimizer
+        norms = [torch.linalg.vector_norm(group.gradients) for group in o.groups]
+        o.clip.copy_((o.config.grad_clip / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp(max=1.0))
+        for group in o.groups:
+            if group.stacked:
+                self.muon(group, o.clip, o.momentum, o.rate)
+            else:
+                self.adamw(group, o.clip, o.rate, o.biases)
+            group.gradients.zero_()
+
+    def __call__(self) -> None:
+        self.optimizer.schedule(1.0, 0.95)
+        self.work()
+
+
+def prepare(name: str, config: OptimizerStepConfig) -> tuple[MuonAdamW, Callable[[], None]]:
+    impl = "triton" if name in ("graph", "launched") else "reference"
+    shape = GPTConfig.from_depth(config.depth, config.vocab_size, impl=Implementations(newton_schulz=impl))
+    optimizer = MuonAdamW(GPT.create(shape, "cuda", torch.bfloat16), graphs=name == "graph")
+    if name.startswith("compiled"):
+        return optimizer, CompiledPlain(optimizer, name == "compiled_graph")
+
+    def step() -> None:
+        optimizer.synchronize()
+        optimizer.update(1.0, 0.95)
+
+    return optimizer, step
+
+
 def main(config: OptimizerStepConfig) -> None:
     found = header(f"python -m bench.optimizer_step {' '.join(sys.argv[1:])}".strip())
-    optimizers = {}
-    for name, impl in {"graph": "triton", "eager": "triton", "reference": "reference"}.items():
-        shape = GPTConfig.from_depth(config.depth, config.vocab_size, impl=Implementations(newton_schulz=impl))
-        model = GPT.create(shape, "cuda", torch.bfloat16)
-        optimizers[name] = MuonAdamW(model, graphs=name == "graph")
+    variants = {name: prepare(name, config) for name in config.variants}
 
     def fill(optimizer: MuonAdamW) -> None:
         for group in optimizer.groups:
             group.gradients.normal_(std=1e-3)
 
-    def step(optimizer: MuonAdamW) -> None:
-        optimizer.synchronize()
-        optimizer.update(1.0, 0.95)
-
-    prepare = {name: lambda _, o=o: fill(o) for name, o in optimizers.items()}
-    variants = {name: lambda _, o=o: step(o) for name, o in optimizers.items()}
-    for name, optimizer in optimizers.items():
-        for _ in range(4):
-            prepare[name](0), step(optimizer)
-    samples = interleaved(variants, config.rounds, prepare)
-    for name, optimizer in optimizers.items():
+    for optimizer, step in variants.values():
+        for _ in range(5):
+            fill(optimizer), step()
+    samples = interleaved(
+        {name: lambda _, s=step: s() for name, (_, step) in variants.items()},
+        config.rounds,
+        {name: lambda _, o=optimizer: fill(o) for name, (optimizer, _) in variants.items()},
+    )
+    for name, (optimizer, step) in variants.items():
         host = []
         for _ in range(config.rounds):
             fill(optimizer)
             torch.cuda.synchronize()
             started = time.perf_counter()
-            step(optimizer)
+            step()
             host.append((time.perf_counter() - started) * 1e3)
         ms, (low, _, high) = median(samples[name]), quantiles(samples[name], n=4)
-        ratio = {rival: ms / median(values) for rival, values in samples.items() if rival != name}
-        row = {"depth": config.depth, "impl": name, "ms": ms, "quartiles_ms": [low, high], "host_ms": median(host)}
+        ratio = {other: ms / median(values) for other, values in samples.items() if other != name}
+        row = {"depth": config.depth, "variant": name, "ms": ms, "quartiles_ms": [low, high], "host_ms": median(host)}
         found["rows"].append(row | {"ratio_to": ratio, "samples_ms": samples[name]})
-        print(f"{name:10} {ms:8.2f} ms ({low:.2f} to {high:.2f}), host {median(host):.2f} ms", flush=True)
+        print(f"{name:15} {ms:8.2f} ms ({low:.2f} to {high:.2f}), host {median(host):.2f} ms  {ratio}", flush=True)
     if config.json:
         config.json.parent.mkdir(parents=True, exist_ok=True)
         config.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")

@@ -1,4 +1,6 @@
-"""What the public functions ask of their arguments before any work, each with a message that names the argument."""
+"""What the public functions check of their arguments before any work; each message names the argument."""
+
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -37,13 +39,70 @@ def check_shape(operation: str, name: str, tensor: Tensor, *expected: int | str)
         raise ValueError(f"{operation}: {name} must have shape ({shape}), got {tuple(tensor.shape)}")
 
 
-def check_targets(operation: str, rows: Tensor, targets: Tensor, cap: float, reduction: str) -> None:
-    """What every cross entropy asks of its targets (N,), one for each of `rows`, its cap and its reduction."""
+def check_targets(operation: str, rows: Tensor, targets: Tensor, softcap: float, reduction: str) -> None:
+    """What every cross entropy asks of its targets (N,), one for each of `rows`, its softcap and its reduction."""
     check_shape(operation, "targets", targets, rows.size(0))
     check_device(operation, rows=rows, targets=targets)
     if targets.dtype != torch.int64:
         raise TypeError(f"{operation}: targets must be int64, got {targets.dtype}")
     if reduction not in ("mean", "none"):
         raise ValueError(f"{operation}: reduction must be 'mean' or 'none', got {reduction!r}")
-    if cap <= 0:
-        raise ValueError(f"{operation}: cap must be positive, got {cap}")
+    if softcap <= 0:
+        raise ValueError(f"{operation}: softcap must be positive, got {softcap}")
+
+
+def check_loss_weight(operation: str, targets: Tensor, loss_weight: Tensor | None) -> None:
+    """A float32 scalar or one weight per target, on their device."""
+    if loss_weight is None:
+        return
+    check_device(operation, targets=targets, loss_weight=loss_weight)
+    if loss_weight.dtype != torch.float32 or loss_weight.shape not in ((), targets.shape):
+        raise TypeError(
+            f"{operation}: loss_weight must be float32 of shape () or {tuple(targets.shape)}, got {loss_weight.dtype} of "
+            f"shape {tuple(loss_weight.shape)}"
+        )
+
+
+def normed_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that torch's rms_norm gives for x: x's, but float32 under autocast on CUDA with a torch that lists it so."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x.dtype
+    return torch.float32 if _autocast_norms_in_float32(x.device.type) else x.dtype
+
+
+@lru_cache
+@torch.compiler.assume_constant_result
+def _autocast_norms_in_float32(device_type: str) -> bool:
+    """Whether autocast hands 16-bit tensors to rms_norm as float32: torch 2.11 does not on CUDA, 2.13 does."""
+    with torch.autocast(device_type, dtype=torch.bfloat16), torch.no_grad():
+        one = torch.ones(1, 1, device=device_type, dtype=torch.bfloat16)
+        return torch.nn.functional.rms_norm(one, (1,)).dtype == torch.float32
+
+
+def promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as the plain operation would add them under autocast: in the widest dtype among them. As they are without."""
+    if all(x.dtype == tensors[0].dtype for x in tensors) or not torch.is_autocast_enabled(tensors[0].device.type):
+        return tensors
+    dtype = tensors[0].dtype
+    for x in tensors[1:]:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return tuple(x.to(dtype) for x in tensors)
+
+
+def autocast_products(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as autocast hands them to a matrix product: in its dtype. As they are without autocast."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x.to(dtype) if x.dtype != torch.float64 else x for x in tensors)
+
+
+def check_gradient_buffer(operation: str, name: str, weight: Tensor, gradient: Tensor | None) -> None:
+    """A buffer that a weight's gradient is added to: float32, of the weight's shape, contiguous, on its device."""
+    if gradient is None:
+        return
+    check_shape(operation, name, gradient, *weight.shape)
+    check_device(operation, weight=weight, **{name: gradient})
+    if gradient.dtype != torch.float32 or not gradient.is_contiguous():
+        raise TypeError(f"{operation}: {name} must be contiguous float32, got {gradient.dtype} with strides {gradient.stride()}")

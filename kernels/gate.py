@@ -1,157 +1,130 @@
-"""The gate: on the GPU where training will run, at its shapes, every operation validated and timed, and the choice kept.
+"""The gate: on the GPU where training will run, at its shapes, every operation is validated and timed, and the choice kept.
 
-An implementation that fails, or is further from the oracle than kernels/oracle.py allows, is not chosen; of the others the
-fastest is, the model's references compiled as they are in training. What follows reads the file and refuses one of another machine.
+An implementation that fails, or is further from the oracle than kernels/oracle.py allows, is not chosen. Of the others the
+fastest is; the model's references are compiled as they are in training. Every row of every result and gradient is compared,
+a chunk of rows at a time. `read` rejects a file of another machine, of other versions, or of other kernels.
 """
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+import re
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
-from itertools import compress
+from hashlib import sha256
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import kernels
-from kernels import configs, dispatch, reference, timing
+from kernels import configs, dispatch, timing
+from kernels.architecture import TRITON_INSTALLED, triton
+from kernels.operation import Operation, RunShape, Trial
 from kernels.oracle import evaluate, over_budget
-from kernels.triton_helpers import INSTALLED, triton
 
-CHECKED = 64  # rows at either end of a tensor that are compared with float64
-LOGITS = 2**30  # elements of logits at most; a longer batch goes through the head in chunks
+CHUNK = 2**26  # elements of the largest tensor that a chunk of rows makes in float64
 ROUNDS = 15
-
-
-@dataclass(frozen=True)
-class RunShape:
-    """What a training run asks of the operations: rows of tokens at once, and the model's sizes."""
-
-    rows: int
-    tokens: int
-    width: int
-    heads: int
-    kv_heads: int
-    vocab: int
-    depth: int
-
-
-@dataclass(frozen=True)
-class Trial:
-    """An operation with the inputs of the run. The inputs numbered in `rowwise`, and all results, have a row for each of
-    theirs, and rows do not mix: so a few of them, and of their gradients, can be compared. judge replaces that comparison."""
-
-    operation: str
-    inputs: tuple
-    rowwise: tuple[int, ...]
-    wrt: tuple[int, ...]
-    judge: Callable[[Callable], str | None] | None = None
+REMEDY = "make it again with: nanochat kernels gate, or remove it"
 
 
 class GateError(ValueError):
-    """A gate file that is none, or of another device, version or shape."""
+    """A gate file that cannot be read, or that was made for another device, version, shape or set of kernels."""
 
 
-def trials(shape: RunShape, device: torch.device, dtype: torch.dtype) -> Iterator[Trial]:
-    """Every operation that has more than the reference."""
-    positions, head = shape.rows * shape.tokens, shape.width // shape.heads
-
-    def normal(*size: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(size, device=device, dtype=dtype).normal_()
-
-    yield Trial("rms_norm", (normal(positions, shape.width),), (0,), (0,))
-    yield Trial("add_rms_norm", (normal(positions, shape.width), normal(positions, shape.width)), (0, 1), (0, 1))
-    angles = torch.arange(shape.tokens)[:, None] * 10000.0 ** (-torch.arange(0, head, 2) / head)
-    tables = [table.to(device, dtype) for table in (angles.cos(), angles.sin())]
-    q, k = (normal(shape.rows, shape.tokens, heads, head) for heads in (shape.heads, shape.kv_heads))
-    yield Trial("qk_norm_rope", (q, k, *tables), (0, 1), (0, 1))
-    rows = min(positions, max(1, LOGITS // shape.vocab))
-    targets = torch.randint(shape.vocab, (rows,), device=device)
-    how = (targets, 15.0, -1, "none")
-    yield Trial("softcap_cross_entropy", (normal(rows, shape.vocab).mul_(3.0), *how), (0, 1), (0,))
-    hidden, weight = normal(rows, shape.width), normal(shape.vocab, shape.width).mul_(3 * shape.width**-0.5)
-    yield Trial("linear_cross_entropy", (hidden, weight, *how), (0, 2), (0, 1))
-    half = dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
-    for count, height in ((4 * shape.depth, shape.width), (shape.depth, 4 * shape.width)):
-        matrices = normal(count, height, shape.width, dtype=half)
-        yield Trial("newton_schulz", (matrices,), (0,), (), partial(_orthogonal, matrices))
-    yield from _optimizer_trials(shape, normal, half, device)
+def call(trial: Trial, function: Callable, *inputs) -> tuple[Tensor, ...]:
+    """All results. Of an operation that works in place the tensors that it changed, which are copies, come first."""
+    inputs = [x.clone() if i in trial.in_place else x for i, x in enumerate(inputs)]
+    results = function(*inputs)
+    changed = tuple(inputs[i] for i in trial.in_place)
+    return changed + tuple(x for x in (results if isinstance(results, tuple) else (results,)) if x is not None)
 
 
-def _optimizer_trials(shape: RunShape, normal: Callable, half: torch.dtype, device: torch.device) -> Iterator[Trial]:
-    """These change their arguments: each call works on copies, and gives them back."""
-    one, biases = torch.ones((), device=device), torch.tensor([0.2, 0.05], device=device)
-    size = (min(shape.depth, 4), shape.width, shape.width)
-    float32 = partial(normal, dtype=torch.float32)
-    yield Trial("nesterov_momentum", (float32(*size), float32(*size), one * 0.5, one * 0.9, half), (0, 1), ())
-    yield Trial("apply_update", (float32(*size), normal(*size, dtype=half), one, 0.02), (0, 1), ())
-    state = (float32(*size), float32(*size), float32(*size), float32(*size).abs())
-    yield Trial("adamw", (*state, one, one, biases, 0.01, (0.8, 0.95), 1e-10), (0, 1, 2, 3), ())
-
-
-def _orthogonal(matrices: Tensor, found: Tensor) -> str | None:
-    """The direction that the reference gives in float64, of a matrix as wide as the run's."""
-    true = reference.newton_schulz(matrices[:1].double())
-    cosine = float(torch.nn.functional.cosine_similarity(true.flatten(), found[:1].double().flatten(), dim=0))
-    return None if cosine >= 0.999 else f"cosine {cosine:.4f} to float64, wanted 0.999"
-
-
-IN_PLACE = {"nesterov_momentum": (1,), "apply_update": (0,), "adamw": (0, 2, 3)}
-
-
-def call(operation: str, function: Callable, *inputs):
-    """The operation; of one that works in place, the tensors that it changed and the first result, on copies."""
-    changed = IN_PLACE.get(operation)
-    if not changed:
-        return function(*inputs)
-    inputs = [x.clone() if i in changed else x for i, x in enumerate(inputs)]
-    result = function(*inputs)
-    return (*(inputs[i] for i in changed), *(result[:1] if isinstance(result, tuple) else ()))
-
-
-def fault(trial: Trial, function: Callable) -> str | None:
-    """What is wrong with an implementation at the run's shape, or None."""
-    plain = partial(call, trial.operation, getattr(reference, trial.operation))
-    mine = partial(call, trial.operation, function)
-    with torch.random.fork_rng(devices=[trial.inputs[0].device] if trial.inputs[0].is_cuda else []):
-        torch.manual_seed(0)
-        probe = mine(*(x.detach() if isinstance(x, Tensor) else x for x in trial.inputs))
-        results = probe if isinstance(probe, tuple) else (probe,)
-        upstream = [torch.randn_like(x) for x in results] if trial.wrt else []
-    found = evaluate(mine, trial.inputs, upstream, trial.wrt)
+def fault(trial: Trial, function: Callable, reference: Callable) -> str | None:
+    """What is wrong with an implementation at the shape of the trial, or None."""
+    found_by, true_by = partial(call, trial, function), partial(call, trial, reference)
     if trial.judge:
-        return trial.judge(found[0])
-    for part in (slice(0, CHECKED), slice(-CHECKED, None)) if trial.inputs[0].dim() < 3 else (slice(-1, None),):
-        few = [x[part] if i in trial.rowwise else x for i, x in enumerate(trial.inputs)]
-        above = [x[part] for x in upstream]
-        wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in few]
-        wide = [torch.float64 if isinstance(x, torch.dtype) else x for x in wide]
-        oracle = evaluate(plain, wide, [x.double() for x in above], trial.wrt)
-        compared = [True] * len(results) + [i in trial.rowwise for i in trial.wrt]
-        every = zip(found, oracle, evaluate(plain, few, above, trial.wrt), strict=True)
-        for one, true, rival in compress(every, compared):
-            # a cross entropy states cap·2⁻²³ as its own
-            wrong = over_budget(one[part], true, rival, 15.0 * 2**-23 * true.numel() ** 0.5 * (one.dim() == 1))
+        return trial.judge(tuple(evaluate(found_by, trial.inputs, [], [])))
+    upstream = upstream_of(trial, reference)
+    found = evaluate(found_by, trial.inputs, upstream, trial.differentiable)
+    results, gradients = found[: len(upstream)], found[len(upstream) :]
+    sums: dict[int, list[Tensor]] = {}  # of gradients of inputs that all rows share: the oracle's and the baseline's
+    for rows in chunks(trial, results):
+        inputs = [x[rows] if i in trial.rowwise else x for i, x in enumerate(trial.inputs)]
+        above = [x[rows] for x in upstream]
+        oracle = evaluate(true_by, [in_float64(x) for x in inputs], [x.double() for x in above], trial.differentiable)
+        baseline = evaluate(true_by, inputs, above, trial.differentiable)
+        apart = trial.apart(tuple(inputs)) if trial.apart else {}
+        for number, (true, plain) in enumerate(zip(oracle, baseline, strict=True)):
+            shared = number >= len(upstream) and trial.differentiable[number - len(upstream)] not in trial.rowwise
+            if shared:
+                parts = [true.double(), plain.double()]
+                before = sums.get(number)
+                sums[number] = [a.add_(b) for a, b in zip(before, parts, strict=True)] if before else parts
+                continue
+            epsilon = trial.epsilon * (1.0 if number < len(upstream) else true.abs())
+            wrong = over_budget(found[number][rows], true, plain, epsilon, apart.get(number))
             if wrong:
-                return wrong
+                return f"{name_of(number, trial, upstream)}, rows {rows.start} to {rows.stop - 1}: {wrong}"
+    for number, (true, plain) in sums.items():
+        gradient = gradients[number - len(upstream)]
+        wrong = over_budget(gradient, true, plain.to(gradient.dtype), trial.epsilon * true.abs())
+        if wrong:
+            return f"{name_of(number, trial, upstream)}: {wrong}"
     return None
 
 
-def milliseconds(trial: Trial, implementations: dict[str, Callable]) -> dict[str, float]:
-    """Median time of each, forward and backward, taking turns; on a GPU without launches, which training hides or captures."""
-    results = call(trial.operation, getattr(reference, trial.operation), *trial.inputs)
-    upstream = (
-        [torch.randn_like(x) for x in (results if isinstance(results, tuple) else (results,))] if trial.wrt else []
+def name_of(number: int, trial: Trial, upstream: Sequence) -> str:
+    results = len(upstream)
+    return f"result {number}" if number < results else f"gradient of input {trial.differentiable[number - results]}"
+
+
+def in_float64(x):
+    if isinstance(x, torch.dtype):  # the dtype of a result
+        return torch.float64
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def upstream_of(trial: Trial, function: Callable) -> list[Tensor]:
+    """Random upstream gradients of all results, the same each time."""
+    with torch.no_grad():
+        results = call(trial, function, *trial.inputs)
+    generator = torch.Generator(results[0].device).manual_seed(0)
+    return [torch.empty(x.shape, dtype=x.dtype, device=x.device).normal_(generator=generator) for x in results]
+
+
+def chunks(trial: Trial, results: Sequence[Tensor]) -> Iterator[slice]:
+    """Slices of the first axis of all rowwise inputs and results; one of everything where no input is rowwise."""
+    if not trial.rowwise:
+        yield slice(None)
+        return
+    rows = len(trial.inputs[trial.rowwise[0]])
+    tensors = [x for x in trial.inputs if isinstance(x, Tensor)]
+    of_a_row = max(x[0].numel() for x in (*(trial.inputs[i] for i in trial.rowwise), *results))
+    # an intermediate result may be as wide as any input is long: logits have an element for each row of the head's weight
+    of_a_row = max(
+        of_a_row, *(size for i, x in enumerate(tensors) if x.dim() for size in x.shape[int(len(x) == rows) :]), 1
     )
+    step = max(1, CHUNK // of_a_row)
+    for first in range(0, rows, step):
+        yield slice(first, min(first + step, rows))
 
-    def once(function: Callable, _) -> list[Tensor]:
-        return evaluate(partial(call, trial.operation, function), trial.inputs, upstream, trial.wrt)
 
-    variants = {name: partial(once, function) for name, function in implementations.items()}
+def milliseconds(trial: Trial, implementations: Mapping[str, Callable], reference: Callable) -> dict[str, float]:
+    """Median time of each, forward and backward, taking turns; on a GPU without launches, which training hides or captures."""
+    upstream = upstream_of(trial, reference) if trial.differentiable else []
+
+    def variant(function: Callable) -> Callable[[int], object]:
+        inputs = [x.clone() if i in trial.in_place else x for i, x in enumerate(trial.inputs)]
+        return lambda _: evaluate(function, inputs, upstream, trial.differentiable)
+
+    def without_nones(function: Callable) -> Callable:
+        return lambda *inputs: tuple(x for x in as_tuple(function(*inputs)) if x is not None)
+
+    variants = {name: variant(without_nones(function)) for name, function in implementations.items()}
     if trial.inputs[0].is_cuda:
         variants = {name: timing.Graph(run) for name, run in variants.items()}
         return {name: median(samples) for name, samples in timing.interleaved(variants, ROUNDS).items()}
@@ -164,51 +137,79 @@ def milliseconds(trial: Trial, implementations: dict[str, Callable]) -> dict[str
     return {name: median(samples) for name, samples in times.items()}
 
 
-def examine(shape: RunShape, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dict]]:
-    """(operation, its choice, why, milliseconds and faults), one after the other; those with a reference alone at the end."""
-    found: dict[str, dict] = {}
-    for trial in trials(shape, device, dtype):
-        implementations = dispatch.room(trial.operation).IMPLEMENTATIONS[trial.operation]
-        public = getattr(kernels, trial.operation)
-        faults, able = {}, {"reference": getattr(reference, trial.operation)}
-        for name in implementations:
-            if name == "reference":
-                continue
-            function = partial(public, impl=name)
+def as_tuple(results) -> tuple:
+    return results if isinstance(results, tuple) else (results,)
+
+
+def examine_operation(
+    operation: Operation, shape: RunShape, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The choice for one operation: impl, why, milliseconds and faults by implementation."""
+    ms: dict[str, float] = {}
+    faults: dict[str, str] = {}
+    for trial in operation.trials(shape, device, dtype):
+        able = {"reference": operation.reference}
+        for name in operation.implementations:
+            function = partial(operation.function, impl=name)
             try:
-                wrong = fault(trial, function)
+                wrong = fault(trial, function, operation.reference)
             except Exception as error:  # whatever a kernel fails with on this machine, the run goes on without it
-                wrong = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                wrong = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             if wrong:
-                faults[name] = wrong
+                faults.setdefault(name, wrong)
             else:
                 able[name] = function
-        if trial.inputs[0].is_cuda and trial.wrt:  # the model is compiled, the optimizer is not
-            able["reference"] = torch.compile(able["reference"], dynamic=False)
-        ms = milliseconds(trial, able)
-        before = found.get(trial.operation, {"ms": {}, "faults": {}})
-        ms = {name: time + before["ms"].get(name, 0.0) for name, time in ms.items() if not before["faults"].get(name)}
-        faults |= before["faults"]
-        best = min((name for name in ms if name not in faults), key=ms.__getitem__)
-        why = ", ".join(f"{name} {time:.3f} ms" for name, time in sorted(ms.items(), key=lambda item: item[1]))
-        why += "".join(f"; {name}: {wrong}" for name, wrong in faults.items())
-        found[trial.operation] = {"impl": best, "why": why, "ms": ms, "faults": faults}
+        if trial.inputs[0].is_cuda and trial.differentiable:  # the model is compiled, the optimizer is not
+            able["reference"] = torch.compile(operation.reference, dynamic=False)
+        for name, time in milliseconds(trial, able, operation.reference).items():
+            ms[name] = ms.get(name, 0.0) + time
         if trial.inputs[0].is_cuda:
             torch.cuda.empty_cache()
-    yield from found.items()
-    for operation in dispatch.ROOMS:
-        if operation not in found:
-            yield operation, {"impl": "reference", "why": "nothing else is there", "ms": {}, "faults": {}}
+    ms = {name: time for name, time in ms.items() if name not in faults}
+    why = ", ".join(f"{name} {time:.3f} ms" for name, time in sorted(ms.items(), key=lambda item: item[1]))
+    why += "".join(f"; {name}: {wrong}" for name, wrong in faults.items())
+    return {"impl": min(ms, key=ms.__getitem__), "why": why, "ms": ms, "faults": faults}
 
 
-def identity(shape: RunShape, device: torch.device, dtype: torch.dtype) -> dict:
+def examine(shape: RunShape, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(operation, its choice), one after the other; those that have a reference alone at the end."""
+    alone = {"impl": "reference", "why": "there is no other implementation", "ms": {}, "faults": {}}
+    for operation in sorted(dispatch.operations().values(), key=lambda operation: not operation.implementations):
+        tried = operation.implementations and operation.trials
+        yield operation.name, examine_operation(operation, shape, device, dtype) if tried else alone
+
+
+def identity(shape: RunShape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """What a gate file is valid for."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    versions = {"torch": torch.__version__, "triton": triton.__version__ if INSTALLED else None}
-    return {"device": name, "versions": versions, "shape": asdict(shape), "dtype": str(dtype).removeprefix("torch.")}
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "versions": {
+            "torch": torch.__version__,
+            "triton": triton.__version__ if TRITON_INSTALLED else None,
+            "ptxas": ptxas_version() if TRITON_INSTALLED else None,
+        },
+        "kernels": sources_hash(),
+        "shape": asdict(shape),
+        "dtype": configs.dtype_name(dtype),
+    }
 
 
-def write(path: Path, valid_for: dict, operations: dict[str, dict]) -> None:
+def ptxas_version() -> str:
+    """Of the assembler that Triton uses, in full: some builds are known to miscompile."""
+    report = subprocess.run([triton.knobs.nvidia.ptxas.path, "--version"], capture_output=True, text=True, check=True)
+    found = re.search(r"V(\d[\d.]+)", report.stdout)
+    return found.group(1) if found else report.stdout.strip()
+
+
+def sources_hash() -> str:
+    """Of the sources of this package and its launch tables."""
+    digest = sha256()
+    for path in sorted((*Path(__file__).parent.glob("*.py"), *configs.FOLDER.glob("*.json"))):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def write(path: Path, valid_for: dict[str, Any], operations: dict[str, dict[str, Any]]) -> None:
     """The file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -218,24 +219,25 @@ def write(path: Path, valid_for: dict, operations: dict[str, dict]) -> None:
     temporary.replace(path)
 
 
-def apply(path: Path, valid_for: dict) -> str:
-    """From now on impl="auto" takes what the gate chose; returns a line that says so.
+def read(path: Path, valid_for: dict[str, Any]) -> dict[str, str]:
+    """The implementation that the gate chose, by operation.
 
-    Raises GateError when the file cannot be read or was made for another device, version or shape, naming both.
+    Raises GateError when the file cannot be read, was made for another device, version, shape or set of kernels (naming both), or
+    names an operation or an implementation that does not exist.
     """
-    remedy = "make it anew with: nanochat kernels gate, or remove it"
     try:
         found = json.loads(path.read_text("utf-8"))
-        choices = {name: (entry["impl"], entry["why"]) for name, entry in found["operations"].items()}
+        choices = {name: str(entry["impl"]) for name, entry in found["operations"].items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise GateError(f"{path} is no gate file ({error}); {remedy}") from error
+        raise GateError(f"{path} is not a gate file ({error!r}); {REMEDY}") from error
     for name, wanted in valid_for.items():
         made = found.get(name)
         if name == "shape" and isinstance(made, dict) and made.get("rows", 0) >= wanted["rows"]:
             made = made | {"rows": wanted["rows"]}  # fewer rows are served by what serves more
         if made != wanted:
-            raise GateError(f"{path} was made for another {name}: {found.get(name)}, here it is {wanted}; {remedy}")
-    configs.choices.clear()
-    configs.choices.update(choices)
-    taken = [name for name, (impl, _) in choices.items() if impl != "reference"]
-    return f"kernels: the gate of {path} chose fused {', '.join(taken) or 'nothing'}"
+            raise GateError(f"{path} was made for another {name}: {found.get(name)}, here it is {wanted}; {REMEDY}")
+    for name, impl in choices.items():
+        operation = dispatch.operations().get(name)
+        if operation is None or impl not in ("reference", *operation.implementations):
+            raise GateError(f"{path} chooses {impl} for {name}, which does not exist here; {REMEDY}")
+    return choices

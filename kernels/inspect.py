@@ -1,37 +1,53 @@
-"""What the compiler makes of every kernel with every committed launch configuration, for an architecture not at hand.
+"""What the compiler makes of every launch of every kernel, for an architecture that need not be at hand.
 
-No GPU is needed: Triton compiles for a named target, its assembler reports registers and memory, and the PTX shows which
-instructions are used. An A100 (sm80) has 163 KiB of shared memory a block and neither TMA nor wgmma; an H100 227 KiB.
+No GPU is needed. The launches are recorded on tensors without data, with the parameters of the architecture's table, and Triton
+compiles each for a named target: its assembler reports registers and memory, and the PTX shows which instructions are used. An
+A100 (sm80) has 163 KiB of shared memory a block and neither TMA nor wgmma; an H100 (sm90) has 227 KiB and both.
 """
 
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-from kernels import configs
-from kernels.configs import Kernel
-from kernels.dispatch import tunable_kernels
-from kernels.triton_helpers import INSTALLED, INTERPRETED, triton
+from kernels import configs, dispatch
+from kernels.operation import Kernel, Key
+from kernels.triton_helpers import INTERPRETED, TRITON_INSTALLED, Launch, recorded_launches, triton
 
 SHARED_MEMORY_LIMIT = {"sm80": 163 * 1024, "sm90": 227 * 1024}  # bytes a block
-SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-MATRIX = ("mma.sync", "wgmma")
+LARGE_STAGE = 48 * 1024  # bytes; of stages this large three fit on an A100
+INSTRUCTIONS = ("mma.sync", "wgmma", "cp.async.bulk", "cp.async.c")
 NOT_ON_SM80 = ("wgmma", "cp.async.bulk")
+META = torch.device("meta")
+
+
+class Place(NamedTuple):
+    """Where a launch comes from: the `number`-th that a flag set of a kernel makes in a dtype, at a shape class."""
+
+    kernel: str
+    dtype: torch.dtype
+    key: Key
+    flags: str
+    number: int
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel with one configuration: registers a thread, spilled and shared bytes, instructions, what is wrong."""
+    """A compiled launch: registers a thread, spilled and shared bytes, instructions of interest, and what is wrong."""
 
     kernel: str
+    flags: str
     dtype: str
-    size: int
-    parameters: dict[str, int]
+    key: str
+    constants: dict[str, Any]
     registers: int
     spilled: int
     shared: int
@@ -39,28 +55,44 @@ class Compiled:
     faults: tuple[str, ...]
 
 
-def compile_kernel(kernel: Kernel, architecture: str, size: int, dtype: torch.dtype, parameters: dict[str, int]):
-    """The compiled kernel of Triton (asm, metadata) for `architecture`. Raises RuntimeError where Triton cannot compile."""
-    if not INSTALLED:
+def record(kernel: Kernel, key: Key, dtype: torch.dtype, parameters: dict[str, int] | None = None) -> dict[str, list]:
+    """The launches of each flag set, by its name."""
+    found = {}
+    for flags, run in kernel.launches(key, dtype, META).items():
+        with recorded_launches() as launches:
+            run(parameters)
+        found[flags] = launches
+    return found
+
+
+def specialize(launch: Launch, architecture: str) -> tuple[Any, dict[str, Any]]:
+    """(Triton's source of a launch, options): the kernel specialised as Triton specialises it when it is launched."""
+    if not TRITON_INSTALLED:
         raise RuntimeError("Triton is not installed (pip install triton; it exists for Linux)")
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET=1 leaves nothing to compile; unset it")
-    types, constants = kernel.arguments(size, dtype, parameters)
-    options = {name: value for name, value in parameters.items() if name.islower()}
-    names = kernel.function.arg_names
-    constants = {n: v for n, v in (parameters | constants).items() if n in names}
-    signature = {n: "constexpr" if n in constants else types[n].replace("T", SHORT[dtype]) for n in names}
-    # what a launch with aligned tensors and sizes divisible by 16 is specialised to
-    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in types and n != "offset"}
-    source = triton.compiler.ASTSource(kernel.function, signature, constants, attributes)
-    target = triton.backends.compiler.GPUTarget("cuda", int(architecture[2:]), 32)
-    return triton.compile(source, target=target, options=options)
+    from triton.runtime.jit import create_function_from_signature
+
+    kernel, backend = launch.kernel, triton.compiler.make_backend(target_of(architecture))
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = binder(*launch.arguments, **launch.constants)
+    options, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
+    return triton.compiler.ASTSource(kernel, signature, constants, attributes), options.__dict__
 
 
-def inspect_kernel(
-    kernel: Kernel, architecture: str, size: int, dtype: torch.dtype, parameters: dict[str, int]
-) -> Compiled:
-    compiled = compile_kernel(kernel, architecture, size, dtype, parameters)
+def target_of(architecture: str):
+    return triton.backends.compiler.GPUTarget("cuda", int(architecture.removeprefix("sm")), 32)
+
+
+def compile_launch(launch: Launch, architecture: str):
+    """Triton's compiled kernel (asm, metadata). Raises RuntimeError, or what Triton raises, where it cannot be compiled."""
+    source, options = specialize(launch, architecture)
+    return triton.compile(source, target=target_of(architecture), options=options)
+
+
+def inspect_launch(launch: Launch, architecture: str, place: Place) -> Compiled:
+    """Compile a launch and judge what came out."""
+    compiled = compile_launch(launch, architecture)
     ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
     registers, spilled = resources(compiled.asm["cubin"])
     faults = []
@@ -70,11 +102,16 @@ def inspect_kernel(
         faults.append(f"{shared} bytes of shared memory, {SHARED_MEMORY_LIMIT[architecture]} exist")
     if architecture == "sm80":
         faults += [f"{name} does not exist on sm_80" for name in NOT_ON_SM80 if name in ptx]
-    wanted = (*MATRIX, "cp.async.bulk", "cp.async.c")
-    instructions = tuple(name.removesuffix(".c") for name in wanted if name in ptx)
-    short = SHORT[dtype]
+        stages = compiled.metadata.num_stages
+        if stages > 3 and shared >= LARGE_STAGE * (stages - 1):  # one stage less than that waits in shared memory
+            faults.append(
+                f"{stages} stages of {shared // (stages - 1)} bytes; 3 stages of {LARGE_STAGE} bytes and more fit"
+            )
+    instructions = tuple(name.removesuffix(".c") for name in INSTRUCTIONS if name in ptx)
+    constants = {name: value for name, value in launch.constants.items() if isinstance(value, int)}
     return Compiled(
-        kernel.name, short, size, parameters, registers, spilled, shared, instructions, tuple(faults)
+        launch.kernel.fn.__name__, place.flags, configs.dtype_name(place.dtype), configs.format_key(place.key),
+        constants, registers, spilled, shared, instructions, tuple(faults),
     )  # fmt: skip
 
 
@@ -89,32 +126,32 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
 
 
-def inspect_all(architecture: str) -> Iterator[Compiled]:
-    """Every kernel with every configuration of the committed table."""
-    launch = configs.table(architecture)["launch"]
-    for kernel in tunable_kernels():
-        for dtype in kernel.dtypes:
-            for size, parameters in launch[kernel.name][str(dtype).removeprefix("torch.")].items():
-                yield inspect_kernel(kernel, architecture, int(size), dtype, parameters)
+def places(architecture: str, only: tuple[str, ...] = ()) -> list[Place]:
+    """Every launch of every kernel (or of `only` these) at every shape class and at the kernels' further shapes; of those that
+    compile to the same code the first. Raises LaunchTableError where the architecture's table is not whole."""
+    found: dict[str, Place] = {}
+    with configs.tables_of(architecture):
+        for kernel in dispatch.tunable_kernels():
+            for dtype in kernel.dtypes if not only or kernel.name in only else ():
+                for key in (*kernel.keys, *kernel.more_keys):
+                    for flags, launches in record(kernel, key, dtype).items():
+                        for number, launch in enumerate(launches):
+                            source, options = specialize(launch, architecture)
+                            code = f"{source.hash()} {sorted(options.items(), key=str)}"
+                            found.setdefault(code, Place(kernel.name, dtype, key, flags, number))
+    return list(found.values())
 
 
-def forced_architecture() -> str | None:
-    """The architecture that TRITON_OVERRIDE_ARCH compiles for instead of the device's own."""
-    return triton.knobs.runtime.override_arch if INSTALLED else None
+def inspect_place(architecture: str, place: Place) -> Compiled:
+    """Record a launch again and inspect it; what a process of inspect_all does."""
+    kernel = next(kernel for kernel in dispatch.tunable_kernels() if kernel.name == place.kernel)
+    with configs.tables_of(architecture):
+        launch = record(kernel, place.key, place.dtype)[place.flags][place.number]
+    return inspect_launch(launch, architecture, place)
 
 
-def run_ptx_of(architecture: str) -> None:
-    """From now on compile for `architecture` and hand its PTX to the driver, which translates it for the device here.
-
-    PTX runs on every newer GPU: so the code an A100 gets is validated on an H100 or H200. Its speed says nothing of an A100.
-    """
-
-    def stages(backend=None, stages=None, options=None, language=None, capability=None):
-        if stages is None:  # asked for what distinguishes this pipeline in the cache
-            return f"ptx-of-{architecture}", f"ptx-of-{architecture}"
-        stages["cubin"] = lambda ptx, metadata: ptx.encode() + b"\0"
-        return None
-
-    triton.knobs.runtime.override_arch = architecture
-    triton.knobs.runtime.add_stages_inspection_hook = stages
-    configs.clear()
+def inspect_all(architecture: str, only: tuple[str, ...] = ()) -> Iterator[Compiled]:
+    """Every launch of every kernel (or of `only` these), compiled by as many processes as there are cores."""
+    jobs = places(architecture, only)
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(inspect_place, [architecture] * len(jobs), jobs, chunksize=4)

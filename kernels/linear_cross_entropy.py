@@ -1,60 +1,225 @@
-"""Head, softcap and loss: cross entropy of cap·tanh(x·Wᵀ/cap) against the targets, in float32.
+"""Head, softcap and loss: cross entropy of softcap·tanh(x·weightᵀ/softcap) against the targets, in float32.
 
-"triton" is torch's product and the fused cross entropy of its logits, whose gradient takes their place's worth of memory once.
+Three products, which are torch's, and one pass over the logits z = x·weightᵀ: with G = dloss/dz for each row's own loss,
+    dx = f ⊙ (G·weight),   dweight = Gᵀ·(f ⊙ x),
+where f is all that multiplies a row's loss: what comes from above, its weight, one over the number of targets. bfloat16 logits
+that fit on the chip are replaced by G while the loss is computed; nothing passes over them again. Other logits stay, and backward
+makes f ⊙ G of them.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import reference
-from kernels.checks import check_float, check_shape, check_targets
-from kernels.dispatch import Implementation, choose
-from kernels.softcap_cross_entropy import refusal_of, softcap_cross_entropy
+from kernels.checks import (
+    autocast_products,
+    check_float,
+    check_gradient_buffer,
+    check_loss_weight,
+    check_shape,
+    check_targets,
+)
+from kernels.cross_entropy_kernels import (
+    fits_on_chip,
+    launch_gradient,
+    launch_losses,
+    launch_on_chip,
+)
+from kernels.dispatch import choose
+from kernels.linear import add_product, plain_linear
+from kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
+from kernels.softcap_cross_entropy import LOGITS, factor_of, random_logits, reduced, unsupported_reason_for
+from kernels.triton_helpers import KernelFunction, derivative, differentiable, needs_gradient
 
 
-def run(x: Tensor, weight: Tensor, targets: Tensor, cap: float, ignore_index: int, reduction: str) -> Tensor:
-    return softcap_cross_entropy(F.linear(x, weight), targets, cap, ignore_index, reduction, impl="triton")
+class LinearCrossEntropy(KernelFunction):
+    @staticmethod
+    def forward(x, weight, targets, softcap, ignore_index, weight_gradient, gradient_now) -> tuple[Tensor, Tensor, Tensor]:
+        """(losses (N,), logits or in their place the gradient of each row's loss (N, V), sums (N,))."""
+        logits = F.linear(x, weight)
+        launch = launch_on_chip if gradient_now else launch_losses
+        losses, sums = launch(logits, targets, softcap, ignore_index)
+        return losses, logits, sums
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.options = inputs[3:]  # the buffer among them: other calls may add to it before this one's backward
+        ctx.save_for_backward(*inputs[:3], *output[1:])
+
+    @staticmethod
+    def backward(ctx, dlosses, *_):
+        if dlosses is None:
+            return (None,) * 7
+        return *derivative(Backward, dlosses, *ctx.saved_tensors, *ctx.options, *ctx.needs_input_grad[:2]), *(None,) * 5
 
 
-def refusal(x: Tensor, weight: Tensor, targets: Tensor, cap: float, ignore_index: int, reduction: str) -> str | None:
-    return refusal_of(x, x.size(0), weight.size(0), cap)
+class Backward(KernelFunction):
+    @staticmethod
+    def forward(
+        dlosses, x, weight, targets, logits, sums, softcap, ignore_index, weight_gradient, gradient_now, dx_needed, dw_needed
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        dx = dweight = None
+        if gradient_now:
+            gradient, factor = logits, torch.where(targets == ignore_index, 0.0, dlosses)[:, None]
+        else:  # with the factor in it
+            gradient, factor = launch_gradient(logits, targets, sums, dlosses, softcap, ignore_index), None
+        if dx_needed:
+            dx = gradient @ weight if factor is None else scaled_product(gradient, weight, factor)
+        if weight_gradient is not None or dw_needed:
+            rows = x if factor is None else (x * factor).to(x.dtype)
+            if weight_gradient is not None:
+                add_product(weight_gradient, gradient, rows)
+            else:
+                dweight = gradient.t() @ rows
+        return dx, dweight
 
 
-IMPLEMENTATIONS = {
-    "linear_cross_entropy": {
-        "triton": Implementation(run, refusal),
-        "reference": Implementation(reference.linear_cross_entropy),
-    }
-}
+def scaled_product(a: Tensor, b: Tensor, factor: Tensor) -> Tensor:
+    """factor ⊙ (a·b), rounded once."""
+    if a.is_cuda:
+        return (torch.mm(a, b, out_dtype=torch.float32) * factor).to(a.dtype)
+    return (a.float() @ b.float() * factor).to(a.dtype)
+
+
+def run(x, weight, targets, softcap, ignore_index, reduction, loss_weight, weight_gradient) -> Tensor:
+    needed = needs_gradient(x, weight)
+    gradient_now = needed and fits_on_chip(x.dtype, weight.size(0), softcap)
+    targets, mean = targets.contiguous(), reduction == "mean"
+    losses, *_ = differentiable(
+        LinearCrossEntropy, x, weight, targets, softcap, ignore_index, weight_gradient, gradient_now
+    )
+    return reduced(losses, factor_of(targets, ignore_index, mean, loss_weight), mean)
+
+
+def run_reference(
+    x, weight, targets, softcap=15.0, ignore_index=-1, reduction="mean", loss_weight=None, weight_gradient=None
+) -> Tensor:  # fmt: skip
+    """reference.linear_cross_entropy, with a product that adds to the buffer where it is given."""
+    logits = plain_linear(x, weight, weight_gradient)
+    return reference.softcap_cross_entropy(logits, targets, softcap, ignore_index, reduction, loss_weight)
+
+
+def unsupported_reason(x, weight, targets, softcap, *_) -> str | None:
+    return unsupported_reason_for(x, x.size(0), weight.size(0), softcap)
 
 
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
     targets: Tensor,
-    cap: float = 15.0,
+    softcap: float = 15.0,
     ignore_index: int = -1,
     reduction: str = "mean",
+    loss_weight: Tensor | None = None,
+    weight_gradient: Tensor | None = None,
     *,
     impl: str = "auto",
 ) -> Tensor:
     """Loss in nats of x (N, C) under weight (V, C) for targets (N,), int64; ignored targets lose 0.
 
-    reduction "mean" gives a float32 scalar, the mean over targets not ignored (0 when all are); "none" gives (N,).
-    Raises ValueError for shapes or a reduction that do not fit and TypeError for dtypes.
+    reduction "mean" gives a float32 scalar, the mean over targets that are not ignored (0 when all are); "none" gives (N,).
+    loss_weight: a float32 scalar on the device, or one per row (N,), that the losses are multiplied by before they are reduced;
+    the mean still divides by the number of targets. It gets no gradient.
+    weight_gradient (V, C), contiguous float32: backward adds the weight's gradient to it in place and gives weight none.
+    Raises ValueError for shapes, devices or a reduction that do not fit, TypeError for dtypes (autocast may mix them), and
+    KernelRequestError (a ValueError) when the implementation asked for by name does not support the call. Repeated calls are
+    bitwise equal.
     """
+    x, weight = autocast_products(x, weight)
     check_float("linear_cross_entropy", x=x, weight=weight)
     check_shape("linear_cross_entropy", "x", x, "N", "C")
     check_shape("linear_cross_entropy", "weight", weight, "V", x.size(1))
-    check_targets("linear_cross_entropy", x, targets, cap, reduction)
-    return choose(
-        "linear_cross_entropy",
-        impl,
-        IMPLEMENTATIONS["linear_cross_entropy"],
-        x,
-        weight,
-        targets,
-        cap,
-        ignore_index,
-        reduction,
-    )(x, weight, targets, cap, ignore_index, reduction)
+    check_targets("linear_cross_entropy", x, targets, softcap, reduction)
+    check_loss_weight("linear_cross_entropy", targets, loss_weight)
+    check_gradient_buffer("linear_cross_entropy", "weight_gradient", weight, weight_gradient)
+    arguments = (x, weight, targets, float(softcap), ignore_index, reduction, loss_weight, weight_gradient)
+    return choose(LINEAR_CROSS_ENTROPY, impl, *arguments)(*arguments)
+
+
+def on_chip_launches(key, dtype: torch.dtype, device: torch.device):
+    logits, targets = random_logits(max(1, 2**30 // key[0]), *key, dtype, device)
+    return {"losses and gradient": lambda parameters: launch_on_chip(logits, targets, 15.0, -1, parameters)}
+
+
+ON_CHIP_SPACE = tuple(
+    {"CHUNK": 256 * warps, "AHEAD": ahead, "PROGRAMS": programs, "num_warps": warps}
+    for warps in (4, 16, 32)
+    for ahead in (0, 2, 4)
+    for programs in (1, 4, 16)
+)  # 256 columns per warp: 8 neighbours per thread, which are loaded at once
+KERNELS = (
+    Kernel(
+        "cross_entropy_on_chip", (torch.bfloat16,), ((1024,), (32_768,), (65_536,)), ON_CHIP_SPACE, on_chip_launches,
+        ((1,), (3,), (50_257,), (65_535,)),
+    ),
+)  # fmt: skip
+
+
+def head_inputs(rows: int, width: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> tuple:
+    x, weight = (torch.empty(n, width, device=device, dtype=dtype).normal_() for n in (rows, vocabulary))
+    return x, weight.mul_(3 * width**-0.5), torch.randint(vocabulary, (rows,), device=device)
+
+
+def trials(shape, device: torch.device, dtype: torch.dtype):
+    rows = min(shape.rows * shape.tokens, max(1, LOGITS // shape.vocab))
+    inputs = (*head_inputs(rows, shape.width, shape.vocab, dtype, device), 15.0, -1, "none")
+    yield Trial(inputs, (0, 2), (0, 1), epsilon=15.0 * 2**-23)
+
+
+def benchmark_inputs(shape: str, dtype: torch.dtype, device: torch.device) -> tuple:
+    """As training runs it: a mean with the weight of a micro-batch of 16 rows."""
+    width = {"d12": 768, "d20": 1280}[shape]
+    inputs = head_inputs(32_768, width, 65_536, dtype, device)
+    return *inputs, 15.0, -1, "mean", torch.full((), 0.125, device=device)
+
+
+def liger():
+    """Liger-Kernel's product and cross entropy in chunks."""
+    try:
+        from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction
+    except ImportError:
+        return None
+
+    def run(x, weight, targets, softcap, ignore_index, reduction, loss_weight):
+        apply = LigerFusedLinearCrossEntropyFunction.apply
+        return apply(x, weight, targets, None, None, ignore_index, 0.0, 0.0, reduction, softcap)[0] * loss_weight
+
+    return run
+
+
+def cce():
+    """Apple's cut cross entropy."""
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+    except ImportError:
+        return None
+
+    def run(x, weight, targets, softcap, ignore_index, reduction, loss_weight):
+        return linear_cross_entropy(x, weight, targets, softcap=softcap, ignore_index=ignore_index) * loss_weight
+
+    return run
+
+
+def elements(arguments: tuple, part: str) -> float:
+    """Operands and results of the products, and the logits once per product that makes or takes them."""
+    x, weight = arguments[:2]
+    logits = x.size(0) * weight.size(0)
+    return x.numel() + weight.numel() + (3 if part == "fwd" else 2) * logits
+
+
+def flops(arguments: tuple, part: str, variant: str) -> float:
+    x, weight = arguments[:2]
+    return (2 if part == "fwd" else 4) * x.numel() * weight.size(0)
+
+
+LINEAR_CROSS_ENTROPY = Operation(
+    "linear_cross_entropy", linear_cross_entropy, run_reference, {"triton": Implementation(run, unsupported_reason)},
+    KERNELS, trials,
+    Benchmark(
+        ("d12", "d20"), benchmark_inputs, (0, 1), elements, flops, ("fwd", "both"), {"liger": liger, "cce": cce}
+    ),
+)  # fmt: skip
+OPERATIONS = (LINEAR_CROSS_ENTROPY,)

@@ -2,95 +2,102 @@
 
 A symmetric result (x·xᵀ, b·A + c·A², products of commuting symmetric matrices) is computed in the tiles of its lower triangle,
 enumerated one after another so that no program is idle, and each element below the diagonal is stored twice: the result
-is symmetric bit for bit. Sums are float32. x·xᵀ and xᵀ·x read x as it lies.
-The blocks that newton_schulz is built of; not an operation of the package.
+is symmetric bit for bit. Sums are float32. x·xᵀ and xᵀ·x read x as it lies in memory.
+These are the blocks that newton_schulz is built of; this file is not an operation of the package.
 """
+
+import itertools
 
 import torch
 from torch import Tensor
 
-from kernels.configs import Kernel, launch_parameters
+from kernels.architecture import TRITON_INSTALLED
+from kernels.checks import check_device
+from kernels.configs import launch_parameters
+from kernels.operation import Kernel
 from kernels.triton_helpers import (
     DTYPES,
-    INSTALLED,
+    GRID_LIMIT,
     cast,
     cdiv,
     dot,
+    launch,
     multiprocessors,
     tl,
     triton,
 )
 
-if INSTALLED:
+if TRITON_INSTALLED:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @triton.jit
-def tile_of(t, columns, BM: tl.constexpr, BN: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """First row and column of the tile that comes t-th. A triangle goes by groups of BN rows: group g has g + 1 tiles a row."""
+def tile_position(t, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SYMMETRIC: tl.constexpr):
+    """First row and column of the t-th tile. A triangle goes by groups of BLOCK_N rows: group g has g + 1 tiles in each tile row."""
     if SYMMETRIC:
-        PER_GROUP: tl.constexpr = BN // BM
+        PER_GROUP: tl.constexpr = BLOCK_N // BLOCK_M
         group = ((tl.sqrt(8.0 * (t // PER_GROUP) + 1.0) - 1.0) * 0.5).to(tl.int32)
-        # a square root that was rounded up or down
+        # the square root may have been rounded up or down
         group = tl.where(PER_GROUP * group * (group + 1) // 2 > t, group - 1, group)
         group = tl.where(PER_GROUP * (group + 1) * (group + 2) // 2 <= t, group + 1, group)
         rest = t - PER_GROUP * group * (group + 1) // 2
-        row = group * BN + rest // (group + 1) * BM
-        column = rest % (group + 1) * BN
+        row = group * BLOCK_N + rest // (group + 1) * BLOCK_M
+        column = rest % (group + 1) * BLOCK_N
     else:
-        across = tl.cdiv(columns, BN)
-        row, column = t // across * BM, t % across * BN
+        across = tl.cdiv(columns, BLOCK_N)
+        row, column = t // across * BLOCK_M, t % across * BLOCK_N
     return row, column
 
 
 @triton.jit
 def load_tile(
-    x, matrix, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr, WHOLE: tl.constexpr
+    x_ptr, matrix, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """ROWS × COLUMNS elements of x (batch, rows, columns), zeros outside; with TMA x is a descriptor of (batch·rows, columns)."""
     if TMA:
-        tile = x.load([matrix * rows + row, column])
+        tile = x_ptr.load([matrix * rows + row, column])
     else:
         r, c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
-        at = x + matrix.to(tl.int64) * rows * columns + (r * columns)[:, None] + c[None, :]
+        ptr = x_ptr + matrix.to(tl.int64) * rows * columns + (r * columns)[:, None] + c[None, :]
         if WHOLE:
-            tile = tl.load(at)
+            tile = tl.load(ptr)
         else:
-            tile = tl.load(at, mask=(r < rows)[:, None] & (c < columns)[None, :], other=0.0)
+            tile = tl.load(ptr, mask=(r < rows)[:, None] & (c < columns)[None, :], other=0.0)
     return tile
 
 
 @triton.jit
 def store_tile(
-    sums, plus, out, row, column, m, n, alpha, beta, gamma,
+    sums, plus_ptr, out_ptr, row, column, m, n, alpha, beta, gamma,
     SYMMETRIC: tl.constexpr, PLUS: tl.constexpr, DIAGONAL: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """alpha·sums + beta·plus + gamma·I to where it belongs; below the diagonal to both places."""
+    """Store alpha·sums + beta·plus + gamma·I, and below the diagonal of a symmetric result also its mirror image."""
     r, c = row + tl.arange(0, sums.shape[0]), column + tl.arange(0, sums.shape[1])
-    at = (r * n)[:, None] + c[None, :]
-    inside = (r < m)[:, None] & (c < n)[None, :]
+    offsets = (r * n)[:, None] + c[None, :]
+    mask = (r < m)[:, None] & (c < n)[None, :]
     sums *= alpha
     if PLUS:
         if WHOLE:
-            sums += beta * tl.load(plus + at).to(tl.float32)
+            sums += beta * tl.load(plus_ptr + offsets).to(tl.float32)
         else:
-            sums += beta * tl.load(plus + at, mask=inside, other=0.0).to(tl.float32)
+            sums += beta * tl.load(plus_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if DIAGONAL:
         sums += tl.where(r[:, None] == c[None, :], gamma, 0.0)
-    value = cast(sums, out.dtype.element_ty)
+    value = cast(sums, out_ptr.dtype.element_ty)
     if SYMMETRIC:
         mirrored = (c * n)[None, :] + r[:, None]
-        if WHOLE and column + sums.shape[1] <= row + 1:  # no mask of single elements, with which no store is a wide one
-            tl.store(out + at, value)
-            tl.store(out + mirrored, value)
+        if WHOLE and column + sums.shape[1] <= row + 1:  # with a mask of single elements no store would be a wide one
+            tl.store(out_ptr + offsets, value)
+            tl.store(out_ptr + mirrored, value)
         else:
-            below = inside & (c[None, :] <= r[:, None])
-            tl.store(out + at, value, mask=below)
-            tl.store(out + mirrored, value, mask=below)  # the diagonal twice, with the same
+            below = mask & (c[None, :] <= r[:, None])
+            tl.store(out_ptr + offsets, value, mask=below)
+            tl.store(out_ptr + mirrored, value, mask=below)  # the diagonal is stored twice, with the same value
     elif WHOLE:
-        tl.store(out + at, value)
+        tl.store(out_ptr + offsets, value)
     else:
-        tl.store(out + at, value, mask=inside)
+        tl.store(out_ptr + offsets, value, mask=mask)
 
 
 @triton.jit
@@ -101,44 +108,47 @@ def halves(tile):
 
 @triton.jit
 def product_kernel(
-    x, y, plus, out, tiles, total, m, n, k, alpha, beta, gamma,
+    x_ptr, y_ptr, plus_ptr, out_ptr, tiles, total, m, n, k, alpha, beta, gamma,
     X_TRANSPOSED: tl.constexpr, Y_TRANSPOSED: tl.constexpr, SYMMETRIC: tl.constexpr, PLUS: tl.constexpr,
-    DIAGONAL: tl.constexpr, WHOLE: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    FLATTEN: tl.constexpr,
+    DIAGONAL: tl.constexpr, WHOLE: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """Tiles BM × BN of out (batch, m, n), `tiles` of each matrix and `total` of all, dealt out to the programs in turn."""
+    """Tiles BLOCK_M × BLOCK_N of out (batch, m, n), `tiles` of each matrix and `total` of all, dealt to the programs in turn."""
+    # torch.compile may hand a float over as float64
+    alpha, beta, gamma = tl.cast(alpha, tl.float32), tl.cast(beta, tl.float32), tl.cast(gamma, tl.float32)
     for index in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLATTEN):
         matrix = index // tiles
-        row, column = tile_of(index % tiles, n, BM, BN, SYMMETRIC)
-        sums = tl.zeros([BM, BN], tl.float32)
-        for start in range(0, k, BK):
+        row, column = tile_position(index % tiles, n, BLOCK_M, BLOCK_N, SYMMETRIC)
+        sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in range(0, k, BLOCK_K):
             if X_TRANSPOSED:
-                a = load_tile(x, matrix, start, row, k, m, BK, BM, TMA, WHOLE).T
+                a = load_tile(x_ptr, matrix, start, row, k, m, BLOCK_K, BLOCK_M, TMA, WHOLE).T
             else:
-                a = load_tile(x, matrix, row, start, m, k, BM, BK, TMA, WHOLE)
+                a = load_tile(x_ptr, matrix, row, start, m, k, BLOCK_M, BLOCK_K, TMA, WHOLE)
             if Y_TRANSPOSED:
-                b = load_tile(y, matrix, column, start, n, k, BN, BK, TMA, WHOLE).T
+                b = load_tile(y_ptr, matrix, column, start, n, k, BLOCK_N, BLOCK_K, TMA, WHOLE).T
             else:
-                b = load_tile(y, matrix, start, column, k, n, BK, BN, TMA, WHOLE)
+                b = load_tile(y_ptr, matrix, start, column, k, n, BLOCK_K, BLOCK_N, TMA, WHOLE)
             sums = dot(a, b, sums)
         base = matrix.to(tl.int64) * m * n
-        parts = halves(sums)  # of which one at a time takes registers for its addresses
-        if BN > 128 or not TMA:  # as do those that are loaded from
+        parts = halves(sums)  # storing one part at a time takes fewer registers for addresses
+        if BLOCK_N > 128 or not TMA:  # as do loads from addresses
             parts = halves(parts[0]) + halves(parts[1])
         for i in tl.static_range(len(parts)):
-            left = column + i * (BN // len(parts))
-            wanted = left < row + BM if SYMMETRIC else True  # not above the diagonal
-            if wanted:
+            left = column + i * (BLOCK_N // len(parts))
+            below = left < row + BLOCK_M if SYMMETRIC else True  # not all of it above the diagonal
+            if below:
                 store_tile(
-                    parts[i], plus + base, out + base, row, left, m, n, alpha, beta, gamma, SYMMETRIC, PLUS, DIAGONAL, WHOLE
+                    parts[i], plus_ptr + base, out_ptr + base, row, left, m, n, alpha, beta, gamma,
+                    SYMMETRIC, PLUS, DIAGONAL, WHOLE,
                 )  # fmt: skip
 
 
-def tiles_of(m: int, n: int, tile_m: int, tile_n: int, symmetric: bool) -> int:
+def tile_count(m: int, n: int, block_m: int, block_n: int, symmetric: bool) -> int:
     """Tiles of one matrix."""
     if symmetric:
-        return sum(i // (tile_n // tile_m) + 1 for i in range(cdiv(m, tile_m)))
-    return cdiv(m, tile_m) * cdiv(n, tile_n)
+        return sum(i // (block_n // block_m) + 1 for i in range(cdiv(m, block_m)))
+    return cdiv(m, block_m) * cdiv(n, block_n)
 
 
 def product(
@@ -146,73 +156,105 @@ def product(
     x_transposed: bool = False, y_transposed: bool = False, symmetric: bool = False, dtype: torch.dtype | None = None,
     parameters: dict[str, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """alpha·x·y + beta·plus + gamma·I for x (B, M, K), y (B, K, N), plus (B, M, N), all contiguous and of one dtype.
+    """alpha·x·y + beta·plus + gamma·I for x (B, M, K), y (B, K, N), plus (B, M, N).
 
     x_transposed: x is given as (B, K, M); y_transposed: y as (B, N, K). symmetric: the caller knows that the result is.
-    dtype: of the result, x's by default. Matrices of up to 2³¹ elements, as many as there are. Repeats bit for bit.
+    dtype: of the result, x's by default. Matrices of up to 2³¹ elements, any number of them. Repeated calls are bitwise equal.
+    Raises ValueError for tensors that are not contiguous, or of another dtype or device than x.
     """
     batch, m, k = x.shape if not x_transposed else (x.size(0), x.size(2), x.size(1))
     n = y.size(1) if y_transposed else y.size(2)
+    check_operands(x, y, plus, (batch, m, n), (batch, n, k) if y_transposed else (batch, k, n))
     out = torch.empty(batch, m, n, dtype=dtype or x.dtype, device=x.device)
     if not out.numel():
         return out
     name = "symmetric_product" if symmetric else "matrix_product"
-    parameters = dict(parameters or launch_parameters(name, x.device, x.dtype, min(m, n)))
-    bm, bn, bk = (parameters[name] for name in ("BM", "BN", "BK"))
-    tiles = tiles_of(m, n, bm, bn, symmetric)
-    programs = parameters.pop("PROGRAMS")
-    total = tiles * batch
+    parameters = dict(parameters or launch_parameters(name, x.device, x.dtype, (m, n, k)))
+    block_m, block_n, block_k = (parameters[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    tiles = tile_count(m, n, block_m, block_n, symmetric)
+    programs, total = parameters.pop("PROGRAMS"), tiles * batch
     # a descriptor sees the matrices one below the other: rows may pass into the next matrix, but not those summed over
-    parameters["TMA"] = int(parameters["TMA"] and x.size(2) % 8 == 0 and y.size(2) % 8 == 0 and k % bk == 0)
-    whole = m % bm == 0 and n % bn == 0 and k % bk == 0
+    aligned = x.size(2) % 8 == y.size(2) % 8 == x.data_ptr() % 16 == y.data_ptr() % 16 == 0
+    numbered = batch * max(x.size(1), y.size(1)) <= GRID_LIMIT  # its rows are int32
+    parameters["TMA"] = int(parameters["TMA"] and aligned and numbered and k % block_k == 0)
+    whole = m % block_m == 0 and n % block_n == 0 and k % block_k == 0
+    if not parameters["TMA"] and (x_transposed or not whole):  # whose addresses and masks take registers from the sums
+        parameters["num_warps"] = max(parameters["num_warps"], block_m * block_n // 2048)
     if parameters["TMA"]:
-        x = descriptor(x, *((bk, bm) if x_transposed else (bm, bk)))
-        y = descriptor(y, *((bn, bk) if y_transposed else (bk, bn)))
-    product_kernel[(min(total, programs * multiprocessors(out.device)) if programs else total,)](
-        x, y, out if plus is None else plus, out, tiles, total, m, n, k, alpha, beta, gamma,
+        x = descriptor(x, *((block_k, block_m) if x_transposed else (block_m, block_k)))
+        y = descriptor(y, *((block_n, block_k) if y_transposed else (block_k, block_n)))
+    launch(
+        product_kernel, (min(total, programs * multiprocessors(out.device)) if programs else total,), out.device,
+        x, y, out if plus is None else plus, out, tiles, total, m, n, k, float(alpha), float(beta), float(gamma),
         X_TRANSPOSED=x_transposed, Y_TRANSPOSED=y_transposed, SYMMETRIC=symmetric, PLUS=plus is not None,
         DIAGONAL=gamma != 0.0, WHOLE=whole, FLATTEN=programs > 0 and not symmetric, **parameters,
     )  # fmt: skip
     return out
 
 
+def check_operands(x: Tensor, y: Tensor, plus: Tensor | None, out_shape: tuple, y_shape: tuple) -> None:
+    """Raise ValueError for what the kernel would misread."""
+    tensors = {"x": x, "y": y} | ({} if plus is None else {"plus": plus})
+    check_device("product", **tensors)
+    for name, tensor, shape in (("y", y, y_shape), ("plus", plus, out_shape)):
+        if tensor is not None and tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"product: {name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise ValueError(f"product: {name} must be contiguous, got strides {tensor.stride()}")
+        if tensor.dtype != x.dtype or tensor.dtype not in DTYPES[:2]:
+            raise ValueError(f"product: all must be bfloat16 or all float16, got {name} in {tensor.dtype}")
+
+
 def descriptor(x: Tensor, rows: int, columns: int):
     return TensorDescriptor.from_tensor(x.view(-1, x.size(2)), [rows, columns])
 
 
-def _arguments(symmetric: bool):
-    def arguments(size: int, dtype: torch.dtype, parameters: dict[str, int]):
-        bm, bn, bk = (parameters[name] for name in ("BM", "BN", "BK"))
-        x, y = "*T", "*T"
-        if parameters["TMA"]:
-            x, y = f"tensordesc<T[{bm}, {bk}]>", f"tensordesc<T[{bn if symmetric else bk}, {bk if symmetric else bn}]>"
-        types = {"x": x, "y": y, "plus": "*T", "out": "*T"} | {
-            name: "i32" for name in ("tiles", "total", "m", "n", "k")
-        }
-        types |= {name: "fp32" for name in ("alpha", "beta", "gamma")}
-        flags = {"X_TRANSPOSED": False, "Y_TRANSPOSED": symmetric, "SYMMETRIC": symmetric, "PLUS": True}
-        return types, flags | {
-            "DIAGONAL": symmetric,
-            "WHOLE": size % bm == size % bn == size % bk == 0,
-            "FLATTEN": parameters["PROGRAMS"] > 0 and not symmetric,
-        }
+def launches_of(symmetric: bool):
+    """What newton_schulz launches at its shapes, and at other sizes every transposition, with and without what is added."""
 
-    return arguments
+    def launches(key, dtype: torch.dtype, device: torch.device):
+        m, n, k = key
+        batch = max(1, 80 * 1280**2 // (m * n))
+        sets = {}
+
+        def normal(*shape: int) -> Tensor:
+            return torch.empty(batch, *shape, device=device, dtype=dtype).normal_()
+
+        def add(name: str, x_transposed: bool, y_transposed: bool, plus: bool, gamma: float = 0.0, to=dtype) -> None:
+            x, y = normal(*((k, m) if x_transposed else (m, k))), normal(*((n, k) if y_transposed else (k, n)))
+            added = normal(m, n) if plus else None
+            sets[name] = lambda parameters: product(
+                x, y, added, beta=float(plus), gamma=gamma, x_transposed=x_transposed, y_transposed=y_transposed,
+                symmetric=symmetric, dtype=to, parameters=parameters,
+            )  # fmt: skip
+
+        add("plus", False, symmetric, True)
+        add("product", False, symmetric, False)
+        if symmetric:
+            add("x transposed", True, False, False)
+            add("plus, diagonal", False, True, True, 1.5)
+        elif dtype == torch.float16:  # newton_schulz computes in float16 and ends in the gradient's dtype
+            add("plus, to bfloat16", False, False, True, to=torch.bfloat16)
+            add("product, to bfloat16", False, False, False, to=torch.bfloat16)
+        for x_transposed, y_transposed in TRANSPOSITIONS if key in MORE_KEYS else ():
+            name = f"x{'ᵀ' * x_transposed}·y{'ᵀ' * y_transposed}"
+            add(name, x_transposed, y_transposed, False)
+            add(f"{name}, plus, diagonal", x_transposed, y_transposed, True, 1.5)
+        return sets
+
+    return launches
 
 
-def _example(symmetric: bool):
-    def example(size: int, dtype: torch.dtype, device: torch.device):
-        x = torch.randn(max(1, 80 * 1280**2 // size**2), size, size, device=device).to(dtype)
-        flags = {"symmetric": symmetric, "y_transposed": symmetric, "beta": 1.0}
-        return lambda parameters: product(x, x, x, **flags, parameters=parameters)
-
-    return example
-
-
-WIDTHS = (256, 768, 1280, 2048)
+TRANSPOSITIONS = tuple(itertools.product((False, True), repeat=2))
+WIDTHS = (256, 768, 1280, 2048)  # w of the model's matrices: w × w, 4w × w and w × 4w
+SYMMETRIC_KEYS = tuple((w, w, k) for w in WIDTHS for k in (w, 4 * w))
+KEYS = tuple(key for w in WIDTHS for key in ((w, w, w), (w, 4 * w, w), (4 * w, w, w)))
+# whole tiles; ragged ones with descriptors; ragged ones without
+MORE_KEYS = ((1536, 1536, 1536), (1216, 1216, 1216), (1001, 1001, 1001))
 SPACE = tuple(
-    {"BM": bm, "BN": bn, "BK": bk, "PROGRAMS": programs, "TMA": tma, "num_warps": warps, "num_stages": stages}
-    for bm, bn, bk, warps, stages in (
+    {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "PROGRAMS": programs, "TMA": tma, "num_warps": w, "num_stages": stages}
+    for m, n, k, w, stages in (
         (64, 64, 64, 4, 3),
         (64, 128, 64, 4, 3),
         (128, 128, 32, 4, 3),
@@ -227,7 +269,7 @@ SPACE = tuple(
     for programs in (0, 1, 2)
     for tma in (0, 1)
 )
-KERNELS = tuple(
-    Kernel(name, product_kernel, WIDTHS, DTYPES[:2], SPACE, _arguments(symmetric), _example(symmetric))
-    for name, symmetric in (("symmetric_product", True), ("matrix_product", False))
+KERNELS = (
+    Kernel("symmetric_product", DTYPES[:2], SYMMETRIC_KEYS, SPACE, launches_of(True), MORE_KEYS),
+    Kernel("matrix_product", DTYPES[:2], KEYS, SPACE, launches_of(False), MORE_KEYS),
 )

@@ -6,25 +6,39 @@ norm in float32 and float64. A and b·A + c·A² are symmetric: half of their ti
 
 "gram" iterates on the small matrix R = X·Xᵀ alone. All polynomials of R commute and are symmetric, so with
 P = a·I + b·R + c·R² the factor of X so far is Q ← P·Q, and R ← P·R·P; at the end X ← Q·X. A factor Q that is
-badly conditioned loses the small singular values, so Q is applied and R made anew after the step where `restarts` says.
+badly conditioned loses the small singular values, so Q is applied and R computed again from X after the steps that `restarts`
+names.
 For m × 4m matrices and 5 steps this takes 38 m³ multiply-adds where the plain algorithm takes 65 (75 without symmetry).
 
 Jordan et al. 2024 (Muon), Amsel et al. 2025 (Polar Express), You 2025 (coefficients).
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.checks import check_float, check_shape
-from kernels.dispatch import Implementation, choose
+from kernels.checks import check_device, check_float, check_shape
+from kernels.configs import launch_parameters
+from kernels.dispatch import choose
 from kernels.matrix_product import KERNELS as PRODUCT_KERNELS
 from kernels.matrix_product import product
-from kernels.triton_helpers import DTYPES, cast, cdiv, tl, traced_as, triton, triton_refusal
+from kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
+from kernels.timing import Graph
+from kernels.triton_helpers import (
+    DTYPES,
+    KernelFunction,
+    cast,
+    cdiv,
+    differentiable,
+    launch,
+    tl,
+    triton,
+    triton_unsupported_reason,
+)
 
 Coefficients = tuple[tuple[float, float, float], ...]
 
@@ -47,42 +61,56 @@ COEFFICIENTS: dict[str, Coefficients] = {
         (2.8366, -3.0525, 1.2012),
     ),
 }
-PARTS = 64  # of a matrix, whose squares are summed apart
+DEFAULT_STEPS: Coefficients = 5 * COEFFICIENTS["model"]
+PARTS = 64  # programs that sum the squares of a matrix, each its share
+MOST_MATRICES = 65_535  # programs on the second axis of a grid
+LARGEST_MATRIX = 2**31 - 2**20  # elements: they are numbered in int32, by loops that pass the end by one turn
 LARGEST_CONDITION = 100.0  # of a factor Q, which float16 holds to 2⁻¹¹
 WORTH_GRAM = 1.5  # times as long as wide: from there "gram" has fewer operations
 ALGORITHMS = ("auto", "standard", "gram")
 
 
 @triton.jit
-def squares_kernel(x, partial, size, BLOCK: tl.constexpr):
+def squares_kernel(x_ptr, squares_ptr, size, BLOCK: tl.constexpr):
     """A share of the sum of the squares of one matrix, in float64: no gradient is too large or too small for it."""
     matrix = tl.program_id(1).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float64)
     for start in tl.range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        tile = tl.load(x + matrix * size + at, mask=at < size, other=0.0).to(tl.float64)
-        total += tile * tile
-    tl.store(partial + matrix * tl.num_programs(0) + tl.program_id(0), tl.sum(total))
+        element = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + (matrix * size + element), mask=element < size, other=0.0).to(tl.float64)
+        total += x * x
+    tl.store(squares_ptr + (matrix * tl.num_programs(0) + tl.program_id(0)), tl.sum(total))
 
 
 @triton.jit
-def scale_kernel(x, partial, out, size, EPS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def scale_kernel(x_ptr, squares_ptr, out_ptr, size, EPS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """A block of x/(‖x‖ + EPS)."""
     matrix = tl.program_id(1).to(tl.int64)
-    norm = tl.sqrt(tl.sum(tl.load(partial + matrix * PARTS + tl.arange(0, PARTS))))
-    factor = tl.sqrt(1.0 / (norm + EPS)).to(tl.float32)  # twice its root, which float32 always holds
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tile = tl.load(x + matrix * size + at, mask=at < size, other=0.0).to(tl.float32)
-    tl.store(out + matrix * size + at, cast(tile * factor * factor, out.dtype.element_ty), mask=at < size)
+    norm = tl.sqrt(tl.sum(tl.load(squares_ptr + matrix * PARTS + tl.arange(0, PARTS))))
+    factor = tl.sqrt(1.0 / (norm + EPS)).to(tl.float32)  # multiplied by twice: its square may pass the range of float32
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    offsets, mask = matrix * size + element, element < size
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offsets, cast(x * factor * factor, out_ptr.dtype.element_ty), mask=mask)
 
 
-def normalised(x: Tensor, squares: Tensor | None = None) -> Tensor:
+def sums_of_squares(x: Tensor, parameters: dict[str, int] | None = None) -> Tensor:
+    """(B, 64) float64, which together make ‖·‖² of each matrix of x (B, m, n), contiguous."""
+    squares, size = torch.empty(x.size(0), PARTS, dtype=torch.float64, device=x.device), x.size(1) * x.size(2)
+    parameters = parameters or launch_parameters("matrix_squares", x.device, x.dtype, (size,))
+    launch(squares_kernel, (PARTS, x.size(0)), x.device, x, squares, size, **parameters)
+    return squares
+
+
+def normalised(x: Tensor, squares: Tensor | None = None, parameters: dict[str, int] | None = None) -> Tensor:
     """Each matrix of x (B, m, n), contiguous, divided by its norm, in float16; squares: sums that make the square of it."""
-    out, size = torch.empty(x.shape, dtype=torch.float16, device=x.device), x[0].numel()
-    if squares is None:
-        squares = torch.empty(x.size(0), PARTS, dtype=torch.float64, device=x.device)
-        squares_kernel[(PARTS, x.size(0))](x, squares, size, BLOCK=1024)
-    scale_kernel[(cdiv(size, 4096), x.size(0))](x, squares, out, size, EPS=reference.NORM_EPS, PARTS=PARTS, BLOCK=4096)
+    out, size = torch.empty(x.shape, dtype=torch.float16, device=x.device), x.size(1) * x.size(2)
+    squares = sums_of_squares(x) if squares is None else squares.contiguous()
+    parameters = parameters or launch_parameters("matrix_scale", x.device, x.dtype, (size,))
+    launch(
+        scale_kernel, (cdiv(size, parameters["BLOCK"]), x.size(0)), x.device,
+        x, squares, out, size, EPS=reference.NORM_EPS, PARTS=PARTS, **parameters,
+    )  # fmt: skip
     return out
 
 
@@ -144,8 +172,8 @@ def conditions(coefficients: Coefficients, ends: Sequence[int]) -> list[float]:
 
 @lru_cache
 def restarts(coefficients: Coefficients) -> tuple[int, ...]:
-    """After how many steps "gram" starts anew: the fewest times that keep every condition within LARGEST_CONDITION, where
-    they are smallest. Raises ValueError for polynomials that have a zero in [0, 1]."""
+    """The numbers of steps after which "gram" restarts: as few as keep every condition within LARGEST_CONDITION, and of those
+    the ones that keep it smallest. Raises ValueError for polynomials that have a zero in [0, 1]."""
     steps = len(coefficients)
     for count in range(steps):
         chosen = min(
@@ -160,28 +188,51 @@ def restarts(coefficients: Coefficients) -> tuple[int, ...]:
     )
 
 
-@torch.library.custom_op("nanochat::newton_schulz", mutates_args=())
-def newton_schulz_op(
-    gradients: Tensor, coefficients: list[float], algorithm: str, squares: Tensor | None = None
-) -> Tensor:
-    steps = tuple(tuple(coefficients[i : i + 3]) for i in range(0, len(coefficients), 3))
+def orthogonalise(
+    gradients: Tensor, coefficients: Coefficients, algorithm: str, squares: Tensor | None = None
+) -> Tensor:  # fmt: skip
     if algorithm == "auto":
-        algorithm = fastest(gradients.shape[-2:], steps)
+        algorithm = fastest(gradients.shape[-2:], coefficients)
     x = gradients.reshape(-1, *gradients.shape[-2:]).contiguous()
     if not x.numel():
-        return torch.empty_like(gradients)
+        return torch.empty(gradients.shape, dtype=gradients.dtype, device=gradients.device)
     x = normalised(x, squares)
-    x = (gram if algorithm == "gram" else standard)(x, steps, gradients.dtype) if steps else x.to(gradients.dtype)
+    compute = gram if algorithm == "gram" else standard
+    x = compute(x, coefficients, gradients.dtype) if coefficients else x.to(gradients.dtype)
     return x.view(gradients.shape)
 
 
-@traced_as(newton_schulz_op)
+class NewtonSchulz(KernelFunction):
+    forward = staticmethod(orthogonalise)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError("newton_schulz has no derivative: call it with impl='reference', whose derivative torch knows")
+
+
+@torch.library.custom_op("nanochat::newton_schulz", mutates_args=())
+def newton_schulz_op(
+    gradients: Tensor, coefficients: list[float], algorithm: str, squares: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """What torch.compile sees: products need no fusion with what surrounds them."""
+    steps = tuple(tuple(coefficients[i : i + 3]) for i in range(0, len(coefficients), 3))
+    return orthogonalise(gradients, steps, algorithm, squares)
+
+
+@newton_schulz_op.register_fake
 def _(gradients, coefficients, algorithm, squares=None):
     return gradients.new_empty(gradients.shape)
 
 
 def run(gradients: Tensor, coefficients: Coefficients, algorithm: str, squares: Tensor | None) -> Tensor:
-    return newton_schulz_op(gradients, [number for step in coefficients for number in step], algorithm, squares)
+    if torch.compiler.is_compiling():
+        return newton_schulz_op(gradients, [number for step in coefficients for number in step], algorithm, squares)
+    return differentiable(NewtonSchulz, gradients, coefficients, algorithm, squares)
+
+
+def run_reference(gradients: Tensor, coefficients: Coefficients = DEFAULT_STEPS, *_) -> Tensor:
+    """The reference has one algorithm and computes the norm itself."""
+    return reference.newton_schulz(gradients, coefficients)
 
 
 def fastest(shape: Sequence[int], coefficients: Coefficients) -> str:
@@ -195,22 +246,18 @@ def fastest(shape: Sequence[int], coefficients: Coefficients) -> str:
     return "gram"
 
 
-def refusal(gradients: Tensor, coefficients: Coefficients, algorithm: str, squares: Tensor | None) -> str | None:
+def unsupported_reason(
+    gradients: Tensor, coefficients: Coefficients, algorithm: str, squares: Tensor | None
+) -> str | None:  # fmt: skip
     if gradients.dtype not in DTYPES[:2]:
         return f"the matrix units take bfloat16 or float16, got {gradients.dtype}; cast the gradients"
-    if gradients.size(-1) * gradients.size(-2) >= 2**31:
+    if gradients.size(-1) * gradients.size(-2) > LARGEST_MATRIX:
         return f"a matrix of {tuple(gradients.shape[-2:])} has more elements than one launch can number"
-    return triton_refusal(gradients)
-
-
-IMPLEMENTATIONS = {
-    "newton_schulz": {
-        "triton": Implementation(run, refusal),
-        "reference": Implementation(
-            lambda gradients, coefficients, *_: reference.newton_schulz(gradients, coefficients)
-        ),
-    }
-}
+    if gradients.shape[:-2].numel() > MOST_MATRICES:
+        return (
+            f"{gradients.shape[:-2].numel()} matrices pass the {MOST_MATRICES} that one launch can number; split them"
+        )
+    return triton_unsupported_reason(gradients)
 
 
 def newton_schulz(
@@ -230,7 +277,8 @@ def newton_schulz(
     With the default, singular values of at least 0.01 ‖G‖ end in [0.68, 1.14], smaller ones below 1.21. A matrix with a
     NaN or an infinity becomes NaN and no other does; one of zeros stays zero. Repeated calls are bitwise equal.
     Raises ValueError for fewer than two axes, negative steps, unknown coefficients or algorithm, TypeError for a dtype that
-    is not floating point, and KernelRequestError (a ValueError) when an implementation asked for by name cannot serve.
+    is not floating point, and KernelRequestError (a ValueError) when the implementation asked for by name does not support the
+    call. There is no derivative: the kernels raise when one is asked for.
     """
     check_float("newton_schulz", gradients=gradients)
     if gradients.dim() < 2:
@@ -241,8 +289,11 @@ def newton_schulz(
         raise ValueError(f"newton_schulz: algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
     if squares is not None:
         check_shape("newton_schulz", "squares", squares, gradients.shape[:-2].numel(), PARTS)
+        check_device("newton_schulz", gradients=gradients, squares=squares)
+        if squares.dtype != torch.float64:
+            raise TypeError(f"newton_schulz: squares must be float64, got {squares.dtype}")
     arguments = (gradients, coefficients_of(steps, coefficients), algorithm, squares)
-    return choose("newton_schulz", impl, IMPLEMENTATIONS["newton_schulz"], *arguments)(*arguments)
+    return choose(NEWTON_SCHULZ, impl, *arguments)(*arguments)
 
 
 def coefficients_of(steps: int, coefficients: str | Sequence) -> Coefficients:
@@ -261,4 +312,116 @@ def coefficients_of(steps: int, coefficients: str | Sequence) -> Coefficients:
     return triples + (triples[-1:] * (steps - len(triples)))
 
 
-KERNELS = PRODUCT_KERNELS
+def matrices(key, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(4, 1, *key, device=device, dtype=dtype).normal_()
+
+
+def squares_launches(key, dtype: torch.dtype, device: torch.device):
+    return {"squares": partial(sums_of_squares, matrices(key, dtype, device))}
+
+
+def scale_launches(key, dtype: torch.dtype, device: torch.device):
+    x = matrices(key, dtype, device)
+    squares = torch.ones(4, PARTS, device=device, dtype=torch.float64)
+    return {"scale": lambda parameters: normalised(x, squares, parameters)}
+
+
+SIZES = ((1280 * 1280,),)  # elements of a matrix
+KERNELS = (
+    Kernel(
+        "matrix_squares", DTYPES[:2], SIZES, ({"BLOCK": 1024, "num_warps": 4},), squares_launches, ((1001,),)
+    ),
+    Kernel("matrix_scale", DTYPES[:2], SIZES, ({"BLOCK": 4096, "num_warps": 4},), scale_launches, ((1001,),)),
+    *PRODUCT_KERNELS,
+)  # fmt: skip
+
+
+def judge(gradients: Tensor, results: tuple[Tensor, ...]) -> str | None:
+    """Compare every matrix with the one that the reference gives in float64, by direction and by norm."""
+    found, chunk = results[0], max(1, 2**26 // gradients[0].numel())
+    for start in range(0, len(gradients), chunk):
+        part = slice(start, start + chunk)
+        true, given = reference.newton_schulz(gradients[part].double()).flatten(1), found[part].double().flatten(1)
+        cosine = torch.nn.functional.cosine_similarity(true, given, dim=1)
+        ratio = given.norm(dim=1) / true.norm(dim=1)
+        wrong = ~((cosine >= 0.999) & ((ratio - 1).abs() <= 0.02))  # NaN is wrong
+        for i in wrong.nonzero().flatten().tolist()[:1]:
+            return (
+                f"matrix {start + i}: cosine {cosine[i]:.4f} and norm {ratio[i]:.3f} × that of float64; "
+                "wanted at least 0.999 and 0.98 to 1.02"
+            )
+    return None
+
+
+def trials(shape, device: torch.device, dtype: torch.dtype):
+    """All matrices of the model: four square ones in each layer, one four times as high and one four times as wide."""
+    half, w = dtype if dtype in DTYPES[:2] else torch.bfloat16, shape.width
+    for count, m, n in ((4 * shape.depth, w, w), (shape.depth, 4 * w, w), (shape.depth, w, 4 * w)):
+        gradients = torch.empty(count, m, n, device=device, dtype=half).normal_()
+        yield Trial((gradients,), (0,), judge=partial(judge, gradients))
+
+
+def model_matrices(shape: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """All matrices of a model ("d20") by shape, or what the busiest of eight ranks orthogonalises of them ("d20/8")."""
+    depth, _, ranks = shape[1:].partition("/")
+    w, ranks = 64 * int(depth), int(ranks or 1)
+    work, counts = [0] * ranks, []
+    # every rank gets as many of a shape as any other or one more, the ones more where the least is to be done
+    for count, m, n in ((int(depth), w, 4 * w), (int(depth), 4 * w, w), (4 * int(depth), w, w)):
+        least = sorted(range(ranks), key=lambda rank: (work[rank], rank))[: count % ranks]
+        counts.append(([count // ranks + (rank in least) for rank in range(ranks)], m, n))
+        work = [done + mine * w * m * n for done, mine in zip(work, counts[-1][0], strict=True)]
+    busiest = max(range(ranks), key=work.__getitem__)
+    return tuple(torch.empty(c[busiest], m, n, device=device, dtype=dtype).normal_() for c, m, n in counts)
+
+
+def flops(groups: tuple[Tensor, ...], part: str, variant: str) -> float:
+    """Of "standard" half of what is symmetric, of "triton" and "graph" the Gram algorithm; of all others the plain products."""
+    total = 0.0
+    for x in groups:
+        m, n = sorted(x.shape[1:])
+        each = 5 * (4 * m * m * n + 2 * m**3)
+        if variant == "standard" or (variant in ("triton", "graph") and m == n):
+            each = 5 * (3 * m * m * n + m**3)
+        elif variant in ("triton", "graph"):  # two of R, fourteen small products, two of Q·X
+            each = 2 * m * m * n + 14 * m**3 + 4 * m * m * n
+        total += x.size(0) * each
+    return total
+
+
+def variants(groups: tuple[Tensor, ...]):
+    """The fused operation, replayed from a CUDA graph as training does, and with the standard algorithm; the reference on one
+    matrix after the other, compiled and batched, that from a CUDA graph, and compiled on one after the other."""
+    torch._dynamo.reset()  # else the eighth shape of a function is no longer compiled
+    compiled = torch.compile(reference.newton_schulz, dynamic=False)
+
+    def fused(_=0):
+        return [newton_schulz(x, impl="triton") for x in groups]
+
+    def batched(_=0):
+        return [compiled(x) for x in groups]
+
+    return {
+        "triton": fused,
+        "graph": partial(Graph(fused), 0),
+        "standard": lambda: [newton_schulz(x, algorithm="standard", impl="triton") for x in groups],
+        "eager": lambda: [[reference.newton_schulz(matrix) for matrix in x] for x in groups],
+        "compile": batched,
+        "compile_graph": partial(Graph(batched), 0),
+        "loop": lambda: [[compiled(matrix) for matrix in x] for x in groups],
+    }
+
+
+NEWTON_SCHULZ = Operation(
+    "newton_schulz", newton_schulz, run_reference, {"triton": Implementation(run, unsupported_reason)}, KERNELS, trials,
+    Benchmark(
+        shapes=("d4", "d12", "d20", "d20/8", "d32"),
+        inputs=model_matrices,
+        differentiable=(),
+        elements=lambda groups, part: 2 * sum(x.numel() for x in groups),
+        flops=flops,
+        modes=("fwd",),
+        variants=variants,
+    ),
+)  # fmt: skip
+OPERATIONS = (NEWTON_SCHULZ,)

@@ -1,10 +1,10 @@
 """What surrounds the orthogonalisation in a step of Muon, and AdamW: each one pass over its tensors, in place.
 
-nesterov_momentum: m ← m + (1 − μ)(g − m) with g = clip·gradient, and the direction g + μ(m − g), with its squares summed.
+nesterov_momentum: m ← m + (1 − μ)(g − m) with g = clip·gradient, and the direction g + μ(m − g), with the sums of its squares.
 apply_update: w ← w − factor·rate·u, and a copy of w in another dtype.
 adamw: the moments of g, their bias corrected, and w ← w − factor·rate·(m/b₁)/(√(v/b₂) + ε), without decay, copied likewise.
 Numbers that change from step to step (clip, μ, rate, b₁, b₂) are float32 scalars on the device, so that a step can be
-captured in a CUDA graph once and no step waits for the host.
+captured in a CUDA graph once and no step waits for the host. None of these has a derivative.
 Jordan et al. 2024 (Muon), Loshchilov and Hutter 2019 (AdamW).
 """
 
@@ -12,113 +12,153 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.checks import check_float, check_shape
-from kernels.dispatch import Implementation, choose
-from kernels.newton_schulz import PARTS
-from kernels.triton_helpers import cast, cdiv, tl, triton, triton_refusal
-
-BLOCK = 2048
+from kernels.checks import check_device, check_float, check_shape
+from kernels.configs import dtype_name, launch_parameters
+from kernels.dispatch import choose
+from kernels.newton_schulz import LARGEST_MATRIX, MOST_MATRICES, PARTS
+from kernels.operation import Implementation, Kernel, Operation, Trial
+from kernels.oracle import over_budget
+from kernels.triton_helpers import (
+    DTYPES,
+    cast,
+    cdiv,
+    launch,
+    needs_gradient,
+    tl,
+    triton,
+    triton_unsupported_reason,
+)
 
 
 @triton.jit
-def momentum_kernel(gradient, momentum, direction, partial, clip, mu, size, BLOCK: tl.constexpr):
-    """A share of one matrix."""
+def momentum_kernel(
+    gradient_ptr, momentum_ptr, direction_ptr, squares_ptr, clip_ptr, mu_ptr, size, BLOCK: tl.constexpr
+):
+    """Every num_programs-th block of one matrix of `size` elements."""
     matrix = tl.program_id(1).to(tl.int64)
-    c, decay = tl.load(clip), tl.load(mu)
+    clip, mu = tl.load(clip_ptr), tl.load(mu_ptr)
     total = tl.zeros([BLOCK], tl.float64)
     for start in tl.range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        here = matrix * size + at
-        g = tl.load(gradient + here, mask=at < size, other=0.0).to(tl.float32) * c
-        m = tl.load(momentum + here, mask=at < size, other=0.0)
-        m += (1.0 - decay) * (g - m)
-        tl.store(momentum + here, m, mask=at < size)
-        way = cast(g + decay * (m - g), direction.dtype.element_ty)
-        tl.store(direction + here, way, mask=at < size)
-        wide = way.to(tl.float32).to(tl.float64)
-        total += wide * wide
-    tl.store(partial + matrix * tl.num_programs(0) + tl.program_id(0), tl.sum(total))
+        element = start + tl.arange(0, BLOCK)
+        offsets, mask = matrix * size + element, element < size
+        g = tl.load(gradient_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * clip
+        m = tl.load(momentum_ptr + offsets, mask=mask, other=0.0)
+        m += (1.0 - mu) * (g - m)
+        tl.store(momentum_ptr + offsets, m, mask=mask)
+        direction = cast(g + mu * (m - g), direction_ptr.dtype.element_ty)
+        tl.store(direction_ptr + offsets, direction, mask=mask)
+        exact = direction.to(tl.float32).to(tl.float64)
+        total += exact * exact
+    tl.store(squares_ptr + (matrix * tl.num_programs(0) + tl.program_id(0)), tl.sum(total))
 
 
 @triton.jit
-def update_kernel(weight, update, copy, rate, size, factor, COPY: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    w = tl.load(weight + at, mask=at < size)
-    u = tl.load(update + at, mask=at < size).to(tl.float32)
-    w -= u * (factor * tl.load(rate))
-    tl.store(weight + at, w, mask=at < size)
+def update_kernel(weight_ptr, update_ptr, copy_ptr, rate_ptr, size, factor, COPY: tl.constexpr, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < size
+    w = tl.load(weight_ptr + offsets, mask=mask)
+    u = tl.load(update_ptr + offsets, mask=mask).to(tl.float32)
+    w -= u * (tl.cast(factor, tl.float32) * tl.load(rate_ptr))  # torch.compile may hand a float over as float64
+    tl.store(weight_ptr + offsets, w, mask=mask)
     if COPY:
-        tl.store(copy + at, cast(w, copy.dtype.element_ty), mask=at < size)
+        tl.store(copy_ptr + offsets, cast(w, copy_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def adamw_kernel(
-    weight, gradient, mean, variance, copy, clip, rate, bias1, bias2, size, factor, new1, new2, eps,
-    COPY: tl.constexpr, BLOCK: tl.constexpr,
+    weight_ptr, gradient_ptr, mean_ptr, variance_ptr, copy_ptr, clip_ptr, rate_ptr, biases_ptr, biases_stride,
+    size, factor, new1, new2, eps, COPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    g = tl.load(gradient + at, mask=at < size, other=0.0).to(tl.float32) * tl.load(clip)
-    m = tl.load(mean + at, mask=at < size, other=0.0)
-    v = tl.load(variance + at, mask=at < size, other=0.0)
-    m += new1 * (g - m)  # 1 − β, rounded once
-    v += new2 * (g * g - v)
-    tl.store(mean + at, m, mask=at < size)
-    tl.store(variance + at, v, mask=at < size)
-    step = (m / tl.load(bias1)) / (tl.sqrt_rn(v / tl.load(bias2)) + eps)
-    w = tl.load(weight + at, mask=at < size, other=0.0)
-    w -= step * (factor * tl.load(rate))
-    tl.store(weight + at, w, mask=at < size)
+    """new1 and new2 are 1 − β₁ and 1 − β₂, rounded once."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < size
+    g = tl.load(gradient_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * tl.load(clip_ptr)
+    m = tl.load(mean_ptr + offsets, mask=mask, other=0.0)
+    v = tl.load(variance_ptr + offsets, mask=mask, other=0.0)
+    m += tl.cast(new1, tl.float32) * (g - m)
+    v += tl.cast(new2, tl.float32) * (g * g - v)
+    tl.store(mean_ptr + offsets, m, mask=mask)
+    tl.store(variance_ptr + offsets, v, mask=mask)
+    bias1, bias2 = tl.load(biases_ptr), tl.load(biases_ptr + biases_stride)
+    step = (m / bias1) / (tl.sqrt_rn(v / bias2) + tl.cast(eps, tl.float32))
+    w = tl.load(weight_ptr + offsets, mask=mask, other=0.0)
+    w -= step * (tl.cast(factor, tl.float32) * tl.load(rate_ptr))
+    tl.store(weight_ptr + offsets, w, mask=mask)
     if COPY:
-        tl.store(copy + at, cast(w, copy.dtype.element_ty), mask=at < size)
+        tl.store(copy_ptr + offsets, cast(w, copy_ptr.dtype.element_ty), mask=mask)
 
 
-def run_momentum(gradient: Tensor, momentum: Tensor, clip: Tensor, mu: Tensor, dtype: torch.dtype):
+def run_momentum(
+    gradient: Tensor, momentum: Tensor, clip: Tensor, mu: Tensor, dtype: torch.dtype,
+    parameters: dict[str, int] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     direction = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
     batch = gradient.size(0)
-    partial = torch.empty(batch, PARTS, dtype=torch.float64, device=gradient.device)
+    squares = torch.empty(batch, PARTS, dtype=torch.float64, device=gradient.device)
     if batch:
-        size = gradient[0].numel()
-        momentum_kernel[(PARTS, batch)](gradient, momentum, direction, partial, clip, mu, size, BLOCK=BLOCK)
-    return direction, partial
+        size = gradient.size(1) * gradient.size(2)
+        parameters = parameters or launch_parameters("nesterov_momentum", gradient.device, momentum.dtype, (size,))
+        launch(
+            momentum_kernel, (PARTS, batch), gradient.device,
+            gradient, momentum, direction, squares, clip, mu, size, **parameters,
+        )  # fmt: skip
+    return direction, squares
 
 
-def run_update(weight: Tensor, update: Tensor, rate: Tensor, factor: float, copy: Tensor | None = None) -> None:
+def run_update(
+    weight: Tensor, update: Tensor, rate: Tensor, factor: float, copy: Tensor | None = None,
+    parameters: dict[str, int] | None = None,
+) -> None:  # fmt: skip
     if weight.numel():
-        update_kernel[(cdiv(weight.numel(), BLOCK),)](
-            weight, update, weight if copy is None else copy, rate, weight.numel(), factor, COPY=copy is not None,
-            BLOCK=BLOCK,
+        parameters = parameters or launch_parameters("apply_update", weight.device, weight.dtype, (weight.numel(),))
+        launch(
+            update_kernel, (cdiv(weight.numel(), parameters["BLOCK"]),), weight.device,
+            weight, update, weight if copy is None else copy, rate, weight.numel(), factor,
+            COPY=copy is not None, **parameters,
         )  # fmt: skip
 
 
 def run_adamw(
     weight: Tensor, gradient: Tensor, mean: Tensor, variance: Tensor, clip: Tensor, rate: Tensor, biases: Tensor,
     factor: float, betas: tuple[float, float], eps: float, copy: Tensor | None = None,
+    parameters: dict[str, int] | None = None,
 ) -> None:  # fmt: skip
     if weight.numel():
-        adamw_kernel[(cdiv(weight.numel(), BLOCK),)](
-            weight, gradient, mean, variance, weight if copy is None else copy, clip, rate, biases, biases[1:],
-            weight.numel(), factor, 1 - betas[0], 1 - betas[1], eps, COPY=copy is not None, BLOCK=BLOCK,
+        parameters = parameters or launch_parameters("adamw", weight.device, weight.dtype, (weight.numel(),))
+        launch(
+            adamw_kernel, (cdiv(weight.numel(), parameters["BLOCK"]),), weight.device,
+            weight, gradient, mean, variance, weight if copy is None else copy, clip, rate, biases, biases.stride(0),
+            weight.numel(), factor, 1 - betas[0], 1 - betas[1], eps, COPY=copy is not None, **parameters,
         )  # fmt: skip
 
 
-def refusal(first: Tensor, second: Tensor, *rest) -> str | None:
-    tensors = [first, second, *(x for x in rest if isinstance(x, Tensor) and x.dim() > 1)]
-    if not all(x.is_contiguous() for x in tensors):
-        return "it updates contiguous tensors in place, and one is not"
-    return triton_refusal(first)
+def unsupported_reason(*tensors: Tensor | None) -> str | None:
+    """Why no kernel can work on these tensors of many elements, the ones it changes in place among them."""
+    tensors = [x for x in tensors if x is not None]
+    if needs_gradient(*tensors):
+        return "it has no derivative and no rule for torch.func; call it under torch.no_grad()"
+    for x in tensors:
+        if not x.is_contiguous():
+            return f"it takes contiguous tensors, got one of shape {tuple(x.shape)} with strides {x.stride()}"
+    return next(filter(None, map(triton_unsupported_reason, tensors)), None)
 
 
-IMPLEMENTATIONS = {
-    "nesterov_momentum": {
-        "triton": Implementation(run_momentum, refusal),
-        "reference": Implementation(reference.nesterov_momentum),
-    },
-    "apply_update": {
-        "triton": Implementation(run_update, refusal),
-        "reference": Implementation(reference.apply_update),
-    },
-    "adamw": {"triton": Implementation(run_adamw, refusal), "reference": Implementation(reference.adamw)},
-}
+def momentum_unsupported_reason(gradient: Tensor, momentum: Tensor, clip, mu, dtype: torch.dtype) -> str | None:
+    if dtype not in DTYPES:
+        return f"the direction must be bfloat16, float16 or float32, not {dtype}"
+    if gradient.size(0) > MOST_MATRICES:
+        return f"{gradient.size(0)} matrices pass the {MOST_MATRICES} that one launch can number; split them"
+    if gradient.size(1) * gradient.size(2) > LARGEST_MATRIX:
+        return f"a matrix of {tuple(gradient.shape[1:])} has more elements than one launch can number"
+    return unsupported_reason(gradient, momentum)
+
+
+def update_unsupported_reason(weight: Tensor, update: Tensor, rate, factor, copy: Tensor | None) -> str | None:
+    return unsupported_reason(weight, update, copy)
+
+
+def adamw_unsupported_reason(weight, gradient, mean, variance, clip, rate, biases, factor, betas, eps, copy):
+    return unsupported_reason(weight, gradient, mean, variance, copy)
 
 
 def nesterov_momentum(
@@ -127,15 +167,15 @@ def nesterov_momentum(
     """Update momentum (B, m, n), float32, in place with clip·gradient (B, m, n); returns the direction in `dtype` and, from
     the Triton kernel, the sums of its squares (B, 64) in float64, which newton_schulz takes.
 
-    clip, mu: float32 scalars on the device. Raises TypeError, ValueError or KernelRequestError for what does not fit.
+    clip, mu: float32 scalars on the device. Raises TypeError for a dtype or device and ValueError for a shape that does not
+    fit, and KernelRequestError (a ValueError) when the implementation asked for by name does not support the call.
     """
     check_float("nesterov_momentum", gradient=gradient)
     check_shape("nesterov_momentum", "gradient", gradient, "B", "m", "n")
     check_state("nesterov_momentum", gradient, momentum=momentum)
     check_scalars("nesterov_momentum", gradient, clip=clip, mu=mu)
     arguments = (gradient, momentum, clip, mu, dtype)
-    implementations = IMPLEMENTATIONS["nesterov_momentum"]
-    return choose("nesterov_momentum", impl, implementations, *arguments)(*arguments)
+    return choose(NESTEROV_MOMENTUM, impl, *arguments)(*arguments)
 
 
 def apply_update(
@@ -143,15 +183,14 @@ def apply_update(
 ) -> None:
     """Subtract factor·rate·update from a float32 weight of the same shape, in place; rate is a scalar on the device.
 
-    copy: of the same shape, takes the new weight in its own dtype.
+    copy: of the same shape, gets the new weight in its own dtype. Raises as nesterov_momentum does.
     """
     check_float("apply_update", update=update)
     check_state("apply_update", update, weight=weight)
     check_scalars("apply_update", weight, rate=rate)
-    if copy is not None:
-        check_shape("apply_update", "copy", copy, *weight.shape)
+    check_copy("apply_update", weight, copy)
     arguments = (weight, update, rate, factor, copy)
-    choose("apply_update", impl, IMPLEMENTATIONS["apply_update"], *arguments)(*arguments)
+    choose(APPLY_UPDATE, impl, *arguments)(*arguments)
 
 
 def adamw(
@@ -161,23 +200,35 @@ def adamw(
     """A step of AdamW without decay, in place on float32 weight, mean and variance of the gradient's shape.
 
     clip, rate: float32 scalars on the device; biases (2,): 1 − β₁ᵗ and 1 − β₂ᵗ there; the learning rate is factor·rate.
-    copy: of the weight's shape, takes the new weight in its own dtype.
+    copy: of the weight's shape, gets the new weight in its own dtype. Raises as nesterov_momentum does.
     """
     check_float("adamw", gradient=gradient)
     check_state("adamw", gradient, weight=weight, mean=mean, variance=variance)
     check_scalars("adamw", gradient, clip=clip, rate=rate)
     check_shape("adamw", "biases", biases, 2)
-    if copy is not None:
-        check_shape("adamw", "copy", copy, *weight.shape)
+    check_float32("adamw", gradient.device, biases=biases)
+    check_copy("adamw", weight, copy)
     arguments = (weight, gradient, mean, variance, clip, rate, biases, factor, betas, eps, copy)
-    choose("adamw", impl, IMPLEMENTATIONS["adamw"], *arguments)(*arguments)
+    choose(ADAMW, impl, *arguments)(*arguments)
+
+
+def check_float32(operation: str, device: torch.device, **tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if x.dtype != torch.float32 or x.device != device:
+            raise TypeError(f"{operation}: {name} must be float32 on {device}, got {x.dtype} on {x.device}")
 
 
 def check_state(operation: str, like: Tensor, **tensors: Tensor) -> None:
     for name, x in tensors.items():
         check_shape(operation, name, x, *like.shape)
-        if x.dtype != torch.float32 or x.device != like.device:
-            raise TypeError(f"{operation}: {name} must be float32 on {like.device}, got {x.dtype} on {x.device}")
+    check_float32(operation, like.device, **tensors)
+
+
+def check_copy(operation: str, weight: Tensor, copy: Tensor | None) -> None:
+    if copy is not None:
+        check_float(operation, copy=copy)
+        check_shape(operation, "copy", copy, *weight.shape)
+        check_device(operation, weight=weight, copy=copy)
 
 
 def check_scalars(operation: str, like: Tensor, **tensors: Tensor) -> None:
@@ -186,3 +237,120 @@ def check_scalars(operation: str, like: Tensor, **tensors: Tensor) -> None:
             raise TypeError(
                 f"{operation}: {name} must be a float32 scalar on {like.device}, got {x.dtype} {tuple(x.shape)} on {x.device}"
             )
+
+
+def normal(count: int, *shape: int, device: torch.device, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.empty(shape, device=device, dtype=dtype).normal_() for _ in range(count)]
+
+
+def momentum_launches(key, dtype: torch.dtype, device: torch.device):
+    gradient, momentum = normal(2, 4, 1, *key, device=device, dtype=dtype)
+    one = torch.ones((), device=device)
+    return {
+        f"{dtype_name(x.dtype)} to {dtype_name(to)}": lambda parameters, x=x, to=to: run_momentum(
+            x, momentum, one * 0.5, one * 0.9, to, parameters
+        )
+        for x, to in ((gradient, torch.bfloat16), (gradient, torch.float16), (gradient, dtype), (gradient.bfloat16(), dtype))
+    }  # fmt: skip
+
+
+def name_of(name: str, x: Tensor, copy: Tensor | None) -> str:
+    return f"{dtype_name(x.dtype)} {name}, " + ("no copy" if copy is None else f"{dtype_name(copy.dtype)} copy")
+
+
+def update_launches(key, dtype: torch.dtype, device: torch.device):
+    weight, update = normal(2, *key, device=device, dtype=dtype)
+    one = torch.ones((), device=device)
+    return {
+        name_of("update", u, c): lambda parameters, u=u, c=c: run_update(
+            weight, u, one, 0.02, c, parameters
+        )
+        for u in (update.bfloat16(), update.half(), update)
+        for c in (None, update.bfloat16(), update.half(), update.clone())
+    }  # fmt: skip
+
+
+def adamw_launches(key, dtype: torch.dtype, device: torch.device):
+    weight, gradient, mean, variance = normal(4, *key, device=device, dtype=dtype)
+    one, biases = torch.ones((), device=device), torch.ones(2, device=device)
+    return {
+        name_of("gradient", g, c): lambda parameters, g=g, c=c: run_adamw(
+            weight, g, mean, variance.abs_(), one, one, biases, 0.01, (0.8, 0.95), 1e-10, c, parameters
+        )
+        for g in (gradient, gradient.bfloat16())
+        for c in (None, gradient.bfloat16(), gradient.half(), gradient.clone())
+    }  # fmt: skip
+
+
+SPACE = ({"BLOCK": 2048, "num_warps": 4},)
+MOMENTUM_KERNEL, UPDATE_KERNEL, ADAMW_KERNEL = (
+    Kernel(name, (torch.float32,), ((1280 * 1280,),), SPACE, launches, ((1001,),))
+    for name, launches in (
+        ("nesterov_momentum", momentum_launches), ("apply_update", update_launches), ("adamw", adamw_launches),
+    )
+)  # fmt: skip
+
+
+def few(depth: int) -> int:
+    """Matrices in a trial: enough for the gate to see one confused with another, and little memory."""
+    return min(depth, 4)
+
+
+def momentum_trials(shape, device: torch.device, dtype: torch.dtype):
+    gradient, momentum = normal(2, few(shape.depth), shape.width, shape.width, device=device)
+    one, half = torch.ones((), device=device), dtype if dtype in DTYPES[:2] else torch.bfloat16
+    before = momentum.clone()
+
+    def judge(results: tuple[Tensor, ...]) -> str | None:
+        """The direction, the momentum and the sums of squares, which the reference does not make, a matrix after the other."""
+        by_dtype = {x.dtype: x for x in results if x is not None}
+        direction, new_momentum, squares = by_dtype[half], by_dtype[torch.float32], by_dtype.get(torch.float64)
+        for i in range(len(gradient)):
+            found = direction[i], new_momentum[i]
+            states = [before[i].double(), before[i].clone()]
+            scalars = [(0.5 * one).double(), (0.9 * one).double()], [0.5 * one, 0.9 * one]
+            true, plain = (
+                (reference.nesterov_momentum(gradient[i].to(m.dtype), m, *s, to)[0], m)
+                for m, s, to in zip(states, scalars, (torch.float64, half), strict=True)
+            )
+            for name, a, b, c in zip(("direction", "momentum"), found, true, plain, strict=True):
+                if wrong := over_budget(a, b, c):
+                    return f"{name} of matrix {i}: {wrong}"
+            if squares is not None:
+                norm = direction[i].double().square().sum()
+                if not abs(squares[i].sum() - norm) <= 1e-9 * norm:
+                    return f"squares of matrix {i} sum to {float(squares[i].sum())}, those of the direction to {float(norm)}"
+        return None
+
+    yield Trial((gradient, momentum, 0.5 * one, 0.9 * one, half), (0, 1), (), (1,), judge=judge)
+
+
+def update_trials(shape, device: torch.device, dtype: torch.dtype):
+    weight, update = normal(2, few(shape.depth), shape.width, shape.width, device=device)
+    half = dtype if dtype in DTYPES[:2] else torch.bfloat16
+    inputs = (weight, update.to(half), torch.ones((), device=device), 0.02, torch.zeros_like(weight, dtype=half))
+    yield Trial(inputs, (0, 1, 4), (), (0, 4))
+
+
+def adamw_trials(shape, device: torch.device, dtype: torch.dtype):
+    weight, gradient, mean, variance = normal(4, few(shape.depth), shape.width, shape.width, device=device)
+    one, biases = torch.ones((), device=device), torch.tensor([0.2, 0.05], device=device)
+    half = dtype if dtype in DTYPES[:2] else torch.bfloat16
+    state = (weight, gradient, mean, variance.abs_())
+    rest = (one, one, biases, 0.01, (0.8, 0.95), 1e-10, torch.zeros_like(weight, dtype=half))
+    yield Trial((*state, *rest), (0, 1, 2, 3, 10), (), (0, 2, 3, 10))
+
+
+NESTEROV_MOMENTUM = Operation(
+    "nesterov_momentum", nesterov_momentum, reference.nesterov_momentum,
+    {"triton": Implementation(run_momentum, momentum_unsupported_reason)}, (MOMENTUM_KERNEL,), momentum_trials,
+)  # fmt: skip
+APPLY_UPDATE = Operation(
+    "apply_update", apply_update, reference.apply_update,
+    {"triton": Implementation(run_update, update_unsupported_reason)}, (UPDATE_KERNEL,), update_trials,
+)  # fmt: skip
+ADAMW = Operation(
+    "adamw", adamw, reference.adamw,
+    {"triton": Implementation(run_adamw, adamw_unsupported_reason)}, (ADAMW_KERNEL,), adamw_trials,
+)  # fmt: skip
+OPERATIONS = (NESTEROV_MOMENTUM, APPLY_UPDATE, ADAMW)

@@ -1,5 +1,12 @@
-"""How far an implementation may be from the truth: the reference in float64 is the oracle, the reference in the dtype of
-computation the rival, whose error sets the budget. The tests and the gate judge by this alone."""
+"""How far an implementation may be from the truth.
+
+The reference in float64 is the oracle. The reference in the dtype of the computation is the baseline, and its error sets the
+budget. The tests and the gate judge by this alone.
+
+A tensor is judged in groups of similar magnitude, because one norm over all of it would hide any error in its small parts: rows
+(of the last axis) whose norms lie within a factor of 4 form a group, and entries that are of another magnitude by nature, such
+as the target's own in a vocabulary, are judged apart from the rest.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -9,26 +16,94 @@ from torch import Tensor
 RATIO = 1.5
 
 
-def evaluate(function: Callable, inputs: Sequence, upstream: Sequence[Tensor], wrt: Sequence[int]) -> list[Tensor]:
-    """Results, then gradients with respect to the inputs numbered in wrt."""
+def evaluate_each(
+    function: Callable, inputs: Sequence, upstreams: Sequence[Sequence[Tensor]], wrt: Sequence[int]
+) -> list[list[Tensor]]:
+    """For each set of upstream gradients: the results, then the gradients of the inputs numbered in wrt, from one forward pass."""
     inputs = [x.detach().requires_grad_(i in wrt) if isinstance(x, Tensor) else x for i, x in enumerate(inputs)]
     outputs = function(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    grads = torch.autograd.grad(outputs, [inputs[i] for i in wrt], list(upstream)) if wrt else []
-    return [x.detach() for x in (*outputs, *grads)]
+    found = []
+    for number, upstream in enumerate(upstreams):
+        more = number + 1 < len(upstreams)
+        leaves = [inputs[i] for i in wrt]
+        gradients = torch.autograd.grad(outputs, leaves, list(upstream), retain_graph=more) if wrt else []
+        found.append([x.detach() for x in (*outputs, *gradients)])
+    return found
 
 
-def over_budget(found: Tensor, oracle: Tensor, rival: Tensor, more: float = 0.0) -> str | None:
+def evaluate(function: Callable, inputs: Sequence, upstream: Sequence[Tensor], wrt: Sequence[int]) -> list[Tensor]:
+    """The results, then the gradients of the inputs numbered in wrt."""
+    return evaluate_each(function, inputs, [upstream], wrt)[0]
+
+
+def over_budget(
+    found: Tensor, oracle: Tensor, baseline: Tensor, epsilon: float | Tensor = 0.0, apart: Tensor | None = None
+) -> str | None:
     """What is wrong with a result, or None.
 
-    1.5 × the rival's error, both as the norm over the tensor, plus what chance adds where a tensor is small: one rounding
-    unit of its largest element, one of float32 of its largest row, whose own factor is rounded by that; and `more`.
+    In every group, the norm of the error and the error of the worst element are at most 1.5 × the baseline's, plus what chance
+    adds where a group is small: one rounding unit of its largest element, and one of float32 of its largest row, whose own
+    factor is rounded by that. NaN and infinities must stand where the oracle has them.
+
+    epsilon: error that each element may have besides, a number or a tensor that broadcasts to the oracle's shape.
+    apart: bool mask of elements that are judged in groups of their own.
     """
     if not found.numel():
         return None
-    unit = torch.finfo(found.dtype).eps * float(oracle.abs().max())
-    rows = oracle.reshape(-1, oracle.shape[-1] if oracle.dim() else 1)
-    unit += torch.finfo(torch.float32).eps * float(rows.norm(dim=-1).max())
-    error, allowed = float((found.double() - oracle).norm()), float((rival.double() - oracle).norm())
-    budget = RATIO * allowed + unit + more
-    return None if error <= budget else f"error {error:.3e}, reference {allowed:.3e}, budget {budget:.3e}"
+    wrong = misplaced(found, oracle)
+    if wrong:
+        return wrong
+    finite = oracle.isfinite() & found.isfinite()
+    error = _rows(torch.where(finite, (found.double() - oracle).abs(), 0.0))
+    allowed = _rows(torch.where(finite & baseline.isfinite(), (baseline.double() - oracle).abs(), 0.0))
+    size = _rows(torch.where(finite, oracle.abs(), 0.0))
+    more = _rows(torch.as_tensor(epsilon, dtype=torch.float64, device=oracle.device).expand_as(oracle))
+    if apart is None:
+        return _groups_over_budget("", found.dtype, error, allowed, size, more)
+    for name, mask in ((", entries apart", _rows(apart)), (", other entries", ~_rows(apart))):
+        parts = (torch.where(mask, x, 0.0) for x in (error, allowed, size, more))
+        wrong = wrong or _groups_over_budget(name, found.dtype, *parts)
+    return wrong
+
+
+def misplaced(found: Tensor, oracle: Tensor) -> str | None:
+    """Where NaN or an infinity stands in only one of the two; a number beyond the dtype of `found` is infinite in it."""
+    oracle = oracle.to(found.dtype)
+    for name, is_it in (("NaN", torch.isnan), ("inf", torch.isposinf), ("-inf", torch.isneginf)):
+        differs = is_it(found) != is_it(oracle)
+        if differs.any():
+            first = tuple(int(i) for i in differs.nonzero()[0])
+            return f"{int(differs.sum())} elements are {name} in only one of result and oracle, the first at {first}"
+    return None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1] if x.dim() else 1)
+
+
+def _groups_over_budget(
+    name: str, dtype: torch.dtype, error: Tensor, allowed: Tensor, size: Tensor, epsilon: Tensor
+) -> str | None:
+    """over_budget for the errors (rows, C) of a result in `dtype`, of a baseline, and magnitudes of the oracle."""
+    norms = size.norm(dim=1)
+    exponents = torch.where(norms > 0, norms.log2().div(2).floor(), -torch.inf)
+    groups, group_of_row = exponents.unique(return_inverse=True)
+
+    def largest(values: Tensor) -> Tensor:
+        return values.new_zeros(len(groups)).scatter_reduce_(0, group_of_row, values, "amax")
+
+    def norm(values: Tensor) -> Tensor:
+        return values.new_zeros(len(groups)).index_add_(0, group_of_row, values.square().sum(1)).sqrt()
+
+    chance = torch.finfo(dtype).eps * largest(size.amax(1)) + torch.finfo(torch.float32).eps * largest(norms)
+    chance = chance + torch.finfo(torch.float32).tiny  # below which float32 is flushed to 0, or float64 rounded to it
+    for measure, of in (("error", norm), ("error of the worst element", lambda values: largest(values.amax(1)))):
+        got, reference = of(error), of(allowed)
+        budget = RATIO * reference + chance + of(epsilon)
+        for group in (got > budget).nonzero().flatten().tolist():
+            return (
+                f"rows of norm up to {largest(norms)[group]:.3g}{name}: {measure} {got[group]:.3e}, "
+                f"reference {reference[group]:.3e}, budget {budget[group]:.3e}"
+            )
+    return None

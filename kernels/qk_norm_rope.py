@@ -1,8 +1,8 @@
 """Rotary position and QK-norm in one operation: rotate q and k by −θ(position), then RMSNorm over the head.
 
-[x1, x2] → [o1, o2] = [x1·cos + x2·sin, x2·cos − x1·sin] on the two halves of a head, tables of one row a position, then
-y = r·o with r = (mean(o²) + eps)^−½. Backward from the result, as in rms_norm: do = r·(dy − y·⟨dy, y⟩/D), turned back.
-q, k, the tables and the results are read or written once; kept are y, which attention keeps anyway, and r.
+[x1, x2] → [o1, o2] = [x1·cos + x2·sin, x2·cos − x1·sin] on the two halves of a head, with tables of one row for each position,
+then y = r·o with r = (mean(o²) + eps)^−½. The backward starts from the result, as in rms_norm: do = r·(dy − y·⟨dy, y⟩/D),
+rotated back. q, k, the tables and the results are read or written once. Saved are y, which attention saves anyway, and r.
 Su et al. 2021 (rotation), Henry et al. 2020 (norm of q and k).
 """
 
@@ -10,265 +10,313 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.checks import check_device, check_float, check_shape
-from kernels.configs import Kernel, launch_parameters
-from kernels.dispatch import Implementation, choose
+from kernels.checks import check_device, check_float, check_shape, normed_dtype
+from kernels.configs import launch_parameters
+from kernels.dispatch import choose
+from kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
 from kernels.reference import EPS
 from kernels.triton_helpers import (
     DTYPES,
     GRID_LIMIT,
+    KernelFunction,
     cast,
     cdiv,
+    derivative,
+    differentiable,
+    launch,
+    needs_gradient,
     power_of_2,
     rsqrt,
     tl,
-    traced_as,
     triton,
-    triton_refusal,
-    wants_gradient,
+    triton_unsupported_reason,
 )
 
-WIDEST = 1024  # of a head
+WIDEST = 1024  # channels of a head: one token of it in 16 warps fills half of a thread's registers
+MOST_HEADS = 65_535  # programs on the second axis of a grid
+PER_THREAD = 176  # elements of a tile and of its tables at most, in heads wider than those of the launch tables
 
 
 @triton.jit
-def block_of(
-    cos, sin, offset, offsets, tokens, positions, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, OFFSETS: tl.constexpr,
-    TOKENS: tl.constexpr,
+def load_positions(
+    cos_ptr, sin_ptr, offset, offsets_ptr, offsets_stride, tokens, positions,
+    HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, OFFSETS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """The tokens of this program and all that their heads share: row of the batch, tokens of the whole batch, positions in
-    the row (TOKENS,), channels of half a head, which of them exist, and cos and sin (TOKENS, HALF_BLOCK) in float32.
+    """What all heads of this program's tokens share: the batch row, the number of tokens of the whole batch, the tokens in the
+    row (TOKENS,), the channels of half a head (HALF_BLOCK,), a mask of both, and cos and sin in float32 under that mask.
 
-    A position that passes the tables gives NaN, never a stray read.
+    A position outside of the tables gives NaN, never a stray read.
     """
     blocks = tl.cdiv(tokens, TOKENS)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     all_tokens = (tl.num_programs(0) // blocks).to(tl.int64) * tokens
     t = (tl.program_id(0) % blocks) * TOKENS + tl.arange(0, TOKENS)
     channel = tl.arange(0, HALF_BLOCK)
-    inside = (t < tokens)[:, None] & (channel < HALF)[None, :]
+    mask = (t < tokens)[:, None] & (channel < HALF)[None, :]
     position = t.to(tl.int64) + offset
     if OFFSETS:
-        position += tl.load(offsets + batch)
-    known = inside & ((position >= 0) & (position < positions))[:, None]
-    where = position[:, None] * HALF + channel[None, :]
-    c = tl.load(cos + where, mask=known, other=float("nan")).to(tl.float32)
-    s = tl.load(sin + where, mask=known, other=float("nan")).to(tl.float32)
-    return batch, all_tokens, t, channel, inside, c, s
+        position += tl.load(offsets_ptr + batch * offsets_stride)
+    known = mask & ((position >= 0) & (position < positions))[:, None]
+    table_offsets = position[:, None] * HALF + channel[None, :]
+    c = tl.load(cos_ptr + table_offsets, mask=known, other=float("nan")).to(tl.float32)
+    s = tl.load(sin_ptr + table_offsets, mask=known, other=float("nan")).to(tl.float32)
+    return batch, all_tokens, t, channel, mask, c, s
 
 
 @triton.jit
 def load_heads(
-    x, first, heads, x_batch, x_token, x_head, batch, t, channel, inside, HALF: tl.constexpr, HEADS: tl.constexpr
-):
-    """Both halves of HEADS heads, as they lie: (x1, x2, x1, x2, …), each (TOKENS, HALF_BLOCK).
+    x_ptr, first, heads, batch_stride, token_stride, head_stride, batch, t, channel, mask,
+    HALF: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Both halves of HEADS heads in their own dtype: (x1, x2, x1, x2, …), each (TOKENS, HALF_BLOCK).
 
-    All at once, ahead of any store: after one, the compiler must take a load to depend on it.
+    They are loaded all at once, ahead of any store: the compiler must assume that a load after a store depends on it.
     """
     loaded = ()
+    row_ptr = x_ptr + batch * batch_stride
     for i in tl.static_range(HEADS):
-        at = x + batch * x_batch + (first + i) * x_head + (t.to(tl.int64) * x_token)[:, None] + channel[None, :]
-        mask = inside & (first + i < heads)
-        x1 = tl.load(at, mask=mask, other=0.0)
-        loaded = loaded + (x1, tl.load(at + HALF, mask=mask, other=0.0))  # noqa: RUF005
+        ptr = row_ptr + (first + i) * head_stride + (t.to(tl.int64) * token_stride)[:, None] + channel[None, :]
+        head_mask = mask & (first + i < heads)
+        x1 = tl.load(ptr, mask=head_mask, other=0.0)
+        loaded = loaded + (x1, tl.load(ptr + HALF, mask=head_mask, other=0.0))  # noqa: RUF005
     return loaded
 
 
 @triton.jit
 def forward_heads(
-    x, out, rstd, first, heads, x_batch, x_token, x_head, batch, tokens, all_tokens, t, channel, inside, c, s,
-    EPS: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, KEEP: tl.constexpr,
+    x_ptr, y_ptr, rstd_ptr, first, heads, batch_stride, token_stride, head_stride,
+    batch, tokens, all_tokens, t, channel, mask, c, s,
+    EPS: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, KEEP_RSTD: tl.constexpr,
 ):  # fmt: skip
-    loaded = load_heads(x, first, heads, x_batch, x_token, x_head, batch, t, channel, inside, HALF, HEADS)
+    loaded = load_heads(
+        x_ptr, first, heads, batch_stride, token_stride, head_stride, batch, t, channel, mask, HALF, HEADS
+    )  # fmt: skip
     for i in tl.static_range(HEADS):
         x1, x2 = loaded[2 * i].to(tl.float32), loaded[2 * i + 1].to(tl.float32)
-        o1 = tl.where(inside, x1 * c + x2 * s, 0.0)
-        o2 = tl.where(inside, x2 * c - x1 * s, 0.0)
+        o1 = tl.where(mask, x1 * c + x2 * s, 0.0)
+        o2 = tl.where(mask, x2 * c - x1 * s, 0.0)
         r = rsqrt(tl.sum(o1 * o1 + o2 * o2, axis=1) / (2 * HALF) + EPS)
         row = (batch * tokens + t) * heads + (first + i)  # (TOKENS,) int64
-        to = out + row[:, None] * (2 * HALF) + channel[None, :]
-        mask = inside & (first + i < heads)
-        tl.store(to, cast(o1 * r[:, None], out.dtype.element_ty), mask=mask)
-        tl.store(to + HALF, cast(o2 * r[:, None], out.dtype.element_ty), mask=mask)
-        if KEEP:  # a head's numbers side by side: 4 bytes of each token apart would be a memory transaction each
-            number = (first + i) * all_tokens + batch * tokens + t
-            tl.store(rstd + number, r, mask=(t < tokens) & (first + i < heads))
+        ptr = y_ptr + row[:, None] * (2 * HALF) + channel[None, :]
+        head_mask = mask & (first + i < heads)
+        tl.store(ptr, cast(o1 * r[:, None], y_ptr.dtype.element_ty), mask=head_mask)
+        tl.store(ptr + HALF, cast(o2 * r[:, None], y_ptr.dtype.element_ty), mask=head_mask)
+        if KEEP_RSTD:  # (H, B, T): in y's order the 4 bytes of each token would be a memory transaction each
+            offsets = (first + i) * all_tokens + batch * tokens + t
+            tl.store(rstd_ptr + offsets, r, mask=(t < tokens) & (first + i < heads))
 
 
 @triton.jit
 def backward_heads(
-    dy, y, rstd, dx, first, heads, dy_batch, dy_token, dy_head, batch, tokens, all_tokens, t, channel, inside, c, s,
-    HALF: tl.constexpr, HEADS: tl.constexpr,
+    dy_ptr, y_ptr, rstd_ptr, dx_ptr, first, heads, batch_stride, token_stride, head_stride,
+    batch, tokens, all_tokens, t, channel, mask, c, s, HALF: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    grads = load_heads(dy, first, heads, dy_batch, dy_token, dy_head, batch, t, channel, inside, HALF, HEADS)
-    y_token = heads * 2 * HALF  # y is contiguous
+    gradients = load_heads(
+        dy_ptr, first, heads, batch_stride, token_stride, head_stride, batch, t, channel, mask, HALF, HEADS
+    )  # fmt: skip
     normed = load_heads(
-        y, first, heads, tokens * y_token, y_token, 2 * HALF, batch, t, channel, inside, HALF, HEADS
+        y_ptr + batch * tokens * heads * (2 * HALF), first, heads, 0, heads * 2 * HALF, 2 * HALF,
+        batch, t, channel, mask, HALF, HEADS,
     )  # fmt: skip
     for i in tl.static_range(HEADS):
-        row = (batch * tokens + t) * heads + (first + i)
-        number = (first + i) * all_tokens + batch * tokens + t
-        r = tl.load(rstd + number, mask=(t < tokens) & (first + i < heads), other=0.0)
-        g1, g2 = grads[2 * i].to(tl.float32), grads[2 * i + 1].to(tl.float32)
+        row = (batch * tokens + t) * heads + (first + i)  # (TOKENS,) int64
+        offsets = (first + i) * all_tokens + batch * tokens + t
+        r = tl.load(rstd_ptr + offsets, mask=(t < tokens) & (first + i < heads), other=0.0)
+        g1, g2 = gradients[2 * i].to(tl.float32), gradients[2 * i + 1].to(tl.float32)
         y1, y2 = normed[2 * i].to(tl.float32), normed[2 * i + 1].to(tl.float32)
         along = tl.sum(g1 * y1 + g2 * y2, axis=1) / (2 * HALF)
         o1 = r[:, None] * (g1 - y1 * along[:, None])
         o2 = r[:, None] * (g2 - y2 * along[:, None])
-        to = dx + row[:, None] * (2 * HALF) + channel[None, :]
-        mask = inside & (first + i < heads)
-        tl.store(to, cast(o1 * c - o2 * s, dx.dtype.element_ty), mask=mask)
-        tl.store(to + HALF, cast(o1 * s + o2 * c, dx.dtype.element_ty), mask=mask)
+        ptr = dx_ptr + row[:, None] * (2 * HALF) + channel[None, :]
+        head_mask = mask & (first + i < heads)
+        tl.store(ptr, cast(o1 * c - o2 * s, dx_ptr.dtype.element_ty), mask=head_mask)
+        tl.store(ptr + HALF, cast(o1 * s + o2 * c, dx_ptr.dtype.element_ty), mask=head_mask)
 
 
 @triton.jit(do_not_specialize=["offset"])
 def forward_kernel(
-    q, k, q_out, k_out, q_rstd, k_rstd, cos, sin, offset, offsets, tokens, positions, q_heads, k_heads,
-    q_batch, q_token, q_head, k_batch, k_token, k_head,
+    q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_rstd_ptr, k_rstd_ptr,
+    cos_ptr, sin_ptr, offset, offsets_ptr, offsets_stride, tokens, positions, q_heads, k_heads,
+    q_batch_stride, q_token_stride, q_head_stride, k_batch_stride, k_token_stride, k_head_stride,
     EPS: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, OFFSETS: tl.constexpr,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr, KEEP: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, KEEP_RSTD: tl.constexpr,
 ):  # fmt: skip
-    batch, all_tokens, t, channel, inside, c, s = block_of(
-        cos, sin, offset, offsets, tokens, positions, HALF, HALF_BLOCK, OFFSETS, TOKENS
+    batch, all_tokens, t, channel, mask, c, s = load_positions(
+        cos_ptr, sin_ptr, offset, offsets_ptr, offsets_stride, tokens, positions, HALF, HALF_BLOCK, OFFSETS, TOKENS
     )
     q_programs = tl.cdiv(q_heads, HEADS)
     program = tl.program_id(1).to(tl.int64)
     if program < q_programs:
-        forward_heads(q, q_out, q_rstd, program * HEADS, q_heads, q_batch, q_token, q_head,
-                      batch, tokens, all_tokens, t, channel, inside, c, s, EPS, HALF, HEADS, KEEP)  # fmt: skip
+        forward_heads(
+            q_ptr, q_out_ptr, q_rstd_ptr, program * HEADS, q_heads, q_batch_stride, q_token_stride, q_head_stride,
+            batch, tokens, all_tokens, t, channel, mask, c, s, EPS, HALF, HEADS, KEEP_RSTD,
+        )  # fmt: skip
     else:
-        forward_heads(k, k_out, k_rstd, (program - q_programs) * HEADS, k_heads, k_batch, k_token, k_head,
-                      batch, tokens, all_tokens, t, channel, inside, c, s, EPS, HALF, HEADS, KEEP)  # fmt: skip
+        forward_heads(
+            k_ptr, k_out_ptr, k_rstd_ptr, (program - q_programs) * HEADS, k_heads,
+            k_batch_stride, k_token_stride, k_head_stride,
+            batch, tokens, all_tokens, t, channel, mask, c, s, EPS, HALF, HEADS, KEEP_RSTD,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["offset"])
 def backward_kernel(
-    dq_out, dk_out, q_out, k_out, q_rstd, k_rstd, dq, dk, cos, sin, offset, offsets, tokens, positions, q_heads, k_heads,
-    q_batch, q_token, q_head, k_batch, k_token, k_head,
-    HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, OFFSETS: tl.constexpr,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    dq_out_ptr, dk_out_ptr, q_out_ptr, k_out_ptr, q_rstd_ptr, k_rstd_ptr, dq_ptr, dk_ptr,
+    cos_ptr, sin_ptr, offset, offsets_ptr, offsets_stride, tokens, positions, q_heads, k_heads,
+    q_batch_stride, q_token_stride, q_head_stride, k_batch_stride, k_token_stride, k_head_stride,
+    HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, OFFSETS: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    batch, all_tokens, t, channel, inside, c, s = block_of(
-        cos, sin, offset, offsets, tokens, positions, HALF, HALF_BLOCK, OFFSETS, TOKENS
+    """The strides are those of dq_out and dk_out."""
+    batch, all_tokens, t, channel, mask, c, s = load_positions(
+        cos_ptr, sin_ptr, offset, offsets_ptr, offsets_stride, tokens, positions, HALF, HALF_BLOCK, OFFSETS, TOKENS
     )
     q_programs = tl.cdiv(q_heads, HEADS)
     program = tl.program_id(1).to(tl.int64)
     if program < q_programs:
-        backward_heads(dq_out, q_out, q_rstd, dq, program * HEADS, q_heads, q_batch, q_token, q_head,
-                       batch, tokens, all_tokens, t, channel, inside, c, s, HALF, HEADS)  # fmt: skip
+        backward_heads(
+            dq_out_ptr, q_out_ptr, q_rstd_ptr, dq_ptr, program * HEADS, q_heads,
+            q_batch_stride, q_token_stride, q_head_stride,
+            batch, tokens, all_tokens, t, channel, mask, c, s, HALF, HEADS,
+        )  # fmt: skip
     else:
-        backward_heads(dk_out, k_out, k_rstd, dk, (program - q_programs) * HEADS, k_heads, k_batch, k_token, k_head,
-                       batch, tokens, all_tokens, t, channel, inside, c, s, HALF, HEADS)  # fmt: skip
+        backward_heads(
+            dk_out_ptr, k_out_ptr, k_rstd_ptr, dk_ptr, (program - q_programs) * HEADS, k_heads,
+            k_batch_stride, k_token_stride, k_head_stride,
+            batch, tokens, all_tokens, t, channel, mask, c, s, HALF, HEADS,
+        )  # fmt: skip
 
 
-def launch(kernel, name: str, q: Tensor, k: Tensor, tensors: tuple, tables: tuple, parameters, **constants) -> None:
-    """Both kernels: q and k give the strides, `tensors` the pointers before the tables, `tables` cos to offsets."""
-    batch, tokens, q_heads, width = q.shape
+def tile(kernel: str, q: Tensor, heads: tuple[int, int], parameters: dict[str, int] | None) -> dict[str, int]:
+    """Launch parameters and the tile's sizes. Without given parameters the table's, with fewer tokens, then fewer heads, then
+    more warps where a head is so much wider than the table's class that a thread would run out of registers."""
+    width = q.size(-1)
+    block = 2 * power_of_2(width // 2)
+    chosen = parameters or launch_parameters(kernel, q.device, q.dtype, (width,))
+    tokens, warps = chosen["TOKENS"], chosen["num_warps"]
+    # the most heads a program that leave no program with fewer: 6 heads are taken by 3 where the table says 5
+    together = [n for n in range(1, chosen["HEADS"] + 1) if heads[0] % n == heads[1] % n == 0]
+    if parameters is None:
+        limit = 32 * PER_THREAD
+        while tokens > 1 and tokens * (together[-1] + 1) * block > limit * warps:
+            tokens //= 2
+        while len(together) > 1 and tokens * (together[-1] + 1) * block > limit * warps:
+            together.pop()
+        while warps < 16 and tokens * (together[-1] + 1) * block > limit * warps:
+            warps *= 2
+    return {
+        "HALF": width // 2, "HALF_BLOCK": block // 2, "TOKENS": tokens, "HEADS": together[-1], "num_warps": warps,
+    }  # fmt: skip
+
+
+def launch_heads(
+    kernel, name: str, q: Tensor, k: Tensor, heads: tuple[int, int], tensors: tuple, tables: tuple,
+    parameters: dict[str, int] | None, **constants,
+) -> None:  # fmt: skip
+    """Launch either kernel: q and k give the strides, `heads` how many of each are computed, `tensors` the pointers ahead of the
+    tables, which are (cos, sin, offset, offsets or None)."""
     if not q.numel():
         return
+    batch, tokens = q.shape[:2]
     cos, sin, offset, offsets = tables
-    parameters = parameters or launch_parameters(name, q.device, q.dtype, width)
-    k_heads = k.size(2)
-    # the most heads a program that leave no program with fewer: 6 heads are taken by 3 where the table says 5
-    heads = max(n for n in range(1, parameters["HEADS"] + 1) if q_heads % n == k_heads % n == 0)
-    grid = (batch * cdiv(tokens, parameters["TOKENS"]), cdiv(q_heads, heads) + cdiv(k_heads, heads))
-    kernel[grid](
-        *tensors, cos, sin, offset, cos if offsets is None else offsets, tokens, cos.size(0), q_heads, k_heads,
-        *q.stride()[:3], *k.stride()[:3], HALF=width // 2, HALF_BLOCK=power_of_2(width // 2),
-        OFFSETS=offsets is not None, **constants, **(parameters | {"HEADS": heads}),
+    cos, sin = cos.contiguous(), sin.contiguous()
+    constants |= tile(name, q, heads, parameters)
+    programs = sum(cdiv(count, constants["HEADS"]) for count in heads)
+    launch(
+        kernel, (batch * cdiv(tokens, constants["TOKENS"]), programs), q.device,
+        *tensors, cos, sin, offset, cos if offsets is None else offsets, 0 if offsets is None else offsets.stride(0),
+        tokens, cos.size(0), *heads, *q.stride()[:3], *k.stride()[:3], OFFSETS=offsets is not None, **constants,
     )  # fmt: skip
 
 
-def rstd_shape(x: Tensor, keep: bool) -> tuple[int, ...]:
-    """(H, B, T) for x (B, T, H, D), where it is kept."""
-    return (x.size(2), x.size(0), x.size(1)) if keep else (0,)
+def contiguous_heads(x: Tensor) -> Tensor:
+    """x with neighbouring channels side by side in memory."""
+    return x if x.stride(-1) == 1 or x.size(-1) <= 1 else x.contiguous()
 
 
-def side_by_side(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def launch_forward(q: Tensor, k: Tensor, tables: tuple, keep: bool = True, parameters: dict[str, int] | None = None):
-    """q and k turned and normalised, and r of both, which is empty without `keep`."""
-    q, k = side_by_side(q), side_by_side(k)
-    q_out, k_out = (
-        torch.empty(q.shape, dtype=q.dtype, device=q.device),
-        torch.empty(k.shape, dtype=k.dtype, device=k.device),
+def launch_forward(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int, offsets: Tensor | None, keep_rstd: bool = True,
+    q_dtype: torch.dtype | None = None, k_dtype: torch.dtype | None = None, parameters: dict[str, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """q and k rotated and normalised, in q_dtype and k_dtype, by default theirs, and rstd of both (H, B, T), or empty."""
+    q, k = contiguous_heads(q), contiguous_heads(k)
+    q_out = torch.empty(q.shape, dtype=q_dtype or q.dtype, device=q.device)
+    k_out = torch.empty(k.shape, dtype=k_dtype or k.dtype, device=k.device)
+    q_rstd, k_rstd = (
+        torch.empty((x.size(2), *x.shape[:2]) if keep_rstd else (0,), dtype=torch.float32, device=x.device)
+        for x in (q, k)
     )
-    q_rstd, k_rstd = (torch.empty(rstd_shape(x, keep), dtype=torch.float32, device=x.device) for x in (q, k))
-    tensors = (q, k, q_out, k_out, q_rstd, k_rstd)
-    launch(forward_kernel, "qk_norm_rope_forward", q, k, tensors, tables, parameters, EPS=EPS, KEEP=keep)
+    launch_heads(
+        forward_kernel, "qk_norm_rope_forward", q, k, (q.size(2), k.size(2)), (q, k, q_out, k_out, q_rstd, k_rstd),
+        (cos, sin, offset, offsets), parameters, EPS=EPS, KEEP_RSTD=keep_rstd,
+    )  # fmt: skip
     return q_out, k_out, q_rstd, k_rstd
 
 
 def launch_backward(
-    dq_out: Tensor, dk_out: Tensor, kept: tuple, tables: tuple, parameters: dict[str, int] | None = None
-):
-    dq_out, dk_out = side_by_side(dq_out), side_by_side(dk_out)
-    q_out, k_out, q_rstd, k_rstd = kept
-    dq, dk = torch.empty_like(q_out), torch.empty_like(k_out)
-    tensors = (dq_out, dk_out, q_out, k_out, q_rstd, k_rstd, dq, dk)
-    launch(backward_kernel, "qk_norm_rope_backward", dq_out, dk_out, tensors, tables, parameters)
-    return dq, dk
-
-
-@torch.library.custom_op("nanochat::qk_norm_rope", mutates_args=())
-def forward_op(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int, offsets: Tensor | None, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return launch_forward(q, k, (cos, sin, offset, offsets), keep)
-
-
-@torch.library.custom_op("nanochat::qk_norm_rope_backward", mutates_args=())
-def backward_op(
-    dq_out: Tensor, dk_out: Tensor, q_out: Tensor, k_out: Tensor, q_rstd: Tensor, k_rstd: Tensor,
+    dq_out: Tensor | None, dk_out: Tensor | None, q_out: Tensor, k_out: Tensor, q_rstd: Tensor, k_rstd: Tensor,
     cos: Tensor, sin: Tensor, offset: int, offsets: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return launch_backward(dq_out, dk_out, (q_out, k_out, q_rstd, k_rstd), (cos, sin, offset, offsets))
+    q_dtype: torch.dtype | None = None, k_dtype: torch.dtype | None = None, parameters: dict[str, int] | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """dq and dk in q_dtype and k_dtype, by default those of the results; one of them alone where the other's dy is None."""
+    heads, results, dy, dx = [], [], [], []
+    for upstream, y, dtype in ((dq_out, q_out, q_dtype), (dk_out, k_out, k_dtype)):
+        heads.append(0 if upstream is None else y.size(2))
+        dy.append(y if upstream is None else contiguous_heads(upstream))
+        dx.append(y if upstream is None else torch.empty(y.shape, dtype=dtype or y.dtype, device=y.device))
+        results += [] if upstream is None else dx[-1:]
+    launch_heads(
+        backward_kernel, "qk_norm_rope_backward", dy[0], dy[1], (heads[0], heads[1]),
+        (*dy, q_out, k_out, q_rstd, k_rstd, *dx), (cos, sin, offset, offsets), parameters,
+    )  # fmt: skip
+    return tuple(results)
 
 
-@traced_as(forward_op)
-def _(q, k, cos, sin, offset, offsets, keep):
-    rstd = (x.new_empty(rstd_shape(x, keep), dtype=torch.float32) for x in (q, k))
-    return q.new_empty(q.shape), k.new_empty(k.shape), *rstd
+class Backward(KernelFunction):
+    forward = staticmethod(launch_backward)
 
 
-@traced_as(backward_op)
-def _(dq_out, dk_out, q_out, k_out, q_rstd, k_rstd, cos, sin, offset, offsets):
-    return torch.empty_like(q_out), torch.empty_like(k_out)
+class QKNormRope(KernelFunction):
+    @staticmethod
+    def forward(q, k, cos, sin, offset, offsets, keep_rstd, q_dtype, k_dtype) -> tuple[Tensor, ...]:
+        return launch_forward(q, k, cos, sin, offset, offsets, keep_rstd, q_dtype, k_dtype)
 
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        q, k, cos, sin, ctx.offset, offsets, *_ = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.dtypes = q.dtype, k.dtype
+        ctx.save_for_backward(*output, cos, sin, offsets)
 
-def save(ctx, inputs, output) -> None:
-    _, _, cos, sin, ctx.offset, offsets, _ = inputs
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(*output, cos, sin, offsets)
-
-
-def gradient(ctx, dq_out, dk_out, *_):
-    *kept, cos, sin, offsets = ctx.saved_tensors
-    return *backward_op(dq_out, dk_out, *kept, cos, sin, ctx.offset, offsets), None, None, None, None, None
-
-
-forward_op.register_autograd(gradient, setup_context=save)
+    @staticmethod
+    def backward(ctx, dq_out, dk_out, *_):
+        upstream = [dy if needed else None for dy, needed in zip((dq_out, dk_out), ctx.needs_input_grad, strict=False)]
+        gradients = [None, None]
+        if any(dy is not None for dy in upstream):
+            *saved, offsets = ctx.saved_tensors
+            made = iter(derivative(Backward, *upstream, *saved, ctx.offset, offsets, *ctx.dtypes))
+            gradients = [None if dy is None else next(made) for dy in upstream]
+        return (*gradients, *[None] * 7)
 
 
 def run(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int | Tensor) -> tuple[Tensor, Tensor]:
     offset, offsets = (0, offset) if isinstance(offset, Tensor) else (offset, None)
-    return forward_op(q, k, cos.contiguous(), sin.contiguous(), offset, offsets, wants_gradient(q, k))[:2]
+    # tables in q's dtype rotate k, so what differs under autocast is promoted
+    k_dtype = normed_dtype(k) if k.dtype == q.dtype else torch.promote_types(normed_dtype(k), q.dtype)
+    needed = needs_gradient(q, k)
+    return differentiable(QKNormRope, q, k, cos, sin, offset, offsets, needed, normed_dtype(q), k_dtype)[:2]
 
 
-def refusal(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int | Tensor) -> str | None:
+def unsupported_reason(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int | Tensor) -> str | None:
     if q.size(3) > WIDEST:
-        return f"a head of {q.size(3)} is too wide; the kernel takes {WIDEST}"
+        return f"a head of {q.size(3)} channels is too wide; the kernel takes {WIDEST}"
     if q.size(0) * q.size(1) > GRID_LIMIT:
         return f"{q.size(0) * q.size(1)} tokens pass the {GRID_LIMIT} that one launch can number; split the batch"
+    if q.size(2) + k.size(2) > MOST_HEADS:
+        return f"{q.size(2)} and {k.size(2)} heads pass the {MOST_HEADS} that one launch can number"
     if (cos.requires_grad or sin.requires_grad) and torch.is_grad_enabled():
         return "it gives cos and sin no gradient; detach them"
-    return triton_refusal(q)
-
-
-IMPLEMENTATIONS = {
-    "qk_norm_rope": {"triton": Implementation(run, refusal), "reference": Implementation(reference.qk_norm_rope)}
-}
+    return triton_unsupported_reason(q) or triton_unsupported_reason(k)
 
 
 def qk_norm_rope(
@@ -276,13 +324,19 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor]:
     """Rotate and normalise q (B, T, H, D) and k (B, T, G, D); the results have their shapes and dtypes.
 
-    cos, sin: (positions, D/2). offset: position of the first token, one integer or one a row (B,); those of a tensor are
-    not read here: a position outside the tables is an error of the reference and NaN from the kernel.
+    cos, sin: (positions, D/2). offset: position of the first token, one integer or one for each row (B,); those of a tensor are
+    not read here: a position outside of the tables is an error of the reference and gives NaN from the kernel.
+    Under autocast q and k may have different dtypes, and the results have those of the plain operations.
     Raises ValueError for an odd D, heads that are no multiple of the key heads, tables that do not match or are too
-    short, TypeError for unlike dtypes, and KernelRequestError (a ValueError) when the implementation asked for by name
-    cannot serve the call. Repeated calls are bitwise equal.
+    short, TypeError for dtypes that differ, and KernelRequestError (a ValueError) when the implementation asked for by name
+    does not support the call. Repeated calls are bitwise equal.
     """
-    check_float("qk_norm_rope", q=q, k=k)
+    if torch.is_autocast_enabled(q.device.type):
+        check_float("qk_norm_rope", q=q)
+        check_float("qk_norm_rope", k=k)
+        check_device("qk_norm_rope", q=q, k=k)
+    else:
+        check_float("qk_norm_rope", q=q, k=k)
     check_shape("qk_norm_rope", "q", q, "B", "T", "H", "D")
     batch, tokens, heads, width = q.shape
     check_shape("qk_norm_rope", "k", k, batch, tokens, "G", width)
@@ -303,55 +357,58 @@ def qk_norm_rope(
         raise ValueError(
             f"qk_norm_rope: positions {offset} to {offset + tokens - 1} pass the {cos.size(0)} rows of the tables"
         )
-    arguments = (q, k, cos, sin, offset)
-    return choose("qk_norm_rope", impl, IMPLEMENTATIONS["qk_norm_rope"], *arguments)(*arguments)
+    return choose(QK_NORM_ROPE, impl, q, k, cos, sin, offset)(q, k, cos, sin, offset)
 
 
-def _types(*names: str) -> dict[str, str]:
-    pointers = {name: "*fp32" if name.endswith("rstd") else "*T" for name in (*names, "cos", "sin")}
-    numbers = (
-        "tokens",
-        "positions",
-        "q_heads",
-        "k_heads",
-        "q_batch",
-        "q_token",
-        "q_head",
-        "k_batch",
-        "k_token",
-        "k_head",
-    )
-    return pointers | {"offset": "i32", "offsets": "*i64"} | {name: "i32" for name in numbers}
+def tables(positions: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin (positions, D/2) for heads of this width."""
+    frequencies = 10000.0 ** (-torch.arange(0, width, 2, device=device) / width)
+    angles = torch.arange(positions, device=device)[:, None] * frequencies
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def _forward_arguments(size: int, dtype: torch.dtype, parameters: dict[str, int]):
-    types = _types("q", "k", "q_out", "k_out", "q_rstd", "k_rstd")
-    return types, {"EPS": EPS, "HALF": size // 2, "HALF_BLOCK": power_of_2(size // 2), "OFFSETS": False, "KEEP": True}
+def inputs(
+    batch: int, tokens: int, heads: int, kv_heads: int, width: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k = (torch.empty(batch, tokens, n, width, device=device, dtype=dtype).normal_() for n in (heads, kv_heads))
+    return q, k, *tables(tokens, width, dtype, device)
 
 
-def _backward_arguments(size: int, dtype: torch.dtype, parameters: dict[str, int]):
-    types = _types("dq_out", "dk_out", "q_out", "k_out", "q_rstd", "k_rstd", "dq", "dk")
-    return types, {"HALF": size // 2, "HALF_BLOCK": power_of_2(size // 2), "OFFSETS": False}
+def forward_launches(key, dtype: torch.dtype, device: torch.device):
+    width = key[0]
+    heads = max(1280 // width, 1)
+    q, k, cos, sin = inputs(32, 2048, heads, heads, width, dtype, device)
+    offsets, one = torch.zeros(32, dtype=torch.int64, device=device), (q[:, :1], k[:, :1])
+    return {
+        "rstd": lambda parameters: launch_forward(q, k, cos, sin, 0, None, parameters=parameters),
+        "no rstd": lambda parameters: launch_forward(q, k, cos, sin, 0, None, False, parameters=parameters),
+        "offsets": lambda parameters: launch_forward(*one, cos, sin, 0, offsets, False, parameters=parameters),
+        "offsets, rstd": lambda parameters: launch_forward(q, k, cos, sin, 0, offsets, parameters=parameters),
+        "autocast": lambda parameters: launch_forward(
+            q, k, cos, sin, 0, None, True, torch.float32, torch.float32, parameters
+        ),
+    }  # fmt: skip
 
 
-def _inputs(size: int, dtype: torch.dtype, device: torch.device):
-    q, k = torch.randn(2, 32, 2048, 1280 // size, size, device=device, dtype=dtype)
-    angles = torch.randn(2048, size // 2, device=device)
-    return q, k, (angles.cos().to(dtype), angles.sin().to(dtype), 0, None)
+def backward_launches(key, dtype: torch.dtype, device: torch.device):
+    width = key[0]
+    heads = max(1280 // width, 1)
+    q_out, k_out, cos, sin = inputs(32, 2048, heads, heads, width, dtype, device)
+    dq, dk, *_ = inputs(32, 2048, heads, heads, width, dtype, device)
+    rstd = torch.empty(heads, 32, 2048, device=device).uniform_(0.5, 2.0)
+    offsets = torch.zeros(32, dtype=torch.int64, device=device)
+    saved = q_out, k_out, rstd, rstd, cos, sin, 0
+    wide = dq.float(), dk.float(), q_out.float(), k_out.float(), rstd, rstd, cos, sin, 0
+    return {
+        "both": lambda parameters: launch_backward(dq, dk, *saved, None, parameters=parameters),
+        "offsets": lambda parameters: launch_backward(dq, dk, *saved, offsets, parameters=parameters),
+        "dq alone": lambda parameters: launch_backward(dq, None, *saved, None, parameters=parameters),
+        "dk alone": lambda parameters: launch_backward(None, dk, *saved, None, parameters=parameters),
+        "autocast": lambda parameters: launch_backward(*wide, None, dtype, dtype, parameters),
+    }
 
 
-def _forward_example(size: int, dtype: torch.dtype, device: torch.device):
-    q, k, tables = _inputs(size, dtype, device)
-    return lambda parameters: launch_forward(q, k, tables, True, parameters)
-
-
-def _backward_example(size: int, dtype: torch.dtype, device: torch.device):
-    q, k, tables = _inputs(size, dtype, device)
-    kept = launch_forward(q, k, tables)
-    return lambda parameters: launch_backward(q, k, kept, tables, parameters)
-
-
-HEAD_WIDTHS = (64, 128)
+KEYS, MORE_KEYS = ((64,), (128,)), ((2,), (96,), (256,), (512,), (WIDEST,))
 SPACE = tuple(
     {"TOKENS": tokens, "HEADS": heads, "num_warps": warps}
     for tokens, warps in ((4, 1), (8, 1), (8, 2), (16, 2), (16, 4), (32, 4), (32, 8), (64, 8))
@@ -359,8 +416,47 @@ SPACE = tuple(
     if tokens * heads <= 160
 )
 KERNELS = (
-    Kernel("qk_norm_rope_forward", forward_kernel, HEAD_WIDTHS, DTYPES, SPACE, _forward_arguments, _forward_example),
-    Kernel(
-        "qk_norm_rope_backward", backward_kernel, HEAD_WIDTHS, DTYPES, SPACE, _backward_arguments, _backward_example
-    ),
+    Kernel("qk_norm_rope_forward", DTYPES, KEYS, SPACE, forward_launches, MORE_KEYS),
+    Kernel("qk_norm_rope_backward", DTYPES, KEYS, SPACE, backward_launches, MORE_KEYS),
 )
+
+
+def trials(shape, device: torch.device, dtype: torch.dtype):
+    """Training's call, and decoding's: one token in each row, at a position of its own."""
+    sizes = shape.heads, shape.kv_heads, shape.width // shape.heads, dtype, device
+    yield Trial(inputs(shape.rows, shape.tokens, *sizes), (0, 1), (0, 1))
+    q, k, *_ = inputs(shape.rows, 1, *sizes)
+    offsets = torch.randint(shape.tokens, (shape.rows,), device=device)
+    yield Trial((q, k, *tables(shape.tokens, *sizes[2:]), offsets), (0, 1, 4), (0, 1))
+
+
+def liger():
+    """Liger-Kernel's rotation, which writes over its arguments and so gets copies, and its norm."""
+    try:
+        from liger_kernel.ops import LigerRMSNormFunction, LigerRopeFunction
+    except ImportError:
+        return None
+
+    def norm_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        cos, sin = (torch.cat([table, table], -1)[None] for table in (cos, -sin))  # it rotates by +θ
+        turned = LigerRopeFunction.apply(q.clone().transpose(1, 2), k.clone().transpose(1, 2), cos, sin)
+        rows = (x.transpose(1, 2).contiguous() for x in turned)
+        return tuple(LigerRMSNormFunction.apply(x, None, EPS, 0.0, "llama", False, None) for x in rows)
+
+    return norm_rope
+
+
+MODEL_HEADS = {"d12": 6, "d20": 10, "d32": 16}  # of 128 channels
+QK_NORM_ROPE = Operation(
+    "qk_norm_rope", qk_norm_rope, reference.qk_norm_rope, {"triton": Implementation(run, unsupported_reason)}, KERNELS,
+    trials,
+    Benchmark(
+        shapes=tuple(MODEL_HEADS),
+        inputs=lambda shape, dtype, device: inputs(32, 2048, *[MODEL_HEADS[shape]] * 2, 128, dtype, device),
+        differentiable=(0, 1),
+        elements=lambda arguments, part: {"fwd": 2, "bwd": 3}[part] * sum(x.numel() for x in arguments[:2]),
+        flops=lambda arguments, part, variant: {"fwd": 6, "bwd": 9}[part] * sum(x.numel() for x in arguments[:2]),
+        baselines={"liger": liger},
+    ),
+)  # fmt: skip
+OPERATIONS = (QK_NORM_ROPE,)

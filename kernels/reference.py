@@ -72,30 +72,44 @@ def relu2_mlp(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     return F.linear(F.relu(F.linear(x, w1)).square(), w2)
 
 
-def softcap(z: Tensor, cap: float) -> Tensor:
-    """cap·tanh(z/cap), at least in float32."""
+def softcapped(z: Tensor, softcap: float) -> Tensor:
+    """softcap·tanh(z/softcap), at least in float32."""
     z = z.to(torch.promote_types(z.dtype, torch.float32))
-    return cap * torch.tanh(z / cap)
+    return softcap * torch.tanh(z / softcap)
 
 
 def softcap_cross_entropy(
-    logits: Tensor, targets: Tensor, cap: float = 15.0, ignore_index: int = -1, reduction: str = "mean"
+    logits: Tensor,
+    targets: Tensor,
+    softcap: float = 15.0,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    loss_weight: Tensor | None = None,
 ) -> Tensor:
-    """Cross entropy of softcap(logits) with logits (N, V), targets (N,), at least in float32.
+    """Cross entropy of the softcapped logits (N, V) with targets (N,), at least in float32.
 
-    "mean" divides by the number of targets that are not ignored and is 0 when there are none.
+    "mean" divides by the number of targets that are not ignored and is 0 when there are none. loss_weight, () or (N,),
+    multiplies the losses before they are reduced.
     """
-    losses = F.cross_entropy(softcap(logits, cap), targets, ignore_index=ignore_index, reduction="none")
+    losses = F.cross_entropy(softcapped(logits, softcap), targets, ignore_index=ignore_index, reduction="none")
+    if loss_weight is not None:
+        losses = losses * loss_weight
     if reduction == "none":
         return losses
     return losses.sum() / (targets != ignore_index).sum().clamp(min=1)
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, cap: float = 15.0, ignore_index: int = -1, reduction: str = "mean"
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    softcap: float = 15.0,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    loss_weight: Tensor | None = None,
 ) -> Tensor:
     """softcap_cross_entropy of the logits x·weightᵀ with x (N, C), weight (V, C)."""
-    return softcap_cross_entropy(F.linear(x, weight), targets, cap, ignore_index, reduction)
+    return softcap_cross_entropy(F.linear(x, weight), targets, softcap, ignore_index, reduction, loss_weight)
 
 
 def newton_schulz(

@@ -1,20 +1,206 @@
-"""The two-layer perceptron with squared ReLU: y = relu(x·w1ᵀ)²·w2ᵀ."""
+"""The two-layer perceptron with squared ReLU: y = h·w_downᵀ with h = relu(z)² and z = x·w_upᵀ.
 
+Only h is saved beside x: the derivative of the square is 2·relu(z) = 2·√h, and w_down's gradient needs h anyway. The products
+are torch's; relu² is one pass in place over z, its derivative one pass in place over the gradient of h.
+So et al. 2021 (Primer).
+"""
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import reference
-from kernels.checks import check_float, check_shape
-from kernels.dispatch import Implementation, choose
+from kernels.checks import autocast_products, check_float, check_gradient_buffer, check_shape
+from kernels.configs import launch_parameters
+from kernels.dispatch import choose
+from kernels.linear import add_product, plain_linear
+from kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
+from kernels.triton_helpers import (
+    GRID_LIMIT,
+    KernelFunction,
+    cast,
+    cdiv,
+    derivative,
+    differentiable,
+    launch,
+    tl,
+    triton,
+    triton_unsupported_reason,
+)
 
-IMPLEMENTATIONS = {"relu2_mlp": {"reference": Implementation(reference.relu2_mlp)}}
+
+@triton.jit
+def relu2_kernel(z_ptr, size, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    z = tl.load(z_ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32)
+    relu = tl.where(z < 0.0, 0.0, z)  # not maximum, which drops NaN on a GPU
+    tl.store(z_ptr + offsets, cast(relu * relu, z_ptr.dtype.element_ty), mask=offsets < size)
 
 
-def relu2_mlp(x: Tensor, w1: Tensor, w2: Tensor, *, impl: str = "auto") -> Tensor:
-    """x (…, C), w1 (F, C), w2 (C, F); returns (…, C) in x's dtype.
+@triton.jit
+def relu2_backward_kernel(dh_ptr, h_ptr, size, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    dh = tl.load(dh_ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32)
+    h = tl.load(h_ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32)
+    dz = tl.where(h == 0.0, 0.0, dh * (2.0 * tl.sqrt_rn(h)))  # 0 where relu is 0, whatever dh is
+    tl.store(dh_ptr + offsets, cast(dz, dh_ptr.dtype.element_ty), mask=offsets < size)
 
-    Raises ValueError for shapes that do not fit and TypeError for unlike dtypes. So et al. 2021 (Primer).
+
+def relu2_(z: Tensor, parameters: dict[str, int] | None = None) -> Tensor:
+    """relu(z)² in place of a contiguous z."""
+    if z.numel():
+        parameters = parameters or launch_parameters("relu2", z.device, z.dtype, (z.numel(),))
+        launch(relu2_kernel, (cdiv(z.numel(), parameters["BLOCK"]),), z.device, z, z.numel(), **parameters)
+    return z
+
+
+def relu2_backward_(dh: Tensor, h: Tensor, parameters: dict[str, int] | None = None) -> Tensor:
+    """The gradient of z in place of h's, both contiguous."""
+    if h.numel():
+        parameters = parameters or launch_parameters("relu2_backward", h.device, h.dtype, (h.numel(),))
+        grid = (cdiv(h.numel(), parameters["BLOCK"]),)
+        launch(relu2_backward_kernel, grid, h.device, dh, h, h.numel(), **parameters)
+    return dh
+
+
+def forward(x: Tensor, w_up: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor]:
+    """(y (…, C), h (N, F))."""
+    h = relu2_(F.linear(x.reshape(-1, x.size(-1)), w_up))
+    return F.linear(h, w_down).view(*x.shape[:-1], w_down.size(0)), h
+
+
+class RELU2MLP(KernelFunction):
+    @staticmethod
+    def forward(x, w_up, w_down, up_gradient, down_gradient):
+        return forward(x, w_up, w_down)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[1])
+        ctx.buffers = inputs[3:]  # not saved_for_backward: other calls may add to them before this one's backward
+        ctx.save_for_backward(*inputs[:3], output[1])
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        if dy is None:
+            return None, None, None, None, None
+        return *derivative(Backward, dy, *ctx.saved_tensors, *ctx.buffers, ctx.needs_input_grad[:3]), None, None
+
+
+class Backward(KernelFunction):
+    @staticmethod
+    def forward(dy, x, w_up, w_down, h, up_gradient, down_gradient, needed):
+        dy, rows = dy.reshape(-1, dy.size(-1)), x.reshape(-1, x.size(-1))
+        dw_up = dw_down = dx = None
+        if down_gradient is not None:
+            add_product(down_gradient, dy, h)
+        elif needed[2]:
+            dw_down = dy.t() @ h
+        if up_gradient is not None or needed[0] or needed[1]:
+            dz = relu2_backward_(dy @ w_down, h)
+            if up_gradient is not None:
+                add_product(up_gradient, dz, rows)
+            elif needed[1]:
+                dw_up = dz.t() @ rows
+            if needed[0]:
+                dx = (dz @ w_up).view(x.shape)
+        return dx, dw_up, dw_down
+
+
+def run(x, w_up, w_down, up_gradient, down_gradient) -> Tensor:
+    return differentiable(RELU2MLP, x, w_up, w_down, up_gradient, down_gradient)[0]
+
+
+def run_reference(x, w_up, w_down, up_gradient=None, down_gradient=None) -> Tensor:
+    """reference.relu2_mlp, with products that add to the buffers where they are given."""
+    if up_gradient is None and down_gradient is None:
+        return reference.relu2_mlp(x, w_up, w_down)
+    return plain_linear(F.relu(plain_linear(x, w_up, up_gradient)).square(), w_down, down_gradient)
+
+
+def unsupported_reason(x: Tensor, w_up: Tensor, *_) -> str | None:
+    if x.dtype == torch.float16:
+        return "float16 cannot hold relu(z)² for small z, of which the derivative is made; use bfloat16"
+    if x.numel() // max(x.size(-1), 1) * w_up.size(0) > GRID_LIMIT * 128:
+        return "the hidden activations have more elements than one launch can number; split the rows"
+    return triton_unsupported_reason(x)
+
+
+def relu2_mlp(
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    up_gradient: Tensor | None = None,
+    down_gradient: Tensor | None = None,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """relu(x·w_upᵀ)²·w_downᵀ for x (…, C), w_up (F, C), w_down (C, F); returns (…, C) in x's dtype.
+
+    up_gradient, down_gradient: contiguous float32 buffers of the weights' shapes that backward adds their gradients to, in
+    place; a weight with a buffer is given no gradient. Repeated calls are bitwise equal.
+    Raises ValueError for shapes and devices that do not fit, TypeError for unlike dtypes (autocast may mix them), and
+    KernelRequestError (a ValueError) when the implementation asked for by name does not support the call.
     """
-    check_float("relu2_mlp", x=x, w1=w1, w2=w2)
-    check_shape("relu2_mlp", "w1", w1, "F", x.size(-1))
-    check_shape("relu2_mlp", "w2", w2, x.size(-1), w1.size(0))
-    return choose("relu2_mlp", impl, IMPLEMENTATIONS["relu2_mlp"], x, w1, w2)(x, w1, w2)
+    x, w_up, w_down = autocast_products(x, w_up, w_down)
+    check_float("relu2_mlp", x=x, w_up=w_up, w_down=w_down)
+    check_shape("relu2_mlp", "w_up", w_up, "F", x.size(-1))
+    check_shape("relu2_mlp", "w_down", w_down, x.size(-1), w_up.size(0))
+    check_gradient_buffer("relu2_mlp", "up_gradient", w_up, up_gradient)
+    check_gradient_buffer("relu2_mlp", "down_gradient", w_down, down_gradient)
+    arguments = (x, w_up, w_down, up_gradient, down_gradient)
+    return choose(RELU2_MLP, impl, *arguments)(*arguments)
+
+
+def hidden_launches(key, dtype: torch.dtype, device: torch.device):
+    z = torch.empty(*key, device=device, dtype=dtype).normal_()
+    return {"forward": lambda parameters: relu2_(z, parameters)}
+
+
+def backward_launches(key, dtype: torch.dtype, device: torch.device):
+    dh, h = (torch.empty(*key, device=device, dtype=dtype).normal_() for _ in range(2))
+    h.square_()
+    return {"backward": lambda parameters: relu2_backward_(dh, h, parameters)}
+
+
+RANGED_DTYPES = (torch.bfloat16, torch.float32)
+KEYS = ((32_768 * 5120,),)
+SPACE = tuple({"BLOCK": block, "num_warps": warps} for block in (1024, 2048, 4096, 8192) for warps in (4, 8))
+KERNELS = (
+    Kernel("relu2", RANGED_DTYPES, KEYS, SPACE, hidden_launches, ((1000,),)),
+    Kernel("relu2_backward", RANGED_DTYPES, KEYS, SPACE, backward_launches, ((1000,),)),
+)
+
+
+def inputs(tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """x, w_up and w_down at the sizes that trained weights have."""
+    x, w_up = (torch.empty(n, width, device=device, dtype=dtype).normal_() for n in (tokens, 4 * width))
+    w_down = torch.empty(width, 4 * width, device=device, dtype=dtype).normal_()
+    return x, w_up.mul_(width**-0.5), w_down.mul_((4 * width) ** -0.5)
+
+
+def trials(shape, device: torch.device, dtype: torch.dtype):
+    yield Trial(inputs(shape.rows * shape.tokens, shape.width, dtype, device), (0,), (0, 1, 2))
+
+
+def elements(arguments: tuple, part: str) -> float:
+    x, w_up, w_down = arguments[:3]
+    hidden = x.numel() // x.size(-1) * w_up.size(0)
+    return 2 * x.numel() + 4 * hidden + 2 * w_up.numel() if part == "fwd" else 4 * x.numel() + 7 * hidden + 4 * w_up.numel()
+
+
+def flops(arguments: tuple, part: str, variant: str) -> float:
+    x, w_up = arguments[:2]
+    return (4 if part == "fwd" else 8) * x.numel() * w_up.size(0)
+
+
+TOKENS, MODEL_WIDTHS = 32 * 2048, {"d12": 768, "d20": 1280, "d32": 2048}
+RELU2_MLP = Operation(
+    "relu2_mlp", relu2_mlp, run_reference, {"triton": Implementation(run, unsupported_reason)}, KERNELS, trials,
+    Benchmark(
+        tuple(MODEL_WIDTHS), lambda shape, dtype, device: inputs(TOKENS, MODEL_WIDTHS[shape], dtype, device), (0, 1, 2),
+        elements, flops,
+    ),
+)  # fmt: skip
+OPERATIONS = (RELU2_MLP,)

@@ -2,202 +2,221 @@
 
 y = r·x with r = (mean(x²) + eps)^−½, eps = float32's epsilon. Backward from the result: with y = r·x,
     dx = r·(dy − y·⟨dy, y⟩/C),
-so y and one number a row are all that is kept: the product after the norm keeps y anyway, and x need not live. (y is
+so y and one number per row are all that is saved: the product after the norm saves y anyway, and x need not live. (y is
 rounded: the part of dx along the row is right to a unit of r·dy, which in rows of 16 elements and more is no loss.)
 A row stays in registers: forward reads x and writes y, backward reads dy and y and writes dx, each once.
 Zhang and Sennrich 2019, without the gain.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.checks import check_float, check_shape
-from kernels.configs import Kernel, launch_parameters
-from kernels.dispatch import Implementation, choose
+from kernels.checks import check_float, check_shape, normed_dtype, promoted
+from kernels.configs import launch_parameters
+from kernels.dispatch import choose
+from kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
 from kernels.reference import EPS
 from kernels.triton_helpers import (
     DTYPES,
     GRID_LIMIT,
+    KernelFunction,
     as_rows,
     cast,
     cdiv,
+    derivative,
+    differentiable,
+    launch,
+    needs_gradient,
     power_of_2,
     rsqrt,
     tl,
-    traced_as,
     triton,
-    triton_refusal,
-    wants_gradient,
+    triton_unsupported_reason,
 )
 
-WIDEST = 16_384  # elements of a row held in registers: 32 a thread of a block of 512
+WIDEST = 16_384  # elements of a row kept in registers: 16 per thread of a block of 1024
+PER_THREAD = 128  # elements of a tile at most, of the widths between and beyond those of the launch tables
+# elements of a tile at most: backward keeps two float32 of each in the 65,536 registers of a multiprocessor, forward one
+PER_BLOCK = {"rms_norm_forward": 32_768, "rms_norm_backward": 16_384}
 
 
 @triton.jit
 def forward_kernel(
-    x, update, total, y, rstd, rows, x_stride, update_stride, EPS: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr, KEEP: tl.constexpr,
+    x_ptr, update_ptr, total_ptr, y_ptr, rstd_ptr, rows, x_stride, update_stride,
+    EPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, KEEP_RSTD: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
-    inside = (row < rows)[:, None] & (column < WIDTH)[None, :]
-    tile = tl.load(x + row[:, None] * x_stride + column, mask=inside, other=0.0)
-    here = row[:, None] * WIDTH + column
+    mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
+    x = tl.load(x_ptr + row[:, None] * x_stride + column, mask=mask, other=0.0)
+    offsets = row[:, None] * WIDTH + column
     if ADD:
-        more = tl.load(update + row[:, None] * update_stride + column, mask=inside, other=0.0)
-        tile = cast(tile.to(tl.float32) + more.to(tl.float32), tile.dtype)
-        tl.store(total + here, tile, mask=inside)
-    tile = tile.to(tl.float32)
-    r = rsqrt(tl.sum(tile * tile, axis=1) / WIDTH + EPS)
-    tl.store(y + here, cast(tile * r[:, None], y.dtype.element_ty), mask=inside)
-    if KEEP:
-        tl.store(rstd + row, r, mask=row < rows)
+        update = tl.load(update_ptr + row[:, None] * update_stride + column, mask=mask, other=0.0)
+        x = cast(x.to(tl.float32) + update.to(tl.float32), x.dtype)
+        tl.store(total_ptr + offsets, x, mask=mask)
+    x = x.to(tl.float32)
+    rstd = rsqrt(tl.sum(x * x, axis=1) / WIDTH + EPS)
+    tl.store(y_ptr + offsets, cast(x * rstd[:, None], y_ptr.dtype.element_ty), mask=mask)
+    if KEEP_RSTD:
+        tl.store(rstd_ptr + row, rstd, mask=row < rows)
 
 
 @triton.jit
 def backward_kernel(
-    dy, dtotal, y, rstd, dx, rows, dy_stride, dtotal_stride, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
+    dy_ptr, dtotal_ptr, y_ptr, rstd_ptr, dx_ptr, rows, dy_stride, dtotal_stride,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
-    inside = (row < rows)[:, None] & (column < WIDTH)[None, :]
-    here = row[:, None] * WIDTH + column
-    grad = tl.load(dy + row[:, None] * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
-    normed = tl.load(y + here, mask=inside, other=0.0).to(tl.float32)
-    r = tl.load(rstd + row, mask=row < rows, other=0.0)
-    along = tl.sum(grad * normed, axis=1) / WIDTH
-    out = r[:, None] * (grad - normed * along[:, None])
+    mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
+    offsets = row[:, None] * WIDTH + column
+    dy = tl.load(dy_ptr + row[:, None] * dy_stride + column, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+    along = tl.sum(dy * y, axis=1) / WIDTH
+    dx = rstd[:, None] * (dy - y * along[:, None])
     if ADD:
-        out += tl.load(dtotal + row[:, None] * dtotal_stride + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(dx + here, cast(out, dx.dtype.element_ty), mask=inside)
+        dx += tl.load(dtotal_ptr + row[:, None] * dtotal_stride + column, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dx_ptr + offsets, cast(dx, dx_ptr.dtype.element_ty), mask=mask)
 
 
-def launch_forward(x: Tensor, update: Tensor | None, keep: bool = True, parameters: dict[str, int] | None = None):
-    """(total or None, y, rstd) of rows x (…, C) and update; without `keep` rstd is empty."""
-    rows, y = as_rows(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rstd = torch.empty(x.shape[:-1] if keep else (0,), dtype=torch.float32, device=x.device)
-    total = None if update is None else torch.empty_like(y)
+def tile(kernel: str, x: Tensor, parameters: dict[str, int] | None) -> dict[str, int]:
+    """Launch parameters and the tile's sizes for rows like x's. Without given parameters the table's, with fewer rows and then
+    more warps where x is so much wider than the table's class that a thread would run out of registers."""
+    width = x.size(-1)
+    block = power_of_2(width)
+    if parameters is None:
+        parameters = launch_parameters(kernel, x.device, x.dtype, (width,))
+        rows, warps = parameters["ROWS"], parameters["num_warps"]
+        limit = 32 * PER_THREAD * 2 // max(x.element_size(), 2)
+        while rows > 1 and rows * block > min(limit * warps, PER_BLOCK[kernel]):
+            rows //= 2
+        while warps < 32 and block > limit * warps:
+            warps *= 2
+        parameters = {"ROWS": rows, "num_warps": warps}
+    return {"WIDTH": width, "BLOCK": block, **parameters}
+
+
+def launch_forward(
+    x: Tensor, update: Tensor | None = None, keep_rstd: bool = True, dtype: torch.dtype | None = None,
+    parameters: dict[str, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(x + update, or without an update y again; y in `dtype`, by default x's; rstd (…), or empty where it is not kept)."""
+    rows, y = as_rows(x), torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+    rstd = torch.empty(x.shape[:-1] if keep_rstd else (0,), dtype=torch.float32, device=x.device)
+    total = y if update is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel():
-        width = x.size(-1)
-        parameters = parameters or launch_parameters("rms_norm_forward", x.device, x.dtype, width)
         added = rows if update is None else as_rows(update)
-        forward_kernel[(cdiv(rows.size(0), parameters["ROWS"]),)](
-            rows, added, y if total is None else total, y, rstd, rows.size(0), rows.stride(0), added.stride(0),
-            EPS=EPS, WIDTH=width, BLOCK=power_of_2(width), ADD=update is not None, KEEP=keep, **parameters,
+        constants = tile("rms_norm_forward", x, parameters)
+        launch(
+            forward_kernel, (cdiv(rows.size(0), constants["ROWS"]),), x.device,
+            rows, added, total, y, rstd, rows.size(0), rows.stride(0), added.stride(0),
+            EPS=EPS, ADD=update is not None, KEEP_RSTD=keep_rstd, **constants,
         )  # fmt: skip
     return total, y, rstd
 
 
 def launch_backward(
-    dy: Tensor, dtotal: Tensor | None, y: Tensor, rstd: Tensor, parameters: dict[str, int] | None = None
-) -> Tensor:
-    """dx of dy (…, C) and, after an addition, of what flows into its result."""
-    dx, rows = torch.empty(y.shape, dtype=y.dtype, device=y.device), as_rows(dy)
+    dy: Tensor, dtotal: Tensor | None, y: Tensor, rstd: Tensor, dtype: torch.dtype | None = None,
+    parameters: dict[str, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """dx in `dtype`, by default y's, of dy (…, C) and, after an addition, of the gradient dtotal of its result."""
+    dx, rows = torch.empty(y.shape, dtype=dtype or y.dtype, device=y.device), as_rows(dy)
     if dx.numel():
-        width = y.size(-1)
-        parameters = parameters or launch_parameters("rms_norm_backward", y.device, y.dtype, width)
-        more = rows if dtotal is None else as_rows(dtotal)
-        backward_kernel[(cdiv(rows.size(0), parameters["ROWS"]),)](
-            rows, more, y, rstd, dx, rows.size(0), rows.stride(0), more.stride(0),
-            WIDTH=width, BLOCK=power_of_2(width), ADD=dtotal is not None, **parameters,
+        added = rows if dtotal is None else as_rows(dtotal)
+        constants = tile("rms_norm_backward", y, parameters)
+        launch(
+            backward_kernel, (cdiv(rows.size(0), constants["ROWS"]),), y.device,
+            rows, added, y, rstd, dx, rows.size(0), rows.stride(0), added.stride(0), ADD=dtotal is not None, **constants,
         )  # fmt: skip
     return dx
 
 
-@torch.library.custom_op("nanochat::rms_norm", mutates_args=())
-def rms_norm_op(x: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    _, y, rstd = launch_forward(x, None, keep)
-    return y, rstd
+class Backward(KernelFunction):
+    forward = staticmethod(launch_backward)
 
 
-@torch.library.custom_op("nanochat::add_rms_norm", mutates_args=())
-def add_rms_norm_op(x: Tensor, update: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_forward(x, update, keep)
+class RMSNorm(KernelFunction):
+    @staticmethod
+    def forward(x: Tensor, keep_rstd: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return launch_forward(x, None, keep_rstd, dtype)[1:]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[1])
+        ctx.dtype = inputs[0].dtype
+        ctx.save_for_backward(*output)
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        return None if dy is None else derivative(Backward, dy, None, *ctx.saved_tensors, ctx.dtype), None, None
 
 
-@torch.library.custom_op("nanochat::rms_norm_backward", mutates_args=())
-def backward_op(dy: Tensor, dtotal: Tensor | None, y: Tensor, rstd: Tensor) -> Tensor:
-    return launch_backward(dy, dtotal, y, rstd)
+class AddRMSNorm(KernelFunction):
+    @staticmethod
+    def forward(
+        x: Tensor, update: Tensor, keep_rstd: bool, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        return launch_forward(x, update, keep_rstd, dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[2])
+        ctx.dtype = inputs[0].dtype
+        ctx.save_for_backward(*output[1:])
+
+    @staticmethod
+    def backward(ctx, dtotal, dy, _):
+        dx = dtotal if dy is None else derivative(Backward, dy, dtotal, *ctx.saved_tensors, ctx.dtype)
+        return (*(dx if needed else None for needed in ctx.needs_input_grad[:2]), None, None)
 
 
-@traced_as(rms_norm_op)
-def _(x, keep):
-    return x.new_empty(x.shape), x.new_empty(x.shape[:-1] if keep else 0, dtype=torch.float32)
+def run_rms_norm(x: Tensor) -> Tensor:
+    return differentiable(RMSNorm, x, needs_gradient(x), normed_dtype(x))[0]
 
 
-@traced_as(add_rms_norm_op)
-def _(x, update, keep):
-    rstd = x.new_empty(x.shape[:-1] if keep else 0, dtype=torch.float32)
-    return x.new_empty(x.shape), x.new_empty(x.shape), rstd
+def run_add_rms_norm(x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+    return differentiable(AddRMSNorm, x, update, needs_gradient(x, update), normed_dtype(x))[:2]
 
 
-@traced_as(backward_op)
-def _(dy, dtotal, y, rstd):
-    return y.new_empty(y.shape)
-
-
-def save(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)  # a result that nobody used costs no zeros
-    ctx.mark_non_differentiable(output[-1])
-    ctx.save_for_backward(*output[-2:])
-
-
-def rms_norm_gradient(ctx, dy, _):
-    return None if dy is None else backward_op(dy, None, *ctx.saved_tensors), None
-
-
-def add_rms_norm_gradient(ctx, dtotal, dy, _):
-    grad = dtotal if dy is None else backward_op(dy, dtotal, *ctx.saved_tensors)
-    return grad, grad, None
-
-
-rms_norm_op.register_autograd(rms_norm_gradient, setup_context=save)
-add_rms_norm_op.register_autograd(add_rms_norm_gradient, setup_context=save)
-
-
-def refusal(x: Tensor, *_) -> str | None:
+def unsupported_reason(x: Tensor, *_) -> str | None:
     if x.size(-1) > WIDEST:
         return f"a row of {x.size(-1)} elements does not fit in registers; {WIDEST} do"
     if x.numel() // max(x.size(-1), 1) > GRID_LIMIT:
         return f"{x.numel() // x.size(-1)} rows pass the {GRID_LIMIT} that one launch can number; split them"
-    return triton_refusal(x)
-
-
-IMPLEMENTATIONS = {
-    "rms_norm": {
-        "triton": Implementation(lambda x: rms_norm_op(x, wants_gradient(x))[0], refusal),
-        "reference": Implementation(reference.rms_norm),
-    },
-    "add_rms_norm": {
-        "triton": Implementation(lambda x, update: add_rms_norm_op(x, update, wants_gradient(x, update))[:2], refusal),
-        "reference": Implementation(reference.add_rms_norm),
-    },
-}
+    return triton_unsupported_reason(x)
 
 
 def rms_norm(x: Tensor, *, impl: str = "auto") -> Tensor:
     """Normalise each row of x (…, C) by its root mean square; the result has x's shape and dtype.
 
+    Under autocast the result has the dtype of torch's rms_norm, which is float32 on CUDA. Repeated calls are bitwise equal.
     Raises TypeError when x is not floating point, ValueError when it has no axis, and KernelRequestError (a ValueError)
-    when the implementation asked for by name cannot serve the call. Repeated calls are bitwise equal.
+    when the implementation asked for by name does not support the call.
     """
     check_float("rms_norm", x=x)
     check_row("rms_norm", x)
-    return choose("rms_norm", impl, IMPLEMENTATIONS["rms_norm"], x)(x)
+    return choose(RMS_NORM, impl, x)(x)
 
 
 def add_rms_norm(x: Tensor, update: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
     """A residual addition and the norm of its result in one pass: (x + update, rms_norm(x + update)), both (…, C).
 
-    The sum is rounded to x's dtype before it is normalised, as it is when stored. Raises as rms_norm does, and for
-    shapes, dtypes or devices of x and update that differ.
+    The sum is rounded to x's dtype before it is normalised, as it is when stored. Under autocast x and update may have
+    different dtypes; the results have those of the plain operations. Raises as rms_norm does, and for shapes or devices of
+    x and update that differ, or dtypes outside of autocast.
     """
+    x, update = promoted(x, update)
     check_float("add_rms_norm", x=x, update=update)
     check_row("add_rms_norm", x)
     check_shape("add_rms_norm", "update", update, *x.shape)
-    return choose("add_rms_norm", impl, IMPLEMENTATIONS["add_rms_norm"], x, update)(x, update)
+    return choose(ADD_RMS_NORM, impl, x, update)(x, update)
 
 
 def check_row(operation: str, x: Tensor) -> None:
@@ -205,32 +224,84 @@ def check_row(operation: str, x: Tensor) -> None:
         raise ValueError(f"{operation}: x must be (…, C) with C at least 1, got shape {tuple(x.shape)}")
 
 
-def _forward_arguments(size: int, dtype: torch.dtype, parameters: dict[str, int]):
-    pointer = {name: "*T" for name in ("x", "update", "total", "y")}
-    types = pointer | {"rstd": "*fp32", "rows": "i32", "x_stride": "i32", "update_stride": "i32"}
-    return types, {"EPS": EPS, "WIDTH": size, "BLOCK": power_of_2(size), "ADD": True, "KEEP": True}
+def random_rows(count: int, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    return tuple(torch.empty(rows, width, device=device, dtype=dtype).normal_() for _ in range(count))
 
 
-def _backward_arguments(size: int, dtype: torch.dtype, parameters: dict[str, int]):
-    pointer = {name: "*T" for name in ("dy", "dtotal", "y", "dx")}
-    types = pointer | {"rstd": "*fp32", "rows": "i32", "dy_stride": "i32", "dtotal_stride": "i32"}
-    return types, {"WIDTH": size, "BLOCK": power_of_2(size), "ADD": True}
+def forward_launches(key, dtype: torch.dtype, device: torch.device):
+    x, update = random_rows(2, 65_536, *key, dtype, device)
+    return {
+        "rstd": lambda parameters: launch_forward(x, None, True, None, parameters),
+        "no rstd": lambda parameters: launch_forward(x, None, False, None, parameters),
+        "add, rstd": lambda parameters: launch_forward(x, update, True, None, parameters),
+        "add, no rstd": lambda parameters: launch_forward(x, update, False, None, parameters),
+        "autocast": lambda parameters: launch_forward(x, update, True, torch.float32, parameters),
+    }
 
 
-def _forward_example(size: int, dtype: torch.dtype, device: torch.device):
-    x = torch.randn(65_536, size, device=device, dtype=dtype)
-    return lambda parameters: launch_forward(x, None, True, parameters)
+def backward_launches(key, dtype: torch.dtype, device: torch.device):
+    y, dy, dtotal = random_rows(3, 65_536, *key, dtype, device)
+    rstd = torch.empty(65_536, device=device).uniform_(0.5, 2.0)
+    return {
+        "norm": lambda parameters: launch_backward(dy, None, y, rstd, None, parameters),
+        "add": lambda parameters: launch_backward(dy, dtotal, y, rstd, None, parameters),
+        "autocast": lambda parameters: launch_backward(dy.float(), dtotal, y.float(), rstd, dtype, parameters),
+    }
 
 
-def _backward_example(size: int, dtype: torch.dtype, device: torch.device):
-    x, dy = torch.randn(2, 65_536, size, device=device, dtype=dtype)
-    _, y, rstd = launch_forward(x, None)
-    return lambda parameters: launch_backward(dy, None, y, rstd, parameters)
-
-
-WIDTHS = (256, 768, 1280, 2048, 8192)
+KEYS = ((256,), (768,), (1280,), (2048,), (8192,))
+MORE_KEYS = ((100,), (4096,), (5000,), (WIDEST,))
 SPACE = tuple({"ROWS": rows, "num_warps": warps} for rows in (1, 2, 4, 8) for warps in (1, 2, 4, 8, 16))
 KERNELS = (
-    Kernel("rms_norm_forward", forward_kernel, WIDTHS, DTYPES, SPACE, _forward_arguments, _forward_example),
-    Kernel("rms_norm_backward", backward_kernel, WIDTHS, DTYPES, SPACE, _backward_arguments, _backward_example),
+    Kernel("rms_norm_forward", DTYPES, KEYS, SPACE, forward_launches, MORE_KEYS),
+    Kernel("rms_norm_backward", DTYPES, KEYS, SPACE, backward_launches, MORE_KEYS),
 )
+
+
+def trials(inputs: int, shape, device: torch.device, dtype: torch.dtype):
+    every = tuple(range(inputs))
+    yield Trial(random_rows(inputs, shape.rows * shape.tokens, shape.width, dtype, device), every, every)
+
+
+BASELINE_TOKENS, MODEL_WIDTHS = 32 * 2048, {"d12": 768, "d20": 1280, "d32": 2048}
+
+
+def liger():
+    """Liger-Kernel's, which takes a weight or None."""
+    try:
+        from liger_kernel.ops import LigerRMSNormFunction
+    except ImportError:
+        return None
+    return lambda x: LigerRMSNormFunction.apply(x, None, EPS, 0.0, "llama", False, None)
+
+
+def quack():
+    """QuACK's, in CuTe; on Hopper and newer."""
+    try:
+        from quack import rmsnorm
+    except ImportError:
+        return None
+    return lambda x: rmsnorm(x, None, eps=EPS)
+
+
+def benchmark(inputs: int, passes: dict[str, int], flops: dict[str, int], **baselines) -> Benchmark:
+    return Benchmark(
+        shapes=tuple(MODEL_WIDTHS),
+        inputs=lambda shape, dtype, device: random_rows(inputs, BASELINE_TOKENS, MODEL_WIDTHS[shape], dtype, device),
+        differentiable=tuple(range(inputs)),
+        elements=lambda arguments, part: passes[part] * arguments[0].numel(),
+        flops=lambda arguments, part, variant: flops[part] * arguments[0].numel(),
+        baselines=baselines,
+    )
+
+
+RMS_NORM = Operation(
+    "rms_norm", rms_norm, reference.rms_norm, {"triton": Implementation(run_rms_norm, unsupported_reason)}, KERNELS,
+    partial(trials, 1), benchmark(1, {"fwd": 2, "bwd": 3}, {"fwd": 3, "bwd": 6}, liger=liger, quack=quack),
+)  # fmt: skip
+ADD_RMS_NORM = Operation(
+    "add_rms_norm", add_rms_norm, reference.add_rms_norm,
+    {"triton": Implementation(run_add_rms_norm, unsupported_reason)}, KERNELS,
+    partial(trials, 2), benchmark(2, {"fwd": 4, "bwd": 4}, {"fwd": 4, "bwd": 7}),
+)  # fmt: skip
+OPERATIONS = (RMS_NORM, ADD_RMS_NORM)

@@ -1,79 +1,150 @@
-"""What the rooms share: Triton itself, whether it is interpreted, and a tensor as rows.
+"""What the kernels share: Triton itself, a launch on the right device, derivatives, and a few operations in registers.
 
-Where Triton is not installed (it has no build for macOS) the rooms still import: their kernels are then plain functions
-that nobody launches, because dispatch refuses them.
+Where Triton is not installed (it has no build for macOS) the operations still import: their kernels are then plain
+functions that nobody launches, because dispatch sees that they are unsupported.
 """
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-try:
+from kernels.architecture import TRITON_INSTALLED
+
+if TRITON_INSTALLED:
     import triton
     import triton.language as tl
 
-    INSTALLED = True
     INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run in NumPy, on CPU tensors
-except ImportError:
+else:
     triton = SimpleNamespace(jit=lambda function=None, **_: function or (lambda f: f))
     tl = SimpleNamespace(constexpr=object)
-    INSTALLED = INTERPRETED = False
+    INTERPRETED = False
 
 # as constants of kernels, whose globals must be constexpr
-LOG2E = tl.constexpr(1.4426950408889634) if INSTALLED else 1.4426950408889634
-_INTERPRETED = tl.constexpr(INTERPRETED) if INSTALLED else False
+LOG2E = tl.constexpr(1.4426950408889634) if TRITON_INSTALLED else 1.4426950408889634
+_INTERPRETED = tl.constexpr(INTERPRETED) if TRITON_INSTALLED else False
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GRID_LIMIT = 2**31 - 1  # programs on the first axis of a grid
 
 
-def triton_refusal(x: Tensor) -> str | None:
+def triton_unsupported_reason(x: Tensor) -> str | None:
     """Why no Triton kernel can take x here, or None when one can."""
-    if not INSTALLED:
+    if not TRITON_INSTALLED:
         return "Triton is not installed (pip install triton; it exists for Linux)"
     if x.dtype not in DTYPES:
         return f"the Triton kernels take bfloat16, float16 or float32, got {x.dtype}"
-    if x.device.type == "cpu" and INTERPRETED:
+    if x.device.type == "cuda" or (INTERPRETED and x.device.type == "cpu"):
         return None
-    if x.device.type != "cuda":
-        return (
-            f"the Triton kernels take CUDA tensors, got one on {x.device}; move it, or set TRITON_INTERPRET=1 to debug"
+    return f"the Triton kernels take CUDA tensors, got one on {x.device}; move it, or set TRITON_INTERPRET=1 to debug"
+
+
+class Launch(NamedTuple):
+    """A launch that was recorded: the kernel, its arguments in order, and its constants and options by name."""
+
+    kernel: Any
+    arguments: tuple
+    constants: dict[str, Any]
+
+
+_recorded: ContextVar[list[Launch] | None] = ContextVar("recorded launches", default=None)
+
+
+@contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """The launches on meta tensors inside of the block, which run nothing: what inspect compiles without a GPU."""
+    launches: list[Launch] = []
+    token = _recorded.set(launches)
+    try:
+        yield launches
+    finally:
+        _recorded.reset(token)
+
+
+def launch(kernel, grid: tuple[int, ...], device: torch.device, *arguments, **constants) -> None:
+    """kernel[grid](*arguments, **constants) on the device of its tensors, which need not be the current one.
+
+    On the meta device nothing runs, as for any operation there; see recorded_launches. torch.compile traces the launch, so
+    that it is not opaque to Inductor, which picks the device itself.
+    """
+    if device.type == "meta":
+        if (launches := _recorded.get()) is not None:
+            launches.append(Launch(kernel, arguments, constants))
+    elif torch.compiler.is_compiling() or device.type == "cpu" or device.index == torch.cuda.current_device():
+        kernel[grid](*arguments, **constants)
+    else:
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, **constants)
+
+
+class KernelFunction(torch.autograd.Function):
+    """Base of the functions with kernels in them, for torch.autograd; called through `differentiable`.
+
+    A subclass has forward(*arguments), which returns a tensor or a tuple of them, and unless it has no derivative also
+    setup_context and backward, as in torch; backward gets None for a result that nobody used. What a backward launches is a
+    KernelFunction as well, called through `derivative`, and has none: a second derivative raises, as does one in forward mode, which no kernel has.
+    Under vmap the kernels run for one slice after another.
+    """
+
+    def __init_subclass__(cls) -> None:
+        def vmap(info, in_dims, *arguments):
+            return _one_slice_after_another(cls, info.batch_size, in_dims, arguments)
+
+        cls.vmap = staticmethod(vmap)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output) -> None:
+        ctx.set_materialize_grads(False)  # a result that nobody used costs no zeros
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError(
+            "a fused kernel has no second derivative: call the operation with impl='reference', whose derivatives torch knows"
         )
-    return None
 
 
-def traced_as(operation) -> Callable:
-    """Register the decorated function as how torch.compile sees an operation of torch.library."""
-
-    def register(fake: Callable) -> Callable:
-        def traced(*arguments):
-            _spare_inductor(operation._opoverload)
-            return fake(*arguments)
-
-        operation.register_fake(traced)
-        return traced
-
-    return register
+def differentiable(function: type[KernelFunction], *arguments):
+    """function.apply(*arguments), at the least cost to the host."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+        return function.forward(*arguments)
+    # apply without binding defaults to arguments, which takes torch 25 µs
+    return super(torch.autograd.Function, function).apply(*arguments)
 
 
-def _spare_inductor(overload) -> None:
-    """Before torch 2.13 inductor writes out, at the first call of an operation that it does not know, all that leads to
-    it, for a log that nobody reads: 4^layers expressions for a loss (github.com/pytorch/pytorch/issues/185937). It knows it now."""
-    lowering = sys.modules.get("torch._inductor.lowering")
-    if torch.__version__ < (2, 13) and lowering and overload not in lowering.lowerings:
-        tag = torch._library.utils.get_layout_constraint_tag(overload, with_default=True)
-        lowering.make_fallback(overload, lowering.tag_to_layout_constraint(tag))
+def derivative(function: type[KernelFunction], *arguments):
+    """What a backward launches: `differentiable`, but traced without autograd, for torch.compile has no second derivative."""
+    return function.forward(*arguments) if torch.compiler.is_compiling() else differentiable(function, *arguments)
+
+
+def _one_slice_after_another(function: type[KernelFunction], batch_size: int, in_dims: tuple, arguments: tuple):
+    """The rule of torch.vmap for any KernelFunction: (results stacked along a new first axis, 0 for each of them)."""
+    results = []
+    for index in range(batch_size):
+        slices = [x.select(d, index) if isinstance(d, int) else x for x, d in zip(arguments, in_dims, strict=True)]
+        result = differentiable(function, *slices)
+        results.append(result if isinstance(result, tuple) else (result,))
+    stacked = tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*results, strict=True))
+    dims = tuple(None if x is None else 0 for x in stacked)
+    return (stacked, dims) if isinstance(result, tuple) else (stacked[0], dims[0])
 
 
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def wants_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether a derivative of what is made of these tensors may be asked for."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return True  # a tensor inside of vmap does not say whether one outside of it requires a gradient
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -132,9 +203,9 @@ def reciprocal(x):
 
 
 @triton.jit
-def prefetch(at):
-    """Call what is at each address into the L2 cache; nothing waits for it."""
+def prefetch(ptr):
+    """Prefetch what is at each address into the L2 cache; nothing waits for it."""
     if not _INTERPRETED:
         tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
         )

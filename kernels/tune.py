@@ -5,13 +5,15 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from statistics import median
+from typing import Any
 
 import torch
 
-from kernels import configs, timing
-from kernels.configs import Kernel
+from kernels import configs, inspect, timing
+from kernels.architecture import architecture, run_ptx_of, triton
+from kernels.configs import dtype_name, format_key
 from kernels.dispatch import tunable_kernels
-from kernels.inspect import SHORT, inspect_kernel, run_ptx_of
+from kernels.operation import Kernel, Key
 
 ROUNDS = 15
 COMPILERS = 8  # processes that fill Triton's cache ahead of the timing, each with its own inputs on the GPU
@@ -20,84 +22,110 @@ COMPILERS = 8  # processes that fill Triton's cache ahead of the timing, each wi
 def tune(only: tuple[str, ...] = (), say: Callable[[str], None] = print) -> Iterator[tuple[str, float, dict[str, int]]]:
     """Write the table of this GPU's architecture, kernel by kernel: (what, milliseconds, parameters) as each is found.
 
-    only: names of kernels; all when empty. float16 takes what bfloat16 has: the bytes are the same.
-    Raises RuntimeError without a CUDA device, ValueError for a name that is no kernel's.
+    only: names of kernels; all when empty. float16 takes what bfloat16 has, because it moves the same bytes.
+    Raises RuntimeError without a CUDA device, ValueError for a name that no kernel has.
     """
-    if not torch.cuda.is_available():
-        raise RuntimeError("launch parameters are measured on a GPU, and there is none here")
     kernels = list(tunable_kernels())
     unknown = set(only) - {kernel.name for kernel in kernels}
     if unknown:
         raise ValueError(
             f"no kernel is called {', '.join(sorted(unknown))}; there are {', '.join(k.name for k in kernels)}"
         )
+    if not torch.cuda.is_available():
+        raise RuntimeError("launch parameters are measured on a GPU, and there is none here")
     device = torch.device("cuda", torch.cuda.current_device())
-    architecture = configs.architecture(device.index)
-    table = configs.table(architecture)
+    name = architecture(device.index)
+    table = configs.table(name)
     kernels = [kernel for kernel in kernels if not only or kernel.name in only]
-    works = launchable(kernels, architecture, say)
+    works = launchable(kernels, name, say)
     for kernel in kernels:
         found: dict[str, dict[str, dict[str, int]]] = {}
         for dtype in kernel.dtypes:
-            classes = found[str(dtype).removeprefix("torch.")] = {}
-            for size in kernel.sizes:
-                if dtype == torch.float16:
-                    classes[str(size)] = found["bfloat16"][str(size)]
+            classes = found[dtype_name(dtype)] = {}
+            for key in kernel.keys:
+                if dtype == torch.float16 and torch.bfloat16 in kernel.dtypes:
+                    classes[format_key(key)] = found["bfloat16"][format_key(key)]
                     continue
-                milliseconds, classes[str(size)] = fastest(kernel, size, dtype, device, works[kernel.name, size, dtype])
-                yield f"{kernel.name} {SHORT[dtype]} {size}", milliseconds, classes[str(size)]
+                milliseconds, parameters = fastest(kernel, key, dtype, device, works[kernel.name, key, dtype])
+                classes[format_key(key)] = parameters
+                yield f"{kernel.name} {dtype_name(dtype)} {format_key(key)}", milliseconds, parameters
         table["launch"][kernel.name] = found
-        forced = " running sm80's PTX" if architecture == "sm80" and torch.cuda.get_device_capability()[0] > 8 else ""
+        forced = " running sm80's PTX" if name == "sm80" and torch.cuda.get_device_capability()[0] > 8 else ""
         table["measured_on"] = torch.cuda.get_device_name() + forced
-        table["versions"] = {"torch": torch.__version__, "triton": __import__("triton").__version__}
+        table["versions"] = {"torch": torch.__version__, "triton": triton.__version__}
         table["command"] = "nanochat kernels tune"
-        write(architecture, table)
+        write(name, table)
 
 
-def launchable(kernels: list[Kernel], architecture: str, say) -> dict[tuple, list[dict[str, int]]]:
-    """For each kernel, size and dtype the configurations that compile without a fault and can be launched."""
-    jobs = [
-        (kernel.name, size, dtype, parameters, architecture)
+def launchable(kernels: list[Kernel], name: str, say: Callable[[str], None]) -> dict[tuple, list[dict[str, int]]]:
+    """For each kernel, shape class and dtype the configurations that compile without a fault and can be launched.
+
+    A space of one configuration leaves nothing to search and is not tried.
+    """
+    cases = [
+        (kernel, key, dtype)
         for kernel in kernels
         for dtype in kernel.dtypes
-        for size in kernel.sizes
-        for parameters in kernel.space
-        if dtype != torch.float16
+        for key in kernel.keys
+        if dtype != torch.float16 or torch.bfloat16 not in kernel.dtypes
     ]
-    works: dict[tuple, list[dict[str, int]]] = {job[:3]: [] for job in jobs}
+    works = {(k.name, key, dtype): list(k.space) if len(k.space) == 1 else [] for k, key, dtype in cases}
+    jobs = [
+        (kernel.name, key, dtype, parameters, name)
+        for kernel, key, dtype in cases
+        if len(kernel.space) > 1
+        for parameters in kernel.space
+    ]
     with ProcessPoolExecutor(COMPILERS, multiprocessing.get_context("spawn")) as pool:
-        for (name, size, dtype, parameters, _), fault in zip(jobs, pool.map(_try, jobs, chunksize=4), strict=True):
+        for (kernel, key, dtype, parameters, _), fault in zip(jobs, pool.map(_try, jobs, chunksize=4), strict=True):
             if fault:
-                say(f"{name} {SHORT[dtype]} {size} {parameters}: {fault}")
+                say(f"{kernel} {dtype_name(dtype)} {format_key(key)} {parameters}: {fault}")
             else:
-                works[name, size, dtype].append(parameters)
+                works[kernel, key, dtype].append(parameters)
     return works
 
 
 def _try(job: tuple) -> str:
-    """What is wrong with a configuration, nothing if it is empty; in a process of its own."""
-    name, size, dtype, parameters, architecture = job
+    """What is wrong with a configuration, or an empty string; in a process of its own."""
+    name, key, dtype, parameters, target = job
     kernel = next(kernel for kernel in tunable_kernels() if kernel.name == name)
     device = torch.device("cuda", torch.cuda.current_device())
     try:
-        faults = inspect_kernel(kernel, architecture, size, dtype, parameters).faults
+        faults = faults_of(kernel, key, dtype, parameters, target)
         if not faults:
-            if architecture == "sm80" and torch.cuda.get_device_capability(device)[0] > 8:
+            if target == "sm80" and torch.cuda.get_device_capability(device)[0] > 8:
                 run_ptx_of("sm80")
-            kernel.example(size, dtype, device)(parameters)
+            timed(kernel, key, dtype, device)(parameters)
             torch.cuda.synchronize()
-    except Exception as error:  # a tile that the compiler refuses
+    except Exception as error:  # a tile that the compiler rejects
         return f"{type(error).__name__} {str(error)[:80]}"
     return "; ".join(faults)
 
 
+def faults_of(kernel: Kernel, key: Key, dtype: torch.dtype, parameters: dict[str, int], target: str) -> list[str]:
+    """What inspect says of every launch, in all flag sets, with these parameters: the table's entry serves them all."""
+    with configs.tables_of(target):
+        launches = inspect.record(kernel, key, dtype, parameters)
+    faults = []
+    for flags, of_flags in launches.items():
+        for number, launch in enumerate(of_flags):
+            found = inspect.inspect_launch(launch, target, inspect.Place(kernel.name, dtype, key, flags, number))
+            faults += [f"{flags}: {fault}" for fault in found.faults]
+    return faults
+
+
+def timed(kernel: Kernel, key: Key, dtype: torch.dtype, device: torch.device) -> Callable[[dict[str, int]], Any]:
+    """The first flag set, which stands for all in the search."""
+    return next(iter(kernel.launches(key, dtype, device).values()))
+
+
 def fastest(
-    kernel: Kernel, size: int, dtype: torch.dtype, device: torch.device, configurations: list[dict[str, int]]
+    kernel: Kernel, key: Key, dtype: torch.dtype, device: torch.device, configurations: list[dict[str, int]]
 ) -> tuple[float, dict[str, int]]:
     """(median milliseconds, parameters) of the fastest configuration."""
     if not configurations:
-        raise RuntimeError(f"{kernel.name}: no configuration for {size} {dtype} compiles without a fault")
-    run = kernel.example(size, dtype, device)
+        raise RuntimeError(f"{kernel.name}: no configuration for {format_key(key)} {dtype} compiles without a fault")
+    run = timed(kernel, key, dtype, device)
     variants = {str(n): lambda _, parameters=p: run(parameters) for n, p in enumerate(configurations)}
     times = {name: median(values) for name, values in timing.interleaved(variants, ROUNDS).items()}
     best = min(times, key=times.__getitem__)

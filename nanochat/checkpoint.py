@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -168,9 +169,17 @@ def load_weights(path: Path, model: GPT) -> None:
 
 
 def load_model(
-    paths: Paths, stage: str, runtime: Runtime, impl: Implementations | None = None, step: int | None = None
+    paths: Paths,
+    stage: str,
+    runtime: Runtime,
+    impl: Implementations | None = None,
+    step: int | None = None,
+    adapt: Callable[[GPTConfig], GPTConfig] = lambda config: config,
 ) -> tuple[GPT, Tokenizer, dict]:
-    """The newest (or a given) checkpoint of a stage with its tokenizer. Raises UserError naming the stages there are."""
+    """The newest (or a given) checkpoint of a stage with its tokenizer. Raises UserError naming the stages there are.
+
+    adapt: changes the configuration before the model is made of it, as the gate does with its implementations.
+    """
     store = CheckpointStore(paths.checkpoints(stage), runtime)
     steps = store.steps()
     if not steps or (step is not None and step not in steps):
@@ -185,9 +194,10 @@ def load_model(
     path = store.path(steps[-1] if step is None else step)
     tokenizer = Tokenizer.load(paths.tokenizer)
     meta = read_meta(path, tokenizer)
-    config = GPTConfig(**meta["config"], impl=impl or Implementations())
+    config = adapt(GPTConfig(**meta["config"], impl=impl or Implementations()))
     model = GPT.create(config, runtime.device, runtime.compute_dtype)
     load_weights(path, model)
+    model.keep_copies()
     return model, tokenizer, meta
 
 

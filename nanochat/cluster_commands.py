@@ -148,5 +148,6 @@ def _state(paths: Paths, step) -> tuple[str, ...]:
     if not metrics:
         return ("to come", *numbers)
     age = time.time() - paths.metrics(step.name).stat().st_mtime
-    left = f"{metrics[-1].get('remaining', 0.0) / 60:.1f} min"
+    remaining = metrics[-1].get("remaining")  # None in the first steps, whose pace says nothing
+    left = "not known yet" if remaining is None else f"{remaining / 60:.1f} min"
     return ("running" if age < STALE_SECONDS else f"no news for {age / 60:.0f} min", *numbers[:3], left)

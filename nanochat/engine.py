@@ -28,12 +28,14 @@ class KVCache:
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Store k, v (B, T, G, D) behind each row; returns keys, values up to the longest row and the new lengths."""
-        tokens, end = k.size(1), self.used + k.size(1)
-        slots = self.lengths[:, None] + torch.arange(tokens, device=k.device)  # (B, T)
-        rows = torch.arange(k.size(0), device=k.device)[:, None]
-        self.keys[layer][rows, slots] = k
-        self.values[layer][rows, slots] = v
-        return self.keys[layer][:, :end], self.values[layer][:, :end], self.lengths + tokens
+        end = self.used + k.size(1)
+        if layer == 0:  # all layers of a forward pass store at the same places
+            slots = self.lengths[:, None] + torch.arange(k.size(1), device=k.device)  # (B, T)
+            self.places = torch.arange(k.size(0), device=k.device)[:, None], slots
+            self.ends = self.lengths + k.size(1)
+        self.keys[layer][self.places] = k
+        self.values[layer][self.places] = v
+        return self.keys[layer][:, :end], self.values[layer][:, :end], self.ends
 
     def advance(self, tokens: Tensor | int, longest: int) -> None:
         """Count tokens as held: after a forward pass through all layers."""

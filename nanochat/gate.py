@@ -1,31 +1,53 @@
 """The choice of `nanochat kernels gate`, and how training takes it."""
 
+from dataclasses import fields, replace
+
 import kernels.gate
+from kernels.operation import RunShape
 from nanochat.console import say
 from nanochat.errors import UserError
-from nanochat.gpt import GPTConfig
+from nanochat.gpt import GPTConfig, Implementations
 from nanochat.paths import Paths
 from nanochat.runtime import Runtime
 
+# the operations that a field of Implementations serves, where they are not the one of its name
+SERVED = {
+    "rms_norm": ("rms_norm", "add_rms_norm"),
+    "newton_schulz": ("newton_schulz", "nesterov_momentum", "apply_update", "adamw"),
+}
 
-def run_shape(model: GPTConfig, rows: int) -> kernels.gate.RunShape:
-    return kernels.gate.RunShape(
+
+def run_shape(model: GPTConfig, rows: int) -> RunShape:
+    return RunShape(
         rows, model.context_length, model.width, model.n_head, model.n_kv_head, model.vocab_size, model.depth
     )  # fmt: skip
 
 
-def take_gate(paths: Paths, model: GPTConfig, rows: int, runtime: Runtime) -> None:
-    """What training does first: take the choice of the gate where there is one, and say so.
+def take_gate(paths: Paths, model: GPTConfig, rows: int, runtime: Runtime) -> GPTConfig:
+    """The model with the gate's choice in place of every "auto", where there is a gate file; says so.
 
-    Raises UserError when it was made on another device, with other versions or for another shape.
+    Raises UserError when the file was made on another device, with other versions or kernels, or for another shape.
     """
     if not paths.gate.exists():
-        return
+        return model
+    valid_for = kernels.gate.identity(run_shape(model, rows), runtime.device, runtime.compute_dtype)
     try:
-        line = kernels.gate.apply(
-            paths.gate, kernels.gate.identity(run_shape(model, rows), runtime.device, runtime.compute_dtype)
-        )
+        chosen = chosen_implementations(kernels.gate.read(paths.gate, valid_for))
     except kernels.gate.GateError as error:
         raise UserError(str(error)) from error
     if runtime.primary:
-        say(line)
+        fused = [name for name, impl in chosen.items() if impl != "reference"]
+        say(f"kernels: the gate of {paths.gate} chose fused {', '.join(fused) or 'nothing'}")
+    taken = {name: impl for name, impl in chosen.items() if getattr(model.impl, name) == "auto"}
+    return replace(model, impl=replace(model.impl, **taken))
+
+
+def chosen_implementations(choices: dict[str, str]) -> dict[str, str]:
+    """A choice for each field of Implementations. One that serves several operations takes a fused implementation only where the
+    gate chose it for all of them; a field of which the gate says nothing is left out."""
+    chosen = {}
+    for field in fields(Implementations):
+        of_field = {choices.get(operation) for operation in SERVED.get(field.name, (field.name,))}
+        if None not in of_field:
+            chosen[field.name] = of_field.pop() if len(of_field) == 1 else "reference"
+    return chosen

@@ -116,19 +116,26 @@ class FromCopy(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """x·weightᵀ in x's dtype. An optimizer may keep a copy of the weight in another dtype, so that no pass has to cast it."""
+    """x·weightᵀ in x's dtype.
+
+    The optimizer owns the storage of the weight. It may also set `copy`, the weight in the dtype of computation, so that no pass
+    has to cast it, and `gradient`, a float32 buffer that backward adds the weight's gradient to instead of returning it.
+    """
 
     def __init__(self, width: int, out: int):
         super().__init__(width, out, bias=False)
         self.register_buffer("copy", None, persistent=False)
+        self.gradient: Tensor | None = None
 
-    def weight_in(self, dtype: torch.dtype) -> Tensor:
-        if self.copy is None or self.copy.dtype != dtype:
-            return self.weight.to(dtype)
-        return FromCopy.apply(self.weight, self.copy)
+    def operands(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """The weight to compute with, and the buffer that its gradient is added to (None: autograd takes the gradient)."""
+        has_copy = self.copy is not None and self.copy.dtype == dtype
+        if self.gradient is not None:
+            return self.copy if has_copy else self.weight.detach().to(dtype), self.gradient
+        return FromCopy.apply(self.weight, self.copy) if has_copy else self.weight.to(dtype), None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight_in(x.dtype))
+        return kernels.linear(x, *self.operands(x.dtype))
 
 
 class Attention(nn.Module):
@@ -162,8 +169,8 @@ class MLP(nn.Module):
         self.project = Linear(4 * config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        w1, w2 = self.expand.weight_in(x.dtype), self.project.weight_in(x.dtype)
-        return kernels.relu2_mlp(x, w1, w2, impl=self.impl)
+        (w_up, up_gradient), (w_down, down_gradient) = self.expand.operands(x.dtype), self.project.operands(x.dtype)
+        return kernels.relu2_mlp(x, w_up, w_down, up_gradient, down_gradient, impl=self.impl)
 
 
 class Block(nn.Module):
@@ -222,6 +229,14 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=std, generator=generator)
         return model
 
+    def keep_copies(self) -> None:
+        """Have a copy of the matrices in the compute dtype, so that no forward pass casts them. For a model that is not trained:
+        an optimizer makes and updates its own."""
+        if self.compute_dtype != torch.float32:
+            for layer in self.modules():
+                if isinstance(layer, Linear):
+                    layer.copy = layer.weight.detach().to(self.compute_dtype)
+
     def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """tokens (B, T) int64 → the normalised last hidden state (B, T, C) in the compute dtype."""
         if tokens.size(1) > self.cos.size(0):
@@ -238,18 +253,29 @@ class GPT(nn.Module):
         return SOFTCAP * torch.tanh(self.head(hidden).float() / SOFTCAP)
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, reduction: str = "mean", cache: Cache | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        reduction: str = "mean",
+        cache: Cache | None = None,
+        loss_weight: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, T, V) without targets; with targets (B, T), −1 ignored, the loss in nats: a mean, or (B, T)."""
+        """Logits (B, T, V) without targets; with targets (B, T), −1 ignored, the loss in nats: a mean, or (B, T).
+
+        loss_weight: a float32 scalar that loss and gradients are multiplied by.
+        """
         hidden = self.hidden(tokens, cache)
         if targets is None:
             return self.logits(hidden)
+        weight, gradient = self.head.operands(hidden.dtype)
         loss = kernels.linear_cross_entropy(
             hidden.flatten(0, 1),
-            self.head.weight_in(hidden.dtype),
+            weight,
             targets.flatten(),
             SOFTCAP,
             reduction=reduction,
+            loss_weight=loss_weight,
+            weight_gradient=gradient,
             impl=self.config.impl.linear_cross_entropy,
         )
         return loss if reduction == "mean" else loss.view_as(targets)

@@ -8,6 +8,7 @@ from rich.table import Table
 
 import kernels.gate
 from kernels import dispatch, inspect, tune
+from kernels.architecture import run_ptx_of
 from nanochat.console import console, say
 from nanochat.errors import UserError
 from nanochat.gate import run_shape
@@ -27,49 +28,59 @@ class KernelsListConfig:
 
 def list_kernels(config: KernelsListConfig) -> None:
     table = Table("operation", "implementations", "auto takes here", "because", box=None)
-    for operation in dispatch.ROOMS:
-        names, taken, why = dispatch.describe(operation)
-        table.add_row(operation, ", ".join(names), taken, why)
+    for name, operation in sorted(dispatch.operations().items()):
+        taken, why = dispatch.describe(operation)
+        table.add_row(name, ", ".join((*operation.implementations, "reference")), taken, why)
     _show(table)
 
 
 @dataclass(frozen=True)
 class KernelsInspectConfig:
-    """Compile every kernel with every committed configuration for an architecture; no GPU is needed.
+    """Compile every kernel with every committed configuration and flag set for an architecture; no GPU is needed.
 
     Fails on spilled registers, on more shared memory than a block can have, and on TMA or wgmma for sm80.
     """
 
     arch: Literal["sm80", "sm90"] = "sm80"
     """sm80: A100; sm90: H100 and H200"""
+    kernel: tuple[str, ...] = ()
+    """only these kernels, by their names in the launch tables"""
 
 
 def inspect_kernels(config: KernelsInspectConfig) -> None:
+    _check_names(config.kernel)
     try:
-        found = list(inspect.inspect_all(config.arch))
+        found = list(inspect.inspect_all(config.arch, config.kernel))
     except (RuntimeError, ValueError) as error:
         raise UserError(str(error)) from error
     table = Table(box=None)
-    for name in ("kernel", "dtype", "size", "configuration"):
+    for name in ("kernel", "flags", "dtype", "shape", "constants"):
         table.add_column(name)
     for name in ("registers", "spilled B", "shared B"):
         table.add_column(name, justify="right")
     table.add_column("matrix and copy instructions")
     table.add_column("wrong")
     for one in found:
-        configuration = " ".join(f"{key}={value}" for key, value in one.parameters.items())
+        constants = " ".join(f"{key}={int(value)}" for key, value in one.constants.items())
         numbers = (str(one.registers), str(one.spilled), str(one.shared))
-        table.add_row(
-            one.kernel, one.dtype, str(one.size), configuration, *numbers, _join(one.instructions), _join(one.faults)
-        )
+        words = (one.kernel, one.flags, one.dtype, one.key, constants)
+        table.add_row(*words, *numbers, _join(one.instructions), _join(one.faults))
     _show(table)
     faulty = [one for one in found if one.faults]
     if faulty:
+        first = faulty[0]
         raise UserError(
-            f"{len(faulty)} of {len(found)} configurations for {config.arch} are faulty, the first {faulty[0].kernel} "
-            f"{faulty[0].dtype} {faulty[0].size}: {_join(faulty[0].faults)}; tune again or mend kernels/configs/{config.arch}.json"
+            f"{len(faulty)} of {len(found)} launches for {config.arch} are faulty, the first {first.kernel} ({first.flags}) "
+            f"{first.dtype} {first.key}: {_join(first.faults)}; change kernels/configs/{config.arch}.json, or tune again"
         )
-    say(f"{len(found)} configurations compile for {config.arch} without a fault")
+    say(f"{len(found)} launches compile for {config.arch} without a fault")
+
+
+def _check_names(names: tuple[str, ...]) -> None:
+    known = [kernel.name for kernel in dispatch.tunable_kernels()]
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise UserError(f"no kernel is called {', '.join(unknown)}; there are {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -85,7 +96,7 @@ class KernelsTuneConfig:
 def tune_kernels(config: KernelsTuneConfig) -> None:
     try:
         if config.arch == "sm80":
-            inspect.run_ptx_of("sm80")
+            run_ptx_of("sm80")
         for what, milliseconds, parameters in tune.tune(config.kernel, say):
             say(f"{what}: {milliseconds:.4f} ms with {parameters}")
     except (RuntimeError, ValueError) as error:

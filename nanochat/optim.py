@@ -14,7 +14,7 @@ graph, and with `graphs` the work between exchanges is replayed from such.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,6 +24,7 @@ from torch import Tensor
 
 import kernels
 from nanochat.gpt import GPT, Linear
+from nanochat.graphs import Replayed
 
 # torch 2.13 renamed these and warns at the old names
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -62,8 +63,9 @@ class Group:
         self.share = self.gradients if len(counts) == 1 else torch.zeros_like(self.weights[: self.per_rank])
         self.places = [r * self.per_rank + i for r, count in enumerate(counts) for i in range(count)]
         self.views = self._cut(self.gradients)
-        for parameter, view in zip(parameters, self._cut(self.weights), strict=True):
+        for parameter, view, gradient in zip(parameters, self._cut(self.weights), self.views, strict=True):
             parameter.data = view.copy_(parameter.data)
+            parameter.grad = gradient
         self.copies: Tensor | None = None
         state = ("momentum",) if self.stacked else ("mean", "variance")
         self.state = {n: torch.zeros(self.owned, *self.item_shape, device=self.weights.device) for n in state}
@@ -77,6 +79,11 @@ class Group:
         self.copies = self.weights.to(dtype)
         for layer, view in zip(layers, self._cut(self.copies), strict=True):
             layer.copy = view
+
+    def keep_gradients(self, layers: list[Linear]) -> None:
+        """Have the layers add their gradients to the buffer themselves, in float32, and not through autograd."""
+        for layer, view in zip(layers, self.views, strict=True):
+            layer.gradient = view
 
     def take(self, weights: Tensor) -> None:
         """Have these weights, and the copy of them."""
@@ -93,24 +100,6 @@ class Group:
             elif parameter.grad.data_ptr() != view.data_ptr():
                 view.copy_(parameter.grad)
             parameter.grad = view
-
-
-class Replayed:
-    """Work on tensors that stay where they are: from its third call on a CUDA graph, in `pool`, where there is one."""
-
-    def __init__(self, work: Callable[[], Tensor | None], pool: tuple | None):
-        self.work, self.pool, self.calls, self.graph = work, pool, 0, None
-
-    def __call__(self) -> Tensor | None:
-        self.calls += 1
-        if self.pool is None or self.calls <= 2 or torch.cuda.is_current_stream_capturing():
-            return self.work()
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):
-                self.result = self.work()
-        self.graph.replay()
-        return self.result
 
 
 class MuonAdamW:
@@ -147,10 +136,8 @@ class MuonAdamW:
             counts = [min(rows, max(0, parameter.size(0) - r * rows)) for r in range(self.world_size)]
             self.groups.append(Group(f"adamw-{name}", [parameter], lr * width_scale, counts, self.rank))
         if model.compute_dtype != torch.float32:
-            layers = {layer.weight: layer for layer in model.modules() if isinstance(layer, Linear)}
-            for group in self.groups:
-                if group.parameters[0] in layers:
-                    group.keep_copies([layers[parameter] for parameter in group.parameters], model.compute_dtype)
+            for group, layers in self._layers(model):
+                group.keep_copies(layers, model.compute_dtype)
         scalars = torch.ones(5, device=model.device)
         self.clip, self.rate, self.momentum, *_ = scalars
         self.biases = scalars[3:]
@@ -162,6 +149,19 @@ class MuonAdamW:
             for group in self.groups
         }
         self._alone = Replayed(self._update_alone, pool)
+
+    def _layers(self, model: GPT) -> Iterator[tuple[Group, list[Linear]]]:
+        """The groups of matrices, each with the layers that they belong to."""
+        layers = {layer.weight: layer for layer in model.modules() if isinstance(layer, Linear)}
+        for group in self.groups:
+            if group.parameters[0] in layers:
+                yield group, [layers[parameter] for parameter in group.parameters]
+
+    def keep_gradients(self, model: GPT) -> None:
+        """From now on the model's backward adds the gradients of matrices to the groups' buffers itself: in float32, in place,
+        without a pass of autograd's. For code that calls backward once for each forward, as training does."""
+        for group, layers in self._layers(model):
+            group.keep_gradients(layers)
 
     @torch.no_grad()
     def synchronize(self) -> Tensor:

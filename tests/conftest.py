@@ -31,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--sm80"):
-        from kernels.inspect import run_ptx_of
+        from kernels.architecture import run_ptx_of
 
         run_ptx_of("sm80")
 

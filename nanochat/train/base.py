@@ -119,7 +119,7 @@ def train_base(config: BaseConfig, paths: Paths, runtime: Runtime) -> dict:
     accumulation = accumulation_steps(config.total_batch_size, rows, length, runtime.world_size, "tokens")
     steps = horizon(config, shape)
     train, val = Shards.of(paths, "train"), Shards.of(paths, "val")
-    take_gate(paths, shape, rows, runtime)
+    shape = take_gate(paths, shape, rows, runtime)
     model = GPT.create(shape, runtime.device, runtime.compute_dtype, config.seed)
     if runtime.primary:
         say(

@@ -23,8 +23,10 @@ from nanochat.runtime import Runtime
 from nanochat.tokenizer import Tokenizer
 from nanochat.train.diagnose import offending_tensor
 from nanochat.train.metrics import MetricsLog, WandbLog
+from nanochat.train.micro_step import Execution, MicroStep, choose_execution
 
 SMOOTHING = 0.95
+WARM_UP_STEPS = 3  # of a process: kernels are compiled and graphs captured in them, so they say nothing of the time left
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -34,8 +36,8 @@ class RunOptions:
 
     device: str = "auto"
     """auto (cuda when there, else cpu), cuda, cpu or mps"""
-    compile: bool | None = None
-    """compile the model with torch.compile; by default on CUDA only"""
+    execution: Execution = "auto"
+    """how a micro-step runs: graph (replayed from a CUDA graph), compile (torch.compile) or eager; auto takes graph on CUDA"""
     save_every: int = 1000
     """steps between checkpoints; 0 saves only at the end and on a signal"""
     keep_checkpoints: int = 2
@@ -73,6 +75,7 @@ class Stage:
     accumulation: int  # micro-batches a step on each rank
     lr_multiplier: Callable[[float], float]  # of the progress, 0 to 1
     steps: int | None  # None: until the data ends
+    one_length: bool = True  # all batches have rows of one length
     evaluations: list[Evaluation] = field(default_factory=list)
 
 
@@ -131,9 +134,13 @@ class Trainer:
         self.stage, self.model, self.optimizer, self.tokenizer = stage, model, optimizer, tokenizer
         self.paths, self.runtime, self.options, self.settings = paths, runtime, options, settings
         self.store = CheckpointStore(paths.checkpoints(stage.name), runtime, options.keep_checkpoints)
-        compiled = options.compile if options.compile is not None else runtime.device.type == "cuda"
-        self.forward = torch.compile(model, dynamic=False if stage.steps is not None else None) if compiled else model
+        execution, why = choose_execution(options.execution, runtime.device)
+        if runtime.primary:
+            say(f"micro-steps: {execution} ({why})")
+        self.micro_step = MicroStep(model, optimizer, execution, one_length=stage.one_length)
         self.smoothed = self.elapsed = 0.0
+        self.steps_here = 0  # of this process
+        self.pace_seconds = self.pace_start = 0.0  # of its steps after the first ones, and the progress before those
         self.tokens = 0
         self.saved_step = -1
         self.results: dict = {}
@@ -255,16 +262,12 @@ class Trainer:
     def _step(self, step: int, micro: list[Batch], advance: Callable) -> None:
         started = time.perf_counter()
         progress = step / self.stage.steps if self.stage.steps else self.data_progress
-        loss = torch.zeros((), device=self.runtime.device)
+        self.micro_step.loss.zero_()
         for batch in micro:
             # a micro-batch counts by its targets; ranks are averaged when gradients are synchronised
-            weight = int((batch.targets != -1).sum()) * self.runtime.world_size / max(self.valid, 1.0)
-            batch = batch.to(self.runtime.device)
-            part = self.forward(batch.inputs, batch.targets) * weight
-            part.backward()
-            loss += part.detach()
+            self.micro_step(batch, int((batch.targets != -1).sum()) * self.runtime.world_size / max(self.valid, 1.0))
         norm = self.optimizer.synchronize()
-        loss_value, norm_value = self.runtime.read(torch.stack([loss, norm]))
+        loss_value, norm_value = self.runtime.read(torch.stack([self.micro_step.loss, norm]))
         [total] = self.runtime.sum([loss_value])
         loss_value = total / self.runtime.world_size
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
@@ -287,17 +290,27 @@ class Trainer:
         rate, peak = tokens / seconds, self.runtime.peak_flops
         mfu = self.model.config.flops_per_token * rate / (peak * self.runtime.world_size) if peak else None
         done = (step + 1) / self.stage.steps if self.stage.steps else self.data_progress
-        remaining = self.elapsed * (1 - done) / done if done > 0 else 0.0
+        remaining = self._remaining(seconds, done)
         total = f"/{self.stage.steps:05d}" if self.stage.steps else ""
         say(
             f"step {step:05d}{total} ({100 * done:.1f}%) | loss {debiased:.4f} | lr {multiplier:.2f} | "
             f"dt {seconds * 1e3:.0f} ms | {rate:,.0f} tok/s | mfu {f'{100 * mfu:.1f}%' if mfu else '–'} | "
-            f"{_clock(self.elapsed)} elapsed, {_clock(remaining)} left"
+            f"{_clock(self.elapsed)} elapsed, {'–' if remaining is None else _clock(remaining)} left"
         )
         record = {"step": step, "loss": loss, "smoothed_loss": debiased, "grad_norm": norm, "lr_multiplier": multiplier}
         timing = {"dt": seconds, "tokens_per_second": rate, "mfu": mfu, "tokens": self.tokens, "elapsed": self.elapsed}
         timing |= {"progress": done, "remaining": remaining}
         self._write(record | timing)
+
+    def _remaining(self, seconds: float, done: float) -> float | None:
+        """Seconds left at the pace of this process's steps, without its first ones, which compile and capture kernels."""
+        self.steps_here += 1
+        if self.steps_here <= WARM_UP_STEPS:
+            self.pace_start = done
+            return None
+        self.pace_seconds += seconds
+        progress = done - self.pace_start
+        return self.pace_seconds * (1 - done) / progress if progress > 0 else None
 
     def _write(self, record: dict) -> None:
         if self.log:

@@ -67,10 +67,11 @@ def mid_mixture(config: MidConfig, paths: Paths) -> Mixture:
 
 def train_mid(config: MidConfig, paths: Paths, runtime: Runtime) -> dict:
     """Run or resume midtraining from the newest base checkpoint; returns its results."""
-    model, tokenizer, base_meta = load_model(paths, "base", runtime, config.impl)
-    length = model.config.context_length
     rows = config.device_batch_size
-    take_gate(paths, model.config, rows, runtime)
+    model, tokenizer, base_meta = load_model(
+        paths, "base", runtime, config.impl, adapt=lambda shape: take_gate(paths, shape, rows, runtime)
+    )
+    length = model.config.context_length
     accumulation = accumulation_steps(config.total_batch_size, rows, length, runtime.world_size, "tokens")
     mixture = mid_mixture(config, paths)
     held_out = Mixture([First(SmolTalk(paths, "test"), config.eval_rows), GSM8K(paths, "test"), MMLU(paths, "test")])

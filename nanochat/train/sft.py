@@ -68,9 +68,11 @@ def sft_mixture(config: SftConfig, paths: Paths) -> Mixture:
 
 def train_sft(config: SftConfig, paths: Paths, runtime: Runtime) -> dict:
     """Run or resume fine-tuning from the newest mid checkpoint; returns its results."""
-    model, tokenizer, mid_meta = load_model(paths, "mid", runtime, config.impl)
-    rows, length = config.device_batch_size, model.config.context_length
-    take_gate(paths, model.config, rows, runtime)
+    rows = config.device_batch_size
+    model, tokenizer, mid_meta = load_model(
+        paths, "mid", runtime, config.impl, adapt=lambda shape: take_gate(paths, shape, rows, runtime)
+    )
+    length = model.config.context_length
     accumulation = accumulation_steps(config.examples_per_step, rows, 1, runtime.world_size, "conversations")
     mixture = sft_mixture(config, paths)
     steps = len(mixture) // config.examples_per_step
@@ -89,6 +91,7 @@ def train_sft(config: SftConfig, paths: Paths, runtime: Runtime) -> dict:
         accumulation=accumulation,
         lr_multiplier=lambda progress: config.init_lr_fraction * (1 - progress),
         steps=steps,
+        one_length=False,
     )
     settings = learning_settings(config) | {"mid_step": mid_meta["step"], "conversations": len(mixture)}
     optimizer = MuonAdamW(model, config.optimizer)

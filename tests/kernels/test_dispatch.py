@@ -10,51 +10,56 @@ import torch
 
 import kernels
 from kernels import configs, dispatch, tune
-from kernels.configs import LaunchTableError, launch_parameters
-from kernels.dispatch import Implementation, KernelRequestError, choose
+from kernels.architecture import ARCHITECTURES
+from kernels.configs import LaunchTableError, dtype_name, format_key, launch_parameters
+from kernels.dispatch import KernelRequestError, choose, operations
+from kernels.operation import Implementation, Operation, RunShape
 from tests.conftest import environment, nanochat
 from tests.kernels.harness import DEVICE, GPU
 
+PLANTED_FAULTS = {
+    "explicit request falls back": ("dispatch", "    if reason:\n        raise", "    if False:\n        raise"),
+    "nearest shape class by plain distance": ("configs/__init__", "abs(log2(a) - log2(max(b, 1)))", "abs(a - b)"),
+}
 ROOT = Path(__file__).resolve().parents[2]
-FUSED = [name for name in dispatch.ROOMS if "triton" in dispatch.room(name).IMPLEMENTATIONS[name]]
+FUSED = [operation for operation in operations().values() if operation.implementations]
+linux = pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
 
 
 def test_auto_takes_the_reference_off_cuda_and_triton_on_it():
-    x = torch.ones(2, 8, device=DEVICE)
-    name, why = dispatch.automatic("rms_norm", dispatch.room("rms_norm").IMPLEMENTATIONS["rms_norm"], x)
+    name, why = dispatch.automatic(operations()["rms_norm"], torch.ones(2, 8, device=DEVICE))
     assert (name == "triton") == GPU and why
 
 
+def thing(**implementations: Implementation) -> Operation:
+    return Operation("thing", print, lambda x: "reference", implementations)
+
+
+ABLE = thing(fast=Implementation(lambda x: "fast"))
+UNABLE = thing(fast=Implementation(lambda x: "fast", lambda x: "x is too odd"))
+
+
 def test_explicit_never_falls_back():
-    implementations = {
-        "fast": Implementation(lambda x: "fast", lambda x: "x is too odd"),
-        "reference": Implementation(lambda x: "reference"),
-    }
     x = torch.ones(1)
-    with pytest.raises(KernelRequestError, match=r"thing: impl='fast' cannot serve this call: x is too odd"):
-        choose("thing", "fast", implementations, x)
+    with pytest.raises(KernelRequestError, match=r"thing: impl='fast' does not support this call: x is too odd"):
+        choose(UNABLE, "fast", x)
     with pytest.raises(KernelRequestError, match="impl='other' does not exist; choose one of auto, fast, reference"):
-        choose("thing", "other", implementations, x)
-    assert choose("thing", "reference", implementations, x)(x) == "reference"
+        choose(UNABLE, "other", x)
+    assert choose(UNABLE, "reference", x)(x) == "reference" and choose(ABLE, "fast", x)(x) == "fast"
 
 
-def test_auto_on_cuda_follows_the_table_and_passes_over_what_cannot_serve(monkeypatch):
+def test_auto_on_cuda_follows_the_table_and_skips_what_does_not_support_the_call(monkeypatch):
     class OnCuda:
         device = torch.device("cuda", 0)
 
-    implementations = {
-        "fast": Implementation(lambda x: "fast", lambda x: "x is too odd"),
-        "reference": Implementation(lambda x: "reference"),
-    }
-    able = {**implementations, "fast": Implementation(lambda x: "fast")}
-    monkeypatch.setattr(dispatch, "preferred", lambda *_: ("fast", "measured"))
-    assert dispatch.automatic("thing", able, OnCuda()) == ("fast", "measured")
-    assert dispatch.automatic("thing", implementations, OnCuda()) == ("reference", "x is too odd")
-    monkeypatch.setattr(dispatch, "preferred", lambda *_: ("reference", "the other lost"))
-    assert dispatch.automatic("thing", able, OnCuda()) == ("reference", "the other lost")
+    monkeypatch.setattr(dispatch, "preference", lambda *_: ("fast", "measured"))
+    assert dispatch.automatic(ABLE, OnCuda()) == ("fast", "measured")
+    assert dispatch.automatic(UNABLE, OnCuda()) == ("reference", "x is too odd")
+    monkeypatch.setattr(dispatch, "preference", lambda *_: ("reference", "the other lost"))
+    assert dispatch.automatic(ABLE, OnCuda()) == ("reference", "the other lost")
 
 
-def test_without_triton_the_reference_serves_and_the_request_is_refused():
+def test_without_triton_the_reference_serves_and_a_request_raises():
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch, kernels\n"
@@ -68,33 +73,55 @@ def test_without_triton_the_reference_serves_and_the_request_is_refused():
 
 
 @pytest.mark.skipif(GPU, reason="a CPU without the interpreter")
-def test_a_cpu_tensor_without_the_interpreter_is_refused():
+def test_a_cpu_tensor_without_the_interpreter_raises():
     code = "import torch, kernels\nkernels.rms_norm(torch.ones(2, 8), impl='triton')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment(None))
     assert "take CUDA tensors, got one on cpu" in done.stderr
 
 
-@pytest.mark.parametrize("architecture", configs.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_tables_are_whole(architecture):
     table = configs.table(architecture)
     for kernel in dispatch.tunable_kernels():
         for dtype in kernel.dtypes:
-            classes = table["launch"][kernel.name][str(dtype).removeprefix("torch.")]
-            assert set(classes) == {str(size) for size in kernel.sizes}
+            classes = table["launch"][kernel.name][dtype_name(dtype)]
+            assert set(classes) == {format_key(key) for key in kernel.keys}, f"{kernel.name} {dtype}"
             assert all(set(parameters) == set(kernel.space[0]) for parameters in classes.values())
-    for operation, choice in table["auto"].items():
-        assert choice["impl"] in dispatch.room(operation).IMPLEMENTATIONS[operation] and choice["why"]
-    assert set(table["auto"]) == set(FUSED) and {"measured_on", "versions", "command"} <= table.keys()
+    for name, choice in table["auto"].items():
+        assert choice["impl"] in (*operations()[name].implementations, "reference") and choice["why"]
+    assert set(table["launch"]) == {kernel.name for kernel in dispatch.tunable_kernels()}
+    assert set(table["auto"]) == {operation.name for operation in FUSED}
+    assert {"measured_on", "versions", "command"} <= table.keys()
+
+
+def test_records_are_whole():
+    names = [kernel.name for operation in FUSED for kernel in operation.kernels]
+    assert len(set(map(id, (k for o in FUSED for k in o.kernels)))) == len(set(names)), "two kernels have one name"
+    for operation in FUSED:
+        assert operation.kernels and operation.trials and callable(operation.reference), operation.name
+        assert getattr(kernels, operation.name) is operation.function
+    assert set(operations()) <= set(kernels.__all__)
 
 
 def test_the_nearest_shape_class_serves():
     classes = configs.table("sm80")["launch"]["rms_norm_forward"]["float32"]
     cpu = torch.device("cpu")
-    assert launch_parameters("rms_norm_forward", cpu, torch.float32, 1280) == classes["1280"]
-    assert launch_parameters("rms_norm_forward", cpu, torch.float32, 1400) == classes["1280"]
-    assert launch_parameters("rms_norm_forward", cpu, torch.float32, 1) == classes["256"]
+    for width, nearest in ((1280, "1280"), (1400, "1280"), (1, "256"), (10**6, "8192")):
+        assert launch_parameters("rms_norm_forward", cpu, torch.float32, (width,)) == classes[nearest]
     with pytest.raises(LaunchTableError, match="no_kernel"):
-        launch_parameters("no_kernel", cpu, torch.float32, 1)
+        launch_parameters("no_kernel", cpu, torch.float32, (1,))
+
+
+def test_near_means_by_ratio_and_words_must_be_equal(monkeypatch):
+    """4,400 is nearer to 2,048 than to 8,192 by the difference but nearer to 8,192 by the ratio."""
+    classes = {"2048xplain": {"A": 1}, "8192xplain": {"A": 2}, "4400xmasked": {"A": 3}, "4400": {"A": 4}}
+    monkeypatch.setattr(configs, "table", lambda name: {"launch": {"some": {"float32": classes}}})
+    found = configs.parameters_in("sm80", "some", torch.float32, (4400, "plain"))
+    assert found == {"A": 2}
+    assert configs.parameters_in("sm80", "some", torch.float32, (1, "masked")) == {"A": 3}
+    assert configs.parameters_in("sm80", "some", torch.float32, (1,)) == {"A": 4}
+    with pytest.raises(LaunchTableError, match="no class like 1xother"):
+        configs.parameters_in("sm80", "some", torch.float32, (1, "other"))
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"launch": {}}'])
@@ -129,29 +156,127 @@ def test_tuning_needs_a_gpu(base):
 
 def test_list(base):
     done = nanochat(base, "kernels", "list")
-    assert done.returncode == 0 and all(name in done.stdout for name in dispatch.ROOMS)
+    assert done.returncode == 0 and all(name in done.stdout for name in operations())
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
-@pytest.mark.parametrize("architecture", configs.ARCHITECTURES)
+@linux
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_inspect(base, architecture):
-    """Every committed configuration compiles without spills, within shared memory, with that architecture's instructions."""
+    """Every launch compiles without spills, within shared memory, with that architecture's instructions."""
     done = nanochat(base, "kernels", "inspect", "--arch", architecture)
     assert done.returncode == 0 and "without a fault" in done.stdout, done.stdout[-2000:] + done.stderr
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
-def test_inspect_fails_on_spills(base):
-    """A tile of 16,384 columns in the registers of one warp."""
+def inspected(architecture: str, launch: str) -> str:
+    """What inspect finds wrong with a launch, in a process that does not interpret kernels."""
     code = (
-        "import torch; from kernels import inspect, dispatch\n"
-        "kernel = next(k for k in dispatch.tunable_kernels() if k.name == 'rms_norm_backward')\n"
-        "found = inspect.inspect_kernel(kernel, 'sm80', 16_384, torch.float32, {'ROWS': 1, 'num_warps': 1})\n"
-        "print(found.spilled, found.faults)"
+        "import torch, importlib; from kernels import inspect\n"
+        "from kernels.triton_helpers import recorded_launches\n"
+        "norm = importlib.import_module('kernels.rms_norm')\n"
+        "def rows(width): return torch.empty(64, width, device='meta')\n"
+        f"with recorded_launches() as launches: {launch}\n"
+        "place = inspect.Place('name', torch.float32, (1,), 'flags', 0)\n"
+        f"print(inspect.inspect_launch(launches[0], {architecture!r}, place))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment(None))
-    assert "bytes spilled" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def test_public_functions_are_the_operations():
-    assert set(dispatch.ROOMS) <= set(kernels.__all__)
+@linux
+def test_inspect_sees_spills():
+    """A tile of 16,384 columns in the registers of one warp."""
+    one_warp = "norm.launch_forward(rows(16_384), parameters={'ROWS': 1, 'num_warps': 1})"
+    assert "bytes spilled" in inspected("sm80", one_warp)
+    assert "faults=()" in inspected("sm80", "norm.launch_forward(rows(16_384))")
+
+
+@linux
+def test_a_launch_is_specialised_as_triton_does_it():
+    """Arguments that are 1, divisible by 16, or None are so in the recorded launch as in one that runs."""
+    code = (
+        "import torch, importlib; from kernels import inspect\n"
+        "from kernels.triton_helpers import recorded_launches\n"
+        "norm = importlib.import_module('kernels.rms_norm')\n"
+        "with recorded_launches() as launches: norm.launch_forward(torch.empty(1, 24, device='meta', dtype=torch.bfloat16))\n"
+        "source, options = inspect.specialize(launches[0], 'sm80')\n"
+        "print([source.signature[n] for n in ('x_ptr', 'rstd_ptr', 'rows', 'x_stride', 'WIDTH')], options['num_warps'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment(None))
+    assert "['*bf16', '*fp32', 'constexpr', 'i32', 'constexpr']" in done.stdout, done.stdout + done.stderr
+
+
+TRACE = """
+import logging, sys
+import torch.utils._triton as triton_of_torch
+triton_of_torch.has_triton = lambda: True
+triton_of_torch.has_triton_experimental_host_tma = lambda: False
+triton_of_torch.has_triton_tensor_descriptor_host_tma = lambda: False
+import torch
+import triton
+from functorch.compile import min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
+import kernels
+from kernels.operation import Implementation, RunShape
+
+class Driver:  # torch asks it what it compiles for, to see which arguments a kernel changes
+    def get_current_target(self):
+        return triton.backends.compiler.GPUTarget("cuda", 80, 32)
+
+    def get_current_device(self):
+        return 0
+
+triton.runtime.driver.set_active(Driver())
+logging.disable(logging.WARNING)
+operation = kernels.operations()[sys.argv[1]]
+shape = RunShape(rows=2, tokens=8, width=64, heads=2, kv_heads=1, vocab=256, depth=1)
+trial = next(operation.trials(shape, torch.device("cpu"), torch.float32))
+graphs = []
+
+def keep(graph, example):
+    graphs.append(graph)
+    return graph.forward
+
+# an implementation that runs on a CPU tensor: what is traced is never executed
+kernels.dispatch.named = lambda operation, impl: Implementation(operation.implementations[impl].run)
+
+def run(*inputs):
+    results = operation.function(*inputs, impl="triton")
+    return results if isinstance(results, tuple) else (results,)
+
+with FakeTensorMode(allow_non_fake_inputs=True):
+    inputs = [
+        torch.empty_like(x).requires_grad_(i in trial.differentiable) if isinstance(x, torch.Tensor) else x
+        for i, x in enumerate(trial.inputs)
+    ]
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+    results = torch.compile(run, fullgraph=True, backend=backend, dynamic=False)(*inputs)
+    if trial.differentiable:
+        sum(x.float().sum() for x in results if x is not None).backward()
+for graph in graphs:
+    targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    print("graph", sum("triton_kernel_wrapper" in x for x in targets), [x for x in targets if "nanochat" in x])
+"""
+# newton_schulz may be opaque to Inductor; the optimizer's operations, which change their arguments, are not compiled
+NOT_TRACED = ("newton_schulz", "nesterov_momentum", "apply_update", "adamw")
+
+
+@linux
+@pytest.mark.parametrize("name", [operation.name for operation in FUSED if operation.name not in NOT_TRACED])
+def test_torch_compile_sees_the_kernels(name):
+    """Forward and backward are traced whole, and no operation in them is opaque to Inductor; needs no GPU."""
+    code = [sys.executable, "-c", TRACE, name]
+    done = subprocess.run(code, cwd=ROOT, capture_output=True, text=True, env=environment(None))
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    graphs = [line.split(maxsplit=2)[1:] for line in done.stdout.splitlines() if line.startswith("graph")]
+    backward = next(operations()[name].trials(*TINY)).differentiable
+    assert len(graphs) == (2 if backward else 1), done.stdout
+    assert int(graphs[0][0]) > 0 and all(opaque == "[]" for _, opaque in graphs), done.stdout
+
+
+TINY = (
+    RunShape(rows=2, tokens=8, width=64, heads=2, kv_heads=1, vocab=256, depth=1),
+    torch.device("cpu"),
+    torch.float32,
+)

@@ -1,4 +1,6 @@
-"""The head and its cross entropy, fused behind the product, against the oracle."""
+"""The head and its cross entropy in Triton against the reference."""
+
+import importlib
 
 import pytest
 import torch
@@ -8,20 +10,38 @@ from hypothesis import strategies as st
 import kernels
 from kernels import reference
 from kernels.dispatch import KernelRequestError
-from tests.kernels.harness import (
-    GPU,
-    check,
-    check_compiled,
-    check_graph_replay,
-    dtypes,
-    property_test,
-    randn,
-    seeds,
-)
+from tests.kernels import harness
+from tests.kernels.harness import DEVICE, DTYPES, GPU, check, check_compiled, check_graph_replay, randn
+from tests.kernels.test_softcap_cross_entropy import target_entries, weights
+
+FILE = importlib.import_module("kernels.linear_cross_entropy")
+PARTS = importlib.import_module("kernels.cross_entropy_kernels")
+STEM = "cross_entropy_kernels"
+PLANTED_FAULTS = {
+    "on-chip derivative of the cap dropped": (STEM, "pack(e * (w - w * w), f", "pack(e, f"),
+    "on-chip sum of the last chunk not masked": (STEM, "e = tl.where(2 * pair < width - i * CHUNK, e, 0.0)", "e = e"),
+    "odd column of the last chunk not masked": (STEM, "f = tl.where(2 * pair + 1 < width - i * CHUNK, f, 0.0)", "f = f"),
+    "a row's share used for the row before": (STEM, "        kept = read\n", ""),
+    "last row not written": (STEM, "    for i in tl.static_range(CHUNKS):\n        store", "    for i in tl.static_range(0):\n        store"),
+    "doubled past the first chunk": (STEM, "kept[i] | (new & nothing), share,", "kept[i] | (new & nothing), share * (1 + (i > 0)),"),
+    "last row doubled past the first chunk": (STEM, "kept[i], share, rows > 0", "kept[i], share * (1 + (i > 0)), rows > 0"),
+    "exponent of the packing off by one": (STEM, "(1 << TOP)\n        previous", "(2 << TOP)\n        previous"),
+    "packing cut off, not rounded": (STEM, "((64 + TOP) << 23) - (1 << 12)", "((64 + TOP) << 23)"),
+    "packing wraps for negative numbers": (STEM, "tl.maximum(low.to(tl.int32, bitcast=True), LEAST) - LEAST", "tl.maximum(low.to(tl.int32, bitcast=True) - LEAST, 0)"),
+    "the row before written to this row": (STEM, "        previous = row\n", "        previous = row + 0 * row\n        previous = first\n"),
+    "32-bit rows on the chip": (STEM, "    first = tl.program_id(0).to(tl.int64)\n", "    first = tl.program_id(0)\n"),
+    "min drops NaN": (STEM, "60.0, propagate_nan=tl.PropagateNan.ALL))\n    b", "60.0))\n    b"),
+    "weight's gradient without the factor": ("linear_cross_entropy", "(x * factor).to(x.dtype)", "x"),
+    "input's gradient without the factor": ("linear_cross_entropy", "out_dtype=torch.float32) * factor)", "out_dtype=torch.float32))"),
+    "logits read after they are overwritten": (STEM, "        target_logits = logits_of_targets(logits, targets)\n        found = on", "        target_logits = sums\n        found = on"),
+}  # fmt: skip
+if not GPU:
+    line = "(a.float() @ b.float() * factor)"
+    PLANTED_FAULTS["input's gradient without the factor"] = ("linear_cross_entropy", line, "(a.float() @ b.float())")
 
 
-def fused(x, weight, targets, cap=15.0, ignore_index=-1, reduction="mean"):
-    return kernels.linear_cross_entropy(x, weight, targets, cap, ignore_index, reduction, impl="triton")
+def fused(x, weight, targets, *options, **more):
+    return kernels.linear_cross_entropy(x, weight, targets, *options, **more, impl="triton")
 
 
 def inputs(rows, width, vocabulary, dtype, seed=0, ignored=0.2):
@@ -32,36 +52,207 @@ def inputs(rows, width, vocabulary, dtype, seed=0, ignored=0.2):
     return [x, weight, targets.to(x.device)]
 
 
-@property_test
+@harness.property_test
 @given(
-    rows=st.integers(0, 40), width=st.integers(1, 70), vocabulary=st.integers(1, 300), dtype=dtypes,
-    reduction=st.sampled_from(("mean", "none")), ignored=st.sampled_from((0.0, 0.3, 1.0)), seed=seeds,
+    rows=st.integers(0, 40), width=st.integers(1, 70), vocabulary=st.integers(1, 300), dtype=harness.dtypes,
+    reduction=st.sampled_from(("mean", "none")), ignored=st.sampled_from((0.0, 0.3, 1.1)),
+    weight=st.sampled_from((None, "scalar", "row")), seed=harness.seeds,
 )  # fmt: skip
-def test_loss_and_gradients(rows, width, vocabulary, dtype, reduction, ignored, seed):
-    more = (15.0, -1, reduction)
+def test_loss_and_gradients(rows, width, vocabulary, dtype, reduction, ignored, weight, seed):
     epsilon = 15.0 * 2**-23  # the cross entropy's own
-    given = inputs(rows, width, vocabulary, dtype, seed, ignored)
-    check(fused, reference.linear_cross_entropy, [*given, *more], (0, 1), seed, epsilon)
+    given_ = inputs(rows, width, vocabulary, dtype, seed, ignored)
+    check(fused, reference.linear_cross_entropy, [*given_, 15.0, -1, reduction, weights(rows, weight, seed)], (0, 1), seed, epsilon)  # fmt: skip
+
+
+@pytest.mark.parametrize("vocabulary", [65_536, 50_257, 32_768, 1024, 65_535, 3, 1] if GPU else [9000, 1024, 33, 1])
+def test_the_gradient_of_the_logits(vocabulary):
+    """Entry by entry, targets apart: several rows per program, chunks that are even and ragged."""
+    rows = 700 if GPU else 7
+    logits = randn(rows, vocabulary, dtype=torch.bfloat16).mul_(3.0)
+    targets = torch.randint(vocabulary, (rows,), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    targets[1] = -1
+    exact = logits.double().requires_grad_()
+    plain = logits.clone().requires_grad_()
+    up = torch.ones(rows, device=DEVICE)
+    true = reference.softcap_cross_entropy(exact, targets, reduction="none")
+    other = reference.softcap_cross_entropy(plain, targets, reduction="none")
+    (true_gradient,), (other_gradient,) = (
+        torch.autograd.grad(value, z, up.to(value.dtype)) for value, z in ((true, exact), (other, plain))
+    )
+    losses, _ = PARTS.launch_on_chip(logits, targets, 15.0, -1, None if GPU else SMALL_CHUNKS)
+    assert not harness.over_budget(losses[:, None], true.detach()[:, None], other.detach()[:, None], 15.0 * 2**-23)
+    wrong = harness.over_budget(
+        logits, true_gradient, other_gradient, apart=target_entries(rows, vocabulary, targets)
+    )
+    assert not wrong, wrong
+
+
+SMALL_CHUNKS = {"CHUNK": 1024, "AHEAD": 0, "PROGRAMS": 1, "num_warps": 4}
+
+
+def through_packing(x):
+    """The numbers of a tensor packed and unpacked."""
+    triton, tl = PARTS.triton, PARTS.tl
+    pack, unpack = PARTS.pack, PARTS.unpack
+
+    @triton.jit
+    def there_and_back(x, y, N: tl.constexpr):
+        at = tl.arange(0, N)
+        low, high = tl.split(tl.reshape(tl.load(x + at), [N // 2, 2]))
+        tl.store(y + at, unpack(pack(low, high, 22)) * 4194304.0)
+
+    y = torch.empty_like(x)
+    globals().update(pack=pack, unpack=unpack, tl=tl)
+    there_and_back[(1,)](x, y, N=len(x))
+    return y
+
+
+def test_packed_numbers():
+    """16 bits for a number in [0, 2²²]: within 2⁻¹¹ of it down to 2⁻⁴⁰, and no more than 2⁻⁴⁰ for what is smaller."""
+    x = (2.0 ** torch.linspace(-60, 22, 1024, dtype=torch.float64)).to(DEVICE, torch.float32)
+    y = through_packing(x)
+    large = x >= 2.0**-40
+    assert ((y - x).abs() / x)[large].max() <= 2.0**-11 * 1.0001
+    assert (y[~large] <= 2.0**-39).all() and y[-1] == 2.0**22
+
+
+def test_a_slightly_negative_number_packs_to_nearly_zero():
+    """w − w² for a w one unit above 1, as a reciprocal may give: −1.2e-7 times an exponential, and smaller ones."""
+    w = torch.nextafter(torch.ones(()), torch.full((), 2.0))
+    x = ((w - w * w) * 2.0 ** torch.linspace(-30, 22, 64)).to(DEVICE)
+    assert (x < 0).all() and (through_packing(x) <= 2.0**-39).all()
 
 
 def test_without_gradients():
-    given = inputs(9, 32, 100, torch.bfloat16)
+    given_ = inputs(9, 32, 100, torch.bfloat16)
     with torch.no_grad():
-        found = fused(*given)
-    x, weight, targets = given
-    assert found.item() == pytest.approx(reference.linear_cross_entropy(x, weight, targets).item(), rel=1e-3)
+        found = fused(*given_)
+    assert found.item() == pytest.approx(reference.linear_cross_entropy(*given_).item(), rel=1e-3)
 
 
-def test_what_cannot_be_served_is_named():
-    given = inputs(4, 16, 30, torch.float32)
-    with pytest.raises(KernelRequestError, match="cap of at most 40.0, got 50"):
-        fused(*given, 50.0)
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_weight_s_gradient_is_added_to_a_buffer(impl, dtype):
+    """Over two calls with two weights of the loss, in float32; the weight itself is given no gradient."""
+    buffer = torch.full((50, 24), 3.0, device=DEVICE)
+    exact = buffer.double()
+    weight = inputs(1, 24, 50, dtype)[1].requires_grad_()
+    for seed, scale in ((1, 0.25), (2, 4.0)):
+        x, _, targets = inputs(30, 24, 50, dtype, seed)
+        loss_weight = torch.full((), scale, device=DEVICE)
+        x.requires_grad_()
+        kernels.linear_cross_entropy(x, weight, targets, loss_weight=loss_weight, weight_gradient=buffer, impl=impl).backward()
+        wide = [x.detach().double(), weight.detach().double()]
+        _, dx, dw = harness.evaluate(
+            reference.linear_cross_entropy, [*wide, targets, 15.0, -1, "mean", loss_weight], [torch.ones((), device=DEVICE).double()], (0, 1)
+        )  # fmt: skip
+        exact = exact + dw
+        assert float((x.grad - dx).norm() / dx.norm()) < (1e-5 if dtype == torch.float32 else 2e-2)
+    assert weight.grad is None
+    moved, wanted = buffer.double() - 3.0, exact - 3.0
+    assert float((moved - wanted).norm() / wanted.norm()) < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
-def test_compiled():
-    check_compiled(fused, inputs(16, 32, 64, torch.bfloat16), (0, 1))
+@pytest.mark.parametrize("wrt", [(0,), (1,)])
+def test_only_the_gradients_that_are_asked_for(wrt):
+    check(fused, reference.linear_cross_entropy, inputs(9, 16, 60, torch.bfloat16), wrt)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_infinity(dtype):
+    given_ = [*inputs(6, 16, 60, dtype, ignored=0.0), 15.0, -1, "none"]
+    harness.check_nonfinite(fused, reference.linear_cross_entropy, given_, (0,), only=[0])
+
+
+def test_nan_in_any_place_of_the_logits_reaches_the_whole_row():
+    """Both of a pair that shares a reciprocal, the first and the last chunk; other rows stay as they are."""
+    clean = randn(4, 4096, dtype=torch.bfloat16)
+    targets = torch.tensor([5, 6, 7, 8], device=DEVICE)
+    for column in (0, 1, 2047, 4095):
+        for value, expected in ((float("nan"), True), (float("inf"), False), (float("-inf"), False)):
+            logits = clean.clone()
+            logits[2, column] = value
+            losses, _ = PARTS.launch_on_chip(logits, targets, 15.0, -1, SMALL_CHUNKS)
+            assert losses.isnan().tolist() == [False, False, expected, False]
+            assert logits.isnan().any(1).tolist() == logits.isnan().all(1).tolist() == [False, False, expected, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_backward_twice_gives_the_same(dtype):
+    x, weight, targets = inputs(9, 16, 60, dtype)
+    value = fused(x.requires_grad_(), weight, targets) * 3
+    first, second = (torch.autograd.grad(value, x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_every_launch_configuration():
+    logits = randn(5, 5000, dtype=torch.bfloat16)
+    targets = torch.tensor([0, 4999, -1, 7, 8], device=DEVICE)
+    x = logits.float().requires_grad_()
+    expected = reference.softcap_cross_entropy(x, targets, reduction="none")
+    (gradient,) = torch.autograd.grad(expected.sum(), x)
+    (kernel,) = FILE.KERNELS
+    for parameters in kernel.space:
+        made = logits.clone()
+        losses, _ = PARTS.launch_on_chip(made, targets, 15.0, -1, parameters)
+        torch.testing.assert_close(losses, expected.detach())
+        torch.testing.assert_close(made.float(), gradient, rtol=2e-2, atol=1e-9)
+
+
+def test_offsets_are_64_bits_wide():
+    harness.assert_64_bit_offsets(FILE.KERNELS[0])
+
+
+def test_derivatives_that_do_not_exist_raise():
+    for dtype in (torch.float32, torch.bfloat16):
+        given_ = inputs(9, 16, 60, dtype)
+        harness.check_second_derivative_raises(fused, given_, (0, 1))
+        harness.check_jvp_raises(fused, given_, (0,))
+
+
+def test_vmap():
+    harness.check_vmap(fused, inputs(9, 16, 60, torch.float32), [0], (0, 1))
+
+
+def test_autocast():
+    """Whatever the dtypes: the bits of the operation on inputs of autocast's dtype, and a float32 loss."""
+    x, weight, targets = inputs(9, 16, 60, torch.float32)
+    plain = fused(x.bfloat16(), weight.bfloat16(), targets)
+    for mixed in ((x, weight), (x.bfloat16(), weight), (x, weight.bfloat16())):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            found, other = fused(*mixed, targets), reference.linear_cross_entropy(*mixed, targets)
+        assert found.dtype == other.dtype == torch.float32 and torch.equal(found, plain)
+
+
+@pytest.mark.skipif(not GPU, reason="memory is measured on a GPU")
+def test_the_gradient_takes_the_logits_place():
+    x, weight, targets = inputs(2048, 64, 65_536, torch.bfloat16)
+    x.requires_grad_()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    fused(x, weight, targets, weight_gradient=torch.zeros(weight.shape, device=DEVICE)).backward()
+    logits = 2 * 2048 * 65_536
+    assert torch.cuda.max_memory_allocated() - before < 1.3 * logits
+
+
+def test_what_is_not_supported_is_named():
+    given_ = inputs(4, 16, 30, torch.float32)
+    with pytest.raises(KernelRequestError, match=r"softcap of at most 40.0, got 50"):
+        fused(*given_, 50.0)
+    with pytest.raises(TypeError, match="weight_gradient must be contiguous float32"):
+        fused(*given_, weight_gradient=torch.zeros(30, 16, device=DEVICE, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled(dtype):
+    check_compiled(fused, inputs(16, 32, 64, dtype), (0, 1), units=4)
 
 
 @pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
 def test_graph_replay():
     check_graph_replay(fused, inputs(64, 64, 512, torch.bfloat16), (0, 1))
+
+
+def test_another_device():
+    harness.check_other_device(fused, inputs(64, 64, 512, torch.bfloat16), (0, 1))

@@ -8,9 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.harness import GPU, SMALL, poisoned, property_test, randn, seeds
+from kernels import configs
+from kernels.oracle import over_budget
+from tests.kernels.harness import DEVICE, GPU, poisoned, property_test, randn, seeds
+from tests.kernels.int64 import narrow_offsets
 
-ROOM = importlib.import_module("kernels.matrix_product")
+FILE = importlib.import_module("kernels.matrix_product")
+# tiles of which an interpreted small matrix has several
+SMALL = {
+    "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "PROGRAMS": 1, "TMA": 0, "num_warps": 1, "num_stages": 2,
+}  # fmt: skip
 few = settings(property_test, max_examples=30 if GPU else 15)  # nearly every one is compiled anew
 halves = st.sampled_from((torch.bfloat16, torch.float16))
 
@@ -23,15 +30,17 @@ def check_product(x, y, plus, parameters=None, **options):
         options.get(name, default) for name, default in (("alpha", 1.0), ("beta", 0.0), ("gamma", 0.0))
     )
     with poisoned():
-        found = ROOM.product(x, y, plus, **options, parameters=parameters)
-        again = ROOM.product(x, y, plus, **options, parameters=parameters)
+        found = FILE.product(x, y, plus, **options, parameters=parameters)
+        again = FILE.product(x, y, plus, **options, parameters=parameters)
     added = torch.zeros_like(found) if plus is None else plus
     eye = gamma * torch.eye(*found.shape[1:], device=x.device)
     true = alpha * (left.double() @ right.double()) + beta * added.double() + eye.double()
-    rival = (alpha * (left.float() @ right.float()) + beta * added.float() + eye).to(x.dtype)
+    baseline = (alpha * (left.float() @ right.float()) + beta * added.float() + eye).to(x.dtype)
     assert torch.equal(found, again)
-    error, allowed = float((found.double() - true).norm()), float((rival.double() - true).norm())
+    error, allowed = float((found.double() - true).norm()), float((baseline.double() - true).norm())
     assert error <= 1.02 * allowed + 1e-6 * float(true.norm()), f"error {error:.3e}, torch's {allowed:.3e}"
+    wrong = over_budget(found, true, baseline, 1e-6 * float(true.abs().max()))  # row by row
+    assert not wrong, wrong
     if options.get("symmetric"):
         assert torch.equal(found, found.mT)
     return found
@@ -59,7 +68,7 @@ def test_product(batch, m, n, k, dtype, x_transposed, y_transposed, gamma, seed)
 @given(batch=st.integers(1, 3), m=sizes, k=sizes, dtype=halves, tall=st.booleans(), wide=st.booleans(), seed=seeds)
 def test_symmetric_products(batch, m, k, dtype, tall, wide, seed):
     """x·xᵀ and xᵀ·x, and b·A + c·A² of it, symmetric bit for bit; tiles as wide as they are high, and twice as wide."""
-    parameters = None if GPU else SMALL | {"BM": 16 if wide else 32}
+    parameters = None if GPU else SMALL | {"BLOCK_M": 16 if wide else 32}
     x = randn(batch, *((k, m) if tall else (m, k)), dtype=dtype, seed=seed) / math.sqrt(k * m)
     gram = check_product(
         x, x, None, parameters, x_transposed=tall, y_transposed=not tall, symmetric=True
@@ -72,15 +81,100 @@ def test_the_triangle_is_covered(bm, bn):
     """Matrices of every number of tiles: all of the result is written."""
     for m in (*range(1, 2 * bn + 2, 7), 4 * bn, 5 * bn + 3):
         x = randn(2, m, 16, dtype=torch.float16, seed=m)
-        check_product(x, x, None, SMALL | {"BM": bm, "BN": bn}, y_transposed=True, symmetric=True)
+        check_product(x, x, None, SMALL | {"BLOCK_M": bm, "BLOCK_N": bn}, y_transposed=True, symmetric=True)
 
 
 def test_every_launch_configuration_of_the_search():
     x = randn(2, 192, 128, dtype=torch.float16)
     plus = randn(2, 192, 192, dtype=torch.float16)
-    for kernel in ROOM.KERNELS:
+    for kernel in FILE.KERNELS:
         symmetric = kernel.name == "symmetric_product"
         for parameters in kernel.space[:: 5 if GPU else len(kernel.space) // 4]:
             if GPU or not parameters["TMA"]:
                 added = plus + plus.mT if symmetric else plus
                 check_product(x, x, added, parameters, beta=1.0, y_transposed=True, symmetric=symmetric)
+
+
+def test_nan_and_infinity_reach_their_row_or_column():
+    x, y, plus = (randn(2, 40, 40, dtype=torch.float16, seed=i) for i in range(3))
+    x[0, 3, 5], y[1, 7, 9], plus[0, 20, 21] = float("nan"), float("inf"), float("nan")
+    found = FILE.product(x, y, plus, beta=1.0, parameters=None if GPU else SMALL)
+    expected = x.float() @ y.float() + plus.float()
+    assert torch.equal(found.isnan(), expected.isnan()) and torch.equal(found.isinf(), expected.isinf())
+
+
+def test_what_the_kernel_would_misread_is_rejected():
+    x, square = (randn(2, 16, n, dtype=torch.float16) for n in (24, 16))
+    bad = {
+        "y must be contiguous": lambda: FILE.product(square, x.mT.contiguous().mT),
+        "plus must be contiguous": lambda: FILE.product(square, square, square.mT),
+        "plus must have shape": lambda: FILE.product(square, square, x),
+        "y must have shape": lambda: FILE.product(x, x),
+        "got y in torch.bfloat16": lambda: FILE.product(square, square.bfloat16()),
+        "got x in torch.float32": lambda: FILE.product(square.float(), square.float()),
+        "y is on meta": lambda: FILE.product(square, square.to("meta")),
+    }
+    for message, call in bad.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.skipif(not GPU, reason="needs tensor descriptors")
+def test_a_view_that_is_not_aligned():
+    """A descriptor asks for 16 bytes: such a view takes loads."""
+    base = torch.randn(2 * 128 * 128 + 1, device=DEVICE, dtype=torch.float16)
+    x = base[1:].view(2, 128, 128)
+    check_product(x, x, None, y_transposed=True, symmetric=True)
+
+
+@pytest.mark.parametrize("depth", range(2, 42, 2))
+def test_the_class_of_the_model_s_shapes(depth, monkeypatch):
+    """Of its kind (square, high, wide) and of the nearest width, whatever the classes' parameters are."""
+    name_of = {kernel.name: {configs.format_key(key): {"is": key} for key in kernel.keys} for kernel in FILE.KERNELS}
+    table = {"launch": {name: {"float16": classes} for name, classes in name_of.items()}}
+    monkeypatch.setattr(configs, "table", lambda _: table)
+    w = 64 * depth
+    nearest = min(FILE.WIDTHS, key=lambda known: abs(math.log2(known / w)))
+    for name, kinds in (
+        ("symmetric_product", ((1, 1, 1), (1, 1, 4))),
+        ("matrix_product", ((1, 1, 1), (1, 4, 1), (4, 1, 1))),
+    ):
+        for kind in kinds:
+            found = configs.parameters_in("sm80", name, torch.float16, tuple(w * n for n in kind))["is"]
+            assert found == tuple(nearest * n for n in kind)
+
+
+def test_offsets_are_int64():
+    assert narrow_offsets("matrix_product", "symmetric_product") == ""
+
+
+@pytest.mark.skipif(not GPU or torch.cuda.mem_get_info()[1] < 70e9, reason="needs 20 GB of GPU memory")
+def test_more_than_2_to_31_elements():
+    """Of all matrices together."""
+    x = torch.empty(2100, 1024, 1024, device=DEVICE, dtype=torch.float16).normal_()
+    found = FILE.product(x, x, x, beta=1.0)
+    assert torch.equal(found[-2:], FILE.product(x[-2:], x[-2:], x[-2:], beta=1.0))
+    found = FILE.product(x, x, x_transposed=True, symmetric=True)
+    assert torch.equal(found[-2:], FILE.product(x[-2:], x[-2:], x_transposed=True, symmetric=True))
+
+
+# what a test must catch: name → (file, sound text, faulty text)
+PLANTED_FAULTS = {
+    "mirrored tile not stored": (
+        "matrix_product",
+        "            tl.store(out_ptr + mirrored, value)\n        else",
+        "        else",
+    ),
+    "tile row of the triangle wrong": ("matrix_product", "rest // (group + 1) * BLOCK_M", "rest // (group + 2) * BLOCK_M"),
+    "diagonal not added": ("matrix_product", "== c[None, :], gamma, 0.0)", "== c[None, :], 0.0, 0.0)"),
+    "product's last columns not masked": (
+        "matrix_product",
+        "(r < rows)[:, None] & (c < columns)[None, :], other",
+        "(r < rows)[:, None], other",
+    ),
+    "matrix of the batch confused": ("matrix_product", "matrix.to(tl.int64) * m * n", "matrix.to(tl.int64) * m * m"),
+    "base of a result in int32": ("matrix_product", "base = matrix.to(tl.int64) * m * n", "base = matrix * m * n"),
+    "base of an operand in int32": ("matrix_product", "matrix.to(tl.int64) * rows * columns", "matrix * rows * columns"),
+    "operands taken as contiguous": ("matrix_product", "if not tensor.is_contiguous():", "if False:"),
+    "nearest class by plain distance": ("configs/__init__", "abs(log2(a) - log2(max(b, 1)))", "abs(a - b)"),
+}  # fmt: skip

@@ -8,9 +8,13 @@ import torch
 import kernels
 from kernels import reference
 from tests.kernels.gradients import saved
-from tests.kernels.harness import DEVICE, GPU, SMALL, randn
+from kernels.operation import RunShape
+from tests.kernels import harness
+from tests.kernels.harness import DEVICE, GPU, poisoned, randn
+from tests.kernels.int64 import narrow_offsets
+from tests.kernels.test_matrix_product import SMALL
 
-ROOM = importlib.import_module("kernels.newton_schulz")
+FILE = importlib.import_module("kernels.newton_schulz")
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -27,7 +31,7 @@ def fused(gradients, *arguments, **options):
 
 
 def oracle(gradients, coefficients="model"):
-    return reference.newton_schulz(gradients.double(), ROOM.coefficients_of(5, coefficients))
+    return reference.newton_schulz(gradients.double(), FILE.coefficients_of(5, coefficients))
 
 
 def cosine(a, b):
@@ -90,7 +94,7 @@ def test_singular_values_and_directions(m, n, dtype):
             assert similar >= least, f"{name}, {algorithm}: cosine {similar}"
 
 
-@pytest.mark.parametrize("coefficients", ROOM.COEFFICIENTS)
+@pytest.mark.parametrize("coefficients", FILE.COEFFICIENTS)
 @pytest.mark.parametrize("algorithm", ["standard", "gram"])
 def test_other_coefficients(coefficients, algorithm):
     gradients = randn(2, *SHAPES[1], dtype=torch.bfloat16, seed=3)
@@ -103,8 +107,8 @@ def test_other_coefficients(coefficients, algorithm):
 )
 def test_restarts_keep_the_condition(coefficients, where, bound):
     """The condition of an accumulated factor, by its definition on a grid of its own."""
-    steps = ROOM.coefficients_of(5, coefficients)
-    assert ROOM.restarts(steps) == where
+    steps = FILE.coefficients_of(5, coefficients)
+    assert FILE.restarts(steps) == where
     for first, last in zip((0, *where), (*where, 5), strict=True):
         x = torch.linspace(0, 1, 34_567, dtype=torch.float64)
         for a, b, c in steps[:first]:
@@ -120,15 +124,15 @@ def test_one_restart_is_better_than_none():
     """Why there are restarts: geometric spectra lose their small directions without."""
     values = torch.logspace(0, -2, SHAPES[1][0], dtype=torch.float64)
     gradients = with_spectrum(values, *SHAPES[1])[None].to(DEVICE, torch.float16)
-    steps = ROOM.coefficients_of(5, "model")
-    x = ROOM.normalised(gradients)
+    steps = FILE.coefficients_of(5, "model")
+    x = FILE.normalised(gradients)
     true = oracle(gradients)
-    inside = ROOM.gram(x, steps, torch.float16)
-    before, ROOM.restarts = ROOM.restarts, lambda _: ()
+    inside = FILE.gram(x, steps, torch.float16)
+    before, FILE.restarts = FILE.restarts, lambda _: ()
     try:
-        outside = ROOM.gram(x, steps, torch.float16)
+        outside = FILE.gram(x, steps, torch.float16)
     finally:
-        ROOM.restarts = before
+        FILE.restarts = before
     assert (inside.double() - true).norm() < 0.5 * (outside.double() - true).norm()
 
 
@@ -167,13 +171,13 @@ def test_extreme_gradients(m, n):
 
 def test_steps_and_coefficients():
     gradients = randn(2, 24, 40, dtype=torch.float16)
-    assert torch.equal(fused(gradients, 0), ROOM.normalised(gradients))
+    assert torch.equal(fused(gradients, 0), FILE.normalised(gradients))
     triple = (3.4445, -4.7750, 2.0315)
     assert torch.equal(fused(gradients, 3, triple), fused(gradients, 3, [triple] * 3))
-    assert ROOM.coefficients_of(7, "you")[4:] == 3 * ROOM.coefficients_of(5, "you")[4:]
+    assert FILE.coefficients_of(7, "you")[4:] == 3 * FILE.coefficients_of(5, "you")[4:]
     assert fused(gradients[:0]).shape == (0, 24, 40)
-    assert ROOM.fastest((64, 64), 5 * (triple,)) == "standard" and ROOM.fastest((256, 64), 5 * (triple,)) == "gram"
-    assert ROOM.fastest((256, 64), 5 * ((1.0, -2.0, 0.5),)) == "standard"  # whose polynomial has a zero
+    assert FILE.fastest((64, 64), 5 * (triple,)) == "standard" and FILE.fastest((256, 64), 5 * (triple,)) == "gram"
+    assert FILE.fastest((256, 64), 5 * ((1.0, -2.0, 0.5),)) == "standard"  # whose polynomial has a zero
 
 
 def test_bad_input_is_named():
@@ -184,16 +188,98 @@ def test_bad_input_is_named():
         ("algorithm must be one of auto, standard, gram", lambda: fused(x, 5, "model", "fast")),
         ("take algorithm 'standard'", lambda: fused(x, 5, (1.0, -2.0, 0.5), "gram")),
         ("matrix units take bfloat16 or float16, got torch.float32", lambda: fused(x.float())),
+        ("squares must have shape .2, 64.", lambda: fused(x, squares=torch.ones(2, 63, dtype=torch.float64))),
+        ("squares is on meta", lambda: fused(x, squares=torch.ones(2, 64, dtype=torch.float64, device="meta"))),
+        ("65536 matrices pass the 65535", lambda: fused(x[:1].expand(2**16, 8, 8))),
+        ("more elements than", lambda: fused(x[:1, :1, :1].expand(1, 2**16, 2**15))),
     ]
     for message, call in cases:
         with pytest.raises(ValueError, match=message):
             call()
+    with pytest.raises(TypeError, match="squares must be float64, got torch.float32"):
+        fused(x, squares=torch.ones(2, 64, device=DEVICE))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_squares_that_are_known(stride):
+    """And need not be contiguous; every matrix has its own."""
+    gradients = randn(3, 24, 40, dtype=torch.float16)
+    squares = torch.full((3, 64 * stride), float("nan"), dtype=torch.float64, device=DEVICE)[:, ::stride]
+    squares.copy_(torch.rand(3, 64, generator=torch.Generator().manual_seed(0)))
+    squares *= gradients.double().square().sum((1, 2))[:, None] / squares.sum(1, keepdim=True)
+    torch.testing.assert_close(fused(gradients, squares=squares), fused(gradients), rtol=2e-2, atol=4e-3)
+
+
+@pytest.mark.parametrize("layout", ["columns", "slice", "transposed"])
+def test_strided_gradients(layout):
+    gradients = randn(2, 24, 40, dtype=torch.float16, layout=layout)
+    assert torch.equal(fused(gradients), fused(gradients.contiguous()))
+
+
+def test_the_norm_beyond_one_pass():
+    """Of matrices with more elements than 64 programs take in one turn of their loop."""
+    x = randn(2, 300, 260, dtype=torch.float16)
+    assert x[0].numel() > FILE.PARTS * FILE.KERNELS[0].space[0]["BLOCK"]
+    with poisoned():
+        found = FILE.normalised(x)
+    expected = x.double() / x.double().norm(dim=(1, 2), keepdim=True)
+    torch.testing.assert_close(found.double(), expected, rtol=2**-10, atol=2**-24)
+
+
+def test_derivatives_raise():
+    gradients = randn(2, 16, 24, dtype=torch.float16)
+    with pytest.raises(RuntimeError, match="newton_schulz has no derivative"):
+        fused(gradients.clone().requires_grad_()).sum().backward()
+    harness.check_jvp_raises(fused, [gradients], [0])
+
+
+def test_vmap():
+    harness.check_vmap(fused, [randn(2, 16, 24, dtype=torch.float16)], [0])
+
+
+def test_the_gate_judges_every_matrix():
+    shape = RunShape(rows=1, tokens=1, width=16, heads=1, kv_heads=1, vocab=8, depth=3)
+    trials = list(FILE.trials(shape, torch.device(DEVICE), torch.float16))
+    assert [tuple(trial.inputs[0].shape) for trial in trials] == [(12, 16, 16), (3, 64, 16), (3, 16, 64)]
+    for trial in trials[1:]:
+        found = fused(*trial.inputs)
+        assert trial.judge((found,)) is None
+        for i in (0, 2):
+            for wrong in (0.0, -1.0, 1.1, float("nan")):
+                changed = found.clone()
+                changed[i] *= wrong
+                assert f"matrix {i}: cosine" in trial.judge((changed,))
+
+
+def test_what_one_of_eight_ranks_has():
+    """As nanochat/optim.py deals: the work of the busiest is near an eighth."""
+
+    def work(groups):
+        return sum(len(x) * min(x.shape[1:]) ** 2 * max(x.shape[1:]) for x in groups)
+
+    whole, one = (FILE.model_matrices(shape, torch.float16, torch.device("meta")) for shape in ("d20", "d20/8"))
+    assert sorted(tuple(x.shape) for x in whole) == [(20, 1280, 5120), (20, 5120, 1280), (80, 1280, 1280)]
+    assert 1 <= 8 * work(one) / work(whole) <= 1.1
+
+
+def test_offsets_are_int64():
+    assert narrow_offsets("matrix_squares", "matrix_scale") == ""
+
+
+@pytest.mark.skipif(not GPU or torch.cuda.mem_get_info()[1] < 70e9, reason="needs 30 GB of GPU memory")
+def test_more_than_2_to_31_elements():
+    gradients = torch.empty(2100, 1024, 1024, device=DEVICE, dtype=torch.bfloat16).normal_()
+    assert torch.equal(fused(gradients)[-2:], fused(gradients[-2:]))
+
+
+def test_on_another_device():
+    harness.check_other_device(fused, [randn(2, 16, 48, dtype=torch.float16)])
 
 
 def test_registration():
-    flat = [number for step in ROOM.coefficients_of(5, "model") for number in step]
+    flat = [number for step in FILE.coefficients_of(5, "model") for number in step]
     for algorithm in ("standard", "gram"):
-        torch.library.opcheck(ROOM.newton_schulz_op, (randn(2, 16, 48, dtype=torch.bfloat16), flat, algorithm))
+        torch.library.opcheck(FILE.newton_schulz_op, (randn(2, 16, 48, dtype=torch.bfloat16), flat, algorithm))
 
 
 def test_compiled():
@@ -231,3 +317,35 @@ def test_gradients_of_a_real_run(name):
         turned = torch.diagonal(left.mT @ out.double() @ right.mT)[strong]
         assert strong.sum() > 5 and turned.min() > 0.66 and turned.max() < 1.16
         assert cosine(out, true) >= 0.999
+
+
+# what a test must catch: name → (file, sound text, faulty text)
+PLANTED_FAULTS = {
+    "coefficients exchanged": ("newton_schulz", "alpha=c, beta=b, y_transposed", "alpha=b, beta=c, y_transposed"),
+    "no step's own factor": (
+        "newton_schulz",
+        "small = together(together(step, small), step)",
+        "small = together(step, small)",
+    ),
+    "restart forgotten": (
+        "newton_schulz",
+        "            factor, small = None, gram_of(x, tall)\n",
+        "            small = gram_of(x, tall)\n",
+    ),
+    "norm of the batch, not the matrix": ("newton_schulz", "squares_ptr + matrix * PARTS + tl", "squares_ptr + tl"),
+    "squares of the first pass alone": (
+        "newton_schulz",
+        "tl.range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK)",
+        "tl.range(tl.program_id(0) * BLOCK, tl.minimum(size, tl.num_programs(0) * BLOCK), tl.num_programs(0) * BLOCK)",
+    ),
+    "squares taken as contiguous": ("newton_schulz", "else squares.contiguous()", "else squares"),
+    "dtype of the squares unchecked": ("newton_schulz", "if squares.dtype != torch.float64:", "if False:"),
+    "device of the squares unchecked": (
+        "newton_schulz",
+        '        check_device("newton_schulz", gradients=gradients, squares=squares)\n',
+        "",
+    ),
+    "number of a matrix in int32": ("newton_schulz", "tl.program_id(1).to(tl.int64)", "tl.program_id(1)"),
+    "the gate judges one matrix": ("newton_schulz", "range(0, len(gradients), chunk)", "range(0, 1, chunk)"),
+    "the gate judges no norm": ("newton_schulz", "& ((ratio - 1).abs() <= 0.02)", ""),
+}  # fmt: skip

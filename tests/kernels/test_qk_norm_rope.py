@@ -1,5 +1,7 @@
 """qk_norm_rope in Triton against the reference."""
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,11 +9,11 @@ from hypothesis import strategies as st
 
 import kernels
 from kernels import reference
-from kernels.dispatch import room
 from tests.kernels import harness
 from tests.kernels.harness import DEVICE, DTYPES, GPU, check, check_compiled, check_graph_replay, randn
+from tests.kernels.int64 import narrow_offsets
 
-ROOM = room("qk_norm_rope")
+FILE = importlib.import_module("kernels.qk_norm_rope")
 
 
 def rope(q, k, cos, sin, offset=0):
@@ -61,12 +63,36 @@ def test_model_widths(width, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [256, 1024])
+def test_wide_heads(width, dtype):
+    """Their tiles are smaller than those of the launch tables."""
+    check(rope, reference.qk_norm_rope, inputs(1, 5, 2, 2, width, dtype), [0, 1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
 def test_offset_of_each_row(dtype, index):
-    """Decoding: one token a row, each row at a position of its own."""
+    """Decoding: one token in each row, each row at its own position."""
     given_ = inputs(3, 1, 1, 2, 16, dtype, more=40)
     given_[-1] = torch.tensor([0, 40, 7], device=DEVICE, dtype=index)
     check(rope, reference.qk_norm_rope, given_, [0, 1])
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_strided_offsets(index):
+    given_ = inputs(3, 2, 1, 2, 16, torch.float32, more=40)
+    every_second = torch.tensor([0, 1, 40, 2, 7, 3], device=DEVICE, dtype=index)[::2]
+    one_for_all = torch.tensor([5], device=DEVICE, dtype=index).expand(3)
+    for offset in (every_second, one_for_all):
+        check(rope, reference.qk_norm_rope, [*given_[:-1], offset], [0, 1])
+
+
+def test_tables_that_are_not_contiguous():
+    q, k, cos, sin, _ = inputs(2, 5, 1, 2, 16, torch.float32)
+    cos = cos.t().contiguous().t()
+    sin = torch.stack([sin, sin + 1], -1)[..., 0]
+    assert not cos.is_contiguous() and not sin.is_contiguous()
+    check(rope, reference.qk_norm_rope, [q, k, cos, sin, 0], [0, 1])
 
 
 def test_views_of_one_projection():
@@ -95,34 +121,111 @@ def test_empty_batch(shape):
     check(rope, reference.qk_norm_rope, [q, k, *tables(3, 8), 0], [0, 1])
 
 
-def test_a_position_outside_the_tables_gives_nan_and_no_stray_read():
+def test_a_position_outside_of_the_tables_gives_nan_and_no_stray_read():
     q, k, *_ = inputs(3, 1, 1, 1, 8, torch.float32)
     cos, sin = (table[20:25] for table in tables(200, 8))  # numbers lie before and behind
     out, _ = rope(q, k, cos, sin, torch.tensor([4, 99, -3], device=DEVICE))
     assert out[0].isfinite().all() and out[1:].isnan().all()
 
 
-@pytest.mark.parametrize("kernel", ROOM.KERNELS, ids=lambda kernel: kernel.name)
+def test_zero_heads_have_no_nan():
+    q, k, cos, sin, _ = inputs(1, 3, 1, 2, 16, torch.float32)
+    check(rope, reference.qk_norm_rope, [torch.zeros_like(q), torch.zeros_like(k), cos, sin, 0], [0, 1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_infinity(dtype):
+    harness.check_nonfinite(rope, reference.qk_norm_rope, inputs(2, 5, 1, 2, 16, dtype), [0, 1])
+
+
+def test_autocast():
+    q, k, cos, sin, _ = inputs(2, 5, 1, 2, 16, torch.float32)
+    harness.check_autocast(
+        lambda q, k: rope(q, k, cos, sin), lambda q, k: reference.qk_norm_rope(q, k, cos, sin), [q, k], [0, 1]
+    )
+
+
+@pytest.mark.parametrize("needed", [0, 1])
+def test_only_the_gradient_that_is_needed(needed, monkeypatch):
+    """Neither where one input needs none, nor where one result is not used, are the other's heads computed."""
+    both = inputs(2, 3, 1, 4, 16, torch.float32)
+    grids, launch = [], FILE.launch
+    monkeypatch.setattr(
+        FILE, "launch", lambda kernel, grid, *a, **b: grids.append(grid) or launch(kernel, grid, *a, **b)
+    )
+
+    def gradient(function, requires, uses):
+        leaves = [x.clone().requires_grad_(i in requires) if i < 2 else x for i, x in enumerate(both)]
+        results = function(*leaves)
+        outputs = [results[i] for i in uses if results[i].requires_grad]  # of the reference, k's result where only q requires a gradient
+        grids.clear()
+        upstream = [torch.full_like(x, 0.5) + x.detach().flip(-1) for x in outputs]
+        return torch.autograd.grad(outputs, [leaves[i] for i in requires if requires == uses or i == needed], upstream)
+
+    for requires, uses in (([needed], [0, 1]), ([0, 1], [needed])):
+        expected = gradient(reference.qk_norm_rope, requires, uses)
+        torch.testing.assert_close(gradient(rope, requires, uses), expected)
+    alone = grids[0][1]
+    gradient(rope, [0, 1], [0, 1])
+    assert len(grids) == 1 and grids[0][1] > alone > 0
+    q, k, *rest = (x.clone().requires_grad_() if i < 2 else x for i, x in enumerate(both))
+    unused = torch.autograd.grad(rope(q, k, *rest)[needed].sum(), (k, q)[needed], allow_unused=True)
+    assert unused == (None,)
+
+
+def test_derivatives_that_do_not_exist_raise():
+    harness.check_second_derivative_raises(rope, inputs(2, 3, 1, 2, 16, torch.float32), [0, 1])
+    harness.check_jvp_raises(rope, inputs(2, 3, 1, 2, 16, torch.float32), [0, 1])
+
+
+def test_vmap():
+    given_ = inputs(2, 3, 1, 2, 16, torch.float32, more=4)
+    harness.check_vmap(rope, given_, (0, 1), [0, 1])
+    harness.check_vmap(rope, [*given_[:-1], torch.tensor([0, 4], device=DEVICE)], (0, 1, 4), [0, 1])
+
+
+@pytest.mark.parametrize("kernel", FILE.KERNELS, ids=lambda kernel: kernel.name)
 def test_every_launch_configuration(kernel):
     q, k, cos, sin, _ = inputs(1, 5, 1, 3, 12, torch.float32)
     expected = reference.qk_norm_rope(q, k, cos, sin)
-    kept = ROOM.launch_forward(q, k, (cos, sin, 0, None))
+    saved = FILE.launch_forward(q, k, cos, sin, 0, None)
     *_, dq, dk = harness.evaluate(reference.qk_norm_rope, [q, k, cos, sin], [q, k], [0, 1])
     for parameters in kernel.space:
         if kernel.name == "qk_norm_rope_forward":
-            found = ROOM.launch_forward(q, k, (cos, sin, 0, None), True, parameters)[:2]
+            found = FILE.launch_forward(q, k, cos, sin, 0, None, parameters=parameters)[:2]
             torch.testing.assert_close(found, expected)
         else:
-            found = ROOM.launch_backward(q, k, kept, (cos, sin, 0, None), parameters)
+            found = FILE.launch_backward(q, k, *saved, cos, sin, 0, None, parameters=parameters)
             torch.testing.assert_close(found, (dq, dk))
 
 
-def test_registration():
-    q, k, cos, sin, _ = inputs(2, 3, 1, 2, 8, torch.float32)
-    torch.library.opcheck(ROOM.forward_op, (q, k, cos, sin, 0, None, False))
-    torch.library.opcheck(ROOM.forward_op, (q.requires_grad_(), k.requires_grad_(), cos, sin, 0, None, True))
-    kept = ROOM.launch_forward(q.detach(), k.detach(), (cos, sin, 0, None))
-    torch.library.opcheck(ROOM.backward_op, (q.detach(), k.detach(), *kept, cos, sin, 0, None))
+@pytest.mark.parametrize("width", [64, 96, 128, 256, 512, 1024])
+def test_tiles_fit_in_registers(width):
+    """And no program has fewer heads than another."""
+    q = torch.empty(1, 1, 10, width, device=DEVICE, dtype=torch.bfloat16)
+    for kernel in FILE.KERNELS:
+        tile = FILE.tile(kernel.name, q, (10, 5), None)
+        elements = tile["TOKENS"] * (tile["HEADS"] + 1) * 2 * tile["HALF_BLOCK"]  # of heads and of the tables
+        assert 5 % tile["HEADS"] == 0 and elements <= 32 * FILE.PER_THREAD * tile["num_warps"]
+
+
+def test_offsets_are_int64():
+    assert narrow_offsets(*(kernel.name for kernel in FILE.KERNELS)) == ""
+
+
+@pytest.mark.skipif(not GPU or torch.cuda.mem_get_info()[1] < 70e9, reason="needs 40 GB of GPU memory")
+def test_more_than_2_to_31_elements():
+    """In each of two rows of the batch, so that the offset of the second passes 2³¹ too."""
+    tokens, last = 70_000, 64
+    q, k = (torch.empty(2, tokens, n, 128, device=DEVICE, dtype=torch.bfloat16).normal_() for n in (256, 1))
+    cos, sin = tables(tokens, 128, torch.bfloat16)
+    q.requires_grad_()
+    end = q.detach()[:, -last:].clone().requires_grad_()
+    out, _ = rope(q, k, cos, sin)
+    expected, _ = rope(end, k[:, -last:], cos, sin, tokens - last)
+    assert torch.equal(out[:, -last:], expected)
+    dq = torch.autograd.grad(out, q, out.detach() * 0.5 + 1)[0]
+    assert torch.equal(dq[:, -last:], torch.autograd.grad(expected, end, expected.detach() * 0.5 + 1)[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -135,29 +238,78 @@ def test_graph_replay():
     check_graph_replay(rope, inputs(2, 65, 2, 5, 128, torch.bfloat16), [0, 1])
 
 
+def test_on_another_device():
+    harness.check_other_device(rope, inputs(2, 5, 1, 2, 16, torch.float32), [0, 1])
+
+
 def test_bad_input():
     q, k, cos, sin, _ = inputs(2, 3, 2, 2, 8, torch.float32)
 
-    def refused(error, match, *arguments, **more):
+    def rejected(error, match, *arguments, **more):
         with pytest.raises(error, match=match):
             kernels.qk_norm_rope(*arguments, **more)
 
-    refused(TypeError, "q must be floating point", q.int(), k.int(), cos, sin)
-    refused(TypeError, "k is torch.float16 but q is torch.float32", q, k.half(), cos, sin)
-    refused(ValueError, "k is on meta but q on", q, k.to("meta"), cos, sin)
-    refused(ValueError, "cos is on meta but q on", q, k, cos.to("meta"), sin.to("meta"))
-    refused(ValueError, r"q must have shape \(B, T, H, D\)", q[0], k, cos, sin)
-    refused(ValueError, "k must have shape", q, k[:, :2], cos, sin)
-    refused(ValueError, "4 query heads are no multiple of 3 key heads", q, torch.cat([k, k[:, :, :1]], 2), cos, sin)
-    refused(ValueError, "the head width must be even", q[..., :7], k[..., :7], cos, sin)
-    refused(ValueError, r"cos must have shape \(positions, 4\)", q, k, cos[:, :3], sin)
-    refused(ValueError, "sin must have shape", q, k, cos, sin[:2])
-    refused(ValueError, "positions 1 to 3 pass the 3 rows", q, k, cos, sin, 1)
-    refused(ValueError, "offset must have shape", q, k, cos, sin, torch.zeros(3, dtype=torch.int64, device=DEVICE))
-    refused(TypeError, "offset must be int32 or int64", q, k, cos, sin, torch.zeros(2, device=DEVICE))
-    refused(kernels.KernelRequestError, "float64", q.double(), k.double(), cos, sin, impl="triton")
-    refused(kernels.KernelRequestError, "no gradient", q, k, cos.clone().requires_grad_(), sin, impl="triton")
+    rejected(TypeError, "q must be floating point", q.int(), k.int(), cos, sin)
+    rejected(TypeError, "k is torch.float16 but q is torch.float32", q, k.half(), cos, sin)
+    rejected(ValueError, "k is on meta but q on", q, k.to("meta"), cos, sin)
+    rejected(ValueError, "cos is on meta but q on", q, k, cos.to("meta"), sin.to("meta"))
+    rejected(ValueError, r"q must have shape \(B, T, H, D\)", q[0], k, cos, sin)
+    rejected(ValueError, "k must have shape", q, k[:, :2], cos, sin)
+    rejected(ValueError, "4 query heads are no multiple of 3 key heads", q, torch.cat([k, k[:, :, :1]], 2), cos, sin)
+    rejected(ValueError, "the head width must be even", q[..., :7], k[..., :7], cos, sin)
+    rejected(ValueError, r"cos must have shape \(positions, 4\)", q, k, cos[:, :3], sin)
+    rejected(ValueError, "sin must have shape", q, k, cos, sin[:2])
+    rejected(ValueError, "positions 1 to 3 pass the 3 rows", q, k, cos, sin, 1)
+    rejected(ValueError, "offset must have shape", q, k, cos, sin, torch.zeros(3, dtype=torch.int64, device=DEVICE))
+    rejected(TypeError, "offset must be int32 or int64", q, k, cos, sin, torch.zeros(2, device=DEVICE))
+    rejected(kernels.KernelRequestError, "float64", q.double(), k.double(), cos, sin, impl="triton")
+    rejected(kernels.KernelRequestError, "no gradient", q, k, cos.clone().requires_grad_(), sin, impl="triton")
     wide = torch.zeros(1, 1, 1, 2048, device=DEVICE)
-    refused(kernels.KernelRequestError, "too wide", wide, wide, *tables(1, 2048), impl="triton")
+    rejected(kernels.KernelRequestError, "too wide", wide, wide, *tables(1, 2048), impl="triton")
     many = torch.zeros(1, 1, 1, 2, device=DEVICE).expand(2**31, 1, 1, 2)
-    refused(kernels.KernelRequestError, "tokens pass the", many, many, *tables(1, 2), impl="triton")
+    rejected(kernels.KernelRequestError, "tokens pass the", many, many, *tables(1, 2), impl="triton")
+    many = torch.zeros(1, 1, 1, 2, device=DEVICE).expand(1, 1, 2**16, 2)
+    rejected(kernels.KernelRequestError, "heads pass the", many, many, *tables(1, 2), impl="triton")
+
+
+# what a test must catch: name → (file, sound text, faulty text)
+PLANTED_FAULTS = {
+    "wrong sign in the rotation": ("qk_norm_rope", "x1 * c + x2 * s", "x1 * c - x2 * s"),
+    "turned back the wrong way": ("qk_norm_rope", "cast(o1 * c - o2 * s", "cast(o1 * c + o2 * s"),
+    "halves exchanged": ("qk_norm_rope", "tl.store(ptr + HALF, cast(o2 * r", "tl.store(ptr + HALF, cast(o1 * r"),
+    "mean over half of the head": ("qk_norm_rope", "/ (2 * HALF) + EPS", "/ HALF + EPS"),
+    "offset ignored": ("qk_norm_rope", "position = t.to(tl.int64) + offset", "position = t.to(tl.int64)"),
+    "offset of the wrong row": (
+        "qk_norm_rope",
+        "tl.load(offsets_ptr + batch * offsets_stride)",
+        "tl.load(offsets_ptr)",
+    ),
+    "stride of the offsets ignored": ("qk_norm_rope", "batch * offsets_stride", "batch"),
+    "last tile of tokens not masked": (
+        "qk_norm_rope",
+        "(t < tokens)[:, None] & (channel",
+        "(t < TOKENS)[:, None] & (channel",
+    ),
+    "head stride of q for k": (
+        "qk_norm_rope",
+        "k_batch_stride, k_token_stride, k_head_stride,\n            batch",
+        "k_batch_stride, k_token_stride, q_head_stride,\n            batch",
+    ),
+    "position outside read": ("qk_norm_rope", "(position >= 0) & (position < positions)", "(position >= 0)"),
+    "strides of y for dy": (
+        "qk_norm_rope",
+        '"qk_norm_rope_backward", dy[0], dy[1],',
+        '"qk_norm_rope_backward", q_out, k_out,',
+    ),
+    "tables taken as contiguous": ("qk_norm_rope", "cos, sin = cos.contiguous(), sin.contiguous()", "pass"),
+    "row of the batch in int32": ("qk_norm_rope", "(tl.program_id(0) // blocks).to(tl.int64)", "(tl.program_id(0) // blocks)"),
+    "stride of a token in int32": ("qk_norm_rope", "t.to(tl.int64) * token_stride", "t * token_stride"),
+    "position in int32": ("qk_norm_rope", "position = t.to(tl.int64) + offset", "position = t + offset"),
+    "heads numbered in int32": ("qk_norm_rope", "program = tl.program_id(1).to(tl.int64)", "program = tl.program_id(1)"),
+    "a gradient that nobody needs": (
+        "qk_norm_rope",
+        "[dy if needed else None for dy, needed in",
+        "[dy for dy, needed in",
+    ),
+    "k in q's dtype under autocast": ("qk_norm_rope", "normed_dtype(q), k_dtype)", "normed_dtype(q), normed_dtype(q))"),
+}  # fmt: skip

@@ -1,5 +1,7 @@
 """rms_norm and add_rms_norm in Triton against the reference."""
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,11 +9,58 @@ from hypothesis import strategies as st
 
 import kernels
 from kernels import reference
-from kernels.dispatch import room
 from tests.kernels import harness
 from tests.kernels.harness import DEVICE, DTYPES, GPU, check, check_compiled, check_graph_replay, randn
 
-ROOM = room("rms_norm")
+FILE = importlib.import_module("kernels.rms_norm")  # `kernels.rms_norm` is the public function
+
+PLANTED_FAULTS = {
+    "eps dropped": ("rms_norm", "/ WIDTH + EPS)", "/ WIDTH)"),
+    "mean over the padded width": ("rms_norm", "axis=1) / WIDTH + EPS", "axis=1) / BLOCK + EPS"),
+    "last row of the tile missed": ("rms_norm", "mask = (row < rows)", "mask = (row < rows - 1)"),
+    "stride of x ignored": ("rms_norm", "x_ptr + row[:, None] * x_stride", "x_ptr + row[:, None] * WIDTH"),
+    "stride of the update ignored": ("rms_norm", "row[:, None] * update_stride", "row[:, None] * x_stride"),
+    "stride of dy ignored": ("rms_norm", "dy_ptr + row[:, None] * dy_stride", "dy_ptr + row[:, None] * WIDTH"),
+    "dtotal with dy's stride": ("rms_norm", "row[:, None] * dtotal_stride", "row[:, None] * dy_stride"),
+    "rows numbered in 32 bits": (
+        "rms_norm",
+        "row = tl.program_id(0).to(tl.int64) * ROWS",
+        "row = tl.program_id(0) * ROWS",
+    ),
+    "sum not rounded before the norm": (
+        "rms_norm",
+        "x = cast(x.to(tl.float32) + update.to(tl.float32), x.dtype)",
+        "x = x.to(tl.float32) + update.to(tl.float32)",
+    ),
+    "rstd dropped in backward": ("rms_norm", "dx = rstd[:, None] * (dy", "dx = (dy"),
+    "projection dropped": ("rms_norm", "(dy - y * along[:, None])", "dy"),
+    "gradient of the sum dropped": (
+        "rms_norm",
+        "derivative(Backward, dy, dtotal, *ctx",
+        "derivative(Backward, dy, None, *ctx",
+    ),
+    "one gradient for two inputs": (
+        "rms_norm",
+        "ctx.needs_input_grad[:2]), None, None)",
+        "(True, False)), None, None)",
+    ),
+    "NaN taken as 0": (
+        "rms_norm",
+        "    x = x.to(tl.float32)\n",
+        "    x = x.to(tl.float32)\n    x = tl.where(x == x, x, 0.0)\n",
+    ),
+    "dtype of autocast ignored": (
+        "rms_norm",
+        "needs_gradient(x, update), normed_dtype(x))[:2]",
+        "needs_gradient(x, update), torch.float16)[:2]",
+    ),
+    "second derivative dropped": (
+        "rms_norm",
+        "else derivative(Backward, dy, None, *ctx",
+        "else launch_backward(dy, None, *ctx",
+    ),
+}
+
 widths = st.one_of(st.integers(16, 40), st.sampled_from((64, 100, 128, 257)))
 
 
@@ -51,7 +100,7 @@ def test_add_rms_norm(rows, width, dtype, layouts, seed):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 2, 3, 15])
 def test_narrow_rows(width, dtype):
-    """Forward in full; backward to a unit of dy, for most of dy can lie along so short a row (see the room's heading)."""
+    """Forward in full; backward to a unit of dy, for most of dy can lie along so short a row (see the top of rms_norm.py)."""
     x = randn(7, width, dtype=dtype)
     check(norm, reference.rms_norm, [x])
     dy = randn(7, width, dtype=dtype, seed=1)
@@ -119,17 +168,17 @@ def test_only_one_result_of_the_addition_is_used(used):
     check(part(add_norm), part(reference.add_rms_norm), [x, update], [0, 1])
 
 
-@pytest.mark.parametrize("kernel", ROOM.KERNELS, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", FILE.KERNELS, ids=lambda kernel: kernel.name)
 def test_every_launch_configuration(kernel):
     """Not only what the table holds: a row tile that is ragged, and one that is not."""
     x, dy = (randn(8 if GPU else 5, 100, dtype=torch.float32, seed=i) for i in range(2))
-    _, y, rstd = ROOM.launch_forward(x, None)
+    _, y, rstd = FILE.launch_forward(x)
     _, (expected,) = evaluate_reference(x, dy)
     for parameters in kernel.space:
         if kernel.name == "rms_norm_forward":
-            torch.testing.assert_close(ROOM.launch_forward(x, None, True, parameters)[1], reference.rms_norm(x))
+            torch.testing.assert_close(FILE.launch_forward(x, None, parameters=parameters)[1], reference.rms_norm(x))
         else:
-            torch.testing.assert_close(ROOM.launch_backward(dy, None, y, rstd, parameters), expected)
+            torch.testing.assert_close(FILE.launch_backward(dy, None, y, rstd, parameters=parameters), expected)
 
 
 def evaluate_reference(x, dy):
@@ -137,14 +186,67 @@ def evaluate_reference(x, dy):
     return y, (grad,)
 
 
-def test_registration():
-    x, update = (randn(3, 40, dtype=torch.float32, seed=i).requires_grad_() for i in range(2))
-    torch.library.opcheck(ROOM.rms_norm_op, (x, True))
-    torch.library.opcheck(ROOM.add_rms_norm_op, (x, update, True))
-    torch.library.opcheck(ROOM.rms_norm_op, (x.detach(), False))
-    torch.library.opcheck(ROOM.add_rms_norm_op, (x.detach(), update.detach(), False))
-    _, y, rstd = ROOM.launch_forward(x.detach(), None)
-    torch.library.opcheck(ROOM.backward_op, (update.detach(), None, y, rstd))
+def inputs_of(dtype=torch.float32):
+    return [randn(3, 40, dtype=dtype, seed=i) for i in range(2)]
+
+
+def test_nonfinite_numbers_propagate():
+    x, update = inputs_of()
+    harness.check_nonfinite(norm, reference.rms_norm, [x], [0])
+    harness.check_nonfinite(add_norm, reference.add_rms_norm, [x, update], [0, 1])
+
+
+def test_derivatives_that_do_not_exist_raise():
+    x, update = inputs_of()
+    harness.check_second_derivative_raises(norm, [x], [0])
+    harness.check_second_derivative_raises(add_norm, [x, update], [0, 1])
+    harness.check_jvp_raises(norm, [x], [0])
+    harness.check_jvp_raises(add_norm, [x, update], [0, 1])
+
+
+def test_vmap():
+    x, update = inputs_of()
+    harness.check_vmap(norm, [x], [0], [0])
+    harness.check_vmap(add_norm, [x, update], [0, 1], [0, 1])
+    harness.check_vmap(add_norm, [x, update], [1], [0, 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast(dtype):
+    x, update = inputs_of(dtype)
+    harness.check_autocast(norm, reference.rms_norm, [x], [0])
+    harness.check_autocast(add_norm, reference.add_rms_norm, [x, update], [0, 1])
+
+
+def test_expanded_upstream_gradient():
+    """What .sum() hands down has strides of 0."""
+    x = randn(5, 96, dtype=torch.float32).requires_grad_()
+    grads = [torch.autograd.grad(operation(x).sum(), x)[0] for operation in (norm, reference.rms_norm)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("needed", [0, 1])
+def test_gradient_of_one_input(needed):
+    check(add_norm, reference.add_rms_norm, inputs_of(), [needed])
+
+
+@pytest.mark.skipif(not GPU, reason="needs GPUs")
+def test_other_device():
+    x, update = inputs_of()
+    harness.check_other_device(norm, [x], [0])
+    harness.check_other_device(add_norm, [x, update], [0, 1])
+
+
+@pytest.mark.parametrize("kernel", FILE.KERNELS, ids=lambda kernel: kernel.name)
+def test_offsets_are_64_bit(kernel):
+    harness.assert_64_bit_offsets(kernel)
+
+
+@pytest.mark.skipif(not GPU, reason="needs 13 GB of GPU memory")
+def test_offsets_beyond_32_bits():
+    x = torch.randn(2**21 + 3, 1024, device="cuda", dtype=torch.bfloat16)
+    y = norm(x)
+    assert torch.equal(y[-5:], norm(x[-5:].clone()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -161,11 +263,10 @@ def test_graph_replay():
     check_graph_replay(add_norm, [x, update], [0, 1])
 
 
-def test_autocast_and_no_grad():
-    x = randn(3, 64, dtype=torch.float32)
-    with torch.autocast(DEVICE, dtype=torch.bfloat16), torch.no_grad():
-        y = norm(x)
-    assert y.dtype == torch.float32 and not y.requires_grad
+def test_no_grad():
+    x = randn(3, 64, dtype=torch.float32).requires_grad_()
+    with torch.no_grad():
+        assert not norm(x).requires_grad
 
 
 @pytest.mark.skipif(not GPU, reason="memory is measured on a GPU")

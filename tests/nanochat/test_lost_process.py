@@ -34,7 +34,7 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs 
 @pytest.mark.parametrize("fault", [signal.SIGSTOP, signal.SIGKILL])
 def test_the_others_say_so_and_the_run_goes_on(base, fault, device):
     paths = Paths(base)
-    arguments = ("train", "base", *TINY_BASE, "--total-batch-size", "256", "--device", device, "--compile", "False")
+    arguments = ("train", "base", *TINY_BASE, "--total-batch-size", "256", "--device", device, "--execution", "eager")
     timeout = (
         "8" if device == "cpu" else "20"
     )  # a GPU's kernels are made first, by one process sooner than by the other

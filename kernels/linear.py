@@ -1,0 +1,106 @@
+"""A product with a weight, x·weightᵀ, whose weight gradient can be added in float32 where an optimizer wants it.
+
+dx = dy·weight, and weight_gradient += dyᵀ·x: one product that reads the 16-bit operands, sums in float32 and adds to the buffer
+in place, where autograd rounds the product to 16 bits, casts it and adds it in two further passes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.checks import autocast_products, check_float, check_gradient_buffer, check_shape
+from kernels.dispatch import choose
+from kernels.operation import Benchmark, Operation
+from kernels.triton_helpers import KernelFunction, derivative, differentiable
+
+
+def add_product(gradient: Tensor, dy: Tensor, x: Tensor) -> None:
+    """gradient (F, C) += dyᵀ·x for dy (N, F) and x (N, C), in place; sums are float32 whatever dy and x are."""
+    if x.dtype == gradient.dtype:
+        gradient.addmm_(dy.t(), x)
+    elif x.is_cuda:
+        torch.addmm(gradient, dy.t(), x, out_dtype=gradient.dtype, out=gradient)
+    else:
+        gradient.addmm_(dy.t().to(gradient.dtype), x.to(gradient.dtype))
+
+
+class Linear(KernelFunction):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, weight_gradient: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.weight_gradient = inputs[2]  # not saved_for_backward: other calls may add to it before this one's backward
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx, dy):
+        if dy is None:
+            return None, None, None
+        x, weight = ctx.saved_tensors
+        derivative(AddWeightGradient, dy, x, ctx.weight_gradient)
+        dx = derivative(InputGradient, dy, weight) if ctx.needs_input_grad[0] else None
+        return dx, None, None
+
+
+class AddWeightGradient(KernelFunction):
+    @staticmethod
+    def forward(dy: Tensor, x: Tensor, weight_gradient: Tensor) -> Tensor:
+        add_product(weight_gradient, dy.reshape(-1, dy.size(-1)), x.reshape(-1, x.size(-1)))
+        return dy.new_empty(0)
+
+
+class InputGradient(KernelFunction):
+    @staticmethod
+    def forward(dy: Tensor, weight: Tensor) -> Tensor:
+        return dy @ weight
+
+
+def plain_linear(x: Tensor, weight: Tensor, weight_gradient: Tensor | None = None) -> Tensor:
+    """F.linear; with a buffer, the same product whose backward adds to it."""
+    if weight_gradient is None:
+        return F.linear(x, weight)
+    x, weight = autocast_products(x, weight)
+    return differentiable(Linear, x, weight, weight_gradient)
+
+
+def linear(x: Tensor, weight: Tensor, weight_gradient: Tensor | None = None, *, impl: str = "auto") -> Tensor:
+    """x·weightᵀ for x (…, C) and weight (F, C); returns (…, F) in x's dtype.
+
+    weight_gradient (F, C), contiguous float32: backward adds the weight's gradient to it, in place and in float32, and
+    gives weight none; x must require a gradient for backward to get here. Raises ValueError for shapes and devices and
+    TypeError for dtypes that do not fit.
+    """
+    x, weight = autocast_products(x, weight)
+    check_float("linear", x=x, weight=weight)
+    check_shape("linear", "weight", weight, "F", x.size(-1))
+    check_gradient_buffer("linear", "weight_gradient", weight, weight_gradient)
+    return choose(LINEAR, impl, x, weight, weight_gradient)(x, weight, weight_gradient)
+
+
+TOKENS, MODEL_WIDTHS = 32 * 2048, {"d12": 768, "d20": 1280, "d32": 2048}
+
+
+def inputs(shape: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    width = MODEL_WIDTHS[shape]
+    x, weight = (torch.empty(n, width, device=device, dtype=dtype).normal_() for n in (TOKENS, width))
+    return x, weight.mul_(width**-0.5)
+
+
+def elements(arguments: tuple, part: str) -> float:
+    x, weight = arguments[:2]
+    y = x.numel() // x.size(-1) * weight.size(0)
+    return x.numel() + weight.numel() + y if part == "fwd" else 2 * (x.numel() + weight.numel() + y)
+
+
+def flops(arguments: tuple, part: str, variant: str) -> float:
+    x, weight = arguments[:2]
+    return (2 if part == "fwd" else 4) * x.numel() * weight.size(0)
+
+
+LINEAR = Operation(
+    "linear", linear, plain_linear, benchmark=Benchmark(tuple(MODEL_WIDTHS), inputs, (0, 1), elements, flops)
+)
+OPERATIONS = (LINEAR,)

@@ -1,0 +1,109 @@
+"""What a CPU test cannot see by running a kernel, found in its code: `python -m tests.kernels.int64 kernel…` prints it.
+
+Offsets that may pass 2³¹, since the tensors that would show the overflow take gigabytes, and minima and maxima that drop NaN, since
+NumPy's do not. Each recorded launch is compiled to Triton's intermediate representation, in which types are explicit; reported are
+- a floating-point minimum or maximum that returns the other operand for NaN (minnumf, maxnumf);
+- an int32 offset that depends on the number of the program or of a loop's turn;
+- a product of two numbers known only at run time, one of which depends on these, that was multiplied in int32.
+Of `matrix_product` and `symmetric_product`, whose matrices have less than 2³¹ elements, only the offsets of matrices count.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64", "int64": "i64", "int32": "i32"}
+
+
+def narrow_offsets(*kernels: str) -> str:
+    """What is reported for the kernels of these names, in a process of its own: here kernels may be interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.int64", *kernels], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
+    return done.stdout + done.stderr[-2000:]
+
+
+def type_of(argument) -> str:
+    if hasattr(argument, "block_shape"):
+        return f"tensordesc<{type_of(argument.base)[1:]}{list(argument.block_shape)}>"
+    if hasattr(argument, "dtype"):
+        return "*" + SHORT[str(argument.dtype).removeprefix("torch.")]
+    return "fp32" if isinstance(argument, float) else "i32"
+
+
+def intermediate_representation(launch) -> str:
+    """The text of a recorded launch in Triton's intermediate representation, for an A100."""
+    import triton
+
+    names = launch.kernel.arg_names
+    signature = dict(zip(names, map(type_of, launch.arguments), strict=False))
+    constants = {name: value for name, value in launch.constants.items() if name in names}
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = triton.compiler.ASTSource(launch.kernel, {name: signature[name] for name in names}, constants, {})
+    target = triton.backends.compiler.GPUTarget("cuda", 80, 32)
+    options = {name: value for name, value in launch.constants.items() if name not in names}
+    return triton.compile(source, target=target, options=options).asm["ttir"]
+
+
+def faults(text: str, only_scalars: bool = False) -> list[str]:
+    """The lines with an address as described above."""
+    numbers, constants, narrow, found = set(), set(), set(), []  # numbers: what depends on a program or a turn
+    for line in map(str.strip, text.splitlines()):
+        line = re.sub(r"\s*loc\(.*\)\s*\{?$", "", line)
+        loop = re.match(r"(?:(%[\w:]+) = )?scf\.for (%\w+) = ", line)
+        results = re.findall(r"%\w+", line.split(" = ")[0]) if " = " in line else []
+        operands = re.findall(r"%\w+", line.split(" = ", 1)[1]) if results else []
+        if loop:
+            results = [loop.group(2), *results]
+        if "arith.constant" in line or "tt.make_range" in line:
+            constants.update(results)
+        if "arith.minnumf" in line or "arith.maxnumf" in line:
+            found.append(line)
+        if results and operands and all(x in constants for x in operands):
+            constants.update(results)
+        if "tt.get_program_id" in line or loop or any(x in numbers for x in operands):
+            numbers.update(results)
+        is_narrow = any(x in narrow for x in operands) or (
+            "arith.muli" in line
+            and re.search(r"i32(?:>|$)", line)
+            and not any(x in constants for x in operands)
+            and any(x in numbers for x in operands)
+        )
+        if is_narrow and "tt.load" not in line:
+            narrow.update(results)
+        if "tt.addptr" in line:
+            offset = operands[1]
+            scalar = not line.split(" : ")[1].startswith("tensor")
+            if scalar or not only_scalars:
+                is_int32 = re.search(r"i32>?$", line)
+                if offset in numbers and (is_int32 or offset in narrow):
+                    found.append(line)
+            # what was reported once is not reported again where it is added to
+            narrow.difference_update(results)
+    return found
+
+
+def main() -> None:
+    import torch
+
+    from kernels import dispatch
+    from kernels.triton_helpers import recorded_launches
+
+    for kernel in dispatch.tunable_kernels():
+        if kernel.name not in sys.argv[1:]:
+            continue
+        with recorded_launches() as launches:
+            for run in kernel.launches(kernel.keys[0], kernel.dtypes[0], torch.device("meta")).values():
+                run(None)
+        assert launches, kernel.name
+        for launch in launches:
+            for line in faults(intermediate_representation(launch), kernel.name.endswith("_product")):
+                print(f"{kernel.name}: {line}")
+
+
+if __name__ == "__main__":
+    main()

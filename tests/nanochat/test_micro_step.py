@@ -1,0 +1,131 @@
+"""A micro-step in its three ways: the same loss and the same gradients, whatever its rows, its length and its weight."""
+
+import pytest
+import torch
+
+from nanochat.data.loader import Batch
+from nanochat.errors import UserError
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import MuonAdamW
+from nanochat.train.micro_step import MicroStep, choose_execution
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+CONFIG = GPTConfig.from_depth(2, 301, 200)
+
+
+def batch(rows: int, length: int, seed: int) -> Batch:
+    tokens = torch.randint(301, (rows, length + 1), generator=torch.Generator().manual_seed(seed))
+    targets = tokens[:, 1:].clone()
+    targets[0, : length // 2] = -1
+    return Batch(tokens[:, :-1].contiguous(), targets, ())
+
+
+def made(execution: str, dtype: torch.dtype = torch.float32) -> tuple[MicroStep, MuonAdamW]:
+    model = GPT.create(CONFIG, DEVICE, dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05, generator=torch.Generator(DEVICE).manual_seed(3))
+    optimizer = MuonAdamW(model)
+    return MicroStep(model, optimizer, execution, one_length=False), optimizer
+
+
+def run(execution: str, batches: list[Batch], dtype: torch.dtype = torch.float32) -> tuple[float, list[torch.Tensor]]:
+    """The summed loss and all gradients."""
+    step, optimizer = made(execution, dtype)
+    for number, one in enumerate(batches):
+        step(one, 0.5 + number)
+    optimizer.synchronize()
+    return step.loss.item(), [group.gradients.clone() for group in optimizer.groups]
+
+
+@pytest.mark.parametrize("lengths", [(200,), (200, 200, 200, 200), (3, 128, 130, 3, 130, 3)])
+def test_static_buffers_and_float32_accumulation_give_what_autograd_gives(lengths):
+    batches = [batch(2, length, seed) for seed, length in enumerate(lengths)]
+    (loss, gradients), (plain_loss, plain) = run("graph", batches), run("eager", batches)
+    assert loss == pytest.approx(plain_loss, rel=1e-5)
+    for a, b in zip(gradients, plain, strict=True):
+        assert b.any()
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()))
+
+
+def test_a_row_of_another_length_leaves_nothing_behind():
+    """The buffers of a length class hold the tokens of the batch before, which must not count."""
+    short = batch(2, 5, 1)
+    step, optimizer = made("graph")
+    step(batch(2, 100, 0), 1.0)
+    for group in optimizer.groups:
+        group.gradients.zero_()
+    step.loss.zero_()
+    step(short, 1.0)
+    alone, other = made("graph")
+    alone(short, 1.0)
+    assert step.loss.item() == alone.loss.item()
+    for a, b in zip(optimizer.groups, other.groups, strict=True):
+        torch.testing.assert_close(a.gradients, b.gradients)
+
+
+def test_the_sum_in_float32_is_not_rounded_to_the_compute_dtype():
+    """256 small gradients added to a large one: bfloat16 would lose each of them."""
+    batches = [batch(2, 128, 0)] + [batch(2, 128, 1)] * 3
+    _, gradients = run("graph", batches, torch.bfloat16)
+    _, first = run("graph", batches[:1], torch.bfloat16)
+    muon = max(range(len(gradients)), key=lambda i: gradients[i].dim())
+    assert gradients[muon].dtype == torch.float32
+    rounded = gradients[muon].bfloat16().float()
+    assert (gradients[muon] != rounded).float().mean() > 0.5 and not torch.equal(gradients[muon], first[muon])
+
+
+@pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
+def test_a_replayed_micro_step_is_the_launched_one_bit_for_bit():
+    """Without graphs the very same work runs; six micro-steps of two shapes, of which the later ones are replayed."""
+    batches = [batch(2, length, seed) for seed, length in enumerate((200, 100, 200, 100, 200, 100))]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        loss, gradients = run("graph", batches, torch.bfloat16)
+        step, optimizer = made("graph", torch.bfloat16)
+        step.pool = None
+        for number, one in enumerate(batches):
+            step(one, 0.5 + number)
+        optimizer.synchronize()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert loss == step.loss.item()
+    for a, group in zip(gradients, optimizer.groups, strict=True):
+        assert torch.equal(a, group.gradients)
+
+
+@pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
+def test_the_optimizer_s_update_reaches_the_next_replay():
+    """Weights, and their copies, change in place between replays: the loss falls on one batch."""
+    step, optimizer = made("graph", torch.bfloat16)
+    losses, one = [], batch(2, 200, 0)
+    for _ in range(12):
+        step.loss.zero_()
+        step(one, 1.0)
+        losses.append(step.loss.item())
+        optimizer.synchronize()
+        optimizer.update(1.0, 0.9)
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
+def test_nan_reaches_loss_and_norm():
+    step, optimizer = made("graph", torch.bfloat16)
+    for number in range(3):
+        if number == 2:
+            with torch.no_grad():
+                step.model.blocks[0].mlp.expand.weight[0, 0] = float("nan")
+                optimizer.refresh()
+        step.loss.zero_()
+        step(batch(2, 200, number), 1.0)
+    assert step.loss.isnan() and optimizer.synchronize().isnan()
+
+
+def test_execution():
+    assert choose_execution("auto", torch.device("cuda", 0))[0] == "graph"
+    assert choose_execution("auto", torch.device("cpu"))[0] == "eager"
+    assert choose_execution("compile", torch.device("cuda", 0))[0] == "compile"
+    with pytest.raises(UserError, match="--execution graph replays CUDA graphs, and the device is cpu"):
+        choose_execution("graph", torch.device("cpu"))
