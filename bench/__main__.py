@@ -1,5 +1,6 @@
 """python -m bench: time the fused operations on the GPU here; report: write what was found; compare: two results.
 
+python -m bench --list
 python -m bench --op rms_norm --shape d20 --mode both --json build/rms_norm.json
 python -m bench report build/*.json --out build/report
 python -m bench compare before.json after.json
@@ -17,7 +18,7 @@ from typing import Annotated
 import tyro
 from rich.table import Table
 
-from bench.cases import MODES, MODES_OF, SHAPES
+from bench.cases import MODES, measured, variant_names
 from nanochat.console import console, say
 from nanochat.errors import UserError
 
@@ -39,14 +40,16 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Time operations against eager, torch.compile and, where installed, Liger-Kernel."""
+    """Time operations against eager, torch.compile and, where installed, other libraries."""
 
-    op: tuple[str, ...] = tuple(SHAPES)
-    """operations"""
+    list: bool = False
+    """only say which operations are measured, at which shapes, in which modes, against what"""
+    op: tuple[str, ...] = ()
+    """only these operations"""
     impl: tuple[str, ...] = ()
-    """only these variants: triton, eager, compile, liger; newton_schulz has standard (without gram) and loop (compiled)"""
+    """only these variants: triton, eager, compile, max-autotune, or the name of a baseline"""
     shape: tuple[str, ...] = ()
-    """only these shapes: d4 (newton_schulz), d12, d20, d32; chunk for the cross entropy"""
+    """only these shapes"""
     mode: tuple[str, ...] = MODES
     """fwd, bwd, both"""
     dtype: str = "bfloat16"
@@ -64,7 +67,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Write results as markdown, HTML and PNG: ratios to the rivals, and a roofline with every kernel on it."""
+    """Write results as markdown, HTML and PNG: ratios to the baselines, and a roofline with every kernel on it."""
 
     results: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """JSON files that python -m bench wrote"""
@@ -86,7 +89,14 @@ def run(config: RunConfig, command: str) -> None:
     from bench.cases import case
     from bench.measure import header, measure, need_gpu
 
-    wanted = [(op, shape, mode) for op in config.op for shape in _shapes(op, config) for mode in _modes(op, config)]
+    if config.list:
+        return _list()
+    wanted = [
+        (op, shape, mode)
+        for op in config.op or measured()
+        for shape in _shapes(op, config)
+        for mode in _modes(op, config)
+    ]
     dtype = getattr(torch, config.dtype, None)
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise UserError(f"--dtype must be bfloat16, float16 or float32, got {config.dtype}")
@@ -108,19 +118,30 @@ def run(config: RunConfig, command: str) -> None:
             csv.writer(file).writerows([COLUMNS, *lines])
 
 
+def _list() -> None:
+    table = Table("operation", "shapes", "modes", "variants", box=None)
+    for name, operation in measured().items():
+        benchmark = operation.benchmark
+        variants = variant_names(benchmark, operation.implementations)
+        table.add_row(name, ", ".join(benchmark.shapes), ", ".join(benchmark.modes), ", ".join(variants))
+    if not console.is_terminal:
+        console.width = 200
+    console.print(table)
+
+
 def _shapes(op: str, config: RunConfig) -> Iterable[str]:
-    if op not in SHAPES:
-        raise UserError(f"--op {op} is not measured here; there are {', '.join(SHAPES)}")
-    known = {shape for shapes in SHAPES.values() for shape in shapes}
+    if op not in measured():
+        raise UserError(f"--op {op} is not measured here; there are {', '.join(measured())}")
+    known = {shape for operation in measured().values() for shape in operation.benchmark.shapes}
     if set(config.shape) - known:
         raise UserError(f"--shape must be among {', '.join(sorted(known))}, got {', '.join(config.shape)}")
-    return [shape for shape in SHAPES[op] if not config.shape or shape in config.shape]
+    return [shape for shape in measured()[op].benchmark.shapes if not config.shape or shape in config.shape]
 
 
 def _modes(op: str, config: RunConfig) -> Iterable[str]:
     if set(config.mode) - set(MODES):
         raise UserError(f"--mode must be among {', '.join(MODES)}, got {', '.join(config.mode)}")
-    return [mode for mode in config.mode if mode in MODES_OF.get(op, MODES)]
+    return [mode for mode in config.mode if mode in measured()[op].benchmark.modes]
 
 
 def _profile(cases: list) -> None:

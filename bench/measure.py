@@ -4,12 +4,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median, quantiles
 
 import torch
 
-from bench.cases import Case
+from bench.cases import Case, disagreement, tensors
 from kernels.timing import interleaved, launch_microseconds, transient_bytes
 from nanochat.errors import UserError
 
@@ -22,6 +23,13 @@ def need_gpu() -> None:
         raise UserError("the kernels are measured on a GPU, and there is none here; kernels inspect needs none")
 
 
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def header(command: str) -> dict:
     """What a result must say of itself: command, commit, device, versions, and the matrix product's rate here."""
     need_gpu()
@@ -30,12 +38,6 @@ def header(command: str) -> dict:
     root = Path(__file__).resolve().parents[1]
     describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10"]
     commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() or "unknown"
-    try:
-        from importlib.metadata import version
-
-        liger = version("liger_kernel")
-    except ImportError:
-        liger = None
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     product = median(interleaved({"product": lambda _: a @ b}, 15)["product"])
     return {
@@ -48,37 +50,49 @@ def header(command: str) -> dict:
             "torch": torch.__version__,
             "triton": triton_version,
             "cuda": torch.version.cuda,
-            "liger_kernel": liger,
+            **{name: installed(name) for name in ("liger_kernel", "quack-kernels", "helion")},
         },
         "product_tflops": 2 * 8192**3 / product / 1e9,
         "rows": [],
     }
 
 
-def _rates(flops: dict[str, float], variant: str, ms: float) -> dict:
-    """TFLOP/s that a variant executes, and what they would be with the operations of the plain algorithm."""
-    if not flops:
-        return {}
-    done = flops.get(variant, flops["dense"])
-    return {"flops": done, "tflops": done / ms / 1e9, "dense_tflops": flops["dense"] / ms / 1e9}
+def check(case: Case) -> tuple[dict[str, str], dict[str, dict]]:
+    """Run every variant and compare it with the reference, or with the first variant where the reference does not fit.
+
+    Returns (why a variant is not timed, launch µs and transient MB of the others), by variant.
+    """
+    expected, notes, extra = None, {}, {}
+    for name in sorted(case.variants, key=lambda name: name != "eager"):
+        run, prepare = case.variants[name], case.prepare.get(name, lambda number: None)
+        try:
+            for _ in range(2):  # the second call shows what the first one did to its inputs
+                prepare(0)
+                results = run(0)
+            if expected is None:
+                expected = [x.cpu() for x in tensors(results)]
+            elif wrong := disagreement(results, expected, case.tolerance):
+                notes[name] = wrong
+                continue
+            del results
+            extra[name] = {"launch_us": launch_microseconds(run), "transient_mb": transient_bytes(run) / 1e6}
+        except torch.OutOfMemoryError:
+            notes[name] = "out of memory"
+        except Exception as error:  # of a library that does not run here: the others are measured without it
+            notes[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        torch.cuda.empty_cache()
+    return notes, extra
 
 
 def measure(case: Case, rounds: int = ROUNDS) -> Iterator[dict]:
     """A row for each variant: median ms with quartiles, GB/s, percent of the copy, ratios, launch µs, transient bytes.
 
-    A variant that runs out of memory gets a row that says so.
+    A variant that disagrees with the reference, fails or runs out of memory gets a row that says so, and no time.
     """
     source = torch.empty(COPY_BYTES // 2, dtype=torch.bfloat16, device="cuda").normal_()
     target = torch.empty_like(source)
-    working, lost, extra = {}, [], {}
-    for name, run in case.variants.items():
-        try:
-            transient = transient_bytes(run)
-            extra[name] = {"launch_us": launch_microseconds(run), "transient_mb": transient / 1e6}
-            working[name] = run
-        except torch.OutOfMemoryError:
-            lost.append(name)
-        torch.cuda.empty_cache()
+    notes, extra = check(case)
+    working = {name: run for name, run in case.variants.items() if name in extra}
     samples = interleaved({**working, "copy": lambda _: target.copy_(source)}, rounds, case.prepare)
     copy_gbps = 2 * COPY_BYTES / median(samples.pop("copy")) / 1e6
     medians = {name: median(values) for name, values in samples.items()}
@@ -96,9 +110,11 @@ def measure(case: Case, rounds: int = ROUNDS) -> Iterator[dict]:
             "gbps": gbps,
             "copy_gbps": copy_gbps,
             "percent_of_copy": 100 * gbps / copy_gbps,
-            "ratio_to": {rival: medians[name] / ms for rival, ms in medians.items() if rival != name},
+            "ratio_to": {other: medians[name] / ms for other, ms in medians.items() if other != name},
+            "flops": case.flops(name),
+            "tflops": case.flops(name) / medians[name] / 1e9,
+            "dense_tflops": case.flops("eager") / medians[name] / 1e9,
             **extra[name],
-            **_rates(case.flops, name, medians[name]),
         }
-    for name in lost:
-        yield {**common, "impl": name, "ms": None, "note": "out of memory"}
+    for name, note in notes.items():
+        yield {**common, "impl": name, "ms": None, "note": note}

@@ -1,4 +1,4 @@
-"""A report of results: tables, bars of the ratio to every rival, and a roofline with every kernel on it."""
+"""A report of results: tables, bars of the ratio to every baseline, and a roofline with every kernel on it."""
 
 import base64
 import json
@@ -12,11 +12,18 @@ matplotlib.use("Agg")  # no display is needed or looked for
 from markdown_it import MarkdownIt
 from matplotlib import pyplot as plt
 
-from bench.cases import flops_per_byte
 from bench.compare import load
 
 OURS = "triton"
-RIVALS = {"eager": "#b9cde8", "compile": "#1f4e8c", "liger": "#c0862b", "loop": "#7a9a5a"}
+BASELINES = {
+    "eager": "#b9cde8",
+    "compile": "#1f4e8c",
+    "max-autotune": "#5b86bd",
+    "liger": "#c0862b",
+    "quack": "#a4508b",
+    "helion": "#3c8d8a",
+    "loop": "#7a9a5a",
+}
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}"
     "table{border-collapse:collapse}td,th{padding:.2rem .6rem;border-bottom:1px solid #ddd;text-align:right}"
@@ -44,7 +51,7 @@ def write_report(results: tuple[Path, ...], out: Path) -> Path:
 
 
 def markdown(headers: list[dict], rows: list[dict]) -> str:
-    lines = ["# Fused kernels: time, bandwidth, rivals", ""]
+    lines = ["# Fused kernels: time, bandwidth, baselines", ""]
     for header in headers:
         versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items() if version)
         lines += [
@@ -58,7 +65,7 @@ def markdown(headers: list[dict], rows: list[dict]) -> str:
         "brackets: those of the plain algorithm in the same time); `loop` is the compiled reference, matrix by matrix.",
         "",
     ]
-    lines += ["![ratio to each rival](ratios.png)", "", "![roofline](roofline.png)", ""]
+    lines += ["![ratio to each baseline](ratios.png)", "", "![roofline](roofline.png)", ""]
     for operation in dict.fromkeys(row["op"] for row in rows):
         lines += [
             f"## {operation}",
@@ -86,26 +93,35 @@ def case_name(row: dict) -> str:
 def plot_ratios(rows: list[dict], path: Path) -> None:
     ours = [row for row in rows if row["impl"] == OURS]
     figure, axis = plt.subplots(figsize=(9, 1.2 + 0.42 * len(ours)), layout="constrained")
-    height = 0.8 / len(RIVALS)
-    for number, (rival, color) in enumerate(RIVALS.items()):
-        at = [i + (number - 1.5) * height for i, row in enumerate(ours) if rival in row["ratio_to"]]
-        values = [row["ratio_to"][rival] for row in ours if rival in row["ratio_to"]]
-        bars = axis.barh(at, values, height, color=color, label=f"time relative to {rival}")
+    shown = {name: color for name, color in BASELINES.items() if any(name in row["ratio_to"] for row in ours)}
+    height = 0.8 / max(len(shown), 1)
+    for number, (baseline, color) in enumerate(shown.items()):
+        at = [i + (number - (len(shown) - 1) / 2) * height for i, row in enumerate(ours) if baseline in row["ratio_to"]]
+        values = [row["ratio_to"][baseline] for row in ours if baseline in row["ratio_to"]]
+        bars = axis.barh(at, values, height, color=color, label=f"time relative to {baseline}")
         axis.bar_label(bars, [f"{value:.2f}" for value in values], fontsize=7, padding=2)
     widest = max(
-        [1.2, *(1.08 * row["ratio_to"][rival] for row in ours for rival in RIVALS if rival in row["ratio_to"])]
+        [
+            1.2,
+            *(
+                1.08 * row["ratio_to"][baseline]
+                for row in ours
+                for baseline in BASELINES
+                if baseline in row["ratio_to"]
+            ),
+        ]
     )
     axis.axvline(1.0, color="#555", linewidth=1)
     axis.set_yticks(range(len(ours)), [f"{row['op']} {row['shape']} {row['mode']}" for row in ours], fontsize=8)
     axis.set_ylim(len(ours) - 0.5, -0.5)
-    axis.set(title="Fused kernels: time relative to each rival (shorter is faster, 1 is equal)", xlim=(0, widest))
-    figure.legend(fontsize=8, loc="outside lower center", ncols=len(RIVALS))
+    axis.set(title="Fused kernels: time relative to each baseline (shorter is faster, 1 is equal)", xlim=(0, widest))
+    figure.legend(fontsize=8, loc="outside lower center", ncols=max(len(shown), 1))
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
 def plot_roofline(rows: list[dict], peak_tflops: float, path: Path) -> None:
-    ours = [row for row in rows if row["impl"] == OURS]
+    ours = [row for row in rows if row["impl"] == OURS and "flops" in row]
     bandwidth = max(row["copy_gbps"] for row in rows)
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     intensities = [0.1, peak_tflops * 1e3 / bandwidth, 1e4]
@@ -114,13 +130,10 @@ def plot_roofline(rows: list[dict], peak_tflops: float, path: Path) -> None:
     axis.annotate(f"bf16 product {peak_tflops:.0f} TFLOP/s", (1e3, peak_tflops * 1.1), fontsize=8)
     for operation in dict.fromkeys(row["op"] for row in ours):
         points = [row for row in ours if row["op"] == operation]
-        x = [
-            row["flops"] / row["bytes"] if "flops" in row else flops_per_byte(operation, row["mode"], row["dtype"])
-            for row in points
-        ]
+        x = [row["flops"] / row["bytes"] for row in points]
         y = [i * row["gbps"] / 1e3 for i, row in zip(x, points, strict=True)]
         best, of = max(row["percent_of_copy"] for row in points), "copy"
-        if "tflops" in points[0]:
+        if max(x) > peak_tflops * 1e3 / bandwidth:
             best, of = max(100 * row["tflops"] / peak_tflops for row in points), "product"
         axis.scatter(x, y, s=22, label=f"{operation}: {best:.0f} % of the {of} at best")
     axis.set(title="Roofline", xlabel="operations a byte", ylabel="TFLOP/s", xlim=(0.1, 1e4))

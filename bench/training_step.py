@@ -140,11 +140,19 @@ def measure(shape: GPTConfig, rows: int, config: TrainingStepConfig, device: tor
             found[name]["samples_ms"].append(sample(steps[name], data, counts[name]))
     rows_of_results = []
     for variant, row in found.items():
-        common = {"variant": variant, "depth": shape.depth, "width": shape.width, "rows": rows, "tokens": shape.context_length}
+        common = {
+            "variant": variant,
+            "depth": shape.depth,
+            "width": shape.width,
+            "rows": rows,
+            "tokens": shape.context_length,
+        }
         if row.get("samples_ms"):
             ms, (low, _, high) = median(row["samples_ms"]), quantiles(row["samples_ms"], n=4)
             rate = data.inputs.numel() / ms * 1e3
-            ratios = {other: ms / median(r["samples_ms"]) for other, r in found.items() if other != variant and "host_ms" in r}
+            ratios = {
+                other: ms / median(r["samples_ms"]) for other, r in found.items() if other != variant and "host_ms" in r
+            }
             common |= {"ms": ms, "quartiles_ms": [low, high], "tokens_per_second": rate, "ratio_to": ratios}
         rows_of_results.append(common | row)
     return rows_of_results
@@ -172,8 +180,24 @@ def first_step(config: TrainingStepConfig) -> list[dict]:
         with tempfile.TemporaryDirectory() as folder:
             caches = {"TRITON_CACHE_DIR": f"{folder}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
             for state in ("cold", "warm"):
-                arguments = ["--depth", str(config.depth[0]), "--rows", str(config.rows[0]), "--tokens", str(config.tokens[0])]
-                command = [sys.executable, "-m", "bench.training_step", *arguments, "--variants", variant, "--rounds", "-1"]
+                arguments = [
+                    "--depth",
+                    str(config.depth[0]),
+                    "--rows",
+                    str(config.rows[0]),
+                    "--tokens",
+                    str(config.tokens[0]),
+                ]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "bench.training_step",
+                    *arguments,
+                    "--variants",
+                    variant,
+                    "--rounds",
+                    "-1",
+                ]
                 done = subprocess.run(command, capture_output=True, text=True, env=os.environ | caches)
                 if done.returncode:
                     raise UserError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")

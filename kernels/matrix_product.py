@@ -170,16 +170,17 @@ def product(
         return out
     name = "symmetric_product" if symmetric else "matrix_product"
     parameters = dict(parameters or launch_parameters(name, x.device, x.dtype, (m, n, k)))
-    block_m, block_n, block_k = (parameters[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-    tiles = tile_count(m, n, block_m, block_n, symmetric)
-    programs, total = parameters.pop("PROGRAMS"), tiles * batch
     # a descriptor sees the matrices one below the other: rows may pass into the next matrix, but not those summed over
     aligned = x.size(2) % 8 == y.size(2) % 8 == x.data_ptr() % 16 == y.data_ptr() % 16 == 0
     numbered = batch * max(x.size(1), y.size(1)) <= GRID_LIMIT  # its rows are int32
-    parameters["TMA"] = int(parameters["TMA"] and aligned and numbered and k % block_k == 0)
+    if parameters["TMA"] and not (aligned and numbered and k % parameters["BLOCK_K"] == 0):
+        parameters |= {"TMA": 0, "BLOCK_N": min(parameters["BLOCK_N"], 128), "BLOCK_K": min(parameters["BLOCK_K"], 32)}
+    block_m, block_n, block_k = (parameters[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     whole = m % block_m == 0 and n % block_n == 0 and k % block_k == 0
     if not parameters["TMA"] and (x_transposed or not whole):  # whose addresses and masks take registers from the sums
         parameters["num_warps"] = max(parameters["num_warps"], block_m * block_n // 2048)
+    tiles = tile_count(m, n, block_m, block_n, symmetric)
+    programs, total = parameters.pop("PROGRAMS"), tiles * batch
     if parameters["TMA"]:
         x = descriptor(x, *((block_k, block_m) if x_transposed else (block_m, block_k)))
         y = descriptor(y, *((block_n, block_k) if y_transposed else (block_k, block_n)))

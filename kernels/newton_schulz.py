@@ -14,8 +14,7 @@ Jordan et al. 2024 (Muon), Amsel et al. 2025 (Polar Express), You 2025 (coeffici
 """
 
 from collections.abc import Sequence
-from functools import lru_cache, partial
-from itertools import combinations
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from kernels.configs import launch_parameters
 from kernels.dispatch import choose
 from kernels.matrix_product import KERNELS as PRODUCT_KERNELS
 from kernels.matrix_product import product
+from kernels.newton_schulz_coefficients import DEFAULT_STEPS, Coefficients, coefficients_of, restarts
 from kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
 from kernels.timing import Graph
 from kernels.triton_helpers import (
@@ -40,32 +40,9 @@ from kernels.triton_helpers import (
     triton_unsupported_reason,
 )
 
-Coefficients = tuple[tuple[float, float, float], ...]
-
-# of Polar Express for the interval from 1e-3, each step made safe against a norm 5 % too large
-_POLAR_EXPRESS = (
-    (8.28721201814563, -23.595886519098837, 17.300387312530933),
-    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-)
-COEFFICIENTS: dict[str, Coefficients] = {
-    "model": (reference.NEWTON_SCHULZ_COEFFICIENTS,),
-    "polar_express": tuple((a / 1.05, b / 1.05**3, c / 1.05**5) for a, b, c in _POLAR_EXPRESS),
-    "you": (
-        (4.0848, -6.8946, 2.9270),
-        (3.9505, -6.3029, 2.6377),
-        (3.7418, -5.5913, 2.3037),
-        (2.8769, -3.1427, 1.2046),
-        (2.8366, -3.0525, 1.2012),
-    ),
-}
-DEFAULT_STEPS: Coefficients = 5 * COEFFICIENTS["model"]
 PARTS = 64  # programs that sum the squares of a matrix, each its share
 MOST_MATRICES = 65_535  # programs on the second axis of a grid
 LARGEST_MATRIX = 2**31 - 2**20  # elements: they are numbered in int32, by loops that pass the end by one turn
-LARGEST_CONDITION = 100.0  # of a factor Q, which float16 holds to 2⁻¹¹
 WORTH_GRAM = 1.5  # times as long as wide: from there "gram" has fewer operations
 ALGORITHMS = ("auto", "standard", "gram")
 
@@ -156,38 +133,6 @@ def gram(x: Tensor, coefficients: Coefficients, dtype: torch.dtype) -> Tensor:
     return applied(factor, x, tall, dtype=dtype)
 
 
-def conditions(coefficients: Coefficients, ends: Sequence[int]) -> list[float]:
-    """Largest over smallest factor that a singular value in [0, 1] can meet, for the steps up to each of `ends`."""
-    x = torch.linspace(0, 1, 10_001, dtype=torch.float64)
-    found, start = [], 0
-    for end in ends:
-        factor = torch.ones_like(x)
-        for a, b, c in coefficients[start:end]:
-            step = a + b * x**2 + c * x**4
-            factor, x = factor * step, x * step
-        found.append(float(factor.abs().max() / factor.abs().min()))
-        start = end
-    return found
-
-
-@lru_cache
-def restarts(coefficients: Coefficients) -> tuple[int, ...]:
-    """The numbers of steps after which "gram" restarts: as few as keep every condition within LARGEST_CONDITION, and of those
-    the ones that keep it smallest. Raises ValueError for polynomials that have a zero in [0, 1]."""
-    steps = len(coefficients)
-    for count in range(steps):
-        chosen = min(
-            combinations(range(1, steps), count),
-            key=lambda inner: max(conditions(coefficients, (*inner, steps))),
-        )
-        if max(conditions(coefficients, (*chosen, steps))) <= LARGEST_CONDITION:
-            return chosen
-    raise ValueError(
-        f"newton_schulz: algorithm 'gram' needs coefficients whose steps keep the condition of their factors within "
-        f"{LARGEST_CONDITION}, got {coefficients}; take algorithm 'standard'"
-    )
-
-
 def orthogonalise(
     gradients: Tensor, coefficients: Coefficients, algorithm: str, squares: Tensor | None = None
 ) -> Tensor:  # fmt: skip
@@ -207,7 +152,9 @@ class NewtonSchulz(KernelFunction):
 
     @staticmethod
     def backward(ctx, *gradients):
-        raise RuntimeError("newton_schulz has no derivative: call it with impl='reference', whose derivative torch knows")
+        raise RuntimeError(
+            "newton_schulz has no derivative: call it with impl='reference', whose derivative torch knows"
+        )
 
 
 @torch.library.custom_op("nanochat::newton_schulz", mutates_args=())
@@ -294,22 +241,6 @@ def newton_schulz(
             raise TypeError(f"newton_schulz: squares must be float64, got {squares.dtype}")
     arguments = (gradients, coefficients_of(steps, coefficients), algorithm, squares)
     return choose(NEWTON_SCHULZ, impl, *arguments)(*arguments)
-
-
-def coefficients_of(steps: int, coefficients: str | Sequence) -> Coefficients:
-    """One triple a step."""
-    if isinstance(coefficients, str):
-        if coefficients not in COEFFICIENTS:
-            raise ValueError(
-                f"newton_schulz: coefficients must be one of {', '.join(COEFFICIENTS)} or numbers, got {coefficients!r}"
-            )
-        coefficients = COEFFICIENTS[coefficients]
-    if coefficients and not isinstance(coefficients[0], Sequence):
-        coefficients = (coefficients,)
-    if not coefficients or any(len(step) != 3 for step in coefficients):
-        raise ValueError(f"newton_schulz: coefficients must be one (a, b, c) or one a step, got {coefficients!r}")
-    triples = tuple(tuple(map(float, step)) for step in coefficients[:steps])
-    return triples + (triples[-1:] * (steps - len(triples)))
 
 
 def matrices(key, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -282,13 +282,19 @@ def adamw_launches(key, dtype: torch.dtype, device: torch.device):
     }  # fmt: skip
 
 
-SPACE = ({"BLOCK": 2048, "num_warps": 4},)
+BLOCK = 2048  # elements of a program's turn; what a matrix's squares sum to depends on it in the last bits of float64
 MOMENTUM_KERNEL, UPDATE_KERNEL, ADAMW_KERNEL = (
-    Kernel(name, (torch.float32,), ((1280 * 1280,),), SPACE, launches, ((1001,),))
-    for name, launches in (
-        ("nesterov_momentum", momentum_launches), ("apply_update", update_launches), ("adamw", adamw_launches),
+    Kernel(name, (torch.float32,), ((1280 * 1280,),), ({"BLOCK": BLOCK, "num_warps": warps},), launches, ((1001,),))
+    for name, launches, warps in (
+        (
+            "nesterov_momentum",
+            momentum_launches,
+            8,
+        ),  # of 4 warps sm90's compiler keeps 8 bytes of each thread in memory
+        ("apply_update", update_launches, 4),
+        ("adamw", adamw_launches, 4),
     )
-)  # fmt: skip
+)
 
 
 def few(depth: int) -> int:

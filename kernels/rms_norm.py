@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.checks import check_float, check_shape, normed_dtype, promoted
-from kernels.configs import launch_parameters
-from kernels.dispatch import choose
+from kernels.configs import launch_parameters, remembered
+from kernels.dispatch import serve
 from kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
 from kernels.reference import EPS
 from kernels.triton_helpers import (
@@ -85,20 +85,25 @@ def backward_kernel(
 
 
 def tile(kernel: str, x: Tensor, parameters: dict[str, int] | None) -> dict[str, int]:
-    """Launch parameters and the tile's sizes for rows like x's. Without given parameters the table's, with fewer rows and then
-    more warps where x is so much wider than the table's class that a thread would run out of registers."""
+    """The tile's sizes and the launch parameters, by default the fitted ones, for rows like x's."""
     width = x.size(-1)
-    block = power_of_2(width)
-    if parameters is None:
-        parameters = launch_parameters(kernel, x.device, x.dtype, (width,))
-        rows, warps = parameters["ROWS"], parameters["num_warps"]
-        limit = 32 * PER_THREAD * 2 // max(x.element_size(), 2)
-        while rows > 1 and rows * block > min(limit * warps, PER_BLOCK[kernel]):
-            rows //= 2
-        while warps < 32 and block > limit * warps:
-            warps *= 2
-        parameters = {"ROWS": rows, "num_warps": warps}
-    return {"WIDTH": width, "BLOCK": block, **parameters}
+    parameters = fitted(kernel, x.device, x.dtype, width) if parameters is None else parameters.items()
+    return {"WIDTH": width, "BLOCK": power_of_2(width), **dict(parameters)}
+
+
+@remembered
+@torch.compiler.assume_constant_result
+def fitted(kernel: str, device: torch.device, dtype: torch.dtype, width: int) -> tuple[tuple[str, int], ...]:
+    """The table's launch parameters, with fewer rows and then more warps where a row is so much wider than the table's class
+    that a thread would run out of registers."""
+    block, parameters = power_of_2(width), launch_parameters(kernel, device, dtype, (width,))
+    rows, warps = parameters["ROWS"], parameters["num_warps"]
+    limit = 32 * PER_THREAD * 2 // max(dtype.itemsize, 2)
+    while rows > 1 and rows * block > min(limit * warps, PER_BLOCK[kernel]):
+        rows //= 2
+    while warps < 32 and block > limit * warps:
+        warps *= 2
+    return ("ROWS", rows), ("num_warps", warps)
 
 
 def launch_forward(
@@ -200,9 +205,7 @@ def rms_norm(x: Tensor, *, impl: str = "auto") -> Tensor:
     Raises TypeError when x is not floating point, ValueError when it has no axis, and KernelRequestError (a ValueError)
     when the implementation asked for by name does not support the call.
     """
-    check_float("rms_norm", x=x)
-    check_row("rms_norm", x)
-    return choose(RMS_NORM, impl, x)(x)
+    return serve(RMS_NORM, impl, check_rms_norm, x)
 
 
 def add_rms_norm(x: Tensor, update: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
@@ -212,11 +215,18 @@ def add_rms_norm(x: Tensor, update: Tensor, *, impl: str = "auto") -> tuple[Tens
     different dtypes; the results have those of the plain operations. Raises as rms_norm does, and for shapes or devices of
     x and update that differ, or dtypes outside of autocast.
     """
-    x, update = promoted(x, update)
+    return serve(ADD_RMS_NORM, impl, check_add_rms_norm, *promoted(x, update))
+
+
+def check_rms_norm(x: Tensor) -> None:
+    check_float("rms_norm", x=x)
+    check_row("rms_norm", x)
+
+
+def check_add_rms_norm(x: Tensor, update: Tensor) -> None:
     check_float("add_rms_norm", x=x, update=update)
     check_row("add_rms_norm", x)
     check_shape("add_rms_norm", "update", update, *x.shape)
-    return choose(ADD_RMS_NORM, impl, x, update)(x, update)
 
 
 def check_row(operation: str, x: Tensor) -> None:

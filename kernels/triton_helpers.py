@@ -88,8 +88,8 @@ class KernelFunction(torch.autograd.Function):
 
     A subclass has forward(*arguments), which returns a tensor or a tuple of them, and unless it has no derivative also
     setup_context and backward, as in torch; backward gets None for a result that nobody used. What a backward launches is a
-    KernelFunction as well, called through `derivative`, and has none: a second derivative raises, as does one in forward mode, which no kernel has.
-    Under vmap the kernels run for one slice after another.
+    KernelFunction as well, called through `derivative`, and has none: a second derivative raises, as does one in forward mode,
+    which no kernel has. Under vmap the kernels run for one slice after another.
     """
 
     def __init_subclass__(cls) -> None:
@@ -149,7 +149,7 @@ def needs_gradient(*tensors: Tensor) -> bool:
 
 def as_rows(x: Tensor) -> Tensor:
     """x (…, C) as (rows, C) with neighbouring elements of a row side by side; copies only where strides leave no choice."""
-    rows = x.reshape(-1, x.size(-1)) if x.size(-1) else x.new_empty(0, 0)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.size(-1)) if x.size(-1) else x.new_empty(0, 0)
     return rows if rows.stride(-1) == 1 or rows.size(-1) <= 1 else rows.contiguous()
 
 

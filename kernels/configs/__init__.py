@@ -8,7 +8,7 @@ A device that has no table of its own takes the one of the nearest architecture 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from math import log2
@@ -23,11 +23,25 @@ from kernels.operation import Key
 FOLDER = Path(__file__).parent
 
 
+_caches: list = []
+
+
+def remembered(function: Callable) -> Callable:
+    """functools.lru_cache for what is derived from the tables: `clear` forgets it with them."""
+    cached = lru_cache(maxsize=4096)(function)
+    _caches.append(cached)
+    return cached
+
+
+served: dict[tuple, Callable] = {}
+"""memory of dispatch.serve: what was derived from the tables for calls that are alike. Forgetting it changes no result."""
+
+
 class LaunchTableError(ValueError):
     """A launch table cannot be read, or does not hold what was asked of it."""
 
 
-@lru_cache
+@remembered
 def table(architecture: str) -> dict[str, Any]:
     """The committed table. Raises LaunchTableError naming the file and what is wrong in it."""
     path = FOLDER / f"{architecture}.json"
@@ -45,7 +59,7 @@ def launch_parameters(kernel: str, device: torch.device, dtype: torch.dtype, key
     return dict(_nearest(kernel, device, dtype, key))
 
 
-@lru_cache(maxsize=4096)
+@remembered
 @torch.compiler.assume_constant_result
 def _nearest(kernel: str, device: torch.device, dtype: torch.dtype, key: Key) -> tuple[tuple[str, int], ...]:
     """As pairs, which torch.compile takes as a constant and nobody can change in the cache."""
@@ -107,5 +121,6 @@ def tables_of(architecture: str) -> Iterator[None]:
 
 def clear() -> None:
     """Forget what was read of the tables, after one was written or the architecture changed."""
-    for cached in (table, architecture, _nearest):
+    for cached in (architecture, *_caches):
         cached.cache_clear()
+    served.clear()

@@ -1,4 +1,4 @@
-"""The benchmark's own logic, on made-up results: comparison, report, command line, samples handed to pytest-benchmark."""
+"""The benchmark's own logic, on made-up results: comparison, report, command line, agreement of variants."""
 
 import json
 import subprocess
@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench import suite
+from bench import cases
 from bench.compare import compare, load
 from bench.report import write_report
+from kernels import reference
+from kernels.operation import Benchmark, Operation
 from nanochat.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,7 +22,8 @@ def row(impl="triton", ms=1.0, copy=4000.0, spread=0.01, **more):
     return {
         "op": "rms_norm", "shape": "d20", "mode": "fwd", "dtype": "bfloat16", "impl": impl, "ms": ms, "copy_gbps": copy,
         "quartiles_ms": [ms * (1 - spread), ms * (1 + spread)], "samples_ms": [ms] * 5, "bytes": 1, "gbps": 3000.0,
-        "percent_of_copy": 75.0, "ratio_to": {}, "launch_us": 20.0, "transient_mb": 0.1, **more,
+        "percent_of_copy": 75.0, "ratio_to": {}, "launch_us": 20.0, "transient_mb": 0.1,
+        "flops": 3.0, "tflops": 1.0, "dense_tflops": 1.0, **more,
     }  # fmt: skip
 
 
@@ -92,10 +96,69 @@ def test_command_line_refuses(arguments, message):
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 
 
-def test_suites_hand_over_the_samples(benchmark, monkeypatch):
-    """What pytest-benchmark reports is what was measured, not how long it took to hand over."""
-    monkeypatch.setattr(suite.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(suite, "measured", lambda *key: {"triton": row(samples_ms=[1.0, 3.0, 2.0])})
-    benchmark._timer = suite.clock
-    suite.replay(benchmark, "rms_norm", "d20", "fwd", "triton")
-    assert benchmark.stats.stats.median == pytest.approx(2e-3) and benchmark.extra_info["percent_of_copy"] == 75.0
+def test_list_names_every_operation_and_its_baselines():
+    done = subprocess.run([sys.executable, "-m", "bench", "--list"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name, operation in cases.measured().items():
+        (line,) = (line for line in done.stdout.splitlines() if line.split()[0] == name)
+        assert all(word in line for word in (*operation.benchmark.shapes, *operation.benchmark.modes))
+
+
+def norm_case(monkeypatch, mode, **baselines):
+    """A small benchmark of rms_norm on the CPU, against baselines made for the test."""
+    benchmark = Benchmark(
+        shapes=("small",),
+        inputs=lambda shape, dtype, device: (torch.randn(4, 32, dtype=dtype, device=device),),
+        differentiable=(0,),
+        elements=lambda arguments, part: 2 * arguments[0].numel(),
+        flops=lambda arguments, part, variant: 3 * arguments[0].numel(),
+        baselines={name: lambda made=function: made for name, function in baselines.items()},
+    )
+    operation = Operation("rms_norm", reference.rms_norm, reference.rms_norm, benchmark=benchmark)
+    monkeypatch.setattr(cases, "measured", lambda: {"rms_norm": operation})
+    return cases.case("rms_norm", "small", mode, torch.float32, ("eager", *baselines), device="cpu")
+
+
+def changes_its_input(x):
+    y = reference.rms_norm(x.clone())
+    x.data.fill_(7.0)  # as a kernel does it: unseen by autograd
+    return y
+
+
+def run(case, name, number=0):
+    if name in case.prepare:
+        case.prepare[name](number)
+    return case.variants[name](number)
+
+
+@pytest.mark.parametrize("mode", ["fwd", "both"])
+def test_a_baseline_that_changes_its_inputs_spoils_nothing(monkeypatch, mode):
+    case = norm_case(monkeypatch, mode, rude=changes_its_input)
+    expected = run(case, "eager")
+    for _ in range(2):  # its inputs are restored, and nobody else's were touched
+        assert cases.disagreement(run(case, "rude"), expected, case.tolerance) is None
+    assert cases.disagreement(run(case, "eager"), expected, 0.0) is None
+
+
+@pytest.mark.parametrize("mode", ["fwd", "bwd", "both"])
+def test_variants_that_disagree_are_seen(monkeypatch, mode):
+    case = norm_case(monkeypatch, mode, wrong=lambda x: 1.01 * reference.rms_norm(x), right=reference.rms_norm)
+    expected = run(case, "eager")
+    assert "1.0% of its norm" in cases.disagreement(run(case, "wrong"), expected, case.tolerance)
+    assert cases.disagreement(run(case, "right"), expected, case.tolerance) is None
+    assert case.bytes == {"fwd": 1, "bwd": 1, "both": 2}[mode] * 2 * 4 * 32 * 4
+
+
+def test_nan_and_another_shape_are_disagreement():
+    x = torch.ones(3)
+    assert cases.disagreement(x, x, 0.0) is None
+    assert cases.disagreement(torch.full((3,), torch.nan), x, 1.0)
+    assert "has shape" in cases.disagreement(torch.ones(4), x, 1.0)
+
+
+def test_a_wrong_matrix_of_a_batch_is_seen():
+    """Not hidden by the norm of the others."""
+    x = torch.randn(100, 4, 4)
+    wrong = x.clone()
+    wrong[50] = 0.0
+    assert "tensor 50 differs" in cases.disagreement([wrong], [x], 0.1)

@@ -22,7 +22,11 @@ def narrow_offsets(*kernels: str) -> str:
     """What is reported for the kernels of these names, in a process of its own: here kernels may be interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.int64", *kernels], cwd=ROOT, capture_output=True, text=True, env=environment
+        [sys.executable, "-m", "tests.kernels.int64", *kernels],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     return done.stdout + done.stderr[-2000:]
 

@@ -1,117 +1,198 @@
-"""The gate: what is wrong is not chosen, what is fastest is, and a file of another machine is refused."""
+"""The gate: what is wrong is not chosen, what is fastest is, and a file of another machine or other kernels is rejected."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
 import kernels
-from kernels import configs, dispatch, gate, reference
-from kernels.dispatch import Implementation
+from kernels import dispatch, gate, reference
+from kernels.dispatch import operations
+from kernels.operation import Implementation, RunShape
 from tests.kernels.harness import DEVICE, GPU
 
-SHAPE = gate.RunShape(rows=8, tokens=256, width=256, heads=2, kv_heads=1, vocab=1024, depth=2) if GPU else gate.RunShape(
+PLANTED_FAULTS = {
+    "only the first rows compared": ("gate", "range(0, rows, step)", "range(0, min(rows, step), step)"),
+    "gradients of shared inputs not compared": ("gate", "(true, plain) in sums.items():", "(true, plain) in ():"),
+    "only the first result compared": ("gate", "changed + tuple(x for x in (results", "changed + tuple(x for x in (results[:1]"),
+    "hash of the sources not compared": ("gate", '"kernels": sources_hash()', '"kernels": ""'),
+}  # fmt: skip
+SHAPE = RunShape(rows=8, tokens=256, width=256, heads=2, kv_heads=1, vocab=1024, depth=2) if GPU else RunShape(
     rows=2, tokens=8, width=32, heads=2, kv_heads=1, vocab=64, depth=2
 )  # fmt: skip
 WHERE = (torch.device(DEVICE), torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
-def no_choice_left():
-    yield
-    configs.choices.clear()
+def small_chunks(monkeypatch):
+    """Several chunks of each tensor, also of these small ones."""
+    monkeypatch.setattr(gate, "CHUNK", 2**16 if GPU else 2**8)
 
 
-def put(monkeypatch, operation: str, run) -> None:
-    """Have `triton` of an operation be something else."""
-    table = dispatch.room(operation).IMPLEMENTATIONS
-    monkeypatch.setitem(table, operation, table[operation] | {"triton": Implementation(run)})
+def examined(monkeypatch, name: str, run=None) -> dict:
+    """What the gate says of an operation; `run` in place of its fused implementation, which is said to be the faster one."""
+    operation = operations()[name]
+    if run:
+        ms = lambda trial, able, _: {name: 1.0 if name == "triton" else 2.0 for name in able}  # noqa: E731
+        monkeypatch.setattr(gate, "milliseconds", ms)
+        monkeypatch.setattr(dispatch, "named", lambda operation, impl: Implementation(run))
+    return gate.examine_operation(operation, SHAPE, *WHERE)
 
 
-def only(monkeypatch, *operations: str) -> None:
-    every = gate.trials
-    monkeypatch.setattr(gate, "trials", lambda *where: (t for t in every(*where) if t.operation in operations))
+@pytest.mark.parametrize("name", operations())
+def test_every_operation_is_judged(monkeypatch, name):
+    operation = operations()[name]
+    if not operation.implementations:
+        pytest.skip("a reference alone")
+    choice = examined(monkeypatch, name)
+    assert choice["faults"] == {} and choice["impl"] in choice["ms"] and set(choice["ms"]) == {"triton", "reference"}
+    if not GPU:  # an interpreted kernel is slower than anything
+        assert choice["impl"] == "reference"
 
 
-def test_every_operation_is_judged():
+def test_all_operations_have_a_choice(monkeypatch):
+    monkeypatch.setattr(gate, "examine_operation", lambda *_: {"impl": "triton"})
     found = dict(gate.examine(SHAPE, *WHERE))
-    assert found.keys() == dispatch.ROOMS.keys()
-    for operation, choice in found.items():
-        assert choice["faults"] == {}, f"{operation}: {choice['faults']}"
-        assert choice["impl"] in choice["ms"] or choice["why"] == "nothing else is there"
-        if not GPU:  # an interpreted kernel is slower than anything
-            assert choice["impl"] == "reference"
+    assert found.keys() == operations().keys() and found["attention"]["why"] == "there is no other implementation"
 
 
 def test_the_fastest_is_chosen(monkeypatch):
-    only(monkeypatch, "rms_norm")
-    monkeypatch.setattr(gate, "milliseconds", lambda trial, able: {n: 1.0 if n == "triton" else 2.0 for n in able})
-    found = dict(gate.examine(SHAPE, *WHERE))
-    assert found["rms_norm"]["impl"] == "triton" and "triton 1.000 ms, reference 2.000 ms" in found["rms_norm"]["why"]
+    choice = examined(monkeypatch, "rms_norm", reference.rms_norm)
+    assert choice["impl"] == "triton" and "triton 1.000 ms, reference 2.000 ms" in choice["why"]
 
 
-@pytest.mark.parametrize(
-    ("operation", "run", "named"),
-    [
-        ("rms_norm", lambda x: 1.02 * reference.rms_norm(x), "error .*, reference .*, budget"),
-        ("rms_norm", lambda x: 1 / 0, "ZeroDivisionError: division by zero"),
-        ("add_rms_norm", lambda x, u: (reference.rms_norm(x + u), x + u), "error"),
-        ("newton_schulz", lambda x, *_: x, "cosine"),
-        ("apply_update", lambda w, u, rate, factor, copy: w.add_(u * factor), "error"),
-    ],
-)
-def test_what_is_wrong_is_not_chosen(monkeypatch, operation, run, named):
-    only(monkeypatch, operation)
-    put(monkeypatch, operation, run)
-    monkeypatch.setattr(gate, "milliseconds", lambda trial, able: {n: 1.0 if n == "triton" else 2.0 for n in able})
-    choice = dict(gate.examine(SHAPE, *WHERE))[operation]
-    assert choice["impl"] == "reference"
-    assert pytest.importorskip("re").search(named, choice["faults"]["triton"])
+class Doubled(torch.autograd.Function):
+    """The identity, with a gradient that is too large by a factor of two."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
 
 
-def written(tmp_path, **changes):
+def changed(function, change):
+    """`function` with a change to its results, which gets a tuple of copies and works in place."""
+
+    def run(*inputs):
+        results = function(*inputs)
+        copies = tuple(x.clone() for x in (results if isinstance(results, tuple) else (results,)))
+        change(copies)
+        return copies if isinstance(results, tuple) else copies[0]
+
+    return run
+
+
+def zero(*index):
+    """The first result is 0 there."""
+    return lambda results: results[0].__setitem__(index, 0.0)
+
+
+def doubled_weight_gradient(hidden, weight, *rest):
+    return reference.linear_cross_entropy(hidden, Doubled.apply(weight), *rest[:4])
+
+
+def only_one_matrix(x, *_):
+    out = torch.zeros_like(x)
+    out[0] = reference.newton_schulz(x[:1].float())[0].to(x.dtype)
+    return out
+
+
+def nan_in_the_second_result(x, update):
+    total, y = reference.add_rms_norm(x, update)
+    return total, torch.where(torch.arange(y.numel(), device=y.device).view_as(y) == y.numel() - 1, torch.nan, y)
+
+
+WRONG = {
+    "a factor": ("rms_norm", lambda x: 1.02 * reference.rms_norm(x), "error .*, reference .*, budget"),
+    "an exception": ("rms_norm", lambda x: 1 / 0, "ZeroDivisionError: division by zero"),
+    "results exchanged": ("add_rms_norm", lambda x, u: reference.add_rms_norm(x, u)[::-1], "error"),
+    "an update of the wrong sign": ("apply_update", lambda w, u, *_: w.add_(u.float()), "error"),
+    "weight gradient doubled": ("linear_cross_entropy", doubled_weight_gradient, "gradient of input 1: .* error"),
+    "first rows zero": ("qk_norm_rope", changed(reference.qk_norm_rope, zero(slice(0, 1))), "result 0, rows 0 to"),
+    "last row zero": ("rms_norm", changed(reference.rms_norm, zero(-1)), "result 0, rows [1-9].* error"),
+    "a row in the middle zero": ("rms_norm", changed(reference.rms_norm, zero(SHAPE.rows * SHAPE.tokens // 2)), "error"),
+    "all matrices but one zero": ("newton_schulz", only_one_matrix, "."),
+    "NaN in the second result": ("add_rms_norm", nan_in_the_second_result, "result 1, .* NaN in only one"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_not_chosen(monkeypatch, name):
+    operation, run, message = WRONG[name]
+    choice = examined(monkeypatch, operation, run)
+    assert choice["impl"] == "reference" and re.search(message, choice["faults"]["triton"]), choice["faults"]
+
+
+def written(tmp_path, choices=None, **changes):
     path, valid = tmp_path / "gate.json", gate.identity(SHAPE, *WHERE)
-    choices = {"rms_norm": {"impl": "triton", "why": "it was faster"}, "adamw": {"impl": "reference", "why": "so"}}
+    choices = choices or {"rms_norm": {"impl": "triton", "why": "it was faster"}, "adamw": {"impl": "reference"}}
     gate.write(path, valid | changes, choices)
     return path, valid
 
 
-def test_the_choice_is_taken(tmp_path):
+def test_the_choice_is_read(tmp_path):
     path, valid = written(tmp_path)
-    assert "chose fused rms_norm" in gate.apply(path, valid)
-    assert dispatch.preferred("rms_norm", None) == ("triton", "it was faster")
-    assert dispatch.preferred("adamw", None) == ("reference", "so")
+    assert gate.read(path, valid) == {"rms_norm": "triton", "adamw": "reference"}
     fewer = gate.identity(replace(SHAPE, rows=1), *WHERE)
-    gate.apply(path, fewer)
+    assert gate.read(path, fewer) == gate.read(path, valid)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("device", "NVIDIA A100-SXM4-80GB"),
-        ("versions", {"torch": "1.0", "triton": "1.0"}),
+        ("versions", {"torch": "1.0", "triton": "1.0", "ptxas": "1.0"}),
+        ("kernels", "0123456789abcdef"),
         ("shape", {"rows": 1}),
         ("dtype", "float16"),
     ],
 )
-def test_another_machine_or_shape_is_refused(tmp_path, name, value):
+def test_another_machine_or_shape_is_rejected(tmp_path, name, value):
     path, valid = written(tmp_path, **{name: value})
     with pytest.raises(gate.GateError, match=f"made for another {name}: .*here it is .*nanochat kernels gate"):
-        gate.apply(path, valid)
-    assert configs.choices == {}
+        gate.read(path, valid)
 
 
-def test_more_rows_than_were_judged_are_refused(tmp_path):
+def test_the_hash_is_of_sources_and_tables(tmp_path, monkeypatch):
+    package = tmp_path / "kernels"
+    (package / "configs").mkdir(parents=True)
+    monkeypatch.setattr(gate, "__file__", str(package / "gate.py"))
+    monkeypatch.setattr(gate.configs, "FOLDER", package / "configs")
+    hashes = {gate.sources_hash()}
+    for path in ("some.py", "configs/sm80.json", "some.py"):
+        with (package / path).open("a") as file:
+            file.write("text")
+        hashes.add(gate.sources_hash())
+    assert len(hashes) == 4
+
+
+def test_the_assembler_is_named():
+    pytest.importorskip("triton")
+    assert re.fullmatch(r"\d+\.\d+\.\d+", gate.identity(SHAPE, *WHERE)["versions"]["ptxas"])
+
+
+def test_more_rows_than_were_judged_are_rejected(tmp_path):
     path, _ = written(tmp_path)
     with pytest.raises(gate.GateError, match="another shape"):
-        gate.apply(path, gate.identity(replace(SHAPE, rows=SHAPE.rows + 1), *WHERE))
+        gate.read(path, gate.identity(replace(SHAPE, rows=SHAPE.rows + 1), *WHERE))
+
+
+@pytest.mark.parametrize("choices", [{"rms_norm": {"impl": "cuda"}}, {"relu3": {"impl": "triton"}}])
+def test_an_implementation_that_vanished_is_rejected(tmp_path, choices):
+    path, valid = written(tmp_path, choices)
+    with pytest.raises(gate.GateError, match="which does not exist here; make it again with: nanochat kernels gate"):
+        gate.read(path, valid)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", json.dumps({"operations": {"rms_norm": "triton"}})])
-def test_what_is_no_gate_file_is_refused(tmp_path, text):
+def test_what_is_not_a_gate_file_is_rejected(tmp_path, text):
     path = tmp_path / "gate.json"
     path.write_text(text)
-    with pytest.raises(gate.GateError, match="is no gate file"):
-        gate.apply(path, gate.identity(SHAPE, *WHERE))
+    with pytest.raises(gate.GateError, match="is not a gate file"):
+        gate.read(path, gate.identity(SHAPE, *WHERE))
     assert kernels.rms_norm(torch.ones(2, 4)).shape == (2, 4)

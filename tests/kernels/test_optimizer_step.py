@@ -74,7 +74,7 @@ def check_momentum(gradient, momentum, dtype, clip=0.3):
 def test_momentum_beyond_one_pass():
     """Matrices of more elements than 64 programs take in one turn of their loop."""
     size = 520, 300
-    assert size[0] * size[1] > FILE.PARTS * FILE.SPACE[0]["BLOCK"]
+    assert size[0] * size[1] > FILE.PARTS * FILE.BLOCK
     gradient, momentum = (randn(2, *size, dtype=torch.float32, seed=i) for i in (0, 1))
     check_momentum(gradient, momentum, torch.bfloat16)
 
@@ -332,7 +332,11 @@ PLANTED_FAULTS = {
     ),
     "squares of the last pass alone": ("optimizer_step", "total += exact * exact", "total = exact * exact"),
     "contiguity not checked": ("optimizer_step", "if not x.is_contiguous():", "if False:"),
-    "copy not checked for strides": ("optimizer_step", "return unsupported_reason(weight, update, copy)", "return unsupported_reason(weight, update)"),
+    "copy not checked for strides": (
+        "optimizer_step",
+        "return unsupported_reason(weight, update, copy)",
+        "return unsupported_reason(weight, update)",
+    ),
     "device of the biases unchecked": ("optimizer_step", '    check_float32("adamw", gradient.device, biases=biases)\n', ""),
     "device of the copy unchecked": ("optimizer_step", "        check_device(operation, weight=weight, copy=copy)\n", ""),
     "number of an element in int32": (

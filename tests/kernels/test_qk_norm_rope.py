@@ -157,7 +157,9 @@ def test_only_the_gradient_that_is_needed(needed, monkeypatch):
     def gradient(function, requires, uses):
         leaves = [x.clone().requires_grad_(i in requires) if i < 2 else x for i, x in enumerate(both)]
         results = function(*leaves)
-        outputs = [results[i] for i in uses if results[i].requires_grad]  # of the reference, k's result where only q requires a gradient
+        outputs = [
+            results[i] for i in uses if results[i].requires_grad
+        ]  # k's result does not, in the reference, where only q does
         grids.clear()
         upstream = [torch.full_like(x, 0.5) + x.detach().flip(-1) for x in outputs]
         return torch.autograd.grad(outputs, [leaves[i] for i in requires if requires == uses or i == needed], upstream)
@@ -274,38 +276,38 @@ def test_bad_input():
 
 # what a test must catch: name → (file, sound text, faulty text)
 PLANTED_FAULTS = {
-    "wrong sign in the rotation": ("qk_norm_rope", "x1 * c + x2 * s", "x1 * c - x2 * s"),
-    "turned back the wrong way": ("qk_norm_rope", "cast(o1 * c - o2 * s", "cast(o1 * c + o2 * s"),
-    "halves exchanged": ("qk_norm_rope", "tl.store(ptr + HALF, cast(o2 * r", "tl.store(ptr + HALF, cast(o1 * r"),
-    "mean over half of the head": ("qk_norm_rope", "/ (2 * HALF) + EPS", "/ HALF + EPS"),
-    "offset ignored": ("qk_norm_rope", "position = t.to(tl.int64) + offset", "position = t.to(tl.int64)"),
+    "wrong sign in the rotation": ("qk_norm_rope_kernels", "x1 * c + x2 * s", "x1 * c - x2 * s"),
+    "turned back the wrong way": ("qk_norm_rope_kernels", "cast(o1 * c - o2 * s", "cast(o1 * c + o2 * s"),
+    "halves exchanged": ("qk_norm_rope_kernels", "tl.store(ptr + HALF, cast(o2 * r", "tl.store(ptr + HALF, cast(o1 * r"),
+    "mean over half of the head": ("qk_norm_rope_kernels", "/ (2 * HALF) + EPS", "/ HALF + EPS"),
+    "offset ignored": ("qk_norm_rope_kernels", "position = t.to(tl.int64) + offset", "position = t.to(tl.int64)"),
     "offset of the wrong row": (
-        "qk_norm_rope",
+        "qk_norm_rope_kernels",
         "tl.load(offsets_ptr + batch * offsets_stride)",
         "tl.load(offsets_ptr)",
     ),
-    "stride of the offsets ignored": ("qk_norm_rope", "batch * offsets_stride", "batch"),
+    "stride of the offsets ignored": ("qk_norm_rope_kernels", "batch * offsets_stride", "batch"),
     "last tile of tokens not masked": (
-        "qk_norm_rope",
+        "qk_norm_rope_kernels",
         "(t < tokens)[:, None] & (channel",
         "(t < TOKENS)[:, None] & (channel",
     ),
     "head stride of q for k": (
-        "qk_norm_rope",
+        "qk_norm_rope_kernels",
         "k_batch_stride, k_token_stride, k_head_stride,\n            batch",
         "k_batch_stride, k_token_stride, q_head_stride,\n            batch",
     ),
-    "position outside read": ("qk_norm_rope", "(position >= 0) & (position < positions)", "(position >= 0)"),
+    "position outside read": ("qk_norm_rope_kernels", "(position >= 0) & (position < positions)", "(position >= 0)"),
     "strides of y for dy": (
         "qk_norm_rope",
         '"qk_norm_rope_backward", dy[0], dy[1],',
         '"qk_norm_rope_backward", q_out, k_out,',
     ),
     "tables taken as contiguous": ("qk_norm_rope", "cos, sin = cos.contiguous(), sin.contiguous()", "pass"),
-    "row of the batch in int32": ("qk_norm_rope", "(tl.program_id(0) // blocks).to(tl.int64)", "(tl.program_id(0) // blocks)"),
-    "stride of a token in int32": ("qk_norm_rope", "t.to(tl.int64) * token_stride", "t * token_stride"),
-    "position in int32": ("qk_norm_rope", "position = t.to(tl.int64) + offset", "position = t + offset"),
-    "heads numbered in int32": ("qk_norm_rope", "program = tl.program_id(1).to(tl.int64)", "program = tl.program_id(1)"),
+    "row of the batch in int32": ("qk_norm_rope_kernels", "(tl.program_id(0) // blocks).to(tl.int64)", "(tl.program_id(0) // blocks)"),
+    "stride of a token in int32": ("qk_norm_rope_kernels", "t.to(tl.int64) * token_stride", "t * token_stride"),
+    "position in int32": ("qk_norm_rope_kernels", "position = t.to(tl.int64) + offset", "position = t + offset"),
+    "heads numbered in int32": ("qk_norm_rope_kernels", "program = tl.program_id(1).to(tl.int64)", "program = tl.program_id(1)"),
     "a gradient that nobody needs": (
         "qk_norm_rope",
         "[dy if needed else None for dy, needed in",

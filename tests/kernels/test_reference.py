@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels
-from kernels.dispatch import ROOMS
+from kernels.dispatch import operations
 
-OPERATIONS = tuple(ROOMS)
+OPERATIONS = tuple(operations())
 sizes = st.integers(1, 9)
 seeds = st.integers(0, 2**31)
 

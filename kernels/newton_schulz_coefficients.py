@@ -1,0 +1,81 @@
+"""Coefficients (a, b, c) of the steps of Newton-Schulz, and after which steps the Gram algorithm restarts with them."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import combinations
+
+import torch
+
+from kernels import reference
+
+Coefficients = tuple[tuple[float, float, float], ...]
+
+# of Polar Express for the interval from 1e-3, each step made safe against a norm 5 % too large
+_POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
+COEFFICIENTS: dict[str, Coefficients] = {
+    "model": (reference.NEWTON_SCHULZ_COEFFICIENTS,),
+    "polar_express": tuple((a / 1.05, b / 1.05**3, c / 1.05**5) for a, b, c in _POLAR_EXPRESS),
+    "you": (
+        (4.0848, -6.8946, 2.9270),
+        (3.9505, -6.3029, 2.6377),
+        (3.7418, -5.5913, 2.3037),
+        (2.8769, -3.1427, 1.2046),
+        (2.8366, -3.0525, 1.2012),
+    ),
+}
+DEFAULT_STEPS: Coefficients = 5 * COEFFICIENTS["model"]
+LARGEST_CONDITION = 100.0  # of a factor Q, which float16 holds to 2⁻¹¹
+
+
+def coefficients_of(steps: int, coefficients: str | Sequence) -> Coefficients:
+    """One triple a step."""
+    if isinstance(coefficients, str):
+        if coefficients not in COEFFICIENTS:
+            raise ValueError(
+                f"newton_schulz: coefficients must be one of {', '.join(COEFFICIENTS)} or numbers, got {coefficients!r}"
+            )
+        coefficients = COEFFICIENTS[coefficients]
+    if coefficients and not isinstance(coefficients[0], Sequence):
+        coefficients = (coefficients,)
+    if not coefficients or any(len(step) != 3 for step in coefficients):
+        raise ValueError(f"newton_schulz: coefficients must be one (a, b, c) or one a step, got {coefficients!r}")
+    triples = tuple(tuple(map(float, step)) for step in coefficients[:steps])
+    return triples + (triples[-1:] * (steps - len(triples)))
+
+
+def conditions(coefficients: Coefficients, ends: Sequence[int]) -> list[float]:
+    """Largest over smallest factor that a singular value in [0, 1] can meet, for the steps up to each of `ends`."""
+    x = torch.linspace(0, 1, 10_001, dtype=torch.float64)
+    found, start = [], 0
+    for end in ends:
+        factor = torch.ones_like(x)
+        for a, b, c in coefficients[start:end]:
+            step = a + b * x**2 + c * x**4
+            factor, x = factor * step, x * step
+        found.append(float(factor.abs().max() / factor.abs().min()))
+        start = end
+    return found
+
+
+@lru_cache
+def restarts(coefficients: Coefficients) -> tuple[int, ...]:
+    """The numbers of steps after which "gram" restarts: as few as keep every condition within LARGEST_CONDITION, and of those
+    the ones that keep it smallest. Raises ValueError for polynomials that have a zero in [0, 1]."""
+    steps = len(coefficients)
+    for count in range(steps):
+        chosen = min(
+            combinations(range(1, steps), count),
+            key=lambda inner: max(conditions(coefficients, (*inner, steps))),
+        )
+        if max(conditions(coefficients, (*chosen, steps))) <= LARGEST_CONDITION:
+            return chosen
+    raise ValueError(
+        f"newton_schulz: algorithm 'gram' needs coefficients whose steps keep the condition of their factors within "
+        f"{LARGEST_CONDITION}, got {coefficients}; take algorithm 'standard'"
+    )
