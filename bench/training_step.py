@@ -166,7 +166,8 @@ def report(rows: list[dict]) -> None:
             continue
         low, high = row["quartiles_ms"]
         print(
-            f"{name} {row['ms']:8.2f} ms ({low:.2f} to {high:.2f})  host {row['host_ms']:7.2f}  {row['tokens_per_second']:9,.0f} tok/s  "
+            f"{name} {row['ms']:8.2f} ms ({low:.2f} to {high:.2f})  host {row['host_ms']:7.2f}  "
+            f"{row['tokens_per_second']:9,.0f} tok/s  "
             f"{row['peak_gb']:5.1f} GB  start {row['start_s']:5.1f} s  loss {row['loss']:.4f}"
             + "".join(f"  {r:.3f} × {other}" for other, r in row["ratio_to"].items()),
             flush=True,

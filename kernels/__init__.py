@@ -5,4 +5,4 @@ from kernels.dispatch import KernelRequestError, check_request, operations
 # the public function of every operation, under the operation's name
 globals().update({operation.name: operation.function for operation in operations().values()})
 
-__all__ = ["KernelRequestError", "check_request", "operations", *operations()]  # noqa: PLE0604
+__all__ = ["KernelRequestError", "check_request", "operations", *operations()]

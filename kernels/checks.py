@@ -105,4 +105,6 @@ def check_gradient_buffer(operation: str, name: str, weight: Tensor, gradient: T
     check_shape(operation, name, gradient, *weight.shape)
     check_device(operation, weight=weight, **{name: gradient})
     if gradient.dtype != torch.float32 or not gradient.is_contiguous():
-        raise TypeError(f"{operation}: {name} must be contiguous float32, got {gradient.dtype} with strides {gradient.stride()}")
+        raise TypeError(
+            f"{operation}: {name} must be contiguous float32, got {gradient.dtype} with strides {gradient.stride()}"
+        )

@@ -75,7 +75,9 @@ def pack(low, high, TOP: tl.constexpr):
     """Numbers up to 2^TOP, two in one integer: exponents TOP−63 to TOP in 6 bits, fractions in 10, rounded. Smaller ones and,
     as w − w² may be where a reciprocal is a unit too large, negative ones become 0."""
     LEAST: tl.constexpr = ((64 + TOP) << 23) - (1 << 12)
-    low = tl.maximum(low.to(tl.int32, bitcast=True), LEAST) - LEAST  # a difference first would wrap for negative numbers
+    low = (
+        tl.maximum(low.to(tl.int32, bitcast=True), LEAST) - LEAST
+    )  # a difference first would wrap for negative numbers
     high = tl.maximum(high.to(tl.int32, bitcast=True), LEAST) - LEAST
     return (low >> 13) | ((high << 3) & -65536)
 
@@ -159,7 +161,9 @@ def on_chip_kernel(
         share = row_share(row, targets_ptr, total, 1.0, ignore_index) * (1 << TOP)
         previous = row
     for i in tl.static_range(CHUNKS):
-        store_chunk(gradient_ptr + previous * stride + i * CHUNK, column, width - i * CHUNK, kept[i], share, rows > 0, EVEN)
+        store_chunk(
+            gradient_ptr + previous * stride + i * CHUNK, column, width - i * CHUNK, kept[i], share, rows > 0, EVEN
+        )
 
 
 @triton.jit
@@ -210,7 +214,9 @@ def targets_kernel(
     rest = 1.0 / (1.0 + tl.exp(z.to(tl.float64) * (-2.0 / CAP)))
     exact = tl.exp(CAP * (rest - w))
     others = total.to(tl.float64) - summed
-    others = tl.where(others < 0.0, 0.0, others)  # the target's term of S as exact as itself; not maximum, which drops NaN
+    others = tl.where(
+        others < 0.0, 0.0, others
+    )  # the target's term of S as exact as itself; not maximum, which drops NaN
     counts = target != ignore_index
     if LOSS:
         loss = tl.log((exact + others) / exact)

@@ -35,7 +35,9 @@ from kernels.triton_helpers import KernelFunction, derivative, differentiable, n
 
 class LinearCrossEntropy(KernelFunction):
     @staticmethod
-    def forward(x, weight, targets, softcap, ignore_index, weight_gradient, gradient_now) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        x, weight, targets, softcap, ignore_index, weight_gradient, gradient_now
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(losses (N,), logits or in their place the gradient of each row's loss (N, V), sums (N,))."""
         logits = F.linear(x, weight)
         launch = launch_on_chip if gradient_now else launch_losses
@@ -190,19 +192,6 @@ def liger():
     return run
 
 
-def cce():
-    """Apple's cut cross entropy."""
-    try:
-        from cut_cross_entropy import linear_cross_entropy
-    except ImportError:
-        return None
-
-    def run(x, weight, targets, softcap, ignore_index, reduction, loss_weight):
-        return linear_cross_entropy(x, weight, targets, softcap=softcap, ignore_index=ignore_index) * loss_weight
-
-    return run
-
-
 def elements(arguments: tuple, part: str) -> float:
     """Operands and results of the products, and the logits once per product that makes or takes them."""
     x, weight = arguments[:2]
@@ -219,7 +208,7 @@ LINEAR_CROSS_ENTROPY = Operation(
     "linear_cross_entropy", linear_cross_entropy, run_reference, {"triton": Implementation(run, unsupported_reason)},
     KERNELS, trials,
     Benchmark(
-        ("d12", "d20"), benchmark_inputs, (0, 1), elements, flops, ("fwd", "both"), {"liger": liger, "cce": cce}
+        ("d12", "d20"), benchmark_inputs, (0, 1), elements, flops, ("fwd", "both"), {"liger": liger}
     ),
 )  # fmt: skip
 OPERATIONS = (LINEAR_CROSS_ENTROPY,)

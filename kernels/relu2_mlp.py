@@ -185,9 +185,13 @@ def trials(shape, device: torch.device, dtype: torch.dtype):
 
 
 def elements(arguments: tuple, part: str) -> float:
-    x, w_up, w_down = arguments[:3]
+    x, w_up = arguments[:2]
     hidden = x.numel() // x.size(-1) * w_up.size(0)
-    return 2 * x.numel() + 4 * hidden + 2 * w_up.numel() if part == "fwd" else 4 * x.numel() + 7 * hidden + 4 * w_up.numel()
+    return (
+        2 * x.numel() + 4 * hidden + 2 * w_up.numel()
+        if part == "fwd"
+        else 4 * x.numel() + 7 * hidden + 4 * w_up.numel()
+    )
 
 
 def flops(arguments: tuple, part: str, variant: str) -> float:

@@ -73,7 +73,9 @@ def run(logits, targets, softcap, ignore_index, reduction, loss_weight) -> Tenso
 def unsupported_reason_for(x: Tensor, rows: int, columns: int, softcap: float) -> str | None:
     """Why the kernels cannot take logits of this size, made of x."""
     if softcap > LARGEST_CAP:
-        return f"it sums exp(l) without a running maximum, which takes a softcap of at most {LARGEST_CAP}, got {softcap}"
+        return (
+            f"it sums exp(l) without a running maximum, which takes a softcap of at most {LARGEST_CAP}, got {softcap}"
+        )
     if max(rows, columns) > GRID_LIMIT:
         return f"{rows} × {columns} logits pass the {GRID_LIMIT} rows or columns of one launch; split them"
     return triton_unsupported_reason(x)

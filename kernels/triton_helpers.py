@@ -4,7 +4,7 @@ Where Triton is not installed (it has no build for macOS) the operations still i
 functions that nobody launches, because dispatch sees that they are unsupported.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import SimpleNamespace

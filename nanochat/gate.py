@@ -3,7 +3,6 @@
 from dataclasses import fields, replace
 
 import kernels.gate
-from kernels.operation import RunShape
 from nanochat.console import say
 from nanochat.errors import UserError
 from nanochat.gpt import GPTConfig, Implementations
@@ -17,8 +16,8 @@ SERVED = {
 }
 
 
-def run_shape(model: GPTConfig, rows: int) -> RunShape:
-    return RunShape(
+def run_shape(model: GPTConfig, rows: int) -> kernels.gate.RunShape:
+    return kernels.gate.RunShape(
         rows, model.context_length, model.width, model.n_head, model.n_kv_head, model.vocab_size, model.depth
     )  # fmt: skip
 

@@ -32,7 +32,7 @@ LAYERS = (
     ("nanochat.engine", "nanochat.optim", "nanochat.gate"),
     ("nanochat.gpt", "nanochat.data", "nanochat.tasks", "nanochat.presets", "nanochat.runtime", "nanochat.console"),
     ("nanochat.tokenizer", "nanochat.sandbox", "nanochat.calculator", "nanochat.paths", "nanochat.cluster"),
-    ("nanochat.errors",),
+    ("nanochat.errors", "nanochat.graphs"),
     ("kernels",),
 )
 
@@ -74,7 +74,7 @@ def test_every_import_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = [*project["dependencies"], *(d for part in project["optional-dependencies"].values() for d in part)]
     names = {re.match(r"[\w-]+", d).group().lower().replace("-", "_") for d in declared}
-    modules = {"yaml": "pyyaml", "markdown_it": "markdown_it_py", "tomli": None}
+    modules = {"quack": "quack_kernels", "yaml": "pyyaml", "markdown_it": "markdown_it_py", "tomli": None}
     for path in SOURCES:
         for name in {n.split(".")[0] for n in imports(path)}:
             if name in sys.stdlib_module_names or name in ("kernels", "nanochat", "bench", "tests", "tomllib"):

@@ -26,7 +26,9 @@ from nanochat.train.metrics import MetricsLog, WandbLog
 from nanochat.train.micro_step import Execution, MicroStep, choose_execution
 
 SMOOTHING = 0.95
-WARM_UP_STEPS = 3  # of a process: kernels are compiled and graphs captured in them, so they say nothing of the time left
+WARM_UP_STEPS = (
+    3  # of a process: kernels are compiled and graphs captured in them, so they say nothing of the time left
+)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 

@@ -20,21 +20,53 @@ STEM = "cross_entropy_kernels"
 PLANTED_FAULTS = {
     "on-chip derivative of the cap dropped": (STEM, "pack(e * (w - w * w), f", "pack(e, f"),
     "on-chip sum of the last chunk not masked": (STEM, "e = tl.where(2 * pair < width - i * CHUNK, e, 0.0)", "e = e"),
-    "odd column of the last chunk not masked": (STEM, "f = tl.where(2 * pair + 1 < width - i * CHUNK, f, 0.0)", "f = f"),
+    "odd column of the last chunk not masked": (
+        STEM,
+        "f = tl.where(2 * pair + 1 < width - i * CHUNK, f, 0.0)",
+        "f = f",
+    ),
     "a row's share used for the row before": (STEM, "        kept = read\n", ""),
-    "last row not written": (STEM, "    for i in tl.static_range(CHUNKS):\n        store", "    for i in tl.static_range(0):\n        store"),
-    "doubled past the first chunk": (STEM, "kept[i] | (new & nothing), share,", "kept[i] | (new & nothing), share * (1 + (i > 0)),"),
-    "last row doubled past the first chunk": (STEM, "kept[i], share, rows > 0", "kept[i], share * (1 + (i > 0)), rows > 0"),
+    "last row not written": (
+        STEM,
+        "    for i in tl.static_range(CHUNKS):\n        store",
+        "    for i in tl.static_range(0):\n        store",
+    ),
+    "doubled past the first chunk": (
+        STEM,
+        "kept[i] | (new & nothing), share,",
+        "kept[i] | (new & nothing), share * (1 + (i > 0)),",
+    ),
+    "last row doubled past the first chunk": (
+        STEM,
+        "kept[i], share, rows > 0",
+        "kept[i], share * (1 + (i > 0)), rows > 0",
+    ),
     "exponent of the packing off by one": (STEM, "(1 << TOP)\n        previous", "(2 << TOP)\n        previous"),
     "packing cut off, not rounded": (STEM, "((64 + TOP) << 23) - (1 << 12)", "((64 + TOP) << 23)"),
-    "packing wraps for negative numbers": (STEM, "tl.maximum(low.to(tl.int32, bitcast=True), LEAST) - LEAST", "tl.maximum(low.to(tl.int32, bitcast=True) - LEAST, 0)"),
-    "the row before written to this row": (STEM, "        previous = row\n", "        previous = row + 0 * row\n        previous = first\n"),
+    "packing wraps for negative numbers": (
+        STEM,
+        "tl.maximum(low.to(tl.int32, bitcast=True), LEAST) - LEAST",
+        "tl.maximum(low.to(tl.int32, bitcast=True) - LEAST, 0)",
+    ),
+    "the row before written to this row": (
+        STEM,
+        "        previous = row\n",
+        "        previous = row + 0 * row\n        previous = first\n",
+    ),
     "32-bit rows on the chip": (STEM, "    first = tl.program_id(0).to(tl.int64)\n", "    first = tl.program_id(0)\n"),
     "min drops NaN": (STEM, "60.0, propagate_nan=tl.PropagateNan.ALL))\n    b", "60.0))\n    b"),
     "weight's gradient without the factor": ("linear_cross_entropy", "(x * factor).to(x.dtype)", "x"),
-    "input's gradient without the factor": ("linear_cross_entropy", "out_dtype=torch.float32) * factor)", "out_dtype=torch.float32))"),
-    "logits read after they are overwritten": (STEM, "        target_logits = logits_of_targets(logits, targets)\n        found = on", "        target_logits = sums\n        found = on"),
-}  # fmt: skip
+    "input's gradient without the factor": (
+        "linear_cross_entropy",
+        "out_dtype=torch.float32) * factor)",
+        "out_dtype=torch.float32))",
+    ),
+    "logits read after they are overwritten": (
+        STEM,
+        "        target_logits = logits_of_targets(logits, targets)\n        found = on",
+        "        target_logits = sums\n        found = on",
+    ),
+}
 if not GPU:
     line = "(a.float() @ b.float() * factor)"
     PLANTED_FAULTS["input's gradient without the factor"] = ("linear_cross_entropy", line, "(a.float() @ b.float())")
@@ -61,7 +93,14 @@ def inputs(rows, width, vocabulary, dtype, seed=0, ignored=0.2):
 def test_loss_and_gradients(rows, width, vocabulary, dtype, reduction, ignored, weight, seed):
     epsilon = 15.0 * 2**-23  # the cross entropy's own
     given_ = inputs(rows, width, vocabulary, dtype, seed, ignored)
-    check(fused, reference.linear_cross_entropy, [*given_, 15.0, -1, reduction, weights(rows, weight, seed)], (0, 1), seed, epsilon)  # fmt: skip
+    check(
+        fused,
+        reference.linear_cross_entropy,
+        [*given_, 15.0, -1, reduction, weights(rows, weight, seed)],
+        (0, 1),
+        seed,
+        epsilon,
+    )
 
 
 @pytest.mark.parametrize("vocabulary", [65_536, 50_257, 32_768, 1024, 65_535, 3, 1] if GPU else [9000, 1024, 33, 1])
@@ -81,9 +120,7 @@ def test_the_gradient_of_the_logits(vocabulary):
     )
     losses, _ = PARTS.launch_on_chip(logits, targets, 15.0, -1, None if GPU else SMALL_CHUNKS)
     assert not harness.over_budget(losses[:, None], true.detach()[:, None], other.detach()[:, None], 15.0 * 2**-23)
-    wrong = harness.over_budget(
-        logits, true_gradient, other_gradient, apart=target_entries(rows, vocabulary, targets)
-    )
+    wrong = harness.over_budget(logits, true_gradient, other_gradient, apart=target_entries(rows, vocabulary, targets))
     assert not wrong, wrong
 
 
@@ -141,7 +178,9 @@ def test_the_weight_s_gradient_is_added_to_a_buffer(impl, dtype):
         x, _, targets = inputs(30, 24, 50, dtype, seed)
         loss_weight = torch.full((), scale, device=DEVICE)
         x.requires_grad_()
-        kernels.linear_cross_entropy(x, weight, targets, loss_weight=loss_weight, weight_gradient=buffer, impl=impl).backward()
+        kernels.linear_cross_entropy(
+            x, weight, targets, loss_weight=loss_weight, weight_gradient=buffer, impl=impl
+        ).backward()
         wide = [x.detach().double(), weight.detach().double()]
         _, dx, dw = harness.evaluate(
             reference.linear_cross_entropy, [*wide, targets, 15.0, -1, "mean", loss_weight], [torch.ones((), device=DEVICE).double()], (0, 1)

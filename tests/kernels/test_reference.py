@@ -171,7 +171,7 @@ def test_bad_input_is_named():
             lambda: kernels.qk_norm_rope(randn(1, 4, 2, 6), randn(1, 4, 2, 6), cos, sin, 5),
         ),
         (TypeError, "cast one", lambda: kernels.relu2_mlp(x, randn(5, 6).float(), randn(6, 5))),
-        (ValueError, r"w2 must have shape \(6, 5\)", lambda: kernels.relu2_mlp(x, randn(5, 6), randn(5, 6))),
+        (ValueError, r"w_down must have shape \(6, 5\)", lambda: kernels.relu2_mlp(x, randn(5, 6), randn(5, 6))),
         (
             ValueError,
             "at least as many keys",

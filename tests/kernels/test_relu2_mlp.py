@@ -15,15 +15,27 @@ from tests.kernels.harness import DEVICE, GPU, check, check_compiled, check_grap
 FILE = importlib.import_module("kernels.relu2_mlp")
 DTYPES = FILE.RANGED_DTYPES
 PLANTED_FAULTS = {
-    "relu2's last block not masked": ("relu2_mlp", "mask=offsets < size, other=0.0).to(tl.float32)\n    relu", "mask=offsets < size - 1, other=0.0).to(tl.float32)\n    relu"),
+    "relu2's last block not masked": (
+        "relu2_mlp",
+        "mask=offsets < size, other=0.0).to(tl.float32)\n    relu",
+        "mask=offsets < size - 1, other=0.0).to(tl.float32)\n    relu",
+    ),
     "negative hidden activations squared": ("relu2_mlp", "tl.where(z < 0.0, 0.0, z)", "z"),
     "relu2 drops NaN": ("relu2_mlp", "tl.where(z < 0.0, 0.0, z)", "tl.where(z > 0.0, z, 0.0)"),
     "derivative of relu2 without the root": ("relu2_mlp", "2.0 * tl.sqrt_rn(h)", "2.0 * h"),
     "gradient of relu2 where relu is 0": ("relu2_mlp", "tl.where(h == 0.0, 0.0, dh", "tl.where(h == 1e30, 0.0, dh"),
     "up gradient not added": ("relu2_mlp", "add_product(up_gradient, dz, rows)", "up_gradient.copy_(dz.t() @ rows)"),
-    "32-bit offsets of hidden activations": ("relu2_mlp", "tl.program_id(0).to(tl.int64) * BLOCK", "tl.program_id(0) * BLOCK"),
-    "a weight gradient in 16 bits": ("linear", "    if x.dtype == gradient.dtype:\n", "    if True:\n        gradient += (dy.t() @ x).to(gradient.dtype)\n    elif x.dtype == gradient.dtype:\n"),
-}  # fmt: skip
+    "32-bit offsets of hidden activations": (
+        "relu2_mlp",
+        "tl.program_id(0).to(tl.int64) * BLOCK",
+        "tl.program_id(0) * BLOCK",
+    ),
+    "a weight gradient in 16 bits": (
+        "linear",
+        "    if x.dtype == gradient.dtype:\n",
+        "    if True:\n        gradient += (dy.t() @ x).to(gradient.dtype)\n    elif x.dtype == gradient.dtype:\n",
+    ),
+}
 
 
 def mlp(*arguments):
@@ -68,7 +80,9 @@ def test_nan_and_infinity():
 
 def test_a_zero_activation_gives_no_gradient_whatever_comes_from_above():
     x, w_up, w_down = inputs((6,), 8, 16, torch.float32)
-    (dx,) = torch.autograd.grad(mlp(x.requires_grad_(), -w_up.abs() * x.detach().sign()[0], w_down), x, torch.ones(6, 8, device=DEVICE))  # fmt: skip
+    (dx,) = torch.autograd.grad(
+        mlp(x.requires_grad_(), -w_up.abs() * x.detach().sign()[0], w_down), x, torch.ones(6, 8, device=DEVICE)
+    )
     assert not dx[0].any()
 
 
@@ -186,7 +200,15 @@ def test_bad_input():
     raises(ValueError, r"w_down must have shape \(8, 16\)", x, w_up, w_up)
     raises(TypeError, "w_down is torch.float16 but x is torch.float32", x, w_up, w_down.half())
     raises(ValueError, r"up_gradient must have shape \(16, 8\)", x, w_up, w_down, torch.zeros(8, 16, device=DEVICE))
-    raises(TypeError, "down_gradient must be contiguous float32", x, w_up, w_down, None, torch.zeros(8, 16, device=DEVICE).half())  # fmt: skip
+    raises(
+        TypeError,
+        "down_gradient must be contiguous float32",
+        x,
+        w_up,
+        w_down,
+        None,
+        torch.zeros(8, 16, device=DEVICE).half(),
+    )
     raises(TypeError, "contiguous float32, got .* strides", x, w_up, w_down, torch.zeros(8, 16, device=DEVICE).t())
     halves = (x.half(), w_up.half(), w_down.half())
     raises(kernels.KernelRequestError, "float16 cannot hold relu", *halves, impl="triton")

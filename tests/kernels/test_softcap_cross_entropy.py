@@ -16,20 +16,44 @@ FILE = importlib.import_module("kernels.softcap_cross_entropy")
 PARTS = importlib.import_module("kernels.cross_entropy_kernels")
 STEM = "cross_entropy_kernels"
 PLANTED_FAULTS = {
-    "no mask on the streamed sum": (STEM, "tl.where(mask, exponential(weight_of(z, CAP), CAP), 0.0)", "exponential(weight_of(z, CAP), CAP)"),
+    "no mask on the streamed sum": (
+        STEM,
+        "tl.where(mask, exponential(weight_of(z, CAP), CAP), 0.0)",
+        "exponential(weight_of(z, CAP), CAP)",
+    ),
     "ignored rows have a gradient": (STEM, "== ignore_index, 0.0, 4.0 * factor)", "== -7, 0.0, 4.0 * factor)"),
     "ignored rows have a loss": (STEM, "tl.where(counts, loss, 0.0)", "loss"),
     "derivative of the cap dropped": (STEM, "exponential(w, CAP) * (w * rest) * share", "exponential(w, CAP) * share"),
     "target's one dropped": (STEM, "value = -others /", "value = exact /"),
     "1 - w cancels": (STEM, "tl.where(w > 0.75, u * w, 1.0 - w)", "1.0 - w"),
-    "factor of the first row for all": (STEM, "factor = tl.load(factor_ptr + row * factor_stride)", "factor = tl.load(factor_ptr)"),
+    "factor of the first row for all": (
+        STEM,
+        "factor = tl.load(factor_ptr + row * factor_stride)",
+        "factor = tl.load(factor_ptr)",
+    ),
     "factor missing at the target": (STEM, "        if FACTOR:\n", "        if False:\n"),
-    "row stride ignored": (STEM, "logits_ptr + (row * stride + start) + column, mask=mask, other=0.0).to(tl.float32)\n        w, rest", "logits_ptr + (row * width + start) + column, mask=mask, other=0.0).to(tl.float32)\n        w, rest"),
-    "32-bit rows": (STEM, "    row = tl.program_id(0).to(tl.int64)\n    column = tl.arange(0, CHUNK)\n    factor", "    row = tl.program_id(0)\n    column = tl.arange(0, CHUNK)\n    factor"),
-    "NaN in the target's kernel dropped": (STEM, "tl.where(others < 0.0, 0.0, others)", "tl.where(others > 0.0, others, 0.0)"),
+    "row stride ignored": (
+        STEM,
+        "logits_ptr + (row * stride + start) + column, mask=mask, other=0.0).to(tl.float32)\n        w, rest",
+        "logits_ptr + (row * width + start) + column, mask=mask, other=0.0).to(tl.float32)\n        w, rest",
+    ),
+    "32-bit rows": (
+        STEM,
+        "    row = tl.program_id(0).to(tl.int64)\n    column = tl.arange(0, CHUNK)\n    factor",
+        "    row = tl.program_id(0)\n    column = tl.arange(0, CHUNK)\n    factor",
+    ),
+    "NaN in the target's kernel dropped": (
+        STEM,
+        "tl.where(others < 0.0, 0.0, others)",
+        "tl.where(others > 0.0, others, 0.0)",
+    ),
     "ignored targets counted": ("softcap_cross_entropy", "(targets != ignore_index).sum()", "(targets != -7).sum()"),
-    "loss weight forgotten": ("softcap_cross_entropy", "share if loss_weight is None else share * loss_weight", "share"),
-}  # fmt: skip
+    "loss weight forgotten": (
+        "softcap_cross_entropy",
+        "share if loss_weight is None else share * loss_weight",
+        "share",
+    ),
+}
 
 
 def loss(logits, targets, *options, **more):
@@ -197,7 +221,12 @@ def test_empty_batch(shape):
 def test_every_launch_configuration(kernel):
     logits, targets = inputs(3, 5000, torch.float32)
     expected = reference.softcap_cross_entropy(logits, targets, reduction="none")
-    _, grad = harness.evaluate(lambda z, t: reference.softcap_cross_entropy(z, t, reduction="none"), [logits, targets], [torch.ones(3, device=DEVICE)], [0])  # fmt: skip
+    _, grad = harness.evaluate(
+        lambda z, t: reference.softcap_cross_entropy(z, t, reduction="none"),
+        [logits, targets],
+        [torch.ones(3, device=DEVICE)],
+        [0],
+    )
     _, sums = PARTS.launch_losses(logits, targets, 15.0, -1)
     for parameters in kernel.space:
         if kernel.name == "cross_entropy_sums":
@@ -267,7 +296,9 @@ def test_bad_input():
     raises(TypeError, "targets must be int64, got torch.int32", logits, targets.int())
     raises(ValueError, "softcap must be positive", logits, targets, 0.0)
     raises(ValueError, "reduction must be 'mean' or 'none', got 'sum'", logits, targets, reduction="sum")
-    raises(TypeError, r"loss_weight must be float32 of shape \(\) or \(3,\)", logits, targets, loss_weight=logits[:, :2])
+    raises(
+        TypeError, r"loss_weight must be float32 of shape \(\) or \(3,\)", logits, targets, loss_weight=logits[:, :2]
+    )
     raises(TypeError, "got torch.float64", logits, targets, loss_weight=torch.ones(3, device=DEVICE).double())
     raises(kernels.KernelRequestError, "a softcap of at most 40", logits, targets, 50.0, impl="triton")
     raises(kernels.KernelRequestError, "float64", logits.double(), targets, impl="triton")
