@@ -75,9 +75,8 @@ def pack(low, high, TOP: tl.constexpr):
     """Numbers up to 2^TOP, two in one integer: exponents TOP−63 to TOP in 6 bits, fractions in 10, rounded. Smaller ones and,
     as w − w² may be where a reciprocal is a unit too large, negative ones become 0."""
     LEAST: tl.constexpr = ((64 + TOP) << 23) - (1 << 12)
-    low = (
-        tl.maximum(low.to(tl.int32, bitcast=True), LEAST) - LEAST
-    )  # a difference first would wrap for negative numbers
+    # a difference first would wrap for negative numbers
+    low = tl.maximum(low.to(tl.int32, bitcast=True), LEAST) - LEAST
     high = tl.maximum(high.to(tl.int32, bitcast=True), LEAST) - LEAST
     return (low >> 13) | ((high << 3) & -65536)
 
@@ -92,13 +91,13 @@ def unpack(pair):
 
 
 @triton.jit
-def store_chunk(row_ptr, offsets, width, pair, share, exists, EVEN: tl.constexpr):
-    """A chunk of the gradient, from what was kept of it, where the row exists."""
+def store_chunk(row_ptr, offsets, width, pair, share, WHOLE: tl.constexpr):
+    """A chunk of the gradient, from what was kept of it."""
     value = cast(unpack(pair) * share, row_ptr.dtype.element_ty)
-    if EVEN:
-        tl.store(row_ptr + offsets, value, mask=exists, eviction_policy="evict_first")
+    if WHOLE:
+        tl.store(row_ptr + offsets, value, eviction_policy="evict_first")
     else:
-        tl.store(row_ptr + offsets, value, mask=exists & (offsets < width))
+        tl.store(row_ptr + offsets, value, mask=offsets < width)
 
 
 @triton.jit
@@ -109,14 +108,15 @@ def row_share(row, targets_ptr, total, factor, ignore_index):
 
 @triton.jit
 def on_chip_kernel(
-    logits_ptr, targets_ptr, sums_ptr, gradient_ptr, rows, width, stride, ignore_index,
+    logits_ptr, targets_ptr, sums_ptr, spare_ptr, rows, width, stride, ignore_index,
     CAP: tl.constexpr, CHUNKS: tl.constexpr, EVEN: tl.constexpr, TOP: tl.constexpr, CHUNK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Rows in CHUNKS of CHUNK columns: S and the gradient without the target's own term, from one read.
 
     A row fills the multiprocessor, so no other block works while this one waits. Therefore each chunk of the row before is
     written while the same chunk of this row is read, into the registers that it frees; and what comes AHEAD chunks later is
-    prefetched into the L2 cache. gradient_ptr may be logits_ptr: a row is written after all of it was read.
+    prefetched into the L2 cache. The gradient takes the logits' place: a row is written after all of it was read.
+    Ahead of its first row a program writes zeros to a spare row, for a mask would take registers that a row does not leave.
     """
     column, pair = tl.arange(0, CHUNK), tl.arange(0, CHUNK // 2)
     first = tl.program_id(0).to(tl.int64)
@@ -124,7 +124,7 @@ def on_chip_kernel(
     for _ in tl.static_range(CHUNKS):
         kept = kept + (tl.zeros([CHUNK // 2], tl.int32),)  # noqa: RUF005
     share = 0.0
-    previous = first
+    written_ptr = spare_ptr
     nothing = rows >> 31  # 0, which the compiler cannot know
     for index in tl.range(0, rows - tl.program_id(0), tl.num_programs(0)):
         row = first + index
@@ -134,7 +134,8 @@ def on_chip_kernel(
         read = ()
         for i in tl.static_range(CHUNKS):
             chunk_ptr = logits_ptr + row * stride + i * CHUNK + column
-            if EVEN:
+            # only the last chunk may need a mask: one for each chunk takes registers that a row does not leave
+            if EVEN or i + 1 < CHUNKS:
                 z = tl.load(chunk_ptr, eviction_policy="evict_first")
             else:
                 z = tl.load(chunk_ptr, mask=column < width - i * CHUNK, other=0.0)
@@ -143,13 +144,13 @@ def on_chip_kernel(
                 prefetch(logits_ptr + start + (i + AHEAD) * CHUNK + 8 * tl.arange(0, CHUNK // 8))
             # what is written waits for the chunk before to be packed: else all loads would move to the front, and spill
             store_chunk(
-                gradient_ptr + previous * stride + i * CHUNK, column, width - i * CHUNK, kept[i] | (new & nothing), share,
-                index > 0, EVEN,
+                written_ptr + i * CHUNK, column, width - i * CHUNK, kept[i] | (new & nothing), share,
+                EVEN or i + 1 < CHUNKS,
             )  # fmt: skip
             z, other = tl.split(tl.reshape(z.to(tl.float32), [CHUNK // 2, 2]))
             w, v = two_weights(z, other, CAP)
             e, f = exponential(w, CAP), exponential(v, CAP)
-            if not EVEN:
+            if not (EVEN or i + 1 < CHUNKS):
                 e = tl.where(2 * pair < width - i * CHUNK, e, 0.0)
                 f = tl.where(2 * pair + 1 < width - i * CHUNK, f, 0.0)
             total += tl.sum(tl.reshape(e + f, [CHUNK // 8, 4]), axis=1)
@@ -159,11 +160,9 @@ def on_chip_kernel(
         total = tl.sum(total)
         tl.store(sums_ptr + row, total)
         share = row_share(row, targets_ptr, total, 1.0, ignore_index) * (1 << TOP)
-        previous = row
+        written_ptr = logits_ptr + row * stride
     for i in tl.static_range(CHUNKS):
-        store_chunk(
-            gradient_ptr + previous * stride + i * CHUNK, column, width - i * CHUNK, kept[i], share, rows > 0, EVEN
-        )
+        store_chunk(written_ptr + i * CHUNK, column, width - i * CHUNK, kept[i], share, EVEN or i + 1 < CHUNKS)
 
 
 @triton.jit
@@ -214,9 +213,8 @@ def targets_kernel(
     rest = 1.0 / (1.0 + tl.exp(z.to(tl.float64) * (-2.0 / CAP)))
     exact = tl.exp(CAP * (rest - w))
     others = total.to(tl.float64) - summed
-    others = tl.where(
-        others < 0.0, 0.0, others
-    )  # the target's term of S as exact as itself; not maximum, which drops NaN
+    # the target's term of S as exact as itself; not tl.maximum, which drops NaN
+    others = tl.where(others < 0.0, 0.0, others)
     counts = target != ignore_index
     if LOSS:
         loss = tl.log((exact + others) / exact)
@@ -236,11 +234,20 @@ def fits_on_chip(logits_dtype: torch.dtype, width: int, cap: float) -> bool:
 
 
 def on_chip_parameters(logits: Tensor, parameters: dict[str, int] | None) -> dict[str, int]:
-    """Launch parameters with the chunk fitted to the row: not wider than the row, and in ragged rows nothing prefetched."""
+    """Launch parameters with the chunk fitted to the row: not wider than the row, and in ragged rows, which the chunks of the
+    table do not divide and for which it has others, nothing prefetched."""
     width = logits.size(1)
-    found = dict(parameters or launch_parameters("cross_entropy_on_chip", logits.device, logits.dtype, (width,)))
-    chunk = found["CHUNK"] = min(found["CHUNK"], power_of_2(max(width, 16)))
-    found["AHEAD"] = min(found["AHEAD"], cdiv(width, chunk)) if width % chunk == 0 else 0
+
+    def fitted(found: dict[str, int]) -> dict[str, int]:
+        return {**found, "CHUNK": min(found["CHUNK"], power_of_2(max(width, 16)))}
+
+    def of_table(rows: str) -> dict[str, int]:
+        return fitted(launch_parameters("cross_entropy_on_chip", logits.device, logits.dtype, (width, rows)))
+
+    found = fitted(parameters) if parameters else of_table("whole")
+    if width % found["CHUNK"]:
+        found = {**(found if parameters else of_table("ragged")), "AHEAD": 0}
+    found["AHEAD"] = min(found["AHEAD"], cdiv(width, found["CHUNK"]))
     return found
 
 
@@ -253,9 +260,10 @@ def launch_on_chip(
     if rows:
         target_logits = logits_of_targets(logits, targets)
         found = on_chip_parameters(logits, parameters)
+        spare = torch.empty(width, dtype=logits.dtype, device=logits.device)
         programs = min(rows, multiprocessors(logits.device) * found.pop("PROGRAMS"))
         launch(
-            on_chip_kernel, (programs,), logits.device, logits, targets, sums, logits, rows, width, width, ignore_index,
+            on_chip_kernel, (programs,), logits.device, logits, targets, sums, spare, rows, width, width, ignore_index,
             CAP=cap, CHUNKS=cdiv(width, found["CHUNK"]), EVEN=width % found["CHUNK"] == 0, TOP=ceil(cap * log2(e)), **found,
         )  # fmt: skip
         launch_targets(target_logits, targets, sums, losses, None, logits, cap, ignore_index, width)

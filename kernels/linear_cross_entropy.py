@@ -142,20 +142,21 @@ def linear_cross_entropy(
 
 
 def on_chip_launches(key, dtype: torch.dtype, device: torch.device):
-    logits, targets = random_logits(max(1, 2**30 // key[0]), *key, dtype, device)
+    logits, targets = random_logits(max(1, 2**30 // key[0]), key[0], dtype, device)
     return {"losses and gradient": lambda parameters: launch_on_chip(logits, targets, 15.0, -1, parameters)}
 
 
 ON_CHIP_SPACE = tuple(
     {"CHUNK": 256 * warps, "AHEAD": ahead, "PROGRAMS": programs, "num_warps": warps}
-    for warps in (4, 16, 32)
+    for warps in (4, 8, 16, 32)
     for ahead in (0, 2, 4)
     for programs in (1, 4, 16)
 )  # 256 columns per warp: 8 neighbours per thread, which are loaded at once
 KERNELS = (
     Kernel(
-        "cross_entropy_on_chip", (torch.bfloat16,), ((1024,), (32_768,), (65_536,)), ON_CHIP_SPACE, on_chip_launches,
-        ((1,), (3,), (50_257,), (65_535,)),
+        "cross_entropy_on_chip", (torch.bfloat16,),
+        (*((n, "whole") for n in (1024, 32_768, 65_536)), *((n, "ragged") for n in (1023, 4095, 16_383, 65_535))),
+        ON_CHIP_SPACE, on_chip_launches, tuple((n, "ragged") for n in (1, 3, 1500, 3000, 5003, 12_000, 46_000, 50_257, 50_304)),
     ),
 )  # fmt: skip
 

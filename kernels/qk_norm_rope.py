@@ -256,7 +256,7 @@ def backward_launches(key, dtype: torch.dtype, device: torch.device):
     }
 
 
-KEYS, MORE_KEYS = ((64,), (128,)), ((2,), (96,), (256,), (512,), (WIDEST,))
+KEYS, MORE_KEYS = ((64,), (128,)), ((96,), (512,), (WIDEST,))
 SPACE = tuple(
     {"TOKENS": tokens, "HEADS": heads, "num_warps": warps}
     for tokens, warps in ((4, 1), (8, 1), (8, 2), (16, 2), (16, 4), (32, 4), (32, 8), (64, 8))

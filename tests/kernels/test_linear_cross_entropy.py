@@ -38,10 +38,10 @@ PLANTED_FAULTS = {
     ),
     "last row doubled past the first chunk": (
         STEM,
-        "kept[i], share, rows > 0",
-        "kept[i], share * (1 + (i > 0)), rows > 0",
+        "kept[i], share, EVEN",
+        "kept[i], share * (1 + (i > 0)), EVEN",
     ),
-    "exponent of the packing off by one": (STEM, "(1 << TOP)\n        previous", "(2 << TOP)\n        previous"),
+    "exponent of the packing off by one": (STEM, "(1 << TOP)\n        written", "(2 << TOP)\n        written"),
     "packing cut off, not rounded": (STEM, "((64 + TOP) << 23) - (1 << 12)", "((64 + TOP) << 23)"),
     "packing wraps for negative numbers": (
         STEM,
@@ -50,8 +50,8 @@ PLANTED_FAULTS = {
     ),
     "the row before written to this row": (
         STEM,
-        "        previous = row\n",
-        "        previous = row + 0 * row\n        previous = first\n",
+        "written_ptr = logits_ptr + row * stride\n",
+        "written_ptr = logits_ptr + first * stride\n",
     ),
     "32-bit rows on the chip": (STEM, "    first = tl.program_id(0).to(tl.int64)\n", "    first = tl.program_id(0)\n"),
     "min drops NaN": (STEM, "60.0, propagate_nan=tl.PropagateNan.ALL))\n    b", "60.0))\n    b"),
@@ -183,8 +183,11 @@ def test_the_weight_s_gradient_is_added_to_a_buffer(impl, dtype):
         ).backward()
         wide = [x.detach().double(), weight.detach().double()]
         _, dx, dw = harness.evaluate(
-            reference.linear_cross_entropy, [*wide, targets, 15.0, -1, "mean", loss_weight], [torch.ones((), device=DEVICE).double()], (0, 1)
-        )  # fmt: skip
+            reference.linear_cross_entropy,
+            [*wide, targets, 15.0, -1, "mean", loss_weight],
+            [torch.ones((), device=DEVICE).double()],
+            (0, 1),
+        )
         exact = exact + dw
         assert float((x.grad - dx).norm() / dx.norm()) < (1e-5 if dtype == torch.float32 else 2e-2)
     assert weight.grad is None

@@ -67,6 +67,7 @@ def with_spectrum(values, m, n, seed=0):
 SHAPES = [(128, 128), (128, 512), (512, 128), (96, 250)] if GPU else [(24, 24), (12, 48), (48, 12)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("m", "n", "dtype"),
     [(*shape, dtype) for i, shape in enumerate(SHAPES) for dtype in (HALVES if GPU else HALVES[i % 2 : i % 2 + 1])],
