@@ -124,7 +124,7 @@ def linear_cross_entropy(
 
     reduction "mean" gives a float32 scalar, the mean over targets that are not ignored (0 when all are); "none" gives (N,).
     loss_weight: a float32 scalar on the device, or one per row (N,), that the losses are multiplied by before they are reduced;
-    the mean still divides by the number of targets. It gets no gradient.
+    the mean still divides by the number of targets.
     weight_gradient (V, C), contiguous float32: backward adds the weight's gradient to it in place and gives weight none.
     Raises ValueError for shapes, devices or a reduction that do not fit, TypeError for dtypes (autocast may mix them), and
     KernelRequestError (a ValueError) when the implementation asked for by name does not support the call. Repeated calls are

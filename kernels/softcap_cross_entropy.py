@@ -99,7 +99,7 @@ def softcap_cross_entropy(
 
     reduction "mean" gives a float32 scalar, the mean over targets that are not ignored (0 when all are); "none" gives (N,).
     loss_weight: a float32 scalar on the device, or one per row (N,), that the losses are multiplied by before they are reduced;
-    the mean still divides by the number of targets. It gets no gradient.
+    the mean still divides by the number of targets.
     Targets are not read here: one outside [0, V) is an error of the reference and a NaN from the kernel.
     Raises ValueError for shapes, a softcap or a reduction that do not fit, TypeError for dtypes, and KernelRequestError (a
     ValueError) when the implementation asked for by name does not support the call. Repeated calls are bitwise equal.

@@ -160,11 +160,35 @@ def test_list(base):
 
 
 @linux
+@pytest.mark.long
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_inspect(base, architecture):
+def test_inspect(architecture):
     """Every launch compiles without spills, within shared memory, with that architecture's instructions."""
-    done = nanochat(base, "kernels", "inspect", "--arch", architecture)
+    command = [sys.executable, "-m", "nanochat", "kernels", "inspect", "--arch", architecture]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(None))
     assert done.returncode == 0 and "without a fault" in done.stdout, done.stdout[-2000:] + done.stderr
+
+
+@linux
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_launch_is_inspected(architecture):
+    """Each kernel of the tables, in each dtype, at each of its shapes; those that compile to the same code once."""
+    code = (
+        "from kernels import configs, dispatch, inspect\n"
+        f"places = inspect.places({architecture!r})\n"
+        "print(sorted({(p.kernel, configs.dtype_name(p.dtype)) for p in places}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment(None))
+    wanted = sorted(
+        {(kernel.name, dtype_name(dtype)) for kernel in dispatch.tunable_kernels() for dtype in kernel.dtypes}
+    )
+    assert done.stdout.strip() == str(wanted), done.stdout + done.stderr
+
+
+def test_inspect_rejects_an_unknown_kernel(base):
+    done = nanochat(base, "kernels", "inspect", "--kernel", "no_kernel")
+    assert done.returncode == 1 and "no kernel is called no_kernel; there are" in done.stderr
 
 
 def inspected(architecture: str, launch: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import dispatch, gate, reference
+from kernels import configs, dispatch, gate, reference
 from kernels.dispatch import operations
 from kernels.operation import Implementation, RunShape
 from tests.kernels.harness import DEVICE, GPU
@@ -27,8 +27,11 @@ WHERE = (torch.device(DEVICE), torch.bfloat16)
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Several chunks of each tensor, also of these small ones."""
+    """Several chunks of each tensor, also of these small ones; dispatch remembers no implementation of another test."""
     monkeypatch.setattr(gate, "CHUNK", 2**16 if GPU else 2**8)
+    configs.clear()
+    yield
+    configs.clear()
 
 
 def examined(monkeypatch, name: str, run=None) -> dict:
@@ -157,6 +160,7 @@ def test_the_hash_is_of_sources_and_tables(tmp_path, monkeypatch):
         with (package / path).open("a") as file:
             file.write("text")
         hashes.add(gate.sources_hash())
+        assert gate.identity(SHAPE, *WHERE)["kernels"] == gate.sources_hash()
     assert len(hashes) == 4
 
 

@@ -1,7 +1,11 @@
 """Training takes the gate's choice, says so, and refuses one that was made for something else."""
 
 import json
+from dataclasses import replace
 
+import kernels.gate
+from nanochat.gate import chosen_implementations, run_shape, take_gate
+from nanochat.gpt import GPTConfig, Implementations
 from tests.conftest import TINY_BASE, assert_refused, nanochat
 
 SIZES = "--device cpu --preset cpu --depth 1 --context-length 32 --device-batch-size 4".split()
@@ -19,4 +23,24 @@ def test_training_takes_the_gate(base):
     other = nanochat(base, "train", "base", *TINY_BASE, "--device-batch-size", "8", "--total-batch-size", "256")
     assert_refused(other, "made for another shape", "'rows': 4", "'rows': 8", "nanochat kernels gate, or remove it")
     (base / "gate.json").write_text("{")
-    assert_refused(nanochat(base, "train", "base", *TINY_BASE), "is no gate file")
+    assert_refused(nanochat(base, "train", "base", *TINY_BASE), "is not a gate file")
+
+
+def test_a_field_of_several_operations_is_fused_only_where_all_of_them_are():
+    norms = {"rms_norm": "triton", "add_rms_norm": "triton"}
+    assert chosen_implementations(norms) == {"rms_norm": "triton"}
+    assert chosen_implementations({**norms, "add_rms_norm": "reference"}) == {"rms_norm": "reference"}
+    assert chosen_implementations({"rms_norm": "triton"}) == {}  # the gate says nothing of the other
+    optimizer = dict.fromkeys(("newton_schulz", "nesterov_momentum", "apply_update", "adamw"), "triton")
+    assert chosen_implementations(optimizer) == {"newton_schulz": "triton"}
+
+
+def test_only_what_was_left_to_auto_is_replaced(world, tmp_path, cpu):
+    paths = replace(world, base=tmp_path)
+    model = GPTConfig.from_depth(1, 512, 32, impl=Implementations(qk_norm_rope="reference"))
+    assert take_gate(paths, model, 4, cpu) is model
+    valid_for = kernels.gate.identity(run_shape(model, 4), cpu.device, cpu.compute_dtype)
+    choices = ("rms_norm", "add_rms_norm", "qk_norm_rope", "relu2_mlp")
+    kernels.gate.write(paths.gate, valid_for, {name: {"impl": "triton"} for name in choices})
+    taken = take_gate(paths, model, 4, cpu)
+    assert taken.impl == Implementations("triton", "reference", "auto", "triton") and model.impl.rms_norm == "auto"
