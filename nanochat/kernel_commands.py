@@ -7,8 +7,7 @@ from typing import Literal
 from rich.table import Table
 
 import kernels.gate
-from kernels import dispatch, inspect, tune
-from kernels.architecture import run_ptx_of
+from kernels import architecture, dispatch, inspect, tune
 from nanochat.console import console, say
 from nanochat.errors import UserError
 from nanochat.gate import run_shape
@@ -96,7 +95,7 @@ class KernelsTuneConfig:
 def tune_kernels(config: KernelsTuneConfig) -> None:
     try:
         if config.arch == "sm80":
-            run_ptx_of("sm80")
+            architecture.run_ptx_of("sm80")
         for what, milliseconds, parameters in tune.tune(config.kernel, say):
             say(f"{what}: {milliseconds:.4f} ms with {parameters}")
     except (RuntimeError, ValueError) as error:

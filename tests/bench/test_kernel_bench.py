@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cases
+from bench import cases, measure
 from bench.compare import compare, load
 from bench.report import write_report
 from kernels import reference
@@ -147,6 +147,15 @@ def test_variants_that_disagree_are_seen(monkeypatch, mode):
     assert "1.0% of its norm" in cases.disagreement(run(case, "wrong"), expected, case.tolerance)
     assert cases.disagreement(run(case, "right"), expected, case.tolerance) is None
     assert case.bytes == {"fwd": 1, "bwd": 1, "both": 2}[mode] * 2 * 4 * 32 * 4
+
+
+def test_what_disagrees_or_fails_is_not_timed(monkeypatch):
+    monkeypatch.setattr(measure, "launch_microseconds", lambda run: 1.0)
+    monkeypatch.setattr(measure, "transient_bytes", lambda run: 1e6)
+    found = {"wrong": lambda x: 1.01 * reference.rms_norm(x), "broken": lambda x: 1 / 0, "right": reference.rms_norm}
+    notes, extra = measure.check(norm_case(monkeypatch, "both", **found))
+    assert set(extra) == {"eager", "right"} and extra["right"] == {"launch_us": 1.0, "transient_mb": 1.0}
+    assert "of its norm" in notes["wrong"] and notes["broken"] == "ZeroDivisionError: division by zero"
 
 
 def test_nan_and_another_shape_are_disagreement():
