@@ -1,6 +1,6 @@
 """Host time of a call: the public function against the bare launch of its kernel: python -m bench.launch
 
-Both allocate their results anew each time; rows are few, so that the GPU never makes the host wait. Median of 2,000 calls.
+Both allocate new results each time; rows are few, so that the GPU never makes the host wait. Median of 2,000 calls.
 """
 
 import sys

@@ -111,7 +111,7 @@ class KernelsGateConfig:
     depth: int = 0
     """blocks; 0: the preset's, as with the options below"""
     context_length: int = 0
-    """tokens a row"""
+    """tokens per row"""
     device_batch_size: int = 0
     """rows a process takes at once; training may take fewer"""
     n_kv_head: int = 0

@@ -41,7 +41,7 @@ class BaseConfig(PresetOptions):
     depth: int = 20
     """blocks; the width is 64 times as much"""
     context_length: int = 2048
-    """tokens a row"""
+    """tokens per row"""
     n_kv_head: int | None = None
     """key/value heads; as many as query heads when not given"""
     num_iterations: int = -1
