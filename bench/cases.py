@@ -10,9 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-import kernels
-from kernels.configs import dtype_name
-from kernels.operation import Benchmark, Operation
+import nanochat_kernels as kernels
+from nanochat_kernels.configs import dtype_name
+from nanochat_kernels.operation import Benchmark, Operation
 
 MODES = ("fwd", "bwd", "both")
 SETS_BYTES = 2**31  # inputs smaller than this come in two sets, so that no variant finds its own in a cache

@@ -10,10 +10,10 @@ from statistics import median
 
 import torch
 
-import kernels
+import nanochat_kernels as kernels
 from bench.measure import need_gpu
-from kernels import triton_helpers
 from nanochat.errors import UserError
+from nanochat_kernels import triton_helpers
 
 
 def microseconds(call: Callable[[], object], calls: int = 2000) -> float:

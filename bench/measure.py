@@ -11,8 +11,8 @@ from statistics import median, quantiles
 import torch
 
 from bench.cases import Case, disagreement, tensors
-from kernels.timing import interleaved, launch_microseconds, transient_bytes
 from nanochat.errors import UserError
+from nanochat_kernels.timing import interleaved, launch_microseconds, transient_bytes
 
 ROUNDS = 40
 COPY_BYTES = 2**31

@@ -18,12 +18,12 @@ import torch
 import tyro
 
 from bench.measure import header
-from kernels import reference
-from kernels.timing import interleaved
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig, Implementations
 from nanochat.graphs import Replayed
 from nanochat.optim import Group, MuonAdamW
+from nanochat_kernels import reference
+from nanochat_kernels.timing import interleaved
 
 
 @dataclass(frozen=True)

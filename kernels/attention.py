@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from kernels import reference
-from kernels.checks import autocast_products, check_device, check_float, check_shape
-from kernels.dispatch import choose
-from kernels.operation import Operation
+from nanochat_kernels import reference
+from nanochat_kernels.checks import autocast_products, check_device, check_float, check_shape
+from nanochat_kernels.dispatch import choose
+from nanochat_kernels.operation import Operation
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None, *, impl: str = "auto") -> Tensor:

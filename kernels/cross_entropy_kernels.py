@@ -19,8 +19,8 @@ from math import ceil, e, log2
 import torch
 from torch import Tensor
 
-from kernels.configs import launch_parameters
-from kernels.triton_helpers import (
+from nanochat_kernels.configs import launch_parameters
+from nanochat_kernels.triton_helpers import (
     LOG2E,
     cast,
     cdiv,

@@ -11,8 +11,8 @@ from importlib import import_module
 
 import torch
 
-from kernels import configs
-from kernels.operation import Implementation, Kernel, Operation
+from nanochat_kernels import configs
+from nanochat_kernels.operation import Implementation, Kernel, Operation
 
 
 class KernelRequestError(ValueError):
@@ -22,12 +22,12 @@ class KernelRequestError(ValueError):
 @lru_cache(maxsize=1)
 def operations() -> Mapping[str, Operation]:
     """Every operation by name: what the files of this package list as OPERATIONS."""
-    package = import_module("kernels")
+    package = import_module(__package__)
     modules = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
     records = [
         operation
         for name in modules
-        for operation in getattr(import_module(f"kernels.{name}"), "OPERATIONS", ())
+        for operation in getattr(import_module(f"{__package__}.{name}"), "OPERATIONS", ())
     ]  # fmt: skip
     return {operation.name: operation for operation in records}
 

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import configs, dispatch, timing
-from kernels.architecture import TRITON_INSTALLED, triton
-from kernels.operation import Operation, RunShape, Trial
-from kernels.oracle import evaluate, over_budget
+from nanochat_kernels import configs, dispatch, timing
+from nanochat_kernels.architecture import TRITON_INSTALLED, triton
+from nanochat_kernels.operation import Operation, RunShape, Trial
+from nanochat_kernels.oracle import evaluate, over_budget
 
 CHUNK = 2**26  # elements of the largest tensor that a chunk of rows makes in float64
 ROUNDS = 15

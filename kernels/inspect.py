@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kernels import configs, dispatch
-from kernels.operation import Kernel, Key
-from kernels.triton_helpers import INTERPRETED, TRITON_INSTALLED, Launch, recorded_launches, triton
+from nanochat_kernels import configs, dispatch
+from nanochat_kernels.operation import Kernel, Key
+from nanochat_kernels.triton_helpers import INTERPRETED, TRITON_INSTALLED, Launch, recorded_launches, triton
 
 SHARED_MEMORY_LIMIT = {"sm80": 163 * 1024, "sm90": 227 * 1024}  # bytes a block
 LARGE_STAGE = 48 * 1024  # bytes; of stages this large three fit on an A100

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.checks import autocast_products, check_float, check_gradient_buffer, check_shape
-from kernels.dispatch import choose
-from kernels.operation import Benchmark, Operation
-from kernels.triton_helpers import KernelFunction, derivative, differentiable
+from nanochat_kernels.checks import autocast_products, check_float, check_gradient_buffer, check_shape
+from nanochat_kernels.dispatch import choose
+from nanochat_kernels.operation import Benchmark, Operation
+from nanochat_kernels.triton_helpers import KernelFunction, derivative, differentiable
 
 
 def add_product(gradient: Tensor, dy: Tensor, x: Tensor) -> None:

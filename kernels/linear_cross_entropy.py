@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import reference
-from kernels.checks import (
+from nanochat_kernels import reference
+from nanochat_kernels.checks import (
     autocast_products,
     check_float,
     check_gradient_buffer,
@@ -20,17 +20,17 @@ from kernels.checks import (
     check_shape,
     check_targets,
 )
-from kernels.cross_entropy_kernels import (
+from nanochat_kernels.cross_entropy_kernels import (
     fits_on_chip,
     launch_gradient,
     launch_losses,
     launch_on_chip,
 )
-from kernels.dispatch import choose
-from kernels.linear import add_product, plain_linear
-from kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
-from kernels.softcap_cross_entropy import LOGITS, factor_of, random_logits, reduced, unsupported_reason_for
-from kernels.triton_helpers import KernelFunction, derivative, differentiable, needs_gradient
+from nanochat_kernels.dispatch import choose
+from nanochat_kernels.linear import add_product, plain_linear
+from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
+from nanochat_kernels.softcap_cross_entropy import LOGITS, factor_of, random_logits, reduced, unsupported_reason_for
+from nanochat_kernels.triton_helpers import KernelFunction, derivative, differentiable, needs_gradient
 
 
 class LinearCrossEntropy(KernelFunction):

@@ -11,11 +11,11 @@ import itertools
 import torch
 from torch import Tensor
 
-from kernels.architecture import TRITON_INSTALLED
-from kernels.checks import check_device
-from kernels.configs import launch_parameters
-from kernels.operation import Kernel
-from kernels.triton_helpers import (
+from nanochat_kernels.architecture import TRITON_INSTALLED
+from nanochat_kernels.checks import check_device
+from nanochat_kernels.configs import launch_parameters
+from nanochat_kernels.operation import Kernel
+from nanochat_kernels.triton_helpers import (
     DTYPES,
     GRID_LIMIT,
     cast,

@@ -19,16 +19,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels import reference
-from kernels.checks import check_device, check_float, check_shape
-from kernels.configs import launch_parameters
-from kernels.dispatch import choose
-from kernels.matrix_product import KERNELS as PRODUCT_KERNELS
-from kernels.matrix_product import product
-from kernels.newton_schulz_coefficients import DEFAULT_STEPS, Coefficients, coefficients_of, restarts
-from kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
-from kernels.timing import Graph
-from kernels.triton_helpers import (
+from nanochat_kernels import reference
+from nanochat_kernels.checks import check_device, check_float, check_shape
+from nanochat_kernels.configs import launch_parameters
+from nanochat_kernels.dispatch import choose
+from nanochat_kernels.matrix_product import KERNELS as PRODUCT_KERNELS
+from nanochat_kernels.matrix_product import product
+from nanochat_kernels.newton_schulz_coefficients import DEFAULT_STEPS, Coefficients, coefficients_of, restarts
+from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
+from nanochat_kernels.timing import Graph
+from nanochat_kernels.triton_helpers import (
     DTYPES,
     KernelFunction,
     cast,

@@ -6,7 +6,7 @@ from itertools import combinations
 
 import torch
 
-from kernels import reference
+from nanochat_kernels import reference
 
 Coefficients = tuple[tuple[float, float, float], ...]
 

@@ -11,14 +11,14 @@ Jordan et al. 2024 (Muon), Loshchilov and Hutter 2019 (AdamW).
 import torch
 from torch import Tensor
 
-from kernels import reference
-from kernels.checks import check_device, check_float, check_shape
-from kernels.configs import dtype_name, launch_parameters
-from kernels.dispatch import choose
-from kernels.newton_schulz import LARGEST_MATRIX, MOST_MATRICES, PARTS
-from kernels.operation import Implementation, Kernel, Operation, Trial
-from kernels.oracle import over_budget
-from kernels.triton_helpers import (
+from nanochat_kernels import reference
+from nanochat_kernels.checks import check_device, check_float, check_shape
+from nanochat_kernels.configs import dtype_name, launch_parameters
+from nanochat_kernels.dispatch import choose
+from nanochat_kernels.newton_schulz import LARGEST_MATRIX, MOST_MATRICES, PARTS
+from nanochat_kernels.operation import Implementation, Kernel, Operation, Trial
+from nanochat_kernels.oracle import over_budget
+from nanochat_kernels.triton_helpers import (
     DTYPES,
     cast,
     cdiv,

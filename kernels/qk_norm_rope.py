@@ -9,14 +9,14 @@ Su et al. 2021 (rotation), Henry et al. 2020 (norm of q and k).
 import torch
 from torch import Tensor
 
-from kernels import reference
-from kernels.checks import check_device, check_float, check_shape, normed_dtype
-from kernels.configs import launch_parameters
-from kernels.dispatch import choose
-from kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
-from kernels.qk_norm_rope_kernels import backward_kernel, forward_kernel
-from kernels.reference import EPS
-from kernels.triton_helpers import (
+from nanochat_kernels import reference
+from nanochat_kernels.checks import check_device, check_float, check_shape, normed_dtype
+from nanochat_kernels.configs import launch_parameters
+from nanochat_kernels.dispatch import choose
+from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
+from nanochat_kernels.qk_norm_rope_kernels import backward_kernel, forward_kernel
+from nanochat_kernels.reference import EPS
+from nanochat_kernels.triton_helpers import (
     DTYPES,
     GRID_LIMIT,
     KernelFunction,

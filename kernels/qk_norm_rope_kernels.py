@@ -1,6 +1,6 @@
 """The Triton kernels of qk_norm_rope, which says what they compute. A program takes HEADS heads of TOKENS tokens of q or of k."""
 
-from kernels.triton_helpers import cast, rsqrt, tl, triton
+from nanochat_kernels.triton_helpers import cast, rsqrt, tl, triton
 
 
 @triton.jit

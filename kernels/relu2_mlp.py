@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import reference
-from kernels.checks import autocast_products, check_float, check_gradient_buffer, check_shape
-from kernels.configs import launch_parameters
-from kernels.dispatch import choose
-from kernels.linear import add_product, plain_linear
-from kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
-from kernels.triton_helpers import (
+from nanochat_kernels import reference
+from nanochat_kernels.checks import autocast_products, check_float, check_gradient_buffer, check_shape
+from nanochat_kernels.configs import launch_parameters
+from nanochat_kernels.dispatch import choose
+from nanochat_kernels.linear import add_product, plain_linear
+from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
+from nanochat_kernels.triton_helpers import (
     GRID_LIMIT,
     KernelFunction,
     cast,

@@ -13,13 +13,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels import reference
-from kernels.checks import check_float, check_shape, normed_dtype, promoted
-from kernels.configs import launch_parameters, remembered
-from kernels.dispatch import serve
-from kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
-from kernels.reference import EPS
-from kernels.triton_helpers import (
+from nanochat_kernels import reference
+from nanochat_kernels.checks import check_float, check_shape, normed_dtype, promoted
+from nanochat_kernels.configs import launch_parameters, remembered
+from nanochat_kernels.dispatch import serve
+from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
+from nanochat_kernels.reference import EPS
+from nanochat_kernels.triton_helpers import (
     DTYPES,
     GRID_LIMIT,
     KernelFunction,

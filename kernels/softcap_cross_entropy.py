@@ -7,12 +7,12 @@ float16 gradient is rounded after the scale of the loss. kernels/cross_entropy_k
 import torch
 from torch import Tensor
 
-from kernels import reference
-from kernels.checks import check_float, check_loss_weight, check_shape, check_targets
-from kernels.cross_entropy_kernels import LARGEST_CAP, launch_gradient, launch_losses
-from kernels.dispatch import choose
-from kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
-from kernels.triton_helpers import (
+from nanochat_kernels import reference
+from nanochat_kernels.checks import check_float, check_loss_weight, check_shape, check_targets
+from nanochat_kernels.cross_entropy_kernels import LARGEST_CAP, launch_gradient, launch_losses
+from nanochat_kernels.dispatch import choose
+from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
+from nanochat_kernels.triton_helpers import (
     DTYPES,
     GRID_LIMIT,
     KernelFunction,

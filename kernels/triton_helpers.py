@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from kernels.architecture import TRITON_INSTALLED
+from nanochat_kernels.architecture import TRITON_INSTALLED
 
 if TRITON_INSTALLED:
     import triton

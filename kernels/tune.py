@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from kernels import configs, inspect, timing
-from kernels.architecture import architecture, run_ptx_of, triton
-from kernels.configs import dtype_name, format_key
-from kernels.dispatch import tunable_kernels
-from kernels.operation import Kernel, Key
+from nanochat_kernels import configs, inspect, timing
+from nanochat_kernels.architecture import architecture, run_ptx_of, triton
+from nanochat_kernels.configs import dtype_name, format_key
+from nanochat_kernels.dispatch import tunable_kernels
+from nanochat_kernels.operation import Kernel, Key
 
 ROUNDS = 15
 COMPILERS = 8  # processes that fill Triton's cache ahead of the timing, each with its own inputs on the GPU

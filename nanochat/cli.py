@@ -13,11 +13,11 @@ from typing import Any
 
 import tyro
 
-from kernels import KernelRequestError
 from nanochat.console import console, say
 from nanochat.errors import UserError
 from nanochat.paths import base_paths
 from nanochat.presets import PRESETS, PresetOptions, with_preset
+from nanochat_kernels import KernelRequestError
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,12 @@
 
 from dataclasses import fields, replace
 
-import kernels.gate
 from nanochat.console import say
 from nanochat.errors import UserError
 from nanochat.gpt import GPTConfig, Implementations
 from nanochat.paths import Paths
 from nanochat.runtime import Runtime
+from nanochat_kernels import gate
 
 # the operations that a field of Implementations serves, where they are not the one of its name
 SERVED = {
@@ -16,8 +16,8 @@ SERVED = {
 }
 
 
-def run_shape(model: GPTConfig, rows: int) -> kernels.gate.RunShape:
-    return kernels.gate.RunShape(
+def run_shape(model: GPTConfig, rows: int) -> gate.RunShape:
+    return gate.RunShape(
         rows, model.context_length, model.width, model.n_head, model.n_kv_head, model.vocab_size, model.depth
     )  # fmt: skip
 
@@ -29,10 +29,10 @@ def take_gate(paths: Paths, model: GPTConfig, rows: int, runtime: Runtime) -> GP
     """
     if not paths.gate.exists():
         return model
-    valid_for = kernels.gate.identity(run_shape(model, rows), runtime.device, runtime.compute_dtype)
+    valid_for = gate.identity(run_shape(model, rows), runtime.device, runtime.compute_dtype)
     try:
-        chosen = chosen_implementations(kernels.gate.read(paths.gate, valid_for))
-    except kernels.gate.GateError as error:
+        chosen = chosen_implementations(gate.read(paths.gate, valid_for))
+    except gate.GateError as error:
         raise UserError(str(error)) from error
     if runtime.primary:
         fused = [name for name, impl in chosen.items() if impl != "reference"]

@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
+import nanochat_kernels as kernels
 from nanochat.errors import UserError
 
 SOFTCAP = 15.0

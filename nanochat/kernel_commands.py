@@ -6,8 +6,6 @@ from typing import Literal
 
 from rich.table import Table
 
-import kernels.gate
-from kernels import architecture, dispatch, inspect, tune
 from nanochat.console import console, say
 from nanochat.errors import UserError
 from nanochat.gate import run_shape
@@ -18,6 +16,7 @@ from nanochat.presets import PresetName, with_preset
 from nanochat.runtime import start_runtime
 from nanochat.tokenizer import Tokenizer
 from nanochat.train.base import BaseConfig
+from nanochat_kernels import architecture, dispatch, gate, inspect, tune
 
 
 @dataclass(frozen=True)
@@ -136,10 +135,10 @@ def run_gate(config: KernelsGateConfig, paths: Paths) -> None:
         shape = run_shape(model, config.device_batch_size or most_rows(config.preset))
         table = Table("operation", "training takes", "because", box=None)
         operations = {}
-        for operation, choice in kernels.gate.examine(shape, runtime.device, runtime.compute_dtype):
+        for operation, choice in gate.examine(shape, runtime.device, runtime.compute_dtype):
             operations[operation] = choice
             table.add_row(operation, choice["impl"], choice["why"])
-        kernels.gate.write(paths.gate, kernels.gate.identity(shape, runtime.device, runtime.compute_dtype), operations)
+        gate.write(paths.gate, gate.identity(shape, runtime.device, runtime.compute_dtype), operations)
     _show(table)
     say(f"wrote {paths.gate}; training on this device and at these shapes takes it from now on")
 

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import kernels
+import nanochat_kernels as kernels
 from nanochat.gpt import GPT, Linear
 from nanochat.graphs import Replayed
 

@@ -7,7 +7,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-import kernels
+import nanochat_kernels as kernels
 from nanochat.console import console, say
 from nanochat.gpt import GPT, SOFTCAP, GPTConfig
 from nanochat.optim import MuonAdamW

@@ -31,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--sm80"):
-        from kernels.architecture import run_ptx_of
+        from nanochat_kernels.architecture import run_ptx_of
 
         run_ptx_of("sm80")
 
@@ -89,6 +89,15 @@ def base(world_base, tmp_path) -> Path:
 @pytest.fixture(scope="session")
 def cpu() -> Runtime:
     return Runtime(0, 1, torch.device("cpu"), torch.float32)
+
+
+def copy_packages(target: Path) -> None:
+    """A copy of the source tree to change, importable with PYTHONPATH=target; its tests pass as the tree's do."""
+    root = Path(__file__).parent.parent
+    for folder in ("kernels", "nanochat", "bench", "tests"):
+        shutil.copytree(root / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    shutil.copy(root / "pyproject.toml", target)
+    (target / "nanochat_kernels").symlink_to("kernels")
 
 
 def environment(base: Path | None, **changes: str) -> dict[str, str]:

@@ -33,7 +33,7 @@ LAYERS = (
     ("nanochat.gpt", "nanochat.data", "nanochat.tasks", "nanochat.presets", "nanochat.runtime", "nanochat.console"),
     ("nanochat.tokenizer", "nanochat.sandbox", "nanochat.calculator", "nanochat.paths", "nanochat.cluster"),
     ("nanochat.errors", "nanochat.graphs"),
-    ("kernels",),
+    ("nanochat_kernels",),
 )
 
 
@@ -58,7 +58,7 @@ def layer(module: str) -> int | None:
 def test_imports_run_one_way():
     for path in SOURCES:
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        if module.startswith("kernels"):
+        if module.split(".")[0] == "kernels":
             assert not {n for n in imports(path) if n.split(".")[0] in ("nanochat", "bench", "tests")}, path
         if not module.startswith("nanochat."):
             continue
@@ -66,7 +66,7 @@ def test_imports_run_one_way():
         for name in imports(path):
             if name.startswith("nanochat.") and layer(name) is not None:
                 assert layer(name) >= layer(module), f"{module} imports {name}, which lies above it"
-            if name.startswith("kernels"):
+            if name.startswith("nanochat_kernels"):
                 assert name.count(".") <= 1, f"{module} imports {name}: only kernels' public functions are its business"
 
 
@@ -77,10 +77,22 @@ def test_every_import_is_declared():
     modules = {"quack": "quack_kernels", "yaml": "pyyaml", "markdown_it": "markdown_it_py", "tomli": None}
     for path in SOURCES:
         for name in {n.split(".")[0] for n in imports(path)}:
-            if name in sys.stdlib_module_names or name in ("kernels", "nanochat", "bench", "tests", "tomllib"):
+            if name in sys.stdlib_module_names or name in ("nanochat_kernels", "nanochat", "bench", "tests", "tomllib"):
                 continue
             wanted = modules.get(name, name)
             assert wanted is None or wanted in names, f"{path} imports {name}, which pyproject.toml does not declare"
+
+
+def test_the_packages_are_those_of_the_tree_and_none_is_called_kernels():
+    """Hugging Face's library is called kernels: a package of that name would overwrite it, or be taken for it."""
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {
+        str(path.parent.relative_to(ROOT)).replace("/", ".")
+        for folder in ("kernels", "nanochat", "bench")
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    assert set(setuptools["packages"]) == {re.sub("^kernels", "nanochat_kernels", name) for name in folders}
+    assert setuptools["package-dir"] == {"nanochat_kernels": "kernels"}
 
 
 def test_files_stay_short_or_say_why():

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from kernels.architecture import architecture, without_device
-from kernels.operation import Key
+from nanochat_kernels.architecture import architecture, without_device
+from nanochat_kernels.operation import Key
 
 FOLDER = Path(__file__).parent
 

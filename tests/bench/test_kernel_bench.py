@@ -11,9 +11,9 @@ import torch
 from bench import cases, measure
 from bench.compare import compare, load
 from bench.report import write_report
-from kernels import reference
-from kernels.operation import Benchmark, Operation
 from nanochat.errors import UserError
+from nanochat_kernels import reference
+from nanochat_kernels.operation import Benchmark, Operation
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,8 +10,8 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.operation import Kernel
-from kernels.oracle import evaluate, evaluate_each, misplaced, over_budget
+from nanochat_kernels.operation import Kernel
+from nanochat_kernels.oracle import evaluate, evaluate_each, misplaced, over_budget
 from tests.kernels.int64 import narrow_offsets
 
 GPU = torch.cuda.is_available()

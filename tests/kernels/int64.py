@@ -94,8 +94,8 @@ def faults(text: str, only_scalars: bool = False) -> list[str]:
 def main() -> None:
     import torch
 
-    from kernels import dispatch
-    from kernels.triton_helpers import recorded_launches
+    from nanochat_kernels import dispatch
+    from nanochat_kernels.triton_helpers import recorded_launches
 
     for kernel in dispatch.tunable_kernels():
         if kernel.name not in sys.argv[1:]:

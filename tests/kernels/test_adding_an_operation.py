@@ -1,13 +1,12 @@
 """A newcomer's operation is one file: list, inspect, the gate, the benchmark and dispatch see it, and nothing else is touched."""
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import environment
+from tests.conftest import copy_packages, environment
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = '''"""doubled(x) = 2·x, element by element. Backward: dx = 2·dy."""
@@ -15,10 +14,11 @@ TOY = '''"""doubled(x) = 2·x, element by element. Backward: dx = 2·dy."""
 import torch
 from torch import Tensor
 
-from kernels.checks import check_float
-from kernels.dispatch import choose
-from kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
-from kernels.triton_helpers import KernelFunction, cdiv, derivative, differentiable, launch, tl, triton, triton_unsupported_reason
+from nanochat_kernels.checks import check_float
+from nanochat_kernels.dispatch import choose
+from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
+from nanochat_kernels.triton_helpers import KernelFunction, cdiv, derivative, differentiable, launch
+from nanochat_kernels.triton_helpers import tl, triton, triton_unsupported_reason
 
 BLOCK = 1024
 
@@ -87,8 +87,8 @@ OPERATIONS = (DOUBLED,)
 '''
 GATE = """
 import torch, kernels
-from kernels import gate
-from kernels.operation import RunShape
+from nanochat_kernels import gate
+from nanochat_kernels.operation import RunShape
 shape = RunShape(rows=2, tokens=8, width=32, heads=2, kv_heads=1, vocab=64, depth=1)
 choice = gate.examine_operation(kernels.operations()["doubled"], shape, torch.device("cpu"), torch.float32)
 print(choice["faults"], sorted(choice["ms"]))
@@ -102,8 +102,7 @@ print(x.grad.tolist())
 def tree(tmp_path_factory) -> Path:
     """A copy of the packages with the toy in it."""
     root = tmp_path_factory.mktemp("tree")
-    for folder in ("kernels", "nanochat", "bench"):
-        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    copy_packages(root)
     (root / "kernels" / "toy.py").write_text(TOY, "utf-8")
     return root
 

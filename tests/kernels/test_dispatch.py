@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import kernels
-from kernels import configs, dispatch, tune
-from kernels.architecture import ARCHITECTURES
-from kernels.configs import LaunchTableError, dtype_name, format_key, launch_parameters
-from kernels.dispatch import KernelRequestError, choose, operations
-from kernels.operation import Implementation, Operation, RunShape
+import nanochat_kernels as kernels
+from nanochat_kernels import configs, dispatch, tune
+from nanochat_kernels.architecture import ARCHITECTURES
+from nanochat_kernels.configs import LaunchTableError, dtype_name, format_key, launch_parameters
+from nanochat_kernels.dispatch import KernelRequestError, choose, operations
+from nanochat_kernels.operation import Implementation, Operation, RunShape
 from tests.conftest import environment, nanochat
 from tests.kernels.harness import DEVICE, GPU
 
@@ -175,7 +175,7 @@ def test_inspect(architecture):
 def test_every_launch_is_inspected(architecture):
     """Each kernel of the tables, in each dtype, at each of its shapes; those that compile to the same code once."""
     code = (
-        "from kernels import configs, dispatch, inspect\n"
+        "from nanochat_kernels import configs, dispatch, inspect\n"
         f"places = inspect.places({architecture!r})\n"
         "print(sorted({(p.kernel, configs.dtype_name(p.dtype)) for p in places}))"
     )
@@ -194,9 +194,9 @@ def test_inspect_rejects_an_unknown_kernel(base):
 def inspected(architecture: str, launch: str) -> str:
     """What inspect finds wrong with a launch, in a process that does not interpret kernels."""
     code = (
-        "import torch, importlib; from kernels import inspect\n"
-        "from kernels.triton_helpers import recorded_launches\n"
-        "norm = importlib.import_module('kernels.rms_norm')\n"
+        "import torch, importlib; from nanochat_kernels import inspect\n"
+        "from nanochat_kernels.triton_helpers import recorded_launches\n"
+        "norm = importlib.import_module('nanochat_kernels.rms_norm')\n"
         "def rows(width): return torch.empty(64, width, device='meta')\n"
         f"with recorded_launches() as launches: {launch}\n"
         "place = inspect.Place('name', torch.float32, (1,), 'flags', 0)\n"
@@ -219,9 +219,9 @@ def test_inspect_sees_spills():
 def test_a_launch_is_specialised_as_triton_does_it():
     """Arguments that are 1, divisible by 16, or None are so in the recorded launch as in one that runs."""
     code = (
-        "import torch, importlib; from kernels import inspect\n"
-        "from kernels.triton_helpers import recorded_launches\n"
-        "norm = importlib.import_module('kernels.rms_norm')\n"
+        "import torch, importlib; from nanochat_kernels import inspect\n"
+        "from nanochat_kernels.triton_helpers import recorded_launches\n"
+        "norm = importlib.import_module('nanochat_kernels.rms_norm')\n"
         "with recorded_launches() as launches: norm.launch_forward(torch.empty(1, 24, device='meta', dtype=torch.bfloat16))\n"
         "source, options = inspect.specialize(launches[0], 'sm80')\n"
         "print([source.signature[n] for n in ('x_ptr', 'rstd_ptr', 'rows', 'x_stride', 'WIDTH')], options['num_warps'])"
@@ -241,8 +241,8 @@ import triton
 from functorch.compile import min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
-import kernels
-from kernels.operation import Implementation, RunShape
+import nanochat_kernels as kernels
+from nanochat_kernels.operation import Implementation, RunShape
 
 class Driver:  # torch asks it what it compiles for, to see which arguments a kernel changes
     def get_current_target(self):

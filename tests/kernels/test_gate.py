@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-import kernels
-from kernels import configs, dispatch, gate, reference
-from kernels.dispatch import operations
-from kernels.operation import Implementation, RunShape
+import nanochat_kernels as kernels
+from nanochat_kernels import configs, dispatch, gate, reference
+from nanochat_kernels.dispatch import operations
+from nanochat_kernels.operation import Implementation, RunShape
 from tests.kernels.harness import DEVICE, GPU
 
 PLANTED_FAULTS = {

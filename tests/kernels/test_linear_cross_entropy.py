@@ -7,15 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import kernels
-from kernels import reference
-from kernels.dispatch import KernelRequestError
+import nanochat_kernels as kernels
+from nanochat_kernels import reference
+from nanochat_kernels.dispatch import KernelRequestError
 from tests.kernels import harness
 from tests.kernels.harness import DEVICE, DTYPES, GPU, check, check_compiled, check_graph_replay, randn
 from tests.kernels.test_softcap_cross_entropy import target_entries, weights
 
-FILE = importlib.import_module("kernels.linear_cross_entropy")
-PARTS = importlib.import_module("kernels.cross_entropy_kernels")
+FILE = importlib.import_module("nanochat_kernels.linear_cross_entropy")
+PARTS = importlib.import_module("nanochat_kernels.cross_entropy_kernels")
 STEM = "cross_entropy_kernels"
 PLANTED_FAULTS = {
     "on-chip derivative of the cap dropped": (STEM, "pack(e * (w - w * w), f", "pack(e, f"),

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import configs
-from kernels.oracle import over_budget
+from nanochat_kernels import configs
+from nanochat_kernels.oracle import over_budget
 from tests.kernels.harness import DEVICE, GPU, poisoned, property_test, randn, seeds
 from tests.kernels.int64 import narrow_offsets
 
-FILE = importlib.import_module("kernels.matrix_product")
+FILE = importlib.import_module("nanochat_kernels.matrix_product")
 # tiles of which an interpreted small matrix has several
 SMALL = {
     "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "PROGRAMS": 1, "TMA": 0, "num_warps": 1, "num_stages": 2,

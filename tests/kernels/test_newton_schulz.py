@@ -5,17 +5,17 @@ import importlib
 import pytest
 import torch
 
-import kernels
-from kernels import reference
-from kernels.newton_schulz_coefficients import COEFFICIENTS
-from kernels.operation import RunShape
+import nanochat_kernels as kernels
+from nanochat_kernels import reference
+from nanochat_kernels.newton_schulz_coefficients import COEFFICIENTS
+from nanochat_kernels.operation import RunShape
 from tests.kernels import harness
 from tests.kernels.gradients import saved
 from tests.kernels.harness import DEVICE, GPU, poisoned, randn
 from tests.kernels.int64 import narrow_offsets
 from tests.kernels.test_matrix_product import SMALL
 
-FILE = importlib.import_module("kernels.newton_schulz")
+FILE = importlib.import_module("nanochat_kernels.newton_schulz")
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -23,7 +23,7 @@ HALVES = (torch.bfloat16, torch.float16)
 def small_tiles(monkeypatch):
     """The interpreter computes whole tiles: an A100's are mostly padding here."""
     if not GPU:
-        product = importlib.import_module("kernels.matrix_product")
+        product = importlib.import_module("nanochat_kernels.matrix_product")
         monkeypatch.setattr(product, "launch_parameters", lambda *_: SMALL)
 
 

@@ -7,15 +7,15 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import kernels
-from kernels import reference
-from kernels.operation import RunShape
-from kernels.oracle import RATIO, over_budget
+import nanochat_kernels as kernels
+from nanochat_kernels import reference
+from nanochat_kernels.operation import RunShape
+from nanochat_kernels.oracle import RATIO, over_budget
 from tests.kernels import harness
 from tests.kernels.harness import DEVICE, DTYPES, GPU, dtypes, poisoned, property_test, randn, seeds
 from tests.kernels.int64 import narrow_offsets
 
-FILE = importlib.import_module("kernels.optimizer_step")
+FILE = importlib.import_module("nanochat_kernels.optimizer_step")
 sizes = st.integers(1, 70)
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels import oracle
-from kernels.oracle import over_budget
+from nanochat_kernels import oracle
+from nanochat_kernels.oracle import over_budget
 
 PLANTED_FAULTS = {
     "oracle ratio 3 in place of 1.5": ("oracle", "RATIO = 1.5", "RATIO = 3.0"),

@@ -4,14 +4,13 @@ Every tests/kernels/test_*.py may list PLANTED_FAULTS: name → (file of kernels
 """
 
 import importlib
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import environment
+from tests.conftest import copy_packages, environment
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -32,14 +31,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def test_fault_is_caught(planted, tmp_path):
     file, sound, faulty = FAULTS[planted]
-    for folder in (
-        "kernels",
-        "tests",
-        "nanochat",
-        "bench",
-    ):  # what tests of kernels use: a sound copy passes as the tree does
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    copy_packages(tmp_path)
     path = tmp_path / "kernels" / f"{file}.py"
     path.write_text(path.read_text("utf-8").replace(sound, faulty), "utf-8")
     # what tests run in processes of their own is looked for in the copy too
@@ -62,7 +54,7 @@ def test_fault_can_be_planted(key):
 
 def test_every_kernel_file_has_planted_faults():
     """Each file with an operation of its own kernels."""
-    from kernels.dispatch import operations
+    from nanochat_kernels.dispatch import operations
 
-    files = {o.function.__module__.removeprefix("kernels.") for o in operations().values() if o.kernels}
+    files = {o.function.__module__.removeprefix("nanochat_kernels.") for o in operations().values() if o.kernels}
     assert files <= {file for file, _, _ in FAULTS.values()}

@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import kernels
-from kernels import reference
+import nanochat_kernels as kernels
+from nanochat_kernels import reference
 from tests.kernels import harness
 from tests.kernels.harness import DEVICE, DTYPES, GPU, check, check_compiled, check_graph_replay, randn
 from tests.kernels.int64 import narrow_offsets
 
-FILE = importlib.import_module("kernels.qk_norm_rope")
+FILE = importlib.import_module("nanochat_kernels.qk_norm_rope")
 
 
 def rope(q, k, cos, sin, offset=0):

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import kernels
-from kernels.dispatch import operations
+import nanochat_kernels as kernels
+from nanochat_kernels.dispatch import operations
 
 OPERATIONS = tuple(operations())
 sizes = st.integers(1, 9)

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import kernels
-from kernels import reference
+import nanochat_kernels as kernels
+from nanochat_kernels import reference
 from tests.kernels import harness
 from tests.kernels.harness import DEVICE, GPU, check, check_compiled, check_graph_replay, randn
 
-FILE = importlib.import_module("kernels.relu2_mlp")
+FILE = importlib.import_module("nanochat_kernels.relu2_mlp")
 DTYPES = FILE.RANGED_DTYPES
 PLANTED_FAULTS = {
     "relu2's last block not masked": (

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import kernels
-from kernels import reference
+import nanochat_kernels as kernels
+from nanochat_kernels import reference
 from tests.kernels import harness
 from tests.kernels.harness import DEVICE, DTYPES, GPU, check, check_compiled, check_graph_replay, randn
 
-FILE = importlib.import_module("kernels.rms_norm")  # `kernels.rms_norm` is the public function
+FILE = importlib.import_module("nanochat_kernels.rms_norm")  # `kernels.rms_norm` is the public function
 
 PLANTED_FAULTS = {
     "eps dropped": ("rms_norm", "/ WIDTH + EPS)", "/ WIDTH)"),

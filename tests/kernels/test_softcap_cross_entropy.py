@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import kernels
-from kernels import reference
+import nanochat_kernels as kernels
+from nanochat_kernels import reference
 from tests.kernels import harness
 from tests.kernels.harness import DEVICE, DTYPES, GPU, check, check_compiled, check_graph_replay, randn
 
-FILE = importlib.import_module("kernels.softcap_cross_entropy")
-PARTS = importlib.import_module("kernels.cross_entropy_kernels")
+FILE = importlib.import_module("nanochat_kernels.softcap_cross_entropy")
+PARTS = importlib.import_module("nanochat_kernels.cross_entropy_kernels")
 STEM = "cross_entropy_kernels"
 PLANTED_FAULTS = {
     "no mask on the streamed sum": (

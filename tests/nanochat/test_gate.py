@@ -3,9 +3,9 @@
 import json
 from dataclasses import replace
 
-import kernels.gate
 from nanochat.gate import chosen_implementations, run_shape, take_gate
 from nanochat.gpt import GPTConfig, Implementations
+from nanochat_kernels import gate
 from tests.conftest import TINY_BASE, assert_refused, nanochat
 
 SIZES = "--device cpu --preset cpu --depth 1 --context-length 32 --device-batch-size 4".split()
@@ -39,8 +39,8 @@ def test_only_what_was_left_to_auto_is_replaced(world, tmp_path, cpu):
     paths = replace(world, base=tmp_path)
     model = GPTConfig.from_depth(1, 512, 32, impl=Implementations(qk_norm_rope="reference"))
     assert take_gate(paths, model, 4, cpu) is model
-    valid_for = kernels.gate.identity(run_shape(model, 4), cpu.device, cpu.compute_dtype)
+    valid_for = gate.identity(run_shape(model, 4), cpu.device, cpu.compute_dtype)
     choices = ("rms_norm", "add_rms_norm", "qk_norm_rope", "relu2_mlp")
-    kernels.gate.write(paths.gate, valid_for, {name: {"impl": "triton"} for name in choices})
+    gate.write(paths.gate, valid_for, {name: {"impl": "triton"} for name in choices})
     taken = take_gate(paths, model, 4, cpu)
     assert taken.impl == Implementations("triton", "reference", "auto", "triton") and model.impl.rms_norm == "auto"

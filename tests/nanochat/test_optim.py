@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from kernels import reference
 from nanochat.gpt import GPT, GPTConfig, Implementations, Linear
 from nanochat.optim import MuonAdamW, OptimizerConfig, deal, muon_momentum
+from nanochat_kernels import reference
 
 CONFIG = GPTConfig.from_depth(3, 301, 16)  # 301 rows do not divide by 2, nor do 3 matrices of one shape
 MOMENTA = (0.85, 0.9, 0.95)
