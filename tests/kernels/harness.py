@@ -135,7 +135,7 @@ def floating(inputs: Sequence) -> list[int]:
 
 
 def check_nonfinite(
-    kernel: Callable, reference: Callable, inputs: Sequence, wrt: Sequence[int] = (), only: Sequence[int] | None = None
+    kernel: Callable, reference: Callable, inputs: Sequence, wrt: Sequence[int], only: Sequence[int] | None = None
 ) -> None:
     """NaN and infinities in one input after the other (`only` these), and in each upstream gradient, propagate as they do in
     the reference: to the same elements of results, and to the same rows of gradients."""

@@ -168,7 +168,7 @@ def adamw_of(weight, gradient, mean, variance, impl):
 @pytest.mark.parametrize(("operation", "count"), [(momentum_of, 2), (update_of, 2), (adamw_of, 4)])
 def test_nan_and_infinity(operation, count):
     given_ = [randn(2, 5, 7, dtype=torch.float32, seed=i).abs_() for i in range(count)]
-    harness.check_nonfinite(lambda *x: operation(*x, "triton"), lambda *x: operation(*x, "reference"), given_)
+    harness.check_nonfinite(lambda *x: operation(*x, "triton"), lambda *x: operation(*x, "reference"), given_, [])
 
 
 def test_momentum_feeds_newton_schulz():
