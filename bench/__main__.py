@@ -7,7 +7,6 @@ python -m bench compare before.json after.json
 """
 
 import csv
-import json
 import shlex
 import sys
 from collections.abc import Iterable
@@ -19,8 +18,9 @@ import tyro
 from rich.table import Table
 
 from bench.cases import MODES, measured, variant_names
-from nanochat.console import console, say
-from nanochat.errors import UserError
+from nanochat.platform.console import console, say
+from nanochat.platform.errors import UserError
+from nanochat.platform.files import write_json
 
 COLUMNS = (
     "op",
@@ -110,7 +110,7 @@ def run(config: RunConfig, command: str) -> None:
         console.print(_table(rows))
         torch.cuda.empty_cache()
         if config.json:  # after each case: what was measured stays when the rest is cut short
-            _write(config.json, json.dumps(found, indent=1) + "\n")
+            write_json(config.json, found)
     if config.csv:
         lines = [[row.get(column, "") for column in COLUMNS] for row in found["rows"]]
         config.csv.parent.mkdir(parents=True, exist_ok=True)
@@ -191,11 +191,6 @@ def _table(rows: list[dict]) -> Table:
             f"{ratio:.3f}" if ratio else "", f"{row['launch_us']:.0f}", f"{row['transient_mb']:.1f}",
         )  # fmt: skip
     return table
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, "utf-8")
 
 
 def main(arguments: list[str]) -> None:

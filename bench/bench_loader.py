@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat.data.loader import TokenStream
+from nanochat.data.pretraining import TokenStream
 from nanochat.data.shards import Shards
-from nanochat.data.world import words
-from nanochat.paths import Paths
-from nanochat.tokenizer import Tokenizer
+from nanochat.platform.paths import Paths
+from nanochat.synthetic.world import words
+from nanochat.tokenizer.bpe import Tokenizer
 
 NODE_TOKENS_PER_SECOND = 530_000
 

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from nanochat.tokenizer import Tokenizer
+from nanochat.tokenizer.bpe import Tokenizer
 
 
 def test_train(benchmark, texts):

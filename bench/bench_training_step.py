@@ -5,7 +5,7 @@ import torch
 
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
-from nanochat.presets import PRESETS
+from nanochat.options.presets import PRESETS
 
 PRESET = PRESETS["cpu"]["train base"]
 

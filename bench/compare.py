@@ -5,8 +5,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from nanochat.console import console, say
-from nanochat.errors import UserError
+from nanochat.platform.console import console, say
+from nanochat.platform.errors import UserError
 
 THRESHOLD = 0.03
 KEY = ("op", "shape", "mode", "dtype", "impl")

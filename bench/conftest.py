@@ -2,17 +2,18 @@
 
 import pytest
 
-from nanochat.data.generate import GenerateConfig, generate
 from nanochat.data.shards import Shards
-from nanochat.paths import Paths
-from nanochat.presets import PRESETS
-from nanochat.tokenizer import Tokenizer
+from nanochat.options.data import GenerateOptions
+from nanochat.options.presets import PRESETS
+from nanochat.platform.paths import Paths
+from nanochat.synthetic.generate import generate
+from nanochat.tokenizer.bpe import Tokenizer
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Paths:
     paths = Paths(tmp_path_factory.mktemp("bench"))
-    generate(GenerateConfig(), paths)
+    generate(GenerateOptions(), paths)
     return paths
 
 

@@ -1,6 +1,5 @@
 """Throughput of `nanochat fetch` beside curl, from a hub on this machine: python -m bench.fetch --json build/fetch.json"""
 
-import json
 import os
 import statistics
 import subprocess
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 
+from nanochat.platform.files import write_json
 from tests.nanochat.hub import Hub
 
 REPO = "karpathy/fineweb-edu-100b-shuffle"
@@ -71,8 +71,7 @@ def main(config: FetchBenchConfig) -> None:
         median = statistics.median(seconds)
         print(f"{name:26} {median:6.2f} s ({min(seconds):.2f} to {max(seconds):.2f}), {size / median:7.0f} MB/s")
     if config.json:
-        config.json.parent.mkdir(parents=True, exist_ok=True)
-        config.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+        write_json(config.json, found)
 
 
 if __name__ == "__main__":

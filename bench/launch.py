@@ -12,7 +12,7 @@ import torch
 
 import nanochat_kernels as kernels
 from bench.measure import need_gpu
-from nanochat.errors import UserError
+from nanochat.platform.errors import UserError
 from nanochat_kernels import triton_helpers
 
 

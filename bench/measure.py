@@ -11,7 +11,7 @@ from statistics import median, quantiles
 import torch
 
 from bench.cases import Case, disagreement, tensors
-from nanochat.errors import UserError
+from nanochat.platform.errors import UserError
 from nanochat_kernels.timing import interleaved, launch_microseconds, transient_bytes
 
 ROUNDS = 40

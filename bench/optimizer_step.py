@@ -5,7 +5,6 @@ of a shape, compiled by torch.compile, launched and replayed, and against the pl
 time with a cold cache, variants taking turns; host time is the processor's to hand a step to an idle GPU.
 """
 
-import json
 import math
 import sys
 import time
@@ -18,10 +17,12 @@ import torch
 import tyro
 
 from bench.measure import header
-from nanochat.errors import UserError
-from nanochat.gpt import GPT, GPTConfig, Implementations
-from nanochat.graphs import Replayed
-from nanochat.optim import Group, MuonAdamW
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import ADAM_BETAS, ADAM_EPS, MatrixGroup, MuonAdamW, RowGroup
+from nanochat.options.model import Implementations
+from nanochat.platform.cuda_graphs import Replayed
+from nanochat.platform.errors import UserError
+from nanochat.platform.files import write_json
 from nanochat_kernels import reference
 from nanochat_kernels.timing import interleaved
 
@@ -50,39 +51,39 @@ class CompiledPlain:
         self.muon, self.adamw = (torch.compile(f, dynamic=False) for f in (self._muon, self._adamw))
         self.work = Replayed(self._step, torch.cuda.graph_pool_handle() if graph else None, warm_up=3)
 
-    def _muon(self, group: Group, clip, momentum, rate) -> None:
+    def _muon(self, group: MatrixGroup, clip, momentum, rate) -> None:
         direction, _ = reference.nesterov_momentum(
             group.gradients, group.state["momentum"], clip, momentum, torch.bfloat16
         )
         factor = group.lr * math.sqrt(max(1, group.item_shape[0] / group.item_shape[1]))
         reference.apply_update(group.weights, reference.newton_schulz(direction), rate, factor, group.copies)
 
-    def _adamw(self, group: Group, clip, rate, biases) -> None:
+    def _adamw(self, group: RowGroup, clip, rate, biases) -> None:
         reference.adamw(
             group.weights, group.gradients, group.state["mean"], group.state["variance"], clip, rate, biases,
-            group.lr, MuonAdamW.ADAM_BETAS, MuonAdamW.ADAM_EPS, group.copies,
+            group.lr, ADAM_BETAS, ADAM_EPS, group.copies,
         )  # fmt: skip
 
     @torch.no_grad()
     def _step(self) -> None:
-        o = self.optimizer
-        norms = [torch.linalg.vector_norm(group.gradients) for group in o.groups]
-        o.clip.copy_((o.config.grad_clip / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp(max=1.0))
-        for group in o.groups:
-            if group.stacked:
-                self.muon(group, o.clip, o.momentum, o.rate)
-            else:
-                self.adamw(group, o.clip, o.rate, o.biases)
+        optimizer, schedule = self.optimizer, self.optimizer.schedule
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.gradients) for g in optimizer.groups]))
+        schedule.clip.copy_((optimizer.options.grad_clip / (norm + 1e-6)).clamp(max=1.0))
+        for group in optimizer.matrix_groups:
+            self.muon(group, schedule.clip, schedule.momentum, schedule.rate)
+        for group in optimizer.row_groups:
+            self.adamw(group, schedule.clip, schedule.rate, schedule.biases)
+        for group in optimizer.groups:
             group.gradients.zero_()
 
     def __call__(self) -> None:
-        self.optimizer.schedule(1.0, 0.95)
+        self.optimizer.begin_step(1.0, 0.95)
         self.work()
 
 
 def prepare(name: str, config: OptimizerStepConfig) -> tuple[MuonAdamW, Callable[[], None]]:
     impl = "triton" if name in ("graph", "launched") else "reference"
-    shape = GPTConfig.from_depth(config.depth, config.vocab_size, impl=Implementations(newton_schulz=impl))
+    shape = GPTConfig.from_depth(config.depth, config.vocab_size, impl=Implementations(optimizer=impl))
     optimizer = MuonAdamW(GPT.create(shape, "cuda", torch.bfloat16), graphs=name == "graph")
     if name.startswith("compiled"):
         return optimizer, CompiledPlain(optimizer, name == "compiled_graph")
@@ -124,8 +125,7 @@ def main(config: OptimizerStepConfig) -> None:
         found["rows"].append(row | {"ratio_to": ratio, "samples_ms": samples[name]})
         print(f"{name:15} {ms:8.2f} ms ({low:.2f} to {high:.2f}), host {median(host):.2f} ms  {ratio}", flush=True)
     if config.json:
-        config.json.parent.mkdir(parents=True, exist_ok=True)
-        config.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+        write_json(config.json, found)
 
 
 if __name__ == "__main__":

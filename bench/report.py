@@ -1,18 +1,17 @@
 """A report of results: tables, bars of the ratio to every baseline, and a roofline with every kernel on it."""
 
-import base64
 import json
-from html import escape
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")  # no display is needed or looked for
 
-from markdown_it import MarkdownIt
 from matplotlib import pyplot as plt
 
 from bench.compare import load
+from nanochat.platform.files import write_atomically
+from nanochat.report.page import html_page
 
 OURS = "triton"
 BASELINES = {
@@ -24,11 +23,6 @@ BASELINES = {
     "helion": "#3c8d8a",
     "loop": "#7a9a5a",
 }
-STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}"
-    "table{border-collapse:collapse}td,th{padding:.2rem .6rem;border-bottom:1px solid #ddd;text-align:right}"
-    "td:first-child,th:first-child{text-align:left}img{max-width:100%}"
-)
 
 
 def write_report(results: tuple[Path, ...], out: Path) -> Path:
@@ -39,15 +33,9 @@ def write_report(results: tuple[Path, ...], out: Path) -> Path:
     plot_ratios(rows, out / "ratios.png")
     plot_roofline(rows, max(h["product_tflops"] for h in headers), out / "roofline.png")
     text = markdown(headers, rows)
-    (out / "report.md").write_text(text, "utf-8")
-    body = MarkdownIt("commonmark").enable("table").render(text)
-    for name in ("ratios.png", "roofline.png"):
-        data = base64.b64encode((out / name).read_bytes()).decode()
-        body = body.replace(f'src="{name}"', f'src="data:image/png;base64,{data}"')
-    head = f'<meta charset="utf-8"><title>{escape("Fused kernels")}</title><style>{STYLE}</style>'
-    html = out / "report.html"
-    html.write_text(f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}</body></html>\n', "utf-8")
-    return html
+    write_atomically(out / "report.md", text)
+    write_atomically(out / "report.html", html_page("Fused kernels", text, (out / "ratios.png", out / "roofline.png")))
+    return out / "report.html"
 
 
 def markdown(headers: list[dict], rows: list[dict]) -> str:

@@ -22,11 +22,13 @@ import torch
 import tyro
 
 from bench.measure import header
-from nanochat.data.loader import Batch
-from nanochat.errors import UserError
-from nanochat.gpt import GPT, GPTConfig, Implementations
+from nanochat.data.batches import Batch
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
-from nanochat.runtime import start_runtime
+from nanochat.options.model import Implementations
+from nanochat.platform.distributed import start_runtime
+from nanochat.platform.errors import UserError
+from nanochat.platform.files import write_json
 from nanochat.train.micro_step import MicroStep
 
 
@@ -241,14 +243,9 @@ def main(config: TrainingStepConfig) -> None:
             found["rows"] += results
             torch._dynamo.reset()
             if config.json:  # after each shape: what was measured stays when the rest is cut short
-                _write(config.json, found)
+                write_json(config.json, found)
         if config.json:
-            _write(config.json, found)
-
-
-def _write(path: Path, found: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+            write_json(config.json, found)
 
 
 if __name__ == "__main__":

@@ -24,14 +24,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from nanochat.errors import UserError
-from nanochat.gpt import GPT, GPTConfig, Implementations
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
-from nanochat.paths import Paths
-from nanochat.runtime import Runtime
-from nanochat.tokenizer import Tokenizer
-
-HOW_TO_MAKE = {stage: f"nanochat train {stage}" for stage in ("base", "mid", "sft")}
+from nanochat.options.model import Implementations
+from nanochat.platform.distributed import Runtime
+from nanochat.platform.errors import UserError
+from nanochat.platform.files import flush
+from nanochat.platform.paths import TRAINING_STAGES, Paths
+from nanochat.tokenizer.bpe import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class CheckpointStore:
                 content = {"step": step, "config": model.config.to_dict(), **meta, "files": sizes}
                 (temporary / "meta.json").write_text(json.dumps(content, indent=1), "utf-8")
                 for path in [*files, temporary / "meta.json", temporary / "state", temporary]:
-                    _flush(path)
+                    flush(path)
         except (OSError, SafetensorError, CheckpointException) as error:
             failure = _reason(error)
         failures = [reason for reason in self.runtime.gather(failure) if reason]
@@ -89,7 +89,7 @@ class CheckpointStore:
         if self.runtime.primary:
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
-            _flush(self.directory)
+            flush(self.directory)
             for old in self.steps()[: -self.keep]:
                 shutil.rmtree(self.path(old), ignore_errors=True)
         self.runtime.barrier()
@@ -183,13 +183,9 @@ def load_model(
     store = CheckpointStore(paths.checkpoints(stage), runtime)
     steps = store.steps()
     if not steps or (step is not None and step not in steps):
-        there = [name for name in HOW_TO_MAKE if CheckpointStore(paths.checkpoints(name), runtime).steps()]
+        there = [name for name in TRAINING_STAGES if CheckpointStore(paths.checkpoints(name), runtime).steps()]
         wanted = f"step {step} of {stage}" if steps else stage
-        remedy = (
-            f"steps: {', '.join(map(str, steps))}"
-            if steps
-            else f"make it with: {HOW_TO_MAKE.get(stage, 'nanochat speedrun')}"
-        )
+        remedy = f"steps: {', '.join(map(str, steps))}" if steps else f"train it with: nanochat train {stage}"
         raise UserError(f"no checkpoint of {wanted}; there are: {', '.join(there) or 'none'}; {remedy}")
     path = store.path(steps[-1] if step is None else step)
     tokenizer = Tokenizer.load(paths.tokenizer)
@@ -199,15 +195,6 @@ def load_model(
     load_weights(path, model)
     model.keep_copies()
     return model, tokenizer, meta
-
-
-def _flush(path: Path) -> None:
-    """To the disk, so that a node that dies after the rename has the content too."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _reason(error: BaseException) -> str:

@@ -2,18 +2,13 @@
 
 from dataclasses import fields, replace
 
-from nanochat.console import say
-from nanochat.errors import UserError
-from nanochat.gpt import GPTConfig, Implementations
-from nanochat.paths import Paths
-from nanochat.runtime import Runtime
+from nanochat.gpt import GPTConfig
+from nanochat.options.model import Implementations
+from nanochat.platform.console import say
+from nanochat.platform.distributed import Runtime
+from nanochat.platform.errors import UserError
+from nanochat.platform.paths import Paths
 from nanochat_kernels import gate
-
-# the operations that a field of Implementations serves, where they are not the one of its name
-SERVED = {
-    "rms_norm": ("rms_norm", "add_rms_norm"),
-    "newton_schulz": ("newton_schulz", "nesterov_momentum", "apply_update", "adamw"),
-}
 
 
 def run_shape(model: GPTConfig, rows: int) -> gate.RunShape:
@@ -46,7 +41,7 @@ def chosen_implementations(choices: dict[str, str]) -> dict[str, str]:
     gate chose it for all of them; a field of which the gate says nothing is left out."""
     chosen = {}
     for field in fields(Implementations):
-        of_field = {choices.get(operation) for operation in SERVED.get(field.name, (field.name,))}
+        of_field = {choices.get(operation) for operation in Implementations.operations(field.name)}
         if None not in of_field:
             chosen[field.name] = of_field.pop() if len(of_field) == 1 else "reference"
     return chosen

@@ -13,29 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import nanochat_kernels as kernels
-from nanochat.errors import UserError
+from nanochat.options.model import Implementations
+from nanochat.platform.errors import UserError
 
 SOFTCAP = 15.0
 ROPE_BASE = 10000.0
 ROPE_CONTEXTS = 10  # the tables reach this many contexts, so that a chat can outgrow the training context
-
-
-@dataclass(frozen=True)
-class Implementations:
-    """Which implementation of each fused operation to use: auto, reference, or another that the operation has."""
-
-    rms_norm: str = "auto"
-    """RMSNorm, alone and after the residual addition"""
-    qk_norm_rope: str = "auto"
-    """rotation and norm of queries and keys"""
-    attention: str = "auto"
-    """causal attention"""
-    relu2_mlp: str = "auto"
-    """squared-ReLU MLP"""
-    linear_cross_entropy: str = "auto"
-    """head, softcap and cross entropy"""
-    newton_schulz: str = "auto"
-    """Muon's orthogonalisation, and the passes of the optimizer around it"""
 
 
 @dataclass(frozen=True)
@@ -192,8 +175,9 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
-        for operation in fields(config.impl):
-            kernels.check_request(operation.name, getattr(config.impl, operation.name))
+        for option in fields(config.impl):
+            for operation in Implementations.operations(option.name):
+                kernels.check_request(operation, getattr(config.impl, option.name))
         self.config, self.compute_dtype = config, compute_dtype
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))

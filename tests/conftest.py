@@ -13,11 +13,12 @@ from hypothesis import settings
 if not torch.cuda.is_available():  # before the kernels are imported: interpreted, on CPU tensors
     os.environ["TRITON_INTERPRET"] = "1"
 
-from nanochat.data.generate import GenerateConfig, generate
 from nanochat.data.shards import Shards
-from nanochat.paths import Paths
-from nanochat.runtime import Runtime
-from nanochat.tokenizer import Tokenizer
+from nanochat.options.data import GenerateOptions
+from nanochat.platform.distributed import Runtime
+from nanochat.platform.paths import Paths
+from nanochat.synthetic.generate import generate
+from nanochat.tokenizer.bpe import Tokenizer
 
 settings.register_profile("nanochat", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("nanochat")
@@ -41,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: "slurm" not in item.path.parts)
 
 
-TINY_DATA = GenerateConfig(
+TINY_DATA = GenerateOptions(
     shards=2, documents=2100, chats=120, questions=120, problems=80, identity=20, words=300, tests=24
 )
 TINY_BASE = (

@@ -4,8 +4,10 @@ import ast
 import re
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 from nanochat.cli import COMMANDS
+from nanochat.options.ranges import Between
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -35,7 +37,7 @@ def options(kind: type, prefix: str = "") -> list[tuple[str, str, str]]:
     told = {
         name: text for base in reversed(kind.__mro__) if is_dataclass(base) for name, text in descriptions(base).items()
     }
-    found = []
+    found, hints = [], get_type_hints(kind, include_extras=True)
     for field in fields(kind):
         default = field.default if field.default is not MISSING else field.default_factory()
         given = re.search(r"name='(\w*)'", str(field.type))
@@ -44,8 +46,11 @@ def options(kind: type, prefix: str = "") -> list[tuple[str, str, str]]:
             found += options(type(default), f"{prefix}{name}." if name else prefix)
         else:
             shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+            text = told.get(field.name, "")
+            allowed = [r for r in getattr(hints[field.name], "__metadata__", ()) if isinstance(r, Between)]
+            text += f" ({allowed[0]})" if text and allowed else ""
             option = name.upper() if "Positional" in str(field.type) else f"--{prefix}{name}".replace("_", "-")
-            found.append((option, shown, told.get(field.name, "")))
+            found.append((option, shown, text))
     return found
 
 
@@ -57,7 +62,7 @@ def reference() -> str:
         "",
     ]
     for name, command in COMMANDS.items():
-        kind, _ = command.load()
+        kind = command.load_options()
         summary = " ".join((kind.__doc__ or command.summary).split())
         lines += [f"## nanochat {name}", "", summary, ""]
         rows = options(kind)
@@ -86,11 +91,11 @@ def test_line_references_are_true():
 def test_the_options_are_all_there():
     assert OPTIONS.read_text("utf-8") == reference(), "run: python -m tests.test_docs"
     for command in COMMANDS.values():
-        assert all(text for _, _, text in options(command.load()[0]))
+        assert all(text for _, _, text in options(command.load_options()))
 
 
 def test_commands_exist_and_links_lead_somewhere():
-    known = {option for command in COMMANDS.values() for option, _, _ in options(command.load()[0])}
+    known = {option for command in COMMANDS.values() for option, _, _ in options(command.load_options())}
     for page in PAGES:
         text = page.read_text("utf-8")
         for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):

@@ -1,11 +1,12 @@
 """The short conversation that ends a speedrun."""
 
-from nanochat.chat.terminal import ChatConfig, print_answer
+from nanochat.chat.terminal import print_answer
 from nanochat.checkpoint import load_model
-from nanochat.console import say
-from nanochat.engine import Engine
-from nanochat.paths import Paths
-from nanochat.runtime import start_runtime
+from nanochat.inference.engine import Engine
+from nanochat.inference.session import Session
+from nanochat.platform.console import say
+from nanochat.platform.distributed import start_runtime
+from nanochat.platform.paths import Paths
 
 PROMPTS = {
     "cpu": (
@@ -19,11 +20,12 @@ DEFAULT_PROMPTS = ("Hello! Who are you?", "Why is the sky blue?", "How many 'r' 
 
 
 def show_conversation(paths: Paths, preset: str, device: str) -> None:
-    """A few prompts with the model's answers, and how to chat on."""
+    """A few prompts with the model's answers, each in a conversation of its own, and how to chat on."""
     with start_runtime(device) as runtime:
         model, tokenizer, _ = load_model(paths, "sft", runtime)
-    engine, config = Engine(model, tokenizer), ChatConfig(temperature=0.0, max_tokens=128)
+    session = Session(Engine(model, tokenizer), max_tokens=128, temperature=0.0)
     for prompt in PROMPTS.get(preset, DEFAULT_PROMPTS):
         say(f"you: {prompt}")
-        print_answer(engine, [{"role": "user", "content": prompt}], config)
+        print_answer(session, prompt)
+        session.clear()
     say(f"\nThe report is {paths.report / 'report.html'}. Chat on with: nanochat chat")

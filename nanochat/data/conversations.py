@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from nanochat.data.loader import Batch
-from nanochat.tokenizer import Tokenizer
+from nanochat.data.batches import Batch
+from nanochat.tokenizer.bpe import Tokenizer
+from nanochat.tokenizer.chat_format import render
 
 SHUFFLE_SEED = 42
 
@@ -66,7 +67,7 @@ def packed_batches(
     buffer: list[int] = []
     pieces: list[int] = []  # tokens left of each conversation in the buffer
     for index in range(used * world_size + rank, len(mixture), world_size):
-        ids, _ = tokenizer.render(mixture[index], length)
+        ids, _ = render(tokenizer, mixture[index], length)
         ids, skip = ids[skip:], 0
         buffer += ids
         pieces.append(len(ids))
@@ -98,7 +99,7 @@ def padded_batches(
     """
     for used in range(position[0], len(mixture) // world_size - rows + 1, rows):
         numbers = range(used, used + rows)
-        rendered = [tokenizer.render(mixture[number * world_size + rank], length + 1) for number in numbers]
+        rendered = [render(tokenizer, mixture[number * world_size + rank], length + 1) for number in numbers]
         width = max(len(ids) for ids, _ in rendered) - 1
         inputs = torch.full((rows, width), tokenizer.special("assistant_end"))
         targets = torch.full((rows, width), -1)
@@ -107,11 +108,3 @@ def padded_batches(
             inputs[row, : len(ids) - 1] = ids[:-1]
             targets[row, : len(ids) - 1] = torch.where(mask[1:] == 1, ids[1:], -1)
         yield Batch(inputs, targets, (numbers.stop,), numbers.stop * world_size / len(mixture))
-
-
-def reposition(positions: Sequence[tuple[int, ...]], rank: int, world_size: int) -> tuple[int, ...]:
-    """A rank's position in either kind of batches; when another number of ranks saved them, behind all that was read."""
-    if len(positions) == world_size:
-        return tuple(positions[rank])
-    furthest = max(p[0] + (len(p) > 1 and p[1] > 0) for p in positions)
-    return (-(-furthest * len(positions) // world_size), 0)[: len(positions[0])]

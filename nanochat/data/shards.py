@@ -8,10 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.errors import UserError
-from nanochat.paths import Paths
-
-HOW_TO_MAKE = "make the embedded text with: nanochat data generate, or fetch the real one with: nanochat fetch"
+from nanochat.platform.errors import GET_DATA, UserError
+from nanochat.platform.paths import Paths
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Shards:
         if len(files) < 2:
             raise UserError(
                 f"{paths.text} holds {len(files)} parquet shards, wanted two or more (the last is for validation); "
-                f"{HOW_TO_MAKE}"
+                f"{GET_DATA}"
             )
         missing = _first_gap(files[:-1])  # the validation shard is the last of the whole set, far from the others
         if missing:
@@ -71,7 +69,7 @@ def _open(path: Path) -> pq.ParquetFile:
     except (pa.ArrowException, OSError) as error:
         raise _damaged(path, error) from error
     if "text" not in file.schema_arrow.names:
-        raise UserError(f"{path} has no column 'text' (it has {', '.join(file.schema_arrow.names)}); {HOW_TO_MAKE}")
+        raise UserError(f"{path} has no column 'text' (it has {', '.join(file.schema_arrow.names)}); {GET_DATA}")
     if file.metadata.num_rows == 0:
         raise UserError(f"{path} has no rows; fetch or generate it again")
     return file

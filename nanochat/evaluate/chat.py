@@ -1,16 +1,19 @@
 """Chat tasks: multiple choice by the letters' logits, the others by generating at temperature 0; ChatCORE over all."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from nanochat.console import progress_bar
-from nanochat.engine import Engine
+from nanochat.checkpoint import load_model
 from nanochat.evaluate.scoring import logits_at
 from nanochat.gpt import GPT
-from nanochat.paths import Paths
-from nanochat.runtime import Runtime
+from nanochat.inference.engine import Engine
+from nanochat.options.evaluate import ChatTaskOptions, EvaluateChatOptions
+from nanochat.platform.console import progress_bar, say
+from nanochat.platform.distributed import Runtime
+from nanochat.platform.errors import UserError
+from nanochat.platform.paths import Paths
 from nanochat.tasks import ARC, GSM8K, MMLU, HumanEval, SpellingBee
-from nanochat.tokenizer import Tokenizer
+from nanochat.tokenizer.bpe import Tokenizer
+from nanochat.tokenizer.chat_format import render_prompt
 
 SPELLING_TESTS = 256
 TASKS: dict[str, Callable[[Paths], object]] = {
@@ -23,24 +26,12 @@ TASKS: dict[str, Callable[[Paths], object]] = {
 }
 
 
-@dataclass(frozen=True)
-class ChatOptions:
-    """How chat tasks are evaluated."""
-
-    max_per_task: int = -1
-    """items of each task at most; negative: all"""
-    max_tokens: int = 512
-    """tokens generated for an answer at most"""
-    rows: int = 64
-    """answers generated at once"""
-
-
-def evaluate_chat(
+def chat_accuracies(
     model: GPT,
     tokenizer: Tokenizer,
     paths: Paths,
     runtime: Runtime,
-    options: ChatOptions,
+    options: ChatTaskOptions,
     names: tuple[str, ...] = tuple(TASKS),
 ) -> dict[str, float]:
     """Accuracy of each task, and "ChatCORE", the mean of accuracies centred on guessing."""
@@ -58,9 +49,9 @@ def evaluate_chat(
     return results | {"ChatCORE": sum(centred) / len(centred)}
 
 
-def _categorical(model: GPT, tokenizer: Tokenizer, task, indices: range, options: ChatOptions, advance) -> int:
+def _categorical(model: GPT, tokenizer: Tokenizer, task, indices: range, options: ChatTaskOptions, advance) -> int:
     conversations = [task[index] for index in indices]
-    prompts = [tokenizer.render_prompt(conversation) for conversation in conversations]
+    prompts = [render_prompt(tokenizer, conversation) for conversation in conversations]
     spans = [(len(prompt), len(prompt) + 1) for prompt in prompts]  # the token after the prompt
     right = 0
     for conversation, logits in zip(conversations, logits_at(model, prompts, spans, advance), strict=True):
@@ -70,13 +61,32 @@ def _categorical(model: GPT, tokenizer: Tokenizer, task, indices: range, options
     return right
 
 
-def _generative(model: GPT, tokenizer: Tokenizer, task, indices: range, options: ChatOptions, advance) -> int:
+def _generative(model: GPT, tokenizer: Tokenizer, task, indices: range, options: ChatTaskOptions, advance) -> int:
     engine, right = Engine(model, tokenizer), 0
     for first in range(0, len(indices), options.rows):
         conversations = [task[index] for index in indices[first : first + options.rows]]
-        prompts = [tokenizer.render_prompt(conversation) for conversation in conversations]
+        prompts = [render_prompt(tokenizer, conversation) for conversation in conversations]
         answers = engine.generate(prompts, options.max_tokens, temperature=0.0)
         for conversation, answer in zip(conversations, answers, strict=True):
             right += task.judge(conversation, tokenizer.decode(answer))
             advance()
     return right
+
+
+def evaluate_chat(options: EvaluateChatOptions, paths: Paths, runtime: Runtime) -> dict[str, float]:
+    """`nanochat evaluate chat`: the accuracies of the newest checkpoint of a stage."""
+    unknown = [name for name in options.tasks if name not in TASKS]
+    if unknown:
+        raise UserError(f"unknown task {unknown[0]!r}; choose from: {', '.join(TASKS)}")
+    model, tokenizer, _ = load_model(paths, options.stage, runtime, options.impl)
+    results = chat_accuracies(model, tokenizer, paths, runtime, options.options, options.tasks or tuple(TASKS))
+    say_accuracies(results, runtime)
+    return results
+
+
+def say_accuracies(results: dict[str, float], runtime: Runtime, skip: tuple[str, ...] = ()) -> None:
+    """Print a line per result on the first rank."""
+    if runtime.primary:
+        for name, value in results.items():
+            if name not in skip:
+                say(f"{name:18} {value:.4f}")

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, tensor
 
-from nanochat.console import progress_bar
-from nanochat.errors import UserError
 from nanochat.evaluate.scoring import logits_at
 from nanochat.gpt import GPT
-from nanochat.runtime import Runtime
-from nanochat.tokenizer import Tokenizer
+from nanochat.platform.console import progress_bar
+from nanochat.platform.distributed import Runtime
+from nanochat.platform.errors import UserError
+from nanochat.tokenizer.bpe import Tokenizer
 
 KEYS = {
     "multiple_choice": ("query", "choices", "gold"),

@@ -1,63 +1,48 @@
 """Puts the report together from the stages' sections and metrics."""
 
-import base64
 import os
 import platform
 import subprocess
-from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 import torch
-from markdown_it import MarkdownIt
 
 from nanochat import __version__
-from nanochat.console import say
-from nanochat.errors import UserError
 from nanochat.evaluate.chat import TASKS
-from nanochat.paths import Paths
+from nanochat.options.report import ReportOptions
+from nanochat.platform.console import say
+from nanochat.platform.errors import UserError
+from nanochat.platform.files import write_atomically
+from nanochat.platform.paths import Paths
+from nanochat.report.page import html_page
 from nanochat.report.plots import plot_metrics
 from nanochat.report.sections import TITLES, read_section
 from nanochat.train.metrics import read_metrics
 
 CHANCE = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25}
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-h1, h2 { color: #1f4e8c } table { border-collapse: collapse; margin: 1rem 0 } img { max-width: 100% }
-th, td { border: 1px solid #ccd; padding: .25rem .6rem; text-align: left } th { background: #eef3fa }
-td:not(:first-child) { font-variant-numeric: tabular-nums } code { background: #f3f3f6; padding: 0 .2rem }
-"""
 
 
-@dataclass(frozen=True)
-class ReportConfig:
-    """Write report.md and report.html from what the stages have told so far."""
-
-    price_per_hour: float = 0.0
-    """what an hour of the machine costs, in any currency; 0: left out"""
-
-
-def build_report(config: ReportConfig, paths: Paths) -> dict[str, str]:
+def build_report(options: ReportOptions, paths: Paths) -> dict[str, str]:
     """Write both files under report/. Raises UserError when no stage has told anything."""
     sections = {stage: read_section(paths, stage) for stage in TITLES}
     if not any(sections.values()):
         raise UserError(f"nothing to report in {paths.report}; run stages first: nanochat speedrun --preset cpu")
     paths.report.mkdir(parents=True, exist_ok=True)
     plots = plot_metrics(paths, paths.report)
-    parts = [_header(config, sections), _final_table(sections, paths)]
+    parts = [_header(options, sections), _final_table(sections, paths)]
     for title, plot in plots.items():
         parts.append(f"## {title}\n\n![{title}]({plot.name})\n")
     for stage, title in TITLES.items():
         parts.append(_section(title, stage, sections[stage]))
     text = "\n".join(parts)
     markdown, html = paths.report / "report.md", paths.report / "report.html"
-    _write(markdown, text)
-    _write(html, _to_html(text, plots))
+    write_atomically(markdown, text)
+    write_atomically(html, html_page("nanochat report", text, plots.values()))
     say(f"report: {markdown} and {html}")
     return {"markdown": str(markdown), "html": str(html)}
 
 
-def _header(config: ReportConfig, sections: dict) -> str:
+def _header(options: ReportOptions, sections: dict) -> str:
     seconds = sum(section["seconds"] for section in sections.values() if section)
     lines = [
         "# nanochat report",
@@ -67,9 +52,9 @@ def _header(config: ReportConfig, sections: dict) -> str:
         f"- software: nanochat {__version__}, Python {platform.python_version()}, torch {torch.__version__}",
         f"- wall clock of all stages: {_duration(seconds)}",
     ]
-    if config.price_per_hour > 0:
-        cost = config.price_per_hour * seconds / 3600
-        lines.append(f"- cost: {config.price_per_hour:g} an hour, {cost:.2f} for this run")
+    if options.price_per_hour > 0:
+        cost = options.price_per_hour * seconds / 3600
+        lines.append(f"- cost: {options.price_per_hour:g} an hour, {cost:.2f} for this run")
     missing = [title for stage, title in TITLES.items() if not sections[stage]]
     if missing:
         lines.append(f"- stages that have not run: {', '.join(missing)}")
@@ -131,21 +116,6 @@ def _flat(values: dict, prefix: str = ""):
                 else value
             )
             yield f"{prefix}{name}", str(shown).replace("|", "\\|").replace("\n", "⏎")
-
-
-def _to_html(text: str, plots: dict[str, Path]) -> str:
-    body = MarkdownIt("commonmark").enable("table").render(text)
-    for plot in plots.values():
-        data = base64.b64encode(plot.read_bytes()).decode("ascii")
-        body = body.replace(f'src="{plot.name}"', f'src="data:image/png;base64,{data}"')
-    head = f'<meta charset="utf-8"><title>{escape("nanochat report")}</title><style>{_STYLE}</style>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}</body></html>\n'
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, path)
 
 
 def _commit() -> str:

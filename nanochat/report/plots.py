@@ -8,7 +8,7 @@ matplotlib.use("Agg")  # no display is needed or looked for
 
 from matplotlib import pyplot as plt
 
-from nanochat.paths import Paths
+from nanochat.platform.paths import Paths
 from nanochat.train.metrics import read_metrics
 
 STAGES = {"base": "pretraining", "mid": "midtraining", "sft": "fine-tuning"}

@@ -1,11 +1,9 @@
 """What the stages tell the report: a JSON file each, written whole."""
 
-import json
-import os
 import time
-from pathlib import Path
 
-from nanochat.paths import Paths
+from nanochat.platform.files import read_json, write_json
+from nanochat.platform.paths import Paths
 
 TITLES = {
     "data": "Embedded data",
@@ -33,15 +31,5 @@ def write_section(paths: Paths, stage: str, settings: dict, results: dict, secon
 
 
 def read_section(paths: Paths, stage: str) -> dict | None:
-    """None when the stage has not told anything, or something unreadable."""
-    try:
-        return json.loads(paths.section(stage).read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", "utf-8")
-    os.replace(temporary, path)
+    """None when the stage has not written one, or one that cannot be read."""
+    return read_json(paths.section(stage))

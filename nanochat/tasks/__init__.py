@@ -1,13 +1,16 @@
 """Tasks: each a sequence of conversations for training, and a judge of completions for evaluation.
 
-A task has `name`, `__len__`, `__getitem__(i) → conversation`; one that can be evaluated also has `kind`
-("categorical" or "generative"), `baseline` (accuracy of guessing) and `judge(conversation, completion) → bool`.
+A task has `name`, `__len__` and `__getitem__(i) → conversation`. One that can be evaluated also has `kind` ("categorical" or
+"generative"), `baseline` (the accuracy of guessing) and `judge(conversation, completion) → bool`.
 """
 
-from nanochat.tasks.conversations import Identity, SmolTalk
+from nanochat.tasks.arc import ARC
 from nanochat.tasks.gsm8k import GSM8K
 from nanochat.tasks.humaneval import HumanEval
-from nanochat.tasks.multiple_choice import ARC, MMLU
-from nanochat.tasks.spelling import SimpleSpelling, SpellingBee
+from nanochat.tasks.identity import Identity
+from nanochat.tasks.mmlu import MMLU
+from nanochat.tasks.simple_spelling import SimpleSpelling
+from nanochat.tasks.smoltalk import SmolTalk
+from nanochat.tasks.spelling_bee import SpellingBee
 
 __all__ = ["ARC", "GSM8K", "MMLU", "HumanEval", "Identity", "SimpleSpelling", "SmolTalk", "SpellingBee"]

@@ -2,8 +2,8 @@
 
 import re
 
-from nanochat.paths import Paths
-from nanochat.tasks.sources import load_rows
+from nanochat.platform.paths import Paths
+from nanochat.tasks.rows import load_rows
 
 _CALL = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
 _ANSWER = re.compile(r"#### *(-?[\d.,]+)")

@@ -2,9 +2,9 @@
 
 import re
 
-from nanochat.paths import Paths
-from nanochat.sandbox import run_python
-from nanochat.tasks.sources import load_rows
+from nanochat.inference.sandbox import run_python
+from nanochat.platform.paths import Paths
+from nanochat.tasks.rows import load_rows
 
 _FENCE = re.compile(r"```(?:python)?[ \t]*\n(.*?)```", re.DOTALL)
 _IMPORT = re.compile(r"^(?:import|from)\s.*$", re.MULTILINE)

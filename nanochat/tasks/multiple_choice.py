@@ -1,7 +1,4 @@
-"""Multiple choice: ARC and MMLU, answered by a letter."""
-
-from nanochat.paths import Paths
-from nanochat.tasks.sources import load_rows
+"""Multiple choice: the question as a conversation whose answer is one letter, and how an answer is judged."""
 
 LETTERS = "ABCDEFGHIJ"
 
@@ -14,7 +11,9 @@ def multiple_choice(question: str, choices: list[str], letters: list[str], answe
     return {"messages": messages, "letters": letters}
 
 
-class _Categorical:
+class Categorical:
+    """A task over rows, judged by the letter."""
+
     kind, baseline = "categorical", 0.25
 
     def __len__(self) -> int:
@@ -22,29 +21,3 @@ class _Categorical:
 
     def judge(self, conversation: dict, completion: str) -> bool:
         return completion == conversation["messages"][-1]["content"]
-
-
-class ARC(_Categorical):
-    """allenai/ai2_arc, subset ARC-Easy or ARC-Challenge: question, choices {text, label}, answerKey."""
-
-    def __init__(self, paths: Paths, subset: str, split: str):
-        self.name = subset
-        self._rows = load_rows(paths, subset.lower(), split, ("question", "choices", "answerKey"))
-
-    def __getitem__(self, index: int) -> dict:
-        row = self._rows.slice(index, 1).to_pylist()[0]
-        return multiple_choice(row["question"], row["choices"]["text"], row["choices"]["label"], row["answerKey"])
-
-
-class MMLU(_Categorical):
-    """cais/mmlu: question, choices (four), answer (index)."""
-
-    name = "MMLU"
-
-    def __init__(self, paths: Paths, split: str):
-        self._rows = load_rows(paths, "mmlu", split, ("question", "choices", "answer"))
-
-    def __getitem__(self, index: int) -> dict:
-        row = self._rows.slice(index, 1).to_pylist()[0]
-        letters = list(LETTERS[: len(row["choices"])])
-        return multiple_choice(row["question"], row["choices"], letters, letters[row["answer"]])

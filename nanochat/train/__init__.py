@@ -1,1 +1,1 @@
-"""Training: the loop that every stage runs, and the stages base, mid and sft."""
+"""Training: the loop that every stage runs, and the stages: pretraining, midtraining, fine-tuning."""

@@ -2,7 +2,7 @@
 
 import torch
 
-from nanochat.data.loader import Batch
+from nanochat.data.batches import Batch
 from nanochat.gpt import GPT
 
 

@@ -1,41 +1,49 @@
-"""What training says while it runs: a line a step, a JSONL file always, wandb when asked for. Never alters training."""
+"""The metrics of training: a JSONL file always, wandb when asked for. Neither ever changes training."""
 
+import contextlib
 import json
-import os
 import warnings
 from pathlib import Path
+from typing import TextIO
 
-from nanochat.console import say
+from nanochat.platform.console import say
+from nanochat.platform.files import write_atomically
 
 
-class MetricsLog:
-    """Appends records to a JSONL file, flushed one by one; on resume the records from the resumed step on are dropped."""
+class Metrics:
+    """Writes records to a JSONL file, flushed one by one, and to wandb. Does nothing until it is opened."""
 
-    def __init__(self, path: Path, resume_step: int):
+    def __init__(self, path: Path):
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [record for record in read_metrics(path) if record["step"] < resume_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), "utf-8")
-        os.replace(temporary, path)
-        self._file = path.open("a", encoding="utf-8")
+        self._file: TextIO | None = None
+        self._wandb = WandbLog()
+
+    def open(self, resume_step: int, wandb_run: str, wandb_mode: str, stage: str, settings: dict) -> None:
+        """Drop the records from the resumed step on, which will be written again; start the wandb run, if one is named."""
+        kept = [record for record in read_metrics(self.path) if record["step"] < resume_step]
+        write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = self.path.open("a", encoding="utf-8")
+        self._wandb.open(wandb_run, wandb_mode, stage, settings)
 
     def write(self, record: dict) -> None:
+        if self._file is None:
+            return
         try:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
         except OSError as error:
-            warnings.warn(f"cannot write {self.path}: {error}; training goes on", stacklevel=2)
+            warnings.warn(f"cannot write {self.path}: {error}; training continues", stacklevel=2)
+        self._wandb.write(record)
 
     def close(self) -> None:
-        try:
-            self._file.close()
-        except OSError:  # a full disk, said already
-            pass
+        self._wandb.close()
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # a full disk was reported when it was met
+                self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The whole records of a metrics file; a line cut by a kill is left out."""
+    """The complete records of a metrics file; a line that a kill has cut is left out."""
     if not path.exists():
         return []
     records = []
@@ -50,17 +58,19 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 class WandbLog:
-    """The same records to wandb; any failure there is said once and ignored."""
+    """The same records to wandb. Any failure there is reported once and ignored."""
 
-    def __init__(self, run: str, mode: str, stage: str, settings: dict):
+    def __init__(self) -> None:
         self._run = None
+
+    def open(self, run: str, mode: str, stage: str, settings: dict) -> None:
         if not run:
             return
         try:
             import wandb
 
             self._run = wandb.init(project="nanochat", name=f"{run}-{stage}", config=settings, mode=mode)
-        except Exception as error:  # whatever a logger does, training goes on
+        except Exception as error:  # whatever a logger does, training continues
             self._give_up(error)
 
     def write(self, record: dict) -> None:
@@ -81,6 +91,5 @@ class WandbLog:
 
     def _give_up(self, error: Exception) -> None:
         self._run = None
-        say(
-            f"wandb does not log this run ({str(error).splitlines()[0] if str(error) else repr(error)}); training goes on"
-        )
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        say(f"wandb does not log this run ({reason}); training continues")

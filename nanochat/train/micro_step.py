@@ -6,18 +6,17 @@ eager: neither. By default CUDA takes the graph, everything else eager.
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from nanochat.data.loader import Batch
-from nanochat.errors import UserError
+from nanochat.data.batches import Batch
 from nanochat.gpt import GPT
-from nanochat.graphs import Replayed
 from nanochat.optim import MuonAdamW
+from nanochat.options.train import Execution
+from nanochat.platform.cuda_graphs import Replayed
+from nanochat.platform.errors import UserError
 
-Execution = Literal["auto", "graph", "compile", "eager"]
 LENGTH_CLASS = 128  # tokens: shorter rows are padded to a multiple of it, so that few graphs serve all of fine-tuning
 
 

@@ -11,7 +11,7 @@ import torch
 from bench import cases, measure
 from bench.compare import compare, load
 from bench.report import write_report
-from nanochat.errors import UserError
+from nanochat.platform.errors import UserError
 from nanochat_kernels import reference
 from nanochat_kernels.operation import Benchmark, Operation
 

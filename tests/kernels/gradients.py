@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanochat.data.generate import GenerateConfig, generate
-from nanochat.data.loader import TokenStream
+from nanochat.data.pretraining import TokenStream
 from nanochat.data.shards import Shards
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
-from nanochat.paths import Paths
-from nanochat.tokenizer import Tokenizer
+from nanochat.options.data import GenerateOptions
+from nanochat.platform.paths import Paths
+from nanochat.synthetic.generate import generate
+from nanochat.tokenizer.bpe import Tokenizer
 
 STEPS = 40
 PATH = Path(__file__).with_name("gradients_d4.safetensors")
@@ -30,7 +31,7 @@ def saved() -> dict[str, torch.Tensor]:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         paths = Paths(Path(folder))
-        generate(GenerateConfig(documents=4000), paths)
+        generate(GenerateOptions(documents=4000), paths)
         shards = Shards.of(paths, "train")
         tokenizer = Tokenizer.train(shards.documents(), 2048)
         batches = TokenStream(shards, tokenizer, 0, 1, pool).batches(8, 256)

@@ -18,8 +18,18 @@ from tests.conftest import environment, nanochat
 from tests.kernels.harness import DEVICE, GPU
 
 PLANTED_FAULTS = {
-    "explicit request falls back": ("dispatch", "    if reason:\n        raise", "    if False:\n        raise"),
-    "nearest shape class by plain distance": ("configs/__init__", "abs(log2(a) - log2(max(b, 1)))", "abs(a - b)"),
+    "explicit request falls back": (
+        "dispatch",
+        "    if reason:\n        raise",
+        "    if False:\n        raise",
+        "test_explicit_never_falls_back",
+    ),
+    "nearest shape class by plain distance": (
+        "configs/__init__",
+        "abs(log2(a) - log2(max(b, 1)))",
+        "abs(a - b)",
+        "test_near_means_by_ratio_and_words_must_be_equal",
+    ),
 }
 ROOT = Path(__file__).resolve().parents[2]
 FUSED = [operation for operation in operations().values() if operation.implementations]

@@ -14,10 +14,14 @@ from nanochat_kernels.operation import Implementation, RunShape
 from tests.kernels.harness import DEVICE, GPU
 
 PLANTED_FAULTS = {
-    "only the first rows compared": ("gate", "range(0, rows, step)", "range(0, min(rows, step), step)"),
-    "gradients of shared inputs not compared": ("gate", "(true, plain) in sums.items():", "(true, plain) in ():"),
-    "only the first result compared": ("gate", "changed + tuple(x for x in (results", "changed + tuple(x for x in (results[:1]"),
-    "hash of the sources not compared": ("gate", '"kernels": sources_hash()', '"kernels": ""'),
+    "only the first rows compared": ("gate", "range(0, rows, step)", "range(0, min(rows, step), step)",
+     "test_what_is_wrong_is_not_chosen"),
+    "gradients of shared inputs not compared": ("gate", "(true, plain) in sums.items():", "(true, plain) in ():",
+     "test_what_is_wrong_is_not_chosen"),
+    "only the first result compared": ("gate", "changed + tuple(x for x in (results", "changed + tuple(x for x in (results[:1]",
+     "test_what_is_wrong_is_not_chosen"),
+    "hash of the sources not compared": ("gate", '"kernels": sources_hash()', '"kernels": ""',
+     "test_the_hash_is_of_sources_and_tables"),
 }  # fmt: skip
 SHAPE = RunShape(rows=8, tokens=256, width=256, heads=2, kv_heads=1, vocab=1024, depth=2) if GPU else RunShape(
     rows=2, tokens=8, width=32, heads=2, kv_heads=1, vocab=64, depth=1

@@ -18,58 +18,98 @@ FILE = importlib.import_module("nanochat_kernels.linear_cross_entropy")
 PARTS = importlib.import_module("nanochat_kernels.cross_entropy_kernels")
 STEM = "cross_entropy_kernels"
 PLANTED_FAULTS = {
-    "on-chip derivative of the cap dropped": (STEM, "pack(e * (w - w * w), f", "pack(e, f"),
-    "on-chip sum of the last chunk not masked": (STEM, "e = tl.where(2 * pair < width - i * CHUNK, e, 0.0)", "e = e"),
+    "on-chip derivative of the cap dropped": (STEM, "pack(e * (w - w * w), f", "pack(e, f", "test_loss_and_gradients"),
+    "on-chip sum of the last chunk not masked": (
+        STEM,
+        "e = tl.where(2 * pair < width - i * CHUNK, e, 0.0)",
+        "e = e",
+        "test_loss_and_gradients",
+    ),
     "odd column of the last chunk not masked": (
         STEM,
         "f = tl.where(2 * pair + 1 < width - i * CHUNK, f, 0.0)",
         "f = f",
+        "test_loss_and_gradients",
     ),
-    "a row's share used for the row before": (STEM, "        kept = read\n", ""),
+    "a row's share used for the row before": (STEM, "        kept = read\n", "", "test_loss_and_gradients"),
     "last row not written": (
         STEM,
         "    for i in tl.static_range(CHUNKS):\n        store",
         "    for i in tl.static_range(0):\n        store",
+        "test_loss_and_gradients",
     ),
     "doubled past the first chunk": (
         STEM,
         "kept[i] | (new & nothing), share,",
         "kept[i] | (new & nothing), share * (1 + (i > 0)),",
+        "test_the_gradient_of_the_logits",
     ),
     "last row doubled past the first chunk": (
         STEM,
         "kept[i], share, EVEN",
         "kept[i], share * (1 + (i > 0)), EVEN",
+        "test_the_gradient_of_the_logits",
     ),
-    "exponent of the packing off by one": (STEM, "(1 << TOP)\n        written", "(2 << TOP)\n        written"),
-    "packing cut off, not rounded": (STEM, "((64 + TOP) << 23) - (1 << 12)", "((64 + TOP) << 23)"),
+    "exponent of the packing off by one": (
+        STEM,
+        "(1 << TOP)\n        written",
+        "(2 << TOP)\n        written",
+        "test_loss_and_gradients",
+    ),
+    "packing cut off, not rounded": (
+        STEM,
+        "((64 + TOP) << 23) - (1 << 12)",
+        "((64 + TOP) << 23)",
+        "test_packed_numbers",
+    ),
     "packing wraps for negative numbers": (
         STEM,
         "tl.maximum(low.to(tl.int32, bitcast=True), LEAST) - LEAST",
         "tl.maximum(low.to(tl.int32, bitcast=True) - LEAST, 0)",
+        "test_a_slightly_negative_number_packs_to_nearly_zero",
     ),
     "the row before written to this row": (
         STEM,
         "written_ptr = logits_ptr + row * stride\n",
         "written_ptr = logits_ptr + first * stride\n",
+        "test_loss_and_gradients",
     ),
-    "32-bit rows on the chip": (STEM, "    first = tl.program_id(0).to(tl.int64)\n", "    first = tl.program_id(0)\n"),
-    "min drops NaN": (STEM, "60.0, propagate_nan=tl.PropagateNan.ALL))\n    b", "60.0))\n    b"),
-    "weight's gradient without the factor": ("linear_cross_entropy", "(x * factor).to(x.dtype)", "x"),
+    "32-bit rows on the chip": (
+        STEM,
+        "    first = tl.program_id(0).to(tl.int64)\n",
+        "    first = tl.program_id(0)\n",
+        "test_offsets_are_64_bits_wide",
+    ),
+    "min drops NaN": (
+        STEM,
+        "60.0, propagate_nan=tl.PropagateNan.ALL))\n    b",
+        "60.0))\n    b",
+        "test_offsets_are_64_bits_wide",
+    ),
+    "weight's gradient without the factor": (
+        "linear_cross_entropy",
+        "(x * factor).to(x.dtype)",
+        "x",
+        "test_loss_and_gradients",
+    ),
     "input's gradient without the factor": (
         "linear_cross_entropy",
         "out_dtype=torch.float32) * factor)",
         "out_dtype=torch.float32))",
+        "test_loss_and_gradients",
     ),
     "logits read after they are overwritten": (
         STEM,
         "        target_logits = logits_of_targets(logits, targets)\n        found = on",
         "        target_logits = sums\n        found = on",
+        "test_loss_and_gradients",
     ),
 }
 if not GPU:
     line = "(a.float() @ b.float() * factor)"
-    PLANTED_FAULTS["input's gradient without the factor"] = ("linear_cross_entropy", line, "(a.float() @ b.float())")
+    PLANTED_FAULTS["input's gradient without the factor"] = (
+        "linear_cross_entropy", line, "(a.float() @ b.float())", "test_loss_and_gradients",
+    )  # fmt: skip
 
 
 def fused(x, weight, targets, *options, **more):

@@ -7,13 +7,18 @@ from nanochat_kernels import oracle
 from nanochat_kernels.oracle import over_budget
 
 PLANTED_FAULTS = {
-    "oracle ratio 3 in place of 1.5": ("oracle", "RATIO = 1.5", "RATIO = 3.0"),
-    "one group of all rows": ("oracle", "norms.log2().div(2).floor()", "norms.log2().div(2).floor() * 0"),
-    "worst element not judged": ("oracle", "largest(values.amax(1)))):", "largest(values.amax(1)) * 0)):"),
-    "entries apart not judged": ("oracle", '((", entries apart", _rows(apart)), ', "("),
-    "other entries not judged": ("oracle", ', (", other entries", ~_rows(apart)))', ",)"),
-    "NaN not looked for": ("oracle", '("NaN", torch.isnan), ', ""),
-    "infinities not looked for": ("oracle", '("inf", torch.isposinf), ("-inf", torch.isneginf)', ""),
+    "oracle ratio 3 in place of 1.5": ("oracle", "RATIO = 1.5", "RATIO = 3.0", "test_at_most_half_as_much_error_again"),
+    "one group of all rows": ("oracle", "norms.log2().div(2).floor()", "norms.log2().div(2).floor() * 0",
+     "test_small_rows_are_not_hidden_by_large_ones"),
+    "worst element not judged": ("oracle", "largest(values.amax(1)))):", "largest(values.amax(1)) * 0)):",
+     "test_one_wrong_element_of_many_is_seen"),
+    "entries apart not judged": ("oracle", '((", entries apart", _rows(apart)), ', "(",
+     "test_other_entries_are_not_hidden_by_targets"),
+    "other entries not judged": ("oracle", ', (", other entries", ~_rows(apart)))', ",)",
+     "test_other_entries_are_not_hidden_by_targets"),
+    "NaN not looked for": ("oracle", '("NaN", torch.isnan), ', "", "test_what_is_not_finite_stands_where_it_should"),
+    "infinities not looked for": ("oracle", '("inf", torch.isposinf), ("-inf", torch.isneginf)', "",
+     "test_what_is_not_finite_stands_where_it_should"),
 }  # fmt: skip
 
 

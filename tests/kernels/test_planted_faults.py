@@ -1,6 +1,7 @@
 """The tests are tested: each planted fault, in a copy of the kernels, must make a test of its file fail (pytest --plant).
 
-Every tests/kernels/test_*.py may list PLANTED_FAULTS: name → (file of kernels/ without its ending, sound text, faulty text).
+Every tests/kernels/test_*.py may list PLANTED_FAULTS: name → (file of kernels/ without its ending, sound text, faulty text,
+the test of that file which must fail).
 """
 
 import importlib
@@ -30,26 +31,27 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_fault_is_caught(planted, tmp_path):
-    file, sound, faulty = FAULTS[planted]
+    file, sound, faulty, test = FAULTS[planted]
     copy_packages(tmp_path)
     path = tmp_path / "kernels" / f"{file}.py"
     path.write_text(path.read_text("utf-8").replace(sound, faulty), "utf-8")
     # what tests run in processes of their own is looked for in the copy too
     env = environment(None, PYTHONPATH=str(tmp_path))
-    tests = f"tests/kernels/{planted[0]}.py"  # the long ones too
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "", tests]
+    node = f"tests/kernels/{planted[0]}.py::{test}"
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "", node]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
     # 1: tests failed; negative: a stray access killed the process, which nobody overlooks either
     assert done.returncode == 1 or done.returncode < 0, (
-        f"no test failed with: {planted}\n{done.stdout[-1500:]}{done.stderr[-500:]}"
+        f"{node} does not fail with: {planted[1]}\n{done.stdout[-1500:]}{done.stderr[-500:]}"
     )
 
 
 @pytest.mark.parametrize("key", FAULTS, ids=lambda key: f"{key[0]}: {key[1]}")
 def test_fault_can_be_planted(key):
-    """What a fault replaces is still there: otherwise --plant would test nothing."""
-    file, sound, faulty = FAULTS[key]
+    """What a fault replaces still exists, and so does the test that must notice: otherwise --plant would test nothing."""
+    file, sound, faulty, test = FAULTS[key]
     assert sound in (ROOT / "kernels" / f"{file}.py").read_text("utf-8") and faulty != sound
+    assert hasattr(importlib.import_module(f"tests.kernels.{key[0]}"), test)
 
 
 def test_every_kernel_file_has_planted_faults():
@@ -57,4 +59,4 @@ def test_every_kernel_file_has_planted_faults():
     from nanochat_kernels.dispatch import operations
 
     files = {o.function.__module__.removeprefix("nanochat_kernels.") for o in operations().values() if o.kernels}
-    assert files <= {file for file, _, _ in FAULTS.values()}
+    assert files <= {file for file, *_ in FAULTS.values()}

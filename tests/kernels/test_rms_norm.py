@@ -15,49 +15,76 @@ from tests.kernels.harness import DEVICE, DTYPES, GPU, check, check_compiled, ch
 FILE = importlib.import_module("nanochat_kernels.rms_norm")  # `kernels.rms_norm` is the public function
 
 PLANTED_FAULTS = {
-    "eps dropped": ("rms_norm", "/ WIDTH + EPS)", "/ WIDTH)"),
-    "mean over the padded width": ("rms_norm", "axis=1) / WIDTH + EPS", "axis=1) / BLOCK + EPS"),
-    "last row of the tile missed": ("rms_norm", "mask = (row < rows)", "mask = (row < rows - 1)"),
-    "stride of x ignored": ("rms_norm", "x_ptr + row[:, None] * x_stride", "x_ptr + row[:, None] * WIDTH"),
-    "stride of the update ignored": ("rms_norm", "row[:, None] * update_stride", "row[:, None] * x_stride"),
-    "stride of dy ignored": ("rms_norm", "dy_ptr + row[:, None] * dy_stride", "dy_ptr + row[:, None] * WIDTH"),
-    "dtotal with dy's stride": ("rms_norm", "row[:, None] * dtotal_stride", "row[:, None] * dy_stride"),
+    "eps dropped": ("rms_norm", "/ WIDTH + EPS)", "/ WIDTH)", "test_narrow_rows"),
+    "mean over the padded width": ("rms_norm", "axis=1) / WIDTH + EPS", "axis=1) / BLOCK + EPS", "test_rms_norm"),
+    "last row of the tile missed": ("rms_norm", "mask = (row < rows)", "mask = (row < rows - 1)", "test_rms_norm"),
+    "stride of x ignored": (
+        "rms_norm",
+        "x_ptr + row[:, None] * x_stride",
+        "x_ptr + row[:, None] * WIDTH",
+        "test_rms_norm",
+    ),
+    "stride of the update ignored": (
+        "rms_norm",
+        "row[:, None] * update_stride",
+        "row[:, None] * x_stride",
+        "test_add_rms_norm",
+    ),
+    "stride of dy ignored": (
+        "rms_norm",
+        "dy_ptr + row[:, None] * dy_stride",
+        "dy_ptr + row[:, None] * WIDTH",
+        "test_rms_norm",
+    ),
+    "dtotal with dy's stride": (
+        "rms_norm",
+        "row[:, None] * dtotal_stride",
+        "row[:, None] * dy_stride",
+        "test_add_rms_norm",
+    ),
     "rows numbered in 32 bits": (
         "rms_norm",
         "row = tl.program_id(0).to(tl.int64) * ROWS",
         "row = tl.program_id(0) * ROWS",
+        "test_offsets_are_64_bit",
     ),
     "sum not rounded before the norm": (
         "rms_norm",
         "x = cast(x.to(tl.float32) + update.to(tl.float32), x.dtype)",
         "x = x.to(tl.float32) + update.to(tl.float32)",
+        "test_the_stored_sum_is_what_is_normalised",
     ),
-    "rstd dropped in backward": ("rms_norm", "dx = rstd[:, None] * (dy", "dx = (dy"),
-    "projection dropped": ("rms_norm", "(dy - y * along[:, None])", "dy"),
+    "rstd dropped in backward": ("rms_norm", "dx = rstd[:, None] * (dy", "dx = (dy", "test_rms_norm"),
+    "projection dropped": ("rms_norm", "(dy - y * along[:, None])", "dy", "test_rms_norm"),
     "gradient of the sum dropped": (
         "rms_norm",
         "derivative(Backward, dy, dtotal, *ctx",
         "derivative(Backward, dy, None, *ctx",
+        "test_add_rms_norm",
     ),
     "one gradient for two inputs": (
         "rms_norm",
         "ctx.needs_input_grad[:2]), None, None)",
         "(True, False)), None, None)",
+        "test_add_rms_norm",
     ),
     "NaN taken as 0": (
         "rms_norm",
         "    x = x.to(tl.float32)\n",
         "    x = x.to(tl.float32)\n    x = tl.where(x == x, x, 0.0)\n",
+        "test_nonfinite_numbers_propagate",
     ),
     "dtype of autocast ignored": (
         "rms_norm",
         "needs_gradient(x, update), normed_dtype(x))[:2]",
         "needs_gradient(x, update), torch.float16)[:2]",
+        "test_add_rms_norm",
     ),
     "second derivative dropped": (
         "rms_norm",
         "else derivative(Backward, dy, None, *ctx",
         "else launch_backward(dy, None, *ctx",
+        "test_derivatives_that_do_not_exist_raise",
     ),
 }
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.calculator import MAX_LENGTH, calculate
+from nanochat.inference.calculator import MAX_LENGTH, calculate
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from nanochat.checkpoint import CheckpointStore, load_model, read_meta
-from nanochat.errors import UserError
 from nanochat.gpt import GPT
-from nanochat.paths import Paths
-from nanochat.runtime import Runtime
+from nanochat.platform.distributed import Runtime
+from nanochat.platform.errors import UserError
+from nanochat.platform.paths import Paths
 from tests.conftest import TINY_BASE, assert_refused, nanochat
 from tests.nanochat.test_optim import CONFIG, batch, free_port, train
 
@@ -171,7 +171,7 @@ def test_a_full_disk_loses_nothing_saved(base):
 
 
 def test_a_missing_model_lists_those_there_are(base, cpu):
-    with pytest.raises(UserError, match="no checkpoint of sft; there are: none; make it with: nanochat train sft"):
+    with pytest.raises(UserError, match="no checkpoint of sft; there are: none; train it with: nanochat train sft"):
         load_model(Paths(base), "sft", cpu)
 
 

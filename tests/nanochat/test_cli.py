@@ -1,8 +1,12 @@
 """The command line as a user meets it."""
 
+import inspect
+import subprocess
+import sys
+
 import pytest
 
-from nanochat.cli import COMMANDS
+from nanochat.cli import COMMANDS, parse
 from tests.conftest import assert_refused, nanochat
 
 
@@ -14,10 +18,36 @@ def test_help_lists_every_command():
 
 
 @pytest.mark.parametrize("name", list(COMMANDS))
-def test_help_explains_every_option_with_its_default(name):
-    from nanochat.cli import parse
+def test_every_command_has_a_function_that_takes_what_it_can_be_given(name):
+    function = COMMANDS[name].load_function()
+    options, *given = inspect.signature(function).parameters
+    assert options == "options" and set(given) <= {"paths", "runtime"}
 
-    kind, _ = COMMANDS[name].load()
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["train", "base", "--help"],
+        ["kernels", "--help"],
+        ["trian"],
+        ["chat", "--top-k", "0"],
+    ],
+    ids=" ".join,
+)
+def test_help_and_errors_need_no_torch(arguments):
+    """Torch takes seconds to import: what answers without it answers at once."""
+    script = (
+        f"import sys; from nanochat.cli import main\ntry: main({arguments})\nfinally: assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "AssertionError" not in done.stderr and (done.stdout or "nanochat: error:" in done.stderr)
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_help_explains_every_option_with_its_default(name):
+    kind = COMMANDS[name].load_options()
     assert kind.__doc__.strip()
     with pytest.raises(SystemExit) as exit:
         parse(kind, name, ["--help"])
@@ -25,9 +55,7 @@ def test_help_explains_every_option_with_its_default(name):
 
 
 def test_help_text_has_defaults_and_units(capsys):
-    from nanochat.cli import parse
-
-    kind, _ = COMMANDS["train base"].load()
+    kind = COMMANDS["train base"].load_options()
     with pytest.raises(SystemExit):
         parse(kind, "train base", ["--preset", "cpu", "--help"])
     text = capsys.readouterr().out
@@ -51,6 +79,9 @@ def test_help_text_has_defaults_and_units(capsys):
         (["train", "bass"], ("unknown command 'train bass'", "train base")),
         (["chat", "--tempreature", "1"], ("tempreature",)),
         (["train", "base", "--depth", "deep"], ("depth", "deep")),
+        (["train", "base", "--depth", "0"], ("--depth must be at least 1, got 0",)),
+        (["train", "base", "--warmdown-ratio", "2"], ("--warmdown-ratio must be between 0 and 1, got 2",)),
+        (["train", "base", "--keep-checkpoints", "0"], ("--keep-checkpoints must be at least 1, got 0",)),
         (["train", "base", "--preset", "d21"], ("unknown preset 'd21'", "tiny, cpu, d20, d26, d32")),
         (["speedrun", "--from", "nowhere"], ("nowhere", "no such stage", "tokenizer")),
         (["speedrun", "--from", "sft", "--to", "base"], ("comes after",)),
@@ -82,7 +113,7 @@ def test_the_traced_pass_is_the_models_own(tokenizer):
     import torch
 
     from nanochat.gpt import GPTConfig
-    from nanochat.trace import Tracer, traced_forward
+    from nanochat.tools.trace import Tracer, traced_forward
     from tests.nanochat.test_gpt import perturbed
 
     model = perturbed(GPTConfig.from_depth(2, 300, 32))

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from nanochat import cluster
-from nanochat.cluster import Job, load_site, mail_user, sbatch_command, seconds_of
-from nanochat.errors import UserError
+from nanochat.cluster.site import base_directory, load_site, mail_user
+from nanochat.cluster.slurm import Job, distributed_launcher, sbatch_command, seconds_of
+from nanochat.platform.environment import collective_timeout
+from nanochat.platform.errors import UserError
 from tests.conftest import assert_refused, nanochat
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +33,7 @@ def somebody(monkeypatch):
 def test_the_call_word_for_word():
     site = load_site("ptolemy")
     job = Job("speedrun", "d20", gpus=8, mail="ada@example.edu", after="41")
-    assert sbatch_command(job, site, cluster.base_directory(site)) == GOLDEN
+    assert sbatch_command(job, site, base_directory(site)) == GOLDEN
 
 
 @pytest.mark.parametrize("gpus", [0, 1, 2, 4, 8])
@@ -73,10 +74,13 @@ def test_what_is_wrong_is_named(tmp_path):
     (tmp_path / "bad.env").write_text("PARTITION=x\n")
     (tmp_path / "unset.env").write_text("NANOCHAT_SCRATCH=/s/$NOT_SET_ANYWHERE\n")
     cases = [
-        ("there are: generic, ptolemy", lambda: load_site("nowhere")),
-        ("bad.env:1: wanted NANOCHAT_NAME=value, got 'PARTITION=x'", lambda: load_site(str(tmp_path / "bad.env"))),
-        ("names a variable that is not set", lambda: load_site(str(tmp_path / "unset.env"))),
-        ("'nobody' is no address", lambda: mail_user("nobody")),
+        ("existing profiles: generic, ptolemy", lambda: load_site("nowhere")),
+        (
+            "bad.env:1: expected NAME=value with one of .*, got 'PARTITION=x'",
+            lambda: load_site(str(tmp_path / "bad.env")),
+        ),
+        ("refers to a variable that is not set", lambda: load_site(str(tmp_path / "unset.env"))),
+        ("'nobody' is not an address", lambda: mail_user("nobody")),
         ("cannot pass values with a comma", lambda: sbatch_command(Job("gate", "d20"), load_site("generic"), "/a,b")),
         ("'soon' is no time limit", lambda: seconds_of("soon")),
     ]
@@ -106,8 +110,8 @@ def test_without_slurm_it_says_so(tmp_path):
 
 
 def test_launchers(monkeypatch):
-    assert cluster.distributed_launcher(1)[1:] == []
-    assert "--nproc_per_node=4" in cluster.distributed_launcher(4)
+    assert distributed_launcher(1)[1:] == []
+    assert "--nproc_per_node=4" in distributed_launcher(4)
     values = {
         "SLURM_NTASKS": "3",
         "SLURM_JOB_ID": "1234",
@@ -116,14 +120,14 @@ def test_launchers(monkeypatch):
     }
     for name, value in values.items():
         monkeypatch.setenv(name, value)
-    call = cluster.distributed_launcher(8)
+    call = distributed_launcher(8)
     assert call[0] == "srun" and {"--nnodes=3", "--nproc_per_node=8", "--rdzv_endpoint=gpu07:21234"} <= set(call)
     assert "--rdzv_id=1234.2" in call
     monkeypatch.setenv("NANOCHAT_TIMEOUT", "30")
-    assert cluster.collective_timeout() == timedelta(seconds=30)
+    assert collective_timeout() == timedelta(seconds=30)
     monkeypatch.setenv("NANOCHAT_TIMEOUT", "soon")
     with pytest.raises(UserError, match="whole number of seconds, got 'soon'"):
-        cluster.collective_timeout()
+        collective_timeout()
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "slurm").glob("*.s*")), ids=lambda path: path.name)

@@ -11,15 +11,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.data import world as closed_world
+from nanochat.data.batches import prefetched
 from nanochat.data.conversations import First, Mixture, packed_batches, padded_batches
-from nanochat.data.conversations import reposition as reposition_conversations
-from nanochat.data.generate import generate
-from nanochat.data.loader import TokenStream, prefetched, reposition
+from nanochat.data.positions import conversation_position, text_position
+from nanochat.data.pretraining import TokenStream
 from nanochat.data.shards import Shards
-from nanochat.errors import UserError
-from nanochat.paths import Paths
+from nanochat.platform.errors import UserError
+from nanochat.platform.paths import Paths
+from nanochat.synthetic import world as closed_world
+from nanochat.synthetic.generate import generate
 from nanochat.tasks import ARC, GSM8K, MMLU, HumanEval, Identity, SimpleSpelling, SmolTalk, SpellingBee
+from nanochat.tokenizer.chat_format import render
 from tests.conftest import TINY_DATA, assert_refused, nanochat
 
 
@@ -71,11 +73,11 @@ def test_a_stream_resumes_at_any_batch(world, tokenizer, pool, after, rows, leng
 
 def test_another_number_of_ranks_goes_on_behind_all_that_was_read():
     saved = [(0, 4, 17, 3), (0, 7, 2, 0), (0, 5, 0, 0)]
-    assert reposition(saved, 3, 1, 100) == (0, 7, 2, 0)
+    assert text_position(saved, 1, 3, 100) == (0, 7, 2, 0)
     for size in (1, 2, 4):
-        starts = [reposition(saved, size, rank, 100) for rank in range(size)]
+        starts = [text_position(saved, rank, size, 100) for rank in range(size)]
         assert all(group > 7 and group % size == rank for rank, (_, group, _, _) in enumerate(starts))
-    assert reposition(saved, 2, 1, 9) == (1, 1, 0, 0)
+    assert text_position(saved, 1, 2, 9) == (1, 1, 0, 0)
 
 
 def test_more_processes_than_row_groups_are_refused(world, tokenizer, pool):
@@ -162,7 +164,7 @@ def test_mixtures_hold_every_row_in_a_fixed_order(mixture, world):
 @given(after=st.integers(0, 20), rows=st.integers(1, 3), rank=st.integers(0, 1))
 def test_packed_batches_hold_each_token_once_and_resume(mixture, tokenizer, after, rows, rank):
     batches = list(packed_batches(mixture, tokenizer, rows, 64, rank, 2))
-    expected = [t for i in range(rank, len(mixture), 2) for t in tokenizer.render(mixture[i], 64)[0]]
+    expected = [t for i in range(rank, len(mixture), 2) for t in render(tokenizer, mixture[i], 64)[0]]
     got = torch.cat([b.inputs.flatten() for b in batches]).tolist()
     assert got == expected[: len(got)] and len(expected) - len(got) <= rows * 64
     assert all(a.progress <= b.progress for a, b in zip(batches, batches[1:], strict=False))
@@ -177,7 +179,7 @@ def test_padded_batches_learn_only_what_the_assistant_says(mixture, tokenizer):
     assert len(batches) == len(mixture) // 8
     batch = batches[3]
     for row in range(4):
-        ids, mask = tokenizer.render(mixture[3 * 8 + row * 2 + 1], 97)
+        ids, mask = render(tokenizer, mixture[3 * 8 + row * 2 + 1], 97)
         said = [i for i, m in zip(ids[1:], mask[1:], strict=True) if m]
         targets = batch.targets[row]
         assert targets[targets != -1].tolist() == said
@@ -189,10 +191,10 @@ def test_padded_batches_learn_only_what_the_assistant_says(mixture, tokenizer):
 
 
 def test_conversations_resume_with_another_number_of_ranks():
-    assert reposition_conversations([(5, 3), (6, 0)], 1, 2) == (6, 0)
-    assert reposition_conversations([(5, 3), (6, 0)], 0, 1) == (12, 0)
-    assert reposition_conversations([(5, 0), (5, 2)], 0, 3) == (4, 0)
-    assert reposition_conversations([(6,), (6,)], 0, 1) == (12,)
+    assert conversation_position([(5, 3), (6, 0)], 1, 2) == (6, 0)
+    assert conversation_position([(5, 3), (6, 0)], 0, 1) == (12, 0)
+    assert conversation_position([(5, 0), (5, 2)], 0, 3) == (4, 0)
+    assert conversation_position([(6,), (6,)], 0, 1) == (12,)
 
 
 # --- the generated world ---

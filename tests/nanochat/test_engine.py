@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.engine import Engine, sample
-from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.inference.engine import Engine
+from nanochat.inference.sampling import sample
+from nanochat.platform.errors import UserError
 from tests.nanochat.test_gpt import perturbed
 
 

@@ -10,17 +10,19 @@ import pytest
 import torch
 import yaml
 
-from nanochat.data.loader import Batch
-from nanochat.errors import UserError
-from nanochat.evaluate.bpb import bits_per_byte, unigram_bits_per_byte
-from nanochat.evaluate.chat import ChatOptions, evaluate_chat
+from nanochat.data.batches import Batch
+from nanochat.evaluate.bits_per_byte import bits_per_byte, unigram_bits_per_byte
+from nanochat.evaluate.chat import chat_accuracies
 from nanochat.evaluate.core import CoreTask, evaluate_core, evaluate_task, load_bundle
 from nanochat.evaluate.scoring import logits_at
 from nanochat.gpt import GPTConfig
-from nanochat.runtime import Runtime
+from nanochat.options.evaluate import ChatTaskOptions
+from nanochat.platform.distributed import Runtime
+from nanochat.platform.errors import UserError
 from nanochat.tasks import SpellingBee
 from nanochat.tasks.gsm8k import final_number, solution_parts
 from nanochat.tasks.humaneval import extract_code
+from nanochat.tokenizer.chat_format import render, render_prompt
 from tests.nanochat.test_gpt import perturbed
 
 
@@ -179,10 +181,10 @@ def test_chat_tasks_score_what_the_model_knows(tokenizer, world, cpu, monkeypatc
 
     task = Fixed(kind=kind)
     monkeypatch.setitem(chat.TASKS, "fixed", lambda paths: task)
-    texts = [tokenizer.render(task[i])[0] for i in range(known)]
+    texts = [render(tokenizer, task[i])[0] for i in range(known)]
     oracle = Oracle(tokenizer.vocab_size, texts)
     if kind == "generative":
-        answers = {tuple(tokenizer.render_prompt(task[i])): task[i]["messages"][-1]["content"] for i in range(known)}
+        answers = {tuple(render_prompt(tokenizer, task[i])): task[i]["messages"][-1]["content"] for i in range(known)}
 
         class Engine:
             def __init__(self, *_): ...
@@ -191,7 +193,7 @@ def test_chat_tasks_score_what_the_model_knows(tokenizer, world, cpu, monkeypatc
                 return [tokenizer.encode(answers.get(tuple(prompt), "?")) for prompt in prompts]
 
         monkeypatch.setattr(chat, "Engine", Engine)
-    results = evaluate_chat(oracle, tokenizer, world, cpu, ChatOptions(rows=3), ("fixed",))
+    results = chat_accuracies(oracle, tokenizer, world, cpu, ChatTaskOptions(rows=3), ("fixed",))
     guessed = (
         2 - (known + 1) // 2 if kind == "categorical" else 0
     )  # not knowing, it says A, which is right every other time

@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import pytest
 
-from nanochat import fetch as room
-from nanochat.assets import assets, read_record
-from nanochat.errors import UserError
-from nanochat.fetch import _fetch
-from nanochat.paths import Paths
+from nanochat.platform.errors import UserError
+from nanochat.platform.paths import Paths
+from nanochat.speedrun import fetch as fetching
+from nanochat.speedrun.assets import assets, read_fetched
+from nanochat.speedrun.fetch import _fetch
 from tests.conftest import assert_refused, command, environment, nanochat
 from tests.nanochat.hub import Hub
 from tests.nanochat.world_of_d20 import content
@@ -57,7 +57,7 @@ def test_a_hub_that_misbehaves(hub, tmp_path):
     assert not any(hub.faults.values()), hub.faults
     for number in range(SHARDS):
         assert (tmp_path / "text" / f"shard_{number:05d}.parquet").read_bytes() == hub.files[shard(number)]
-    record = read_record(Paths(tmp_path))
+    record = read_fetched(Paths(tmp_path))
     assert set(record) == set(ONLY)
     data = hub.files[shard(1822)]
     assert record["text"]["text/shard_01822.parquet"] == [len(data), hashlib.sha256(data).hexdigest()]
@@ -76,7 +76,7 @@ def test_what_is_missing_is_listed(hub, tmp_path):
         done, "2 of 4 assets are missing", "text (1 of 6 files failed, shard_00003.parquet: the hub", "does not have it"
     )
     assert "its hash is not the" in done.stderr and "goes on from here" in done.stderr
-    assert set(read_record(Paths(tmp_path))) == {"gsm8k/train", "arc-easy/train"}
+    assert set(read_fetched(Paths(tmp_path))) == {"gsm8k/train", "arc-easy/train"}
     assert not (tmp_path / "chat" / "gsm8k" / "test-00000-of-00001.parquet").exists()
 
 
@@ -93,7 +93,7 @@ def test_killed_and_resumed(hub, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     before = len(hub.gets)
-    assert read_record(Paths(tmp_path)) == {} and not nothing_half(tmp_path)
+    assert read_fetched(Paths(tmp_path)) == {} and not nothing_half(tmp_path)
     hub.release.set()
     done = nanochat(tmp_path, *arguments("text"), **around(hub))
     assert done.returncode == 0, done.stderr
@@ -129,7 +129,7 @@ def test_a_full_disk(hub, tmp_path):
     base = [command()[0], "-c", limited, *arguments("text", "gsm8k/test")]
     done = subprocess.run(base, capture_output=True, text=True, env=environment(tmp_path, **around(hub)), timeout=120)
     assert_refused(done, "1 of 2 assets are missing", "File too large")
-    assert not nothing_half(tmp_path) and set(read_record(Paths(tmp_path))) == {"gsm8k/test"}
+    assert not nothing_half(tmp_path) and set(read_fetched(Paths(tmp_path))) == {"gsm8k/test"}
     with pytest.raises(UserError, match=r"GB free, the data take .* more"):
         _fetch([replace(ON_HUB[0], megabytes=1e9)], 1, Paths(tmp_path))
 
@@ -142,7 +142,7 @@ def test_the_web_and_what_is_made(tmp_path):
         at = {"words": f"{server.url}/web/words", "eval_bundle": f"{server.url}/web/bundle", "identity": ""}
         paths = Paths(tmp_path)
         _fetch([replace(asset, url=at[name]) for name, asset in wanted.items()], 4, paths)
-        assert set(read_record(paths)) == set(wanted) and paths.words.read_bytes() == words
+        assert set(read_fetched(paths)) == set(wanted) and paths.words.read_bytes() == words
         assert not (tmp_path / ".fetch").exists()
         server.faults = {"web/words": ["404"] * 20}
         paths.words.unlink()
@@ -152,7 +152,7 @@ def test_the_web_and_what_is_made(tmp_path):
 
 @pytest.fixture(autouse=True)
 def no_long_waits(monkeypatch):
-    monkeypatch.setattr(room.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(fetching.time, "sleep", lambda seconds: None)
 
 
 def test_mistakes_are_named(tmp_path):

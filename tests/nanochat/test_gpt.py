@@ -4,8 +4,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanochat.errors import UserError
-from nanochat.gpt import GPT, GPTConfig, Implementations
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.options.model import Implementations
+from nanochat.platform.errors import UserError
 
 CONFIG = GPTConfig.from_depth(2, 300, 32)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat.paths import Paths
+from nanochat.platform.paths import Paths
 from nanochat.train.metrics import read_metrics
 from tests.conftest import TINY_BASE, command, environment, nanochat
 

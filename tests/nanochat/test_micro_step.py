@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from nanochat.data.loader import Batch
-from nanochat.errors import UserError
+from nanochat.data.batches import Batch
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
+from nanochat.platform.errors import UserError
 from nanochat.train.micro_step import MicroStep, choose_execution
 
 GPU = torch.cuda.is_available()

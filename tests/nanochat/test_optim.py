@@ -9,8 +9,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from nanochat.gpt import GPT, GPTConfig, Implementations, Linear
-from nanochat.optim import MuonAdamW, OptimizerConfig, deal, muon_momentum
+from nanochat.gpt import GPT, GPTConfig, Linear
+from nanochat.optim import MuonAdamW, deal
+from nanochat.options.model import Implementations
+from nanochat.options.train import OptimizerOptions
+from nanochat.train.schedules import muon_momentum
 from nanochat_kernels import reference
 
 CONFIG = GPTConfig.from_depth(3, 301, 16)  # 301 rows do not divide by 2, nor do 3 matrices of one shape
@@ -24,7 +27,7 @@ def batch(step: int) -> torch.Tensor:
 def train(
     rank: int = 0,
     world_size: int = 1,
-    config: OptimizerConfig | None = None,
+    config: OptimizerOptions | None = None,
     device: str = "cpu",
     gradients: list[dict] | None = None,
 ) -> tuple[GPT, MuonAdamW, list[float]]:
@@ -41,7 +44,7 @@ def train(
     return model, optimizer, norms
 
 
-def plainly(config: OptimizerConfig, gradients: list[dict]) -> GPT:
+def plainly(config: OptimizerOptions, gradients: list[dict]) -> GPT:
     """Three steps by these gradients from the formulas, parameter by parameter."""
     model = GPT.create(CONFIG)
     state: dict[str, dict] = {}
@@ -66,7 +69,7 @@ def plainly(config: OptimizerConfig, gradients: list[dict]) -> GPT:
 
 @pytest.mark.parametrize("clip", [1.0, 0.05, 0.0])
 def test_the_update_is_that_of_the_formulas(clip):
-    config = OptimizerConfig(grad_clip=clip)
+    config = OptimizerOptions(grad_clip=clip)
     gradients: list[dict] = []
     model, _, norms = train(config=config, gradients=gradients)
     assert min(norms) > 0.05  # so that the small limit really clips
@@ -211,7 +214,7 @@ WIDE = GPTConfig.from_depth(4, 512, 128)
 
 def learn(steps: int, impl: str = "triton", graphs: bool = True, whole: bool = False) -> tuple[GPT, list[float]]:
     """A d4 model on sequences whose next token is drawn from four that follow the one before; whole: a step in one graph."""
-    config = replace(WIDE, impl=Implementations(newton_schulz=impl))
+    config = replace(WIDE, impl=Implementations(optimizer=impl))
     model = GPT.create(config, "cuda", torch.bfloat16)
     optimizer, losses, graph = MuonAdamW(model, graphs=graphs), [], None
     generator = torch.Generator("cuda").manual_seed(0)
@@ -225,7 +228,7 @@ def learn(steps: int, impl: str = "triton", graphs: bool = True, whole: bool = F
         loss.backward()
         losses.append(loss.item())
         if whole and step >= 2:
-            optimizer.schedule(1.0 - step / steps, 0.9)
+            optimizer.begin_step(1.0 - step / steps, 0.9)
             if graph is None:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):

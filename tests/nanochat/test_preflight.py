@@ -7,19 +7,21 @@ import time
 import pytest
 import torch
 
-import nanochat.tasks.sources
-from nanochat.assets import assets, faults, write_record
-from nanochat.errors import UserError
+import nanochat.tasks.rows
 from nanochat.evaluate.chat import TASKS
 from nanochat.gpt import GPTConfig
-from nanochat.paths import Paths
-from nanochat.pipeline import NAMES, SpeedrunConfig, run_speedrun
-from nanochat.preflight import PreflightConfig, _estimate, preflight
-from nanochat.presets import PRESETS, with_preset
-from nanochat.runtime import Runtime
-from nanochat.train.base import BaseConfig
-from nanochat.train.mid import MidConfig, mid_mixture
-from nanochat.train.sft import SftConfig, sft_mixture
+from nanochat.options.presets import PRESETS, with_preset
+from nanochat.options.speedrun import PreflightOptions, SpeedrunOptions
+from nanochat.options.train import TrainBaseOptions, TrainMidOptions, TrainSftOptions
+from nanochat.platform.distributed import Runtime
+from nanochat.platform.errors import UserError
+from nanochat.platform.paths import Paths
+from nanochat.speedrun.assets import assets, note_fetched, problems
+from nanochat.speedrun.preflight import _estimate, preflight
+from nanochat.speedrun.run import run_stages
+from nanochat.speedrun.stages import NAMES
+from nanochat.train.finetune import sft_mixture
+from nanochat.train.midtrain import mid_mixture
 from tests.nanochat.world_of_d20 import on_disk, parquet
 
 SHARDS = 3
@@ -42,7 +44,7 @@ def no_network(monkeypatch):
 
 
 def check(paths: Paths) -> None:
-    preflight(PreflightConfig("d20", SHARDS, data_only=True), paths)
+    preflight(PreflightOptions("d20", SHARDS, data_only=True), paths)
 
 
 def test_all_is_there(d20, capsys):
@@ -93,7 +95,7 @@ def test_what_is_spoilt_is_no_data(d20, name, spoil, named):
     content = file.read_bytes()
     try:
         file.write_bytes(spoil(content, asset.columns))
-        found = [fault for _, _, fault in faults("d20", d20, SHARDS) if fault]
+        found = [fault for _, _, fault in problems("d20", d20, SHARDS) if fault]
     finally:
         file.write_bytes(content)
     assert len(found) == 1 and named in found[0] and found[0].startswith(name)
@@ -101,27 +103,29 @@ def test_what_is_spoilt_is_no_data(d20, name, spoil, named):
 
 def test_a_file_that_shrank_after_it_was_fetched(d20):
     asset = next(asset for asset in LIST if asset.name == "words")
-    write_record(d20, asset, {"words.txt": [1, ""]})
+    note_fetched(d20, asset, {"words.txt": [1, ""]})
     try:
-        [fault] = [fault for _, _, fault in faults("d20", d20, SHARDS) if fault]
+        [fault] = [fault for _, _, fault in problems("d20", d20, SHARDS) if fault]
     finally:
         d20.assets.unlink()
     assert "bytes; fetch it" in fault and "of 1 bytes" in fault
 
 
 def test_a_run_without_its_data_does_not_begin(tmp_path):
-    with pytest.raises(UserError, match="nanochat fetch --only text.*nanochat preflight names all that is missing"):
-        run_speedrun(SpeedrunConfig(preset="d20"), Paths(tmp_path))
+    with pytest.raises(
+        UserError, match="nanochat fetch --only text.*nanochat preflight names everything that is missing"
+    ):
+        run_stages(SpeedrunOptions(preset="d20"), Paths(tmp_path))
     assert not (tmp_path / "records").exists()
 
 
 def test_a_machine_without_a_gpu_is_told(d20):
     with pytest.raises(UserError, match="no GPU here"):
-        preflight(PreflightConfig("d20", SHARDS), d20)
+        preflight(PreflightOptions("d20", SHARDS), d20)
 
 
 def test_a_run_that_does_not_fit_its_job_is_foretold(monkeypatch, capsys):
-    base = with_preset(BaseConfig(), "train base", "d20")
+    base = with_preset(TrainBaseOptions(), "train base", "d20")
     model = GPTConfig.from_depth(base.depth, 65536)
     runtime = Runtime(0, 1, torch.device("cpu"), torch.bfloat16)
     monkeypatch.setattr(Runtime, "device_name", "NVIDIA A100-SXM4-80GB")
@@ -134,15 +138,15 @@ def test_a_run_that_does_not_fit_its_job_is_foretold(monkeypatch, capsys):
 
 def test_loaders_read_only_what_is_listed(world, monkeypatch):
     asked = set()
-    load = nanochat.tasks.sources.load_rows
+    load = nanochat.tasks.rows.load_rows
 
     def recording(paths, source, split, columns):
         asked.add((f"{source}/{split}", columns))
         return load(paths, source, split, columns)
 
-    for module in ("gsm8k", "humaneval", "multiple_choice", "conversations"):
+    for module in ("gsm8k", "humaneval", "arc", "mmlu", "smoltalk"):
         monkeypatch.setattr(f"nanochat.tasks.{module}.load_rows", recording)
-    mid_mixture(MidConfig(), world), sft_mixture(SftConfig(mmlu=1), world)
+    mid_mixture(TrainMidOptions(), world), sft_mixture(TrainSftOptions(mmlu=1), world)
     for make in TASKS.values():
         make(world)
     listed = {asset.name: asset.columns for preset in PRESETS for asset in assets(preset)}

@@ -1,17 +1,16 @@
 import pytest
 
 from nanochat.cli import COMMANDS, parse
-from nanochat.errors import UserError
 from nanochat.gpt import GPTConfig
-from nanochat.preflight import most_rows
-from nanochat.presets import PRESETS, PresetOptions
-from nanochat.train.base import BaseConfig, horizon
-from nanochat.train.loop import accumulation_steps
-from nanochat.train.mid import MidConfig
+from nanochat.options.presets import PRESETS, PresetOptions
+from nanochat.options.train import TrainBaseOptions, TrainMidOptions
+from nanochat.platform.errors import UserError
+from nanochat.speedrun.preflight import most_rows
+from nanochat.train.plan import accumulation_steps, horizon
 
 
 def test_d20_has_the_numbers_of_the_original_model():
-    config = parse(BaseConfig, "train base", ["--preset", "d20"])
+    config = parse(TrainBaseOptions, "train base", ["--preset", "d20"])
     shape = GPTConfig.from_depth(config.depth, 65536, config.context_length)
     assert (shape.width, shape.n_head, shape.head_width) == (1280, 10, 128)
     assert shape.num_parameters == 560_988_160
@@ -32,7 +31,7 @@ def test_other_depths(depth, millions):
 @pytest.mark.parametrize("preset", ["d20", "d26", "d32"])
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])
 def test_gpu_presets_fit_any_usual_number_of_processes(preset, processes):
-    config = parse(BaseConfig, "train base", ["--preset", preset])
+    config = parse(TrainBaseOptions, "train base", ["--preset", preset])
     rows = config.device_batch_size
     assert accumulation_steps(config.total_batch_size, rows, config.context_length, processes, "tokens") >= 1
 
@@ -41,30 +40,30 @@ def test_gpu_presets_fit_any_usual_number_of_processes(preset, processes):
 def test_one_gate_serves_every_stage_and_on_a_gpu_none_takes_more_rows_than_pretraining(preset, rows):
     assert most_rows(preset) == rows
     if preset != "cpu":
-        assert parse(BaseConfig, "train base", ["--preset", preset]).device_batch_size == rows
-        mid = parse(MidConfig, "train mid", ["--preset", preset])
+        assert parse(TrainBaseOptions, "train base", ["--preset", preset]).device_batch_size == rows
+        mid = parse(TrainMidOptions, "train mid", ["--preset", preset])
         assert accumulation_steps(mid.total_batch_size, mid.device_batch_size, 2048, 8, "tokens") >= 1
 
 
 def test_presets_fit_their_commands_and_options_win_over_them():
     for preset, commands in PRESETS.items():
         for name in commands:
-            kind, _ = COMMANDS[name].load()
+            kind = COMMANDS[name].load_options()
             assert issubclass(kind, PresetOptions)
             assert parse(kind, name, ["--preset", preset]).preset == preset
-    config = parse(BaseConfig, "train base", ["--depth", "7", "--preset=cpu", "--save-every", "9"])
+    config = parse(TrainBaseOptions, "train base", ["--depth", "7", "--preset=cpu", "--save-every", "9"])
     assert (config.depth, config.run.save_every) == (7, 9)
     assert config.total_batch_size == PRESETS["cpu"]["train base"]["total_batch_size"]
     with pytest.raises(UserError, match="unknown preset 'd99'; there are: tiny, cpu, d20, d26, d32"):
-        parse(BaseConfig, "train base", ["--preset", "d99"])
+        parse(TrainBaseOptions, "train base", ["--preset", "d99"])
 
 
 def test_the_first_horizon_set_counts():
     shape = GPTConfig.from_depth(4, 1024)
-    assert horizon(BaseConfig(num_iterations=5, target_flops=1e18), shape) == 5
+    assert horizon(TrainBaseOptions(num_iterations=5, target_flops=1e18), shape) == 5
     flops = 10.2 * 524288 * shape.flops_per_token
-    assert horizon(BaseConfig(target_flops=flops), shape) == 10
+    assert horizon(TrainBaseOptions(target_flops=flops), shape) == 10
     with pytest.raises(UserError, match="under one step"):
-        horizon(BaseConfig(target_flops=1.0), shape)
+        horizon(TrainBaseOptions(target_flops=1.0), shape)
     with pytest.raises(UserError, match="set one of"):
-        horizon(BaseConfig(target_param_data_ratio=0), shape)
+        horizon(TrainBaseOptions(target_param_data_ratio=0), shape)

@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from nanochat.sandbox import run_python
+from nanochat.inference.sandbox import run_python
 
 
 def test_a_program_that_ends_well():

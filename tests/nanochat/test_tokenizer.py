@@ -3,8 +3,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.errors import UserError
-from nanochat.tokenizer import SPECIALS, Tokenizer
+from nanochat.platform.errors import UserError
+from nanochat.tokenizer.bpe import SPECIALS, Tokenizer
+from nanochat.tokenizer.chat_format import render, render_prompt
 from tests.conftest import assert_refused, nanochat
 
 any_text = st.text(st.characters(exclude_categories=("Cs",)))
@@ -70,21 +71,21 @@ def test_a_damaged_tokenizer_is_refused(tokenizer, tmp_path):
 
 
 def test_rendering_masks_what_the_assistant_says(tokenizer):
-    ids, mask = tokenizer.render(TALK)
+    ids, mask = render(tokenizer, TALK)
     spoken = tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m])
     assert spoken == "It is <|python_start|>2+2<|python_end|>4.<|assistant_end|>"
     assert tokenizer.decode(ids) == (
         "<|bos|><|user_start|>Be brief.\n\n2+2?<|user_end|><|assistant_start|>It is <|python_start|>2+2<|python_end|>"
         "<|output_start|>4<|output_end|>4.<|assistant_end|>"
     )
-    assert tokenizer.render(TALK, 7) == (ids[:7], mask[:7])
+    assert render(tokenizer, TALK, 7) == (ids[:7], mask[:7])
 
 
 def test_a_prompt_ends_where_the_answer_begins(tokenizer):
-    ids, _ = tokenizer.render(TALK)
-    prompt = tokenizer.render_prompt(TALK)
+    ids, _ = render(tokenizer, TALK)
+    prompt = render_prompt(tokenizer, TALK)
     assert prompt == ids[: len(prompt)] and prompt[-1] == tokenizer.special("assistant_start")
-    assert tokenizer.render_prompt({"messages": TALK["messages"][:-1]}) == prompt
+    assert render_prompt(tokenizer, {"messages": TALK["messages"][:-1]}) == prompt
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_a_prompt_ends_where_the_answer_begins(tokenizer):
 )
 def test_malformed_conversations_are_refused(tokenizer, conversation, message):
     with pytest.raises(UserError, match=message):
-        tokenizer.render(conversation)
+        render(tokenizer, conversation)
 
 
 def test_vocabulary_too_small_or_too_large_for_the_text():

@@ -7,8 +7,8 @@ import zipfile
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.assets import Asset, assets
-from nanochat.data.identity import identity_conversations
+from nanochat.speedrun.assets import Asset, assets
+from nanochat.synthetic.identity import identity_conversations
 
 
 def parquet(rows: int, columns: tuple[str, ...]) -> bytes:

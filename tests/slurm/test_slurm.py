@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nanochat.paths import Paths
-from nanochat.presets import PRESETS
+from nanochat.options.presets import PRESETS
+from nanochat.platform.paths import Paths
 from nanochat.train.metrics import read_metrics
 from tests.conftest import environment
 

@@ -1,0 +1,85 @@
+"""Site profiles: what is particular to a cluster, in slurm/<name>.env, which the scripts read too."""
+
+import getpass
+import re
+import shlex
+from dataclasses import dataclass, fields
+from pathlib import Path
+from string import Template
+
+from nanochat.platform import environment
+from nanochat.platform.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS_READ = ("venv", "timeout")  # further names that a profile may set for the scripts in slurm/
+
+
+@dataclass(frozen=True)
+class Site:
+    """The profile of a cluster: NANOCHAT_ACCOUNT is `account`, and so on. An empty value leaves Slurm's default."""
+
+    name: str
+    modules: str = ""
+    account: str = ""
+    partition: str = ""
+    gres: str = ""
+    gpus: str = ""
+    cpus: str = ""
+    memory: str = ""
+    time: str = ""
+    scratch: str = ""
+
+
+def load_site(name: str, folder: Path = ROOT / "slurm") -> Site:
+    """The profile slurm/<name>.env, or the file that `name` is a path of.
+
+    Raises UserError for a missing profile (and lists the existing ones), a line that is not NAME=value, or an unknown name.
+    """
+    path = Path(name) if name.endswith(".env") else folder / f"{name}.env"
+    if not path.is_file():
+        existing = ", ".join(sorted(p.stem for p in folder.glob("*.env")))
+        raise UserError(
+            f"--site {name}: {path} does not exist; existing profiles: {existing}; copy slurm/generic.env for a new one"
+        )
+    known = [field.name for field in fields(Site) if field.name != "name"]
+    values: dict[str, str] = {}
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        match = re.fullmatch(r"NANOCHAT_([A-Z_]+)=(.*)", line)
+        if not match or match[1].lower() not in (*known, *SCRIPTS_READ):
+            names = ", ".join(f"NANOCHAT_{value.upper()}" for value in (*known, *SCRIPTS_READ))
+            raise UserError(f"{path}:{number}: expected NAME=value with one of {names}, got {line!r}")
+        value = " ".join(shlex.split(match[2], comments=True))
+        value = Template(value).safe_substitute({"USER": getpass.getuser(), **environment.all_variables()})
+        if "$" in value:
+            raise UserError(f"{path}:{number}: {value!r} refers to a variable that is not set here")
+        values[match[1].lower()] = value
+    profile = {name: value for name, value in values.items() if name in known}
+    return Site(str(path.resolve()) if name.endswith(".env") else name, **profile)
+
+
+def base_directory(site: Site) -> str:
+    """Where a job keeps its files: NANOCHAT_BASE_DIR if it is set here, else the site's scratch, else the default."""
+    configured = environment.configured_base_directory()
+    if configured:
+        return str(configured)
+    return f"{site.scratch}/nanochat-cache" if site.scratch else str(Path.home() / ".cache" / "nanochat")
+
+
+def mail_user(option: str, folder: Path = ROOT) -> str:
+    """The address that Slurm writes to: the option, else MAIL_USER or NANOCHAT_MAIL_USER (in any case) of the environment
+    or of .env.local. Raises UserError for something that is not an address."""
+    found = option or _mail_variable(environment.all_variables())
+    if not found and (folder / ".env.local").is_file():
+        pairs = (line.partition("=") for line in (folder / ".env.local").read_text("utf-8").splitlines())
+        found = _mail_variable({name.strip().removeprefix("export "): value.strip(" \"'") for name, _, value in pairs})
+    if found and not re.fullmatch(r"[^\s@,]+@[^\s@,]+", found):
+        raise UserError(f"--mail-user {found!r} is not an address; expected name@host")
+    return found
+
+
+def _mail_variable(values: dict[str, str]) -> str:
+    upper = {name.upper(): value for name, value in values.items()}
+    return upper.get("NANOCHAT_MAIL_USER") or upper.get("MAIL_USER") or ""

@@ -1,0 +1,96 @@
+"""What nanochat asks of Slurm: the sbatch call of a job, and how the processes of a stage start inside one."""
+
+import re
+import socket
+import sys
+from dataclasses import dataclass
+
+from nanochat.cluster.site import Site
+from nanochat.options.cluster import SIGNAL_SECONDS
+from nanochat.platform import environment
+from nanochat.platform.errors import UserError
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job to submit. gpus: of each node; time: Slurm's notation, empty for the site's."""
+
+    name: str
+    preset: str
+    nodes: int = 1
+    gpus: int = 0
+    tasks_per_node: int = 1
+    time: str = ""
+    mail: str = ""
+    after: str = ""
+    signal_seconds: int = SIGNAL_SECONDS
+    stages: str = ""  # --from and --to of the speedrun
+
+
+def sbatch_command(job: Job, site: Site, base: str) -> list[str]:
+    """The sbatch call. A profile's empty values leave their option out."""
+    options = {
+        "job-name": f"nanochat-{job.name}",
+        "account": site.account,
+        "partition": site.partition,
+        "nodes": str(job.nodes),
+        "ntasks-per-node": str(job.tasks_per_node),
+        "gres": f"{site.gres}:{job.gpus}" if site.gres and job.gpus else "",
+        "cpus-per-task": site.cpus,
+        "mem": site.memory,
+        "time": job.time or site.time,
+        "signal": f"B:USR1@{job.signal_seconds}" if job.name == "speedrun" else "",
+        "open-mode": "append",
+        "output": f"{base}/logs/%x-%j.log",
+        "dependency": f"afterok:{job.after}" if job.after else "",
+        "mail-user": job.mail,
+        "mail-type": "BEGIN,END,FAIL" if job.mail else "",
+    }
+    passed = {"NANOCHAT_SITE": site.name, "NANOCHAT_BASE_DIR": base, "NANOCHAT_PRESET": job.preset}
+    passed |= {"NANOCHAT_SIGNAL_SECONDS": str(job.signal_seconds)} if job.name == "speedrun" else {}
+    passed |= {"NANOCHAT_STAGES": job.stages} if job.stages else {}
+    if any("," in value for value in passed.values()):
+        raise UserError(f"Slurm cannot pass values with a comma on: {passed}; rename the directory")
+    arguments = [f"--{name}={value}" for name, value in options.items() if value]
+    exported = ",".join(f"{name}={value}" for name, value in passed.items())
+    requeue = ["--requeue"] if job.name == "speedrun" else []
+    return ["sbatch", "--parsable", *arguments, *requeue, f"--export=ALL,{exported}", f"slurm/{job.name}.sbatch"]
+
+
+def distributed_launcher(processes: int) -> list[str]:
+    """How the processes of a stage are started, before `-m nanochat …`: python itself for one, torchrun for more.
+
+    In a Slurm job of several tasks every task starts a torchrun of its own, and they meet at the first node.
+    """
+    tasks = environment.slurm_tasks()
+    if tasks == 1:
+        alone = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        return alone if processes > 1 else [sys.executable]
+    job, nodes, attempt = environment.slurm_job()
+    host, port = _first_host(nodes), 20_000 + job % 20_000
+    per_task = max(1, processes)
+    return [
+        "srun", f"--ntasks={tasks}", "--kill-on-bad-exit=1", "--export=ALL", sys.executable, "-m", "torch.distributed.run",
+        f"--nnodes={tasks}", f"--nproc_per_node={per_task}", "--rdzv_backend=c10d", f"--rdzv_endpoint={host}:{port}",
+        f"--rdzv_id={job}.{attempt}",
+    ]  # fmt: skip
+
+
+def seconds_of(limit: str) -> int:
+    """Of a time limit in Slurm's notation: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
+
+    Raises UserError for another."""
+    days, dash, rest = limit.rpartition("-")
+    parts = rest.split(":")
+    if not all(part.isdigit() for part in (*parts, days or "0")) or len(parts) > 3:
+        raise UserError(
+            f"--time {limit!r} is no time limit; wanted minutes, hours:minutes:seconds or days-hours:minutes:seconds"
+        )
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return 86400 * int(days or 0) + sum(unit * int(part) for unit, part in zip(units, parts, strict=False))
+
+
+def _first_host(node_list: str) -> str:
+    """The first name of Slurm's compressed list: gpu[07-09,12] → gpu07."""
+    match = re.match(r"([^,\[]+)(?:\[(\d+))?", node_list)
+    return match[1] + (match[2] or "") if match else socket.gethostname()

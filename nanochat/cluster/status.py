@@ -1,0 +1,50 @@
+"""`nanochat cluster status`: how far a run is, from the files it writes, and its jobs where Slurm is installed."""
+
+import json
+import shutil
+import subprocess
+import time
+
+from rich.table import Table
+
+from nanochat.options.cluster import StatusOptions
+from nanochat.platform.console import console, say
+from nanochat.platform.files import read_json
+from nanochat.platform.paths import Paths
+from nanochat.speedrun.records import record_path
+from nanochat.speedrun.stages import STAGES, Stage
+from nanochat.train.metrics import read_metrics
+
+STALE_SECONDS = 300  # without a new line in its metrics a stage is not called running
+
+
+def status(options: StatusOptions, paths: Paths) -> None:
+    table = Table("stage", "state", "step", "loss", "tokens/s", "left", box=None)
+    for stage in STAGES:
+        table.add_row(stage.name, *_state(paths, stage))
+    console.print(table)
+    say(f"files: {paths.base}")
+    ids = [json.loads(line)["id"] for line in paths.jobs.read_text("utf-8").splitlines()] if paths.jobs.exists() else []
+    if ids and shutil.which("squeue"):
+        queue = subprocess.run(
+            ["squeue", "--noheader", "--format=%i %j %T %M of %l, %r", "--states=all", f"--jobs={','.join(ids[-8:])}"],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        say(queue.stdout.strip() or f"Slurm no longer knows the jobs {', '.join(ids[-8:])}")
+
+
+def _state(paths: Paths, stage: Stage) -> tuple[str, ...]:
+    record = read_json(record_path(paths, stage))
+    metrics = [line for line in read_metrics(paths.metrics(stage.name)) if "tokens_per_second" in line]
+    numbers = ("", "", "", "")
+    if metrics:
+        last = metrics[-1]
+        numbers = (f"{last['step'] + 1:,}", f"{last['smoothed_loss']:.4f}", f"{last['tokens_per_second']:,.0f}", "")
+    if record is not None:
+        return (f"done in {record['seconds']:.0f} s", *numbers)
+    if not metrics:
+        return ("to come", *numbers)
+    age = time.time() - paths.metrics(stage.name).stat().st_mtime
+    remaining = metrics[-1].get("remaining")  # None in the first steps, whose pace says nothing
+    left = "not known yet" if remaining is None else f"{remaining / 60:.1f} min"
+    return ("running" if age < STALE_SECONDS else f"no news for {age / 60:.0f} min", *numbers[:3], left)

@@ -1,0 +1,82 @@
+"""The commands about a cluster: submit a job to Slurm, and tell how a run stands from the files it writes."""
+
+import json
+import shlex
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+from nanochat.cluster.site import ROOT, base_directory, load_site, mail_user
+from nanochat.cluster.slurm import Job, sbatch_command, seconds_of
+from nanochat.options.cluster import SubmitOptions
+from nanochat.options.presets import EMBEDDED
+from nanochat.platform.console import say
+from nanochat.platform.errors import UserError
+from nanochat.platform.paths import Paths
+from nanochat.speedrun.stages import NAMES
+
+SHORTEST_RUN = 35  # seconds, in which a start gets somewhere
+STALE_SECONDS = 300  # without a new line in its metrics a stage is not called running
+
+
+def submit(options: SubmitOptions) -> None:
+    """Raises UserError when Slurm is not there or refuses."""
+    if options.nodes < 1 or options.tasks_per_node < 1:
+        raise UserError(
+            f"--nodes and --tasks-per-node must be at least 1, got {options.nodes} and {options.tasks_per_node}"
+        )
+    site = load_site(options.site)
+    base = base_directory(site)
+    plain = options.preset in EMBEDDED
+    gpus = options.gpus if options.gpus >= 0 else 0 if plain else int(site.gpus or 8)
+    if gpus and options.tasks_per_node > 1:
+        raise UserError("one task a node serves all of its GPUs; --tasks-per-node is for runs without")
+    for option, name in (("--from", options.first), ("--to", options.last)):
+        if name and name not in NAMES:
+            raise UserError(f"{option} {name}: no such stage; there are: {', '.join(NAMES)}")
+    limit = options.time or site.time
+    if limit and seconds_of(limit) < options.signal_seconds + SHORTEST_RUN:
+        raise UserError(
+            f"--time {limit} leaves less than {SHORTEST_RUN} s before the signal to save, {options.signal_seconds} s ahead of its "
+            "end: the job would be queued again and again; give more time, or a smaller --signal-seconds"
+        )
+    stages = " ".join(
+        f"{option} {name}" for option, name in (("--from", options.first), ("--to", options.last)) if name
+    )
+    mail = mail_user(options.mail_user)
+    names = ["gate", "speedrun"] if options.job == "speedrun" and options.after_gate else [options.job]
+    submitted = ""
+    for name in names:
+        whole = name == "speedrun"
+        job = Job(
+            name, options.preset, options.nodes if whole else 1, gpus if whole else min(gpus, 1),
+            options.tasks_per_node if whole else 1, options.time, mail, submitted, options.signal_seconds, stages,
+        )  # fmt: skip
+        command = sbatch_command(job, site, base)
+        if options.dry_run:
+            say(shlex.join(command))
+            submitted = f"<{name}>"
+            continue
+        Paths(Path(base)).logs.mkdir(parents=True, exist_ok=True)
+        submitted = _call(command)
+        record = {"id": submitted, "job": name, "preset": options.preset, "submitted": time.strftime("%F %T")}
+        with Paths(Path(base)).jobs.open("a", encoding="utf-8") as jobs:
+            jobs.write(json.dumps(record) + "\n")
+        say(f"submitted {name}: job {submitted}")
+        say(f"  tail -F {base}/logs/nanochat-{name}-{submitted}.log")
+    if not options.dry_run:
+        say("watch it with:")
+        say(f"  squeue --me\n  NANOCHAT_BASE_DIR={base} nanochat cluster status")
+
+
+def _call(command: list[str]) -> str:
+    """The id of the job that sbatch queued."""
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            "sbatch is not on the PATH; run this on a login node of a Slurm cluster, or look with --dry-run"
+        )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"Slurm refused: {done.stderr.strip()}; the call was: {shlex.join(command)}")
+    return done.stdout.strip().split(";")[0]

@@ -1,0 +1,69 @@
+"""The stream of pretraining tokens, with a position from which the same batches come again.
+
+Threads tokenize the documents of a rank's row groups. Each document begins with bos, and together they form one endless
+stream. A batch is B rows of T + 1 of its tokens, and each row begins with the last token of the row before. A position (epoch,
+row group, document, token) names the first token of the next batch, so that resuming needs no saved buffer.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from nanochat.data.batches import Batch
+from nanochat.data.positions import START, TextPosition
+from nanochat.data.shards import Shards
+from nanochat.platform.errors import UserError
+from nanochat.tokenizer.bpe import Tokenizer
+
+DOCUMENTS_AT_ONCE = 64
+
+
+class TokenStream:
+    """A rank's endless stream of tokens."""
+
+    def __init__(self, shards: Shards, tokenizer: Tokenizer, rank: int, world_size: int, pool: ThreadPoolExecutor):
+        if world_size > len(shards.row_groups):
+            raise UserError(
+                f"{len(shards.row_groups)} row groups cannot feed {world_size} processes; "
+                "use fewer processes or more shards"
+            )
+        self.shards, self.tokenizer, self.rank, self.world_size, self.pool = shards, tokenizer, rank, world_size, pool
+
+    def documents(self, position: TextPosition) -> Iterator[tuple[TextPosition, np.ndarray]]:
+        """(position of its first token, tokens) of each document from a position on, for ever."""
+        epoch, row_group, document, token = position
+        row_group = self.rank if row_group < 0 else row_group
+        while True:
+            texts = self.shards.read(row_group)
+            for first in range(document, len(texts), DOCUMENTS_AT_ONCE):
+                some = texts[first : first + DOCUMENTS_AT_ONCE]
+                for index, tokens in enumerate(self.tokenizer.encode_batch(some, self.pool), first):
+                    tokens = np.concatenate([[self.tokenizer.bos], tokens]).astype(np.int64)
+                    yield (epoch, row_group, index, token), tokens[token:]
+                    token = 0
+            document = 0
+            row_group += self.world_size
+            if row_group >= len(self.shards.row_groups):
+                epoch, row_group = epoch + 1, self.rank
+
+    def batches(self, rows: int, length: int, position: TextPosition = START) -> Iterator[Batch]:
+        """Batches of `rows` × `length` tokens from a position on, for ever."""
+        needed = rows * length
+        waiting: deque[tuple[TextPosition, np.ndarray]] = deque()
+        held = 0
+        for where, tokens in self.documents(position):
+            waiting.append((where, tokens))
+            held += len(tokens)
+            while held > needed:  # one token beyond: the last target, and the first input of the next batch
+                flat = np.concatenate([tokens for _, tokens in waiting])[: needed + 1]
+                consumed = needed
+                while len(waiting[0][1]) <= consumed:
+                    consumed -= len(waiting.popleft()[1])
+                (epoch, row_group, document, token), tokens = waiting[0]
+                waiting[0] = ((epoch, row_group, document, token + consumed), tokens[consumed:])
+                held -= needed
+                flat = torch.from_numpy(flat)
+                yield Batch(flat[:-1].view(rows, length), flat[1:].view(rows, length), waiting[0][0])

@@ -1,0 +1,104 @@
+"""A chat session: the conversation as token ids, and its answers as events.
+
+The ids are the conversation. What the model has said, its tool calls and their results stay in it exactly as the model saw
+them; text is made from ids for display only, and never turned back into ids.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from nanochat.inference.engine import Engine
+from nanochat.tokenizer.bpe import Tokenizer
+from nanochat.tokenizer.chat_format import user_turn
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of the answer, of whole characters."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """An expression that the model has handed to the calculator."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    """What the calculator answered."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """The conversation passed the positions of the model, so that its oldest turns were dropped."""
+
+    turns: int
+
+
+Event = Text | ToolCall | ToolResult | Forgotten
+
+
+class Session:
+    """A conversation with a model. temperature, top_k, seed: as in Engine.stream; max_tokens: of an answer."""
+
+    def __init__(self, engine: Engine, max_tokens: int = 512, **sampling) -> None:
+        self.engine, self.max_tokens, self.sampling = engine, max_tokens, sampling
+        self.turns: list[list[int]] = []  # the ids of a question and its answer each
+
+    def clear(self) -> None:
+        self.turns = []
+
+    def ask(self, text: str) -> Iterator[Event]:
+        """The answer to a message, as it is generated. A question whose answer is not read to its end is not kept.
+
+        Raises UserError when the question alone does not fit into the model's positions.
+        """
+        tokenizer = self.engine.tokenizer
+        question = [*user_turn(tokenizer, text), tokenizer.special("assistant_start")]
+        if dropped := self._make_room(len(question)):
+            yield Forgotten(dropped)
+        prompt = [tokenizer.bos, *(token for turn in self.turns for token in turn), *question]
+        answer: list[int] = []
+
+        def tokens() -> Iterator[int]:
+            for [token], _ in self.engine.stream([prompt], self.max_tokens, **self.sampling):
+                if token is not None:
+                    answer.append(token)
+                    yield token
+
+        yield from events(tokenizer, tokens())
+        self.turns.append([*question, *answer, tokenizer.special("assistant_end")])
+
+    def _make_room(self, question: int) -> int:
+        """Drop the oldest turns until a question of so many tokens and an answer fit; returns how many were dropped."""
+        positions = self.engine.model.cos.size(0)
+        answer = min(self.max_tokens, positions // 4)
+        before = len(self.turns)
+        while self.turns and 1 + sum(map(len, self.turns)) + question + answer > positions:
+            self.turns.pop(0)
+        return before - len(self.turns)
+
+
+def events(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[Event]:
+    """Generated tokens as events: text in pieces of whole characters, each tool call and each result in one piece."""
+    kinds = {tokenizer.special("python_start"): ToolCall, tokenizer.special("output_start"): ToolResult}
+    ends = {tokenizer.special("python_end"), tokenizer.special("output_end")}
+    kind, waiting = Text, []  # waiting: tokens not yet shown
+    for token in tokens:
+        if token in kinds or token in ends:
+            if waiting or kind is not Text:
+                yield kind(tokenizer.decode(waiting))
+            kind, waiting = kinds.get(token, Text), []
+            continue
+        waiting.append(token)
+        # a character has up to four bytes: what is not whole after eight tokens is not UTF-8
+        if kind is Text and (not tokenizer.decode(waiting).endswith("\ufffd") or len(waiting) > 8):
+            yield Text(tokenizer.decode(waiting))
+            waiting = []
+    if waiting:
+        yield kind(tokenizer.decode(waiting))

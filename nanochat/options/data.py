@@ -1,0 +1,30 @@
+"""The options of `nanochat data generate`."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from nanochat.options.ranges import AtLeast
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Generate the embedded data: a small closed world as text, conversations and tests."""
+
+    seed: int = 1
+    """seed of everything generated"""
+    shards: Annotated[int, AtLeast(1)] = 4
+    """pretraining shards for training; one more is validation"""
+    documents: Annotated[int, AtLeast(1)] = 4096
+    """documents a shard"""
+    chats: Annotated[int, AtLeast(1)] = 3000
+    """general conversations (SmolTalk's layout)"""
+    questions: Annotated[int, AtLeast(1)] = 10000
+    """multiple-choice questions for training (MMLU's layout; a quarter as many in each of ARC's two)"""
+    problems: Annotated[int, AtLeast(1)] = 6000
+    """word problems for training (GSM8K's layout)"""
+    identity: Annotated[int, AtLeast(1)] = 300
+    """conversations about the model itself"""
+    words: Annotated[int, AtLeast(1)] = 4000
+    """words of the word list"""
+    tests: Annotated[int, AtLeast(1)] = 200
+    """items of each test at most"""

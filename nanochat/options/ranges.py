@@ -1,0 +1,37 @@
+"""The allowed range of an option, written beside it: `depth: Annotated[int, AtLeast(1)] = 20`."""
+
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, get_type_hints
+
+from nanochat.platform.errors import UserError
+
+
+@dataclass(frozen=True)
+class Between:
+    """A number from `low` to `high`, both included; None, where the option allows it, is not checked."""
+
+    low: float
+    high: float = float("inf")
+
+    def __str__(self) -> str:
+        return f"at least {self.low:g}" if self.high == float("inf") else f"between {self.low:g} and {self.high:g}"
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+
+def AtLeast(low: float) -> Between:
+    return Between(low)
+
+
+def check_ranges(options: Any) -> None:
+    """Raises UserError for the first option, in nested dataclasses too, whose value lies outside its range."""
+    hints = get_type_hints(type(options), include_extras=True)
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if is_dataclass(value):
+            check_ranges(value)
+            continue
+        for allowed in getattr(hints[field.name], "__metadata__", ()):
+            if isinstance(allowed, Between) and value is not None and value not in allowed:
+                raise UserError(f"--{field.name.replace('_', '-')} must be {allowed}, got {value}")

@@ -1,0 +1,51 @@
+"""The options of `nanochat speedrun`, `nanochat fetch` and `nanochat preflight`."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from nanochat.options.presets import PresetName
+from nanochat.options.ranges import AtLeast
+
+
+@dataclass(frozen=True)
+class SpeedrunOptions:
+    """Run the whole pipeline, from text to chat. The same command again goes on where the last one stopped."""
+
+    preset: PresetName = "cpu"
+    """cpu (embedded data, minutes on two cores), tiny (a minute, to try a machine), d20, d26 or d32"""
+    first: Annotated[str, tyro.conf.arg(name="from")] = "data"
+    """stage to begin with; earlier ones must have finished"""
+    last: Annotated[str, tyro.conf.arg(name="to")] = "report"
+    """stage to end with"""
+    processes: Annotated[int, AtLeast(0)] = 0
+    """training processes; 0: one a GPU, or one on a machine without"""
+    device: str = "auto"
+    """auto, cuda, cpu or mps"""
+
+
+@dataclass(frozen=True)
+class FetchOptions:
+    """Fetch the data of a preset from the hub and the web. Run it where there is internet; it resumes and verifies."""
+
+    preset: PresetName = "d20"
+    """d20, d26 or d32: how much pretraining text"""
+    shards: Annotated[int, AtLeast(0)] = 0
+    """shards of pretraining text besides the one for validation; 0: the preset's number"""
+    only: tuple[str, ...] = ()
+    """fetch only these assets"""
+    workers: Annotated[int, AtLeast(1)] = 8
+    """files at once"""
+
+
+@dataclass(frozen=True)
+class PreflightOptions:
+    """Check data, GPUs, disk space, time and gate file before a run. Every fault is named, with the stage and the remedy."""
+
+    preset: PresetName = "d20"
+    """tiny, cpu, d20, d26 or d32"""
+    shards: Annotated[int, AtLeast(0)] = 0
+    """shards of pretraining text; 0: the preset's number"""
+    data_only: bool = False
+    """check the data alone, as on the node that fetches"""

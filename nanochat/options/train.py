@@ -1,0 +1,172 @@
+"""The options of `nanochat train base|mid|sft`: what is learned, by which optimizer, and how the stage runs."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+from nanochat.options.model import Implementations
+from nanochat.options.presets import PresetOptions
+from nanochat.options.ranges import AtLeast, Between
+
+Execution = Literal["auto", "graph", "compile", "eager"]
+SAMPLE_PROMPTS = (
+    "The capital of France is",
+    "The chemical symbol of gold is",
+    "If yesterday was Friday, then tomorrow will be",
+    "The opposite of hot is",
+    "The planets of the solar system are:",
+    "My favorite color is",
+    "If 5*x + 3 = 13, then x is",
+)
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """Learning rates of the three kinds of weights and the gradient's limit."""
+
+    matrix_lr: Annotated[float, AtLeast(0)] = 0.02
+    """learning rate of Muon, for the matrices of the blocks"""
+    embedding_lr: Annotated[float, AtLeast(0)] = 0.2
+    """learning rate of AdamW for the embedding, at width 768 (scaled by (width/768)^-1/2)"""
+    head_lr: Annotated[float, AtLeast(0)] = 0.004
+    """learning rate of AdamW for the head, at width 768 (scaled by (width/768)^-1/2)"""
+    grad_clip: Annotated[float, AtLeast(0)] = 1.0
+    """largest global norm of the gradient; 0 leaves it as it is"""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a training stage runs; none of it changes what is learned."""
+
+    device: str = "auto"
+    """auto (cuda when there, else cpu), cuda, cpu or mps"""
+    execution: Execution = "auto"
+    """how a micro-step runs: graph (replayed from a CUDA graph), compile (torch.compile) or eager; auto takes graph on CUDA"""
+    save_every: Annotated[int, AtLeast(0)] = 1000
+    """steps between checkpoints; 0 saves only at the end and on a signal"""
+    keep_checkpoints: Annotated[int, AtLeast(1)] = 2
+    """how many of the newest checkpoints stay"""
+    deterministic: bool = False
+    """on CUDA, use only operations that repeat bit for bit, at some cost in speed; a CPU repeats anyway"""
+    loader_threads: Annotated[int, AtLeast(1)] = 4
+    """threads that tokenise"""
+    wandb_run: str = ""
+    """name of a wandb run; empty: none"""
+    wandb_mode: str = "offline"
+    """offline or online"""
+
+
+@dataclass(frozen=True)
+class TrainBaseOptions(PresetOptions):
+    """Pretrain a model on text."""
+
+    depth: Annotated[int, AtLeast(1)] = 20
+    """blocks; the width is 64 times as much"""
+    context_length: Annotated[int, AtLeast(1)] = 2048
+    """tokens per row"""
+    n_kv_head: Annotated[int | None, AtLeast(1)] = None
+    """key/value heads; as many as query heads when not given"""
+    num_iterations: int = -1
+    """steps; the first of num_iterations, target_flops and target_param_data_ratio that is positive sets the horizon"""
+    target_flops: float = -1.0
+    """FLOPs of the whole training"""
+    target_param_data_ratio: float = 20.0
+    """tokens trained on per parameter of the model"""
+    device_batch_size: Annotated[int, AtLeast(1)] = 32
+    """rows a process takes at once"""
+    total_batch_size: Annotated[int, AtLeast(1)] = 524288
+    """tokens a step, over all processes and accumulation"""
+    warmdown_ratio: Annotated[float, Between(0, 1)] = 0.2
+    """share of training at the end over which the learning rate falls to 0"""
+    eval_every: int = 250
+    """steps between measurements of validation bits per byte"""
+    eval_tokens: Annotated[int, AtLeast(1)] = 20 * 524288
+    """tokens of such a measurement"""
+    core_metric_every: int = 2000
+    """steps between evaluations of CORE; negative: never"""
+    core_metric_max_per_task: int = 500
+    """items of each CORE task at most"""
+    sample_every: int = 2000
+    """steps between samples of text; negative: never"""
+    sample_prompts: tuple[str, ...] = SAMPLE_PROMPTS
+    """what the samples go on from"""
+    seed: int = 42
+    """seed of the weights"""
+    optimizer: Annotated[OptimizerOptions, tyro.conf.arg(name="")] = field(default_factory=OptimizerOptions)
+    impl: Implementations = field(default_factory=Implementations)
+    run: Annotated[RunOptions, tyro.conf.arg(name="")] = field(default_factory=RunOptions)
+
+    @property
+    def device(self) -> str:
+        return self.run.device
+
+
+@dataclass(frozen=True)
+class TrainMidOptions(PresetOptions):
+    """Midtrain the base model on conversations."""
+
+    device_batch_size: Annotated[int, AtLeast(1)] = 32
+    """rows a process takes at once"""
+    total_batch_size: Annotated[int, AtLeast(1)] = 524288
+    """tokens a step, over all processes and accumulation"""
+    smoltalk: int = -1
+    """general conversations; negative: all"""
+    mmlu: int = -1
+    """multiple-choice questions; negative: all"""
+    gsm8k: int = -1
+    """word problems; negative: all"""
+    identity_repeats: Annotated[int, AtLeast(0)] = 2
+    """times the identity conversations come"""
+    simple_spelling: Annotated[int, AtLeast(0)] = 200_000
+    """words to spell"""
+    spelling_bee: Annotated[int, AtLeast(0)] = 80_000
+    """letters to count"""
+    warmdown_ratio: Annotated[float, Between(0, 1)] = 0.2
+    """share of training at the end over which the learning rate falls to 0"""
+    eval_every: int = 150
+    """steps between measurements of bits per byte on held-out conversations"""
+    eval_rows: Annotated[int, AtLeast(1)] = 2048
+    """held-out conversations of such a measurement"""
+    optimizer: Annotated[OptimizerOptions, tyro.conf.arg(name="")] = field(default_factory=OptimizerOptions)
+    impl: Implementations = field(default_factory=Implementations)
+    run: Annotated[RunOptions, tyro.conf.arg(name="")] = field(default_factory=RunOptions)
+
+    @property
+    def device(self) -> str:
+        return self.run.device
+
+
+@dataclass(frozen=True)
+class TrainSftOptions(PresetOptions):
+    """Fine-tune the midtrained model on conversations."""
+
+    device_batch_size: Annotated[int, AtLeast(1)] = 4
+    """conversations a process takes at once"""
+    examples_per_step: Annotated[int, AtLeast(1)] = 32
+    """conversations a step, over all processes and accumulation"""
+    arc_easy: int = -1
+    """easy multiple-choice questions; negative: all"""
+    arc_challenge: int = -1
+    """hard multiple-choice questions; negative: all"""
+    mmlu: int = 0
+    """further multiple-choice questions; negative: all"""
+    gsm8k: int = -1
+    """word problems; negative: all"""
+    smoltalk: int = 10_000
+    """general conversations; negative: all"""
+    identity: int = 1000
+    """conversations about the model itself; negative: all"""
+    simple_spelling: Annotated[int, AtLeast(0)] = 300
+    """words to spell"""
+    spelling_bee: Annotated[int, AtLeast(0)] = 300
+    """letters to count"""
+    init_lr_fraction: Annotated[float, AtLeast(0)] = 0.02
+    """learning rate at the start, as a share of the optimizer's; it falls linearly to 0"""
+    optimizer: Annotated[OptimizerOptions, tyro.conf.arg(name="")] = field(default_factory=OptimizerOptions)
+    impl: Implementations = field(default_factory=Implementations)
+    run: Annotated[RunOptions, tyro.conf.arg(name="")] = field(default_factory=RunOptions)
+
+    @property
+    def device(self) -> str:
+        return self.run.device

@@ -1,0 +1,53 @@
+"""Every environment variable that nanochat reads, in one place. A test enforces that no other file reads one."""
+
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from nanochat.platform.errors import UserError
+
+
+def configured_base_directory() -> Path | None:
+    """NANOCHAT_BASE_DIR as an absolute path; None when it is not set."""
+    value = os.environ.get("NANOCHAT_BASE_DIR")
+    return Path(value).expanduser().absolute() if value else None
+
+
+def home_directory() -> Path | None:
+    """HOME, or None when it is not set."""
+    value = os.environ.get("HOME")
+    return Path(value) if value else None
+
+
+def collective_timeout() -> timedelta:
+    """How long a process waits for the others before it reports one as lost: NANOCHAT_TIMEOUT seconds, else ten minutes."""
+    value = os.environ.get("NANOCHAT_TIMEOUT", "600")
+    if not value.isdigit() or int(value) < 1:
+        raise UserError(f"NANOCHAT_TIMEOUT must be a whole number of seconds, got {value!r}")
+    return timedelta(seconds=int(value))
+
+
+def all_variables() -> dict[str, str]:
+    """The whole environment: what a site profile may refer to."""
+    return dict(os.environ)
+
+
+def slurm_tasks() -> int:
+    """The number of tasks of the Slurm job; 1 outside of a job."""
+    return int(os.environ.get("SLURM_NTASKS", "1") or 1)
+
+
+def slurm_job() -> tuple[int, str, int]:
+    """The Slurm job's id, its compressed list of nodes, and how often it was requeued."""
+    return (
+        int(os.environ["SLURM_JOB_ID"]),
+        os.environ.get("SLURM_JOB_NODELIST", ""),
+        int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0),
+    )
+
+
+def slurm_seconds_left() -> float | None:
+    """Seconds until the time limit of the Slurm job; None outside of a job."""
+    end = os.environ.get("SLURM_JOB_END_TIME", "")
+    return float(end) - time.time() if end.isdigit() else None

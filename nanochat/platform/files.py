@@ -1,0 +1,74 @@
+"""Writing files so that a kill at any instant leaves the old content or the new one, and hashing them."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nanochat.platform.errors import UserError
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace the content of a file (text is written as UTF-8); its directory is created when missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Replace the content of a file by JSON; what JSON does not know is written as its str."""
+    write_atomically(path, json.dumps(content, indent=1, default=str) + "\n")
+
+
+def read_json(path: Path) -> dict | None:
+    """What write_json wrote; None when the file is missing or unreadable."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+@contextmanager
+def fresh_directory(final: Path) -> Iterator[Path]:
+    """An empty temporary directory, which replaces `final` only when the block ends without an error.
+
+    Raises UserError when the disk cannot take what is written.
+    """
+    temporary = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {final} ({error.strerror or error}); free some space, then run the command again"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Write a file or directory through to the disk, so that its content survives the loss of the node."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal; the file is read in pieces of one MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as content:
+        while chunk := content.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()

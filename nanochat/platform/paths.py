@@ -1,0 +1,110 @@
+"""Every path nanochat reads or writes, all under the base directory: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochat.platform.environment import configured_base_directory, home_directory
+from nanochat.platform.errors import UserError
+
+TRAINING_STAGES = ("base", "mid", "sft")  # what has checkpoints, in order
+
+
+@dataclass(frozen=True)
+class Paths:
+    base: Path
+
+    @property
+    def text(self) -> Path:
+        """Pretraining shards, shard_00000.parquet …; the last of the set is validation."""
+        return self.base / "text"
+
+    @property
+    def chat_data(self) -> Path:
+        """Chat sources, chat/<source>/<split>.parquet or .jsonl."""
+        return self.base / "chat"
+
+    @property
+    def words(self) -> Path:
+        """The word list of the spelling tasks, one word a line."""
+        return self.base / "words.txt"
+
+    @property
+    def eval_bundle(self) -> Path:
+        """core.yaml, eval_meta_data.csv and the tasks' JSONL files."""
+        return self.base / "eval_bundle"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.base / "tokenizer"
+
+    @property
+    def encodings(self) -> Path:
+        """tiktoken's own files of gpt2 and cl100k, for comparison; optional."""
+        return self.base / "encodings"
+
+    @property
+    def gate(self) -> Path:
+        """Which implementation of each operation was found best on the GPU that trains, by `nanochat kernels gate`."""
+        return self.base / "gate.json"
+
+    @property
+    def assets(self) -> Path:
+        """What was fetched, with sizes and hashes."""
+        return self.base / "assets.json"
+
+    @property
+    def stop(self) -> Path:
+        """While it exists, training saves and ends at its next step; the speedrun makes it on a signal, for all nodes to see."""
+        return self.base / "stop"
+
+    @property
+    def logs(self) -> Path:
+        """What jobs of a cluster print."""
+        return self.base / "logs"
+
+    @property
+    def jobs(self) -> Path:
+        """The jobs that were submitted, a line of JSON each."""
+        return self.base / "jobs.jsonl"
+
+    @property
+    def records(self) -> Path:
+        """Completion records of the stages."""
+        return self.base / "records"
+
+    @property
+    def report(self) -> Path:
+        return self.base / "report"
+
+    def checkpoints(self, stage: str) -> Path:
+        return self.base / "checkpoints" / stage
+
+    def metrics(self, stage: str) -> Path:
+        return self.base / "metrics" / f"{stage}.jsonl"
+
+    def section(self, stage: str) -> Path:
+        """What a stage tells the report."""
+        return self.report / "sections" / f"{stage}.json"
+
+
+def base_paths() -> Paths:
+    """The paths under the base directory, which is made when missing.
+
+    Raises UserError when neither NANOCHAT_BASE_DIR nor HOME says where it is, or when it cannot be written.
+    """
+    home = home_directory()
+    base = configured_base_directory() or (home and home / ".cache" / "nanochat")
+    if base is None:
+        raise UserError("neither NANOCHAT_BASE_DIR nor HOME is set; set NANOCHAT_BASE_DIR=/a/writable/directory")
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        probe = base / f".write-probe-{os.getpid()}"
+        probe.write_bytes(b"probe")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the base directory {base} ({error.strerror or error}); "
+            "free space there or set NANOCHAT_BASE_DIR to a writable directory"
+        ) from error
+    return Paths(base)

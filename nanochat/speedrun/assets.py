@@ -1,0 +1,170 @@
+"""Everything that a run reads and does not make: one list for fetch, preflight and the loaders, and how each is verified."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nanochat.evaluate.core import load_bundle
+from nanochat.options.presets import EMBEDDED, SHARDS
+from nanochat.platform.errors import UserError
+from nanochat.platform.files import read_json, write_json
+from nanochat.platform.paths import Paths
+
+VALIDATION_SHARD = 1822  # the last of the whole set
+SLACK = 1.05  # rows that a data set may have gained since it was counted
+CORE_TASKS = 22
+ALL_EVALUATIONS = ("mid-eval", "sft-eval")
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A data set, or a split of one. With `repo`, `files` are patterns of its files on the hub, which go into the directory
+    `target`; with `url`, what lies there becomes `target`; with neither, nanochat makes it."""
+
+    name: str
+    stages: tuple[str, ...]  # that read it
+    target: str  # under the base directory
+    rows: int  # that it had when it was counted
+    megabytes: float
+    columns: tuple[str, ...] = ()
+    repo: str = ""
+    files: tuple[str, ...] = ()
+    url: str = ""
+
+    def present(self, paths: Paths) -> list[Path]:
+        """Its files that are there."""
+        target = paths.base / self.target
+        if self.files:
+            patterns = [pattern.rpartition("/")[2] for pattern in self.files]
+            return sorted({path for pattern in patterns for path in target.glob(pattern)})
+        return sorted(path for path in target.rglob("*") if path.is_file()) if target.is_dir() else (
+            [target] if target.exists() else []
+        )  # fmt: skip
+
+    @property
+    def remedy(self) -> str:
+        return f"fetch it on a node with internet: nanochat fetch --only {self.name}"
+
+
+def _chat(
+    name: str, stages: tuple[str, ...], rows: int, megabytes: float, columns: tuple[str, ...], repo: str, file: str
+) -> Asset:
+    return Asset(name, stages, f"chat/{name.partition('/')[0]}", rows, megabytes, columns, repo, (file,))
+
+
+_CHOICES = ("question", "choices", "answerKey")
+_CODE = ("prompt", "canonical_solution", "test", "entry_point")
+_SMOLTALK, _MMLU, _ARC, _GSM8K = "HuggingFaceTB/smol-smoltalk", "cais/mmlu", "allenai/ai2_arc", "openai/gsm8k"
+_ASSETS = (
+    _chat("smoltalk/train", ("mid", "sft"), 460_341, 900, ("messages",), _SMOLTALK, "data/train-*.parquet"),
+    _chat("smoltalk/test", ("mid",), 24_229, 50, ("messages",), _SMOLTALK, "data/test-*.parquet"),
+    _chat("mmlu/auxiliary_train", ("mid",), 99_842, 50, ("question", "choices", "answer"), _MMLU,
+          "all/auxiliary_train-*.parquet"),
+    _chat("mmlu/test", ("mid", *ALL_EVALUATIONS), 14_042, 4, ("question", "choices", "answer"), _MMLU,
+          "all/test-*.parquet"),
+    _chat("gsm8k/train", ("mid", "sft"), 7_473, 3, ("question", "answer"), _GSM8K, "main/train-*.parquet"),
+    _chat("gsm8k/test", ("mid", *ALL_EVALUATIONS), 1_319, 1, ("question", "answer"), _GSM8K, "main/test-*.parquet"),
+    _chat("arc-easy/train", ("sft",), 2_251, 1, _CHOICES, _ARC, "ARC-Easy/train-*.parquet"),
+    _chat("arc-easy/test", ALL_EVALUATIONS, 2_376, 1, _CHOICES, _ARC, "ARC-Easy/test-*.parquet"),
+    _chat("arc-challenge/train", ("sft",), 1_119, 1, _CHOICES, _ARC, "ARC-Challenge/train-*.parquet"),
+    _chat("arc-challenge/test", ALL_EVALUATIONS, 1_172, 1, _CHOICES, _ARC, "ARC-Challenge/test-*.parquet"),
+    _chat("humaneval/test", ALL_EVALUATIONS, 164, 1, _CODE, "openai/openai_humaneval", "openai_humaneval/test-*.parquet"),
+    Asset("identity", ("mid", "sft"), "chat/identity/conversations.jsonl", 1_000, 1),
+    Asset("words", ("mid", "sft", *ALL_EVALUATIONS), "words.txt", 370_105, 5,
+          url="https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt"),
+    Asset("eval_bundle", ("base", "base-eval"), "eval_bundle", CORE_TASKS, 160,
+          url="https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"),
+)  # fmt: skip
+
+
+def text_asset(shards: int) -> Asset:
+    """The first `shards` of FineWeb-Edu and the one for validation."""
+    numbers = [*range(shards), VALIDATION_SHARD]
+    return Asset(
+        "text", ("tokenizer", "tokenizer-eval", "base", "base-eval"), "text", len(numbers), 100.0 * len(numbers), ("text",),
+        "karpathy/fineweb-edu-100b-shuffle", tuple(f"shard_{number:05d}.parquet" for number in numbers),
+    )  # fmt: skip
+
+
+def assets(preset: str, shards: int = 0) -> tuple[Asset, ...]:
+    """What a preset's stages read. shards: of pretraining text, 0 for the preset's number."""
+    return () if preset in EMBEDDED else (text_asset(shards or SHARDS[preset]), *_ASSETS)
+
+
+def verify(asset: Asset, paths: Paths) -> int:
+    """Open every file of an asset and count its rows, which are returned. Raises UserError naming what is wrong."""
+    files = asset.present(paths)
+    record = read_fetched(paths).get(asset.name, {})
+    for name, (size, _) in record.items():
+        found = (paths.base / name).stat().st_size if (paths.base / name).exists() else None
+        if found != size:
+            raise _wrong(
+                asset, f"{paths.base / name} {'is missing' if found is None else f'has {found} of {size} bytes'}"
+            )
+    if asset.name == "text":
+        missing = set(asset.files) - {path.name for path in files}
+        if missing:
+            raise _wrong(
+                asset,
+                f"of {len(asset.files)} shards of FineWeb-Edu {len(missing)} are missing, the first {min(missing)}",
+            )
+        for path in files:
+            _rows(asset, path)
+        return len(files)
+    if not files:
+        raise _wrong(asset, f"there is nothing at {paths.base / asset.target}")
+    rows = sum(_rows(asset, path) for path in files) if asset.name != "eval_bundle" else _bundle_tasks(asset, paths)
+    if not asset.rows <= rows <= asset.rows * SLACK:
+        raise _wrong(asset, f"it has {rows:,} rows, wanted {asset.rows:,}: another configuration, or not all of it")
+    return rows
+
+
+def _rows(asset: Asset, path: Path) -> int:
+    try:
+        if path.suffix != ".parquet":
+            lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+            if path.suffix == ".jsonl":
+                [json.loads(line) for line in lines]
+            return len(lines)
+        with pq.ParquetFile(path) as file:
+            names, rows = file.schema_arrow.names, file.metadata.num_rows
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise _wrong(asset, f"{path} is truncated or of another format ({str(error).splitlines()[0]})") from error
+    absent = [column for column in asset.columns if column not in names]
+    if absent or not rows:
+        raise _wrong(asset, f"{path} has {rows} rows of {', '.join(names)}; wanted {', '.join(asset.columns)}")
+    return rows
+
+
+def _bundle_tasks(asset: Asset, paths: Paths) -> int:
+    try:
+        return len(load_bundle(paths.eval_bundle))
+    except (UserError, OSError, KeyError, ValueError) as error:
+        raise _wrong(asset, str(error).partition(";")[0]) from error
+
+
+def _wrong(asset: Asset, what: str) -> UserError:
+    return UserError(f"{asset.name}, which the stages {', '.join(asset.stages)} read: {what}; {asset.remedy}")
+
+
+def problems(preset: str, paths: Paths, shards: int = 0) -> Iterator[tuple[Asset, int, str]]:
+    """(asset, rows, what is wrong with it or an empty string), one by one."""
+    for asset in assets(preset, shards):
+        try:
+            yield asset, verify(asset, paths), ""
+        except UserError as error:
+            yield asset, 0, str(error)
+
+
+def read_fetched(paths: Paths) -> dict[str, dict[str, list]]:
+    """What was fetched: asset → file under the base directory → [bytes, SHA-256]."""
+    return read_json(paths.assets) or {}
+
+
+def note_fetched(paths: Paths, asset: Asset, files: dict[str, list]) -> None:
+    """Note an asset as complete: the last thing that fetching it does."""
+    write_json(paths.assets, read_fetched(paths) | {asset.name: files})

@@ -1,0 +1,92 @@
+"""Before a run: is everything there that its stages will read, and will it fit? No GPU work, no network."""
+
+import shutil
+
+import torch
+
+from nanochat.gate import take_gate
+from nanochat.gpt import GPTConfig
+from nanochat.options.presets import EMBEDDED, with_preset
+from nanochat.options.speedrun import PreflightOptions
+from nanochat.options.train import TrainBaseOptions, TrainMidOptions, TrainSftOptions
+from nanochat.platform.console import say
+from nanochat.platform.distributed import Runtime, compute_dtype, pick_device
+from nanochat.platform.environment import slurm_seconds_left
+from nanochat.platform.errors import UserError
+from nanochat.platform.paths import TRAINING_STAGES, Paths
+from nanochat.speedrun.assets import problems
+from nanochat.tokenizer.bpe import Tokenizer
+from nanochat.train.plan import horizon
+
+MFU = 0.5  # of a compiled model; what the estimate assumes
+REST = 0.35  # of pretraining's time that the other stages take
+
+
+def preflight(options: PreflightOptions, paths: Paths) -> None:
+    """Raises UserError when anything is missing, after everything has been looked at."""
+    wrong = []
+    for asset, rows, problem in problems(options.preset, paths, options.shards):
+        if problem:
+            wrong.append(problem)
+        else:
+            say(f"ok   {asset.name}: {rows:,} {'shards' if asset.name == 'text' else 'rows'}")
+    if options.preset in EMBEDDED:
+        say("ok   data: the run makes them itself")
+    if not options.data_only:
+        wrong += _machine(options, paths)
+    for problem in wrong:
+        say(f"BAD  {problem}")
+    if wrong:
+        more = f" and {len(wrong) - 1} more, see above" if len(wrong) > 1 else ""
+        raise UserError(f"preflight of {options.preset}: {wrong[0]}{more}")
+    say(f"preflight of {options.preset}: all is there")
+
+
+def _machine(options: PreflightOptions, paths: Paths) -> list[str]:
+    wrong = []
+    device = pick_device("auto")
+    if options.preset not in EMBEDDED and device != "cuda":
+        wrong.append("there is no GPU here, and the preset needs one; ask for them: nanochat cluster submit, --gpus")
+    base = with_preset(TrainBaseOptions(), "train base", options.preset)
+    vocabulary = Tokenizer.load(paths.tokenizer).vocab_size if paths.tokenizer.exists() else 65536
+    model = GPTConfig.from_depth(base.depth, vocabulary, base.context_length, base.n_kv_head)
+    # a checkpoint has float32 weights, a momentum of every matrix, mean and variance of both embeddings
+    embeddings = 2 * model.vocab_size * model.width
+    checkpoint = 8 * (model.num_parameters - embeddings) + 12 * embeddings
+    kept = sum(len(list(paths.checkpoints(stage).glob("step_*"))) for stage in TRAINING_STAGES)
+    need, free = checkpoint * max(1, 2 * len(TRAINING_STAGES) + 1 - kept), shutil.disk_usage(paths.base).free
+    line = f"disk: {free / 1e9:.1f} GB free, checkpoints take up to {need / 1e9:.1f} more"
+    if free < need:
+        wrong.append(f"{line}; free space in {paths.base}, or set NANOCHAT_BASE_DIR")
+    else:
+        say(f"ok   {line}")
+    if device == "cuda":
+        count = torch.cuda.device_count()
+        runtime = Runtime(0, 1, torch.device("cuda", 0), compute_dtype(device))
+        say(f"ok   {count} × {runtime.device_name}")
+        _estimate(base, model, runtime, count)
+        try:
+            take_gate(paths, model, most_rows(options.preset), runtime)
+        except UserError as error:
+            wrong.append(str(error))
+    if not paths.gate.exists():
+        say("ok   no gate file: the launch tables choose the kernels (nanochat kernels gate measures here)")
+    return wrong
+
+
+def most_rows(preset: str) -> int:
+    """Of a stage of training: what a gate must have judged so that it serves them all."""
+    stages = {"train base": TrainBaseOptions, "train mid": TrainMidOptions, "train sft": TrainSftOptions}
+    return max(with_preset(kind(), name, preset).device_batch_size for name, kind in stages.items())
+
+
+def _estimate(base: TrainBaseOptions, model: GPTConfig, runtime: Runtime, count: int) -> None:
+    """How long the run takes, and whether the job's time limit lets it."""
+    if not runtime.peak_flops:
+        return
+    flops = horizon(base, model) * base.total_batch_size * model.flops_per_token
+    hours = flops / (runtime.peak_flops * count * MFU) * (1 + REST) / 3600
+    left = slurm_seconds_left()
+    say(f"ok   time: about {hours:.1f} h from the beginning, at {100 * MFU:.0f} % of the peak")
+    if left is not None and left / 3600 < hours:
+        say(f"note the job ends in {left / 3600:.1f} h: a run that is not done then is saved and queued again")

@@ -1,0 +1,167 @@
+"""The speedrun: every stage in order, each in processes of its own, each finished once.
+
+The same command again skips the stages whose records still hold, and starts an unfinished one again, which then resumes from
+its newest checkpoint.
+"""
+
+import hashlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from filelock import FileLock, Timeout
+
+from nanochat.chat.demo import show_conversation
+from nanochat.cluster.slurm import distributed_launcher
+from nanochat.options.presets import EMBEDDED
+from nanochat.options.speedrun import SpeedrunOptions
+from nanochat.platform.console import console, say
+from nanochat.platform.errors import TrainingStopped, UserError
+from nanochat.platform.paths import Paths
+from nanochat.speedrun.assets import problems
+from nanochat.speedrun.records import valid_record, write_record
+from nanochat.speedrun.stages import NAMES, STAGES, Stage, command_of
+
+
+def speedrun(options: SpeedrunOptions, paths: Paths) -> None:
+    """Run those of the chosen stages that are not finished, then show a conversation.
+
+    Raises UserError with the exit status of a stage that failed.
+    """
+    run_stages(options, paths)
+    if options.last == NAMES[-1]:
+        show_conversation(paths, options.preset or "cpu", options.device)
+
+
+def run_stages(options: SpeedrunOptions, paths: Paths, stages: Sequence[Stage] = STAGES) -> None:
+    """Run those of the stages from options.first to options.last that are not finished."""
+    first, last = _chosen(options)
+    preset = options.preset or "cpu"
+    embedded = preset in EMBEDDED
+    stages = [stage for stage in stages if embedded or stage.name != "data"]
+    processes = options.processes or max(1, torch.cuda.device_count() if options.device in ("auto", "cuda") else 1)
+    started = time.perf_counter()
+    with _lock(paths), Stop(paths) as stop:
+        missing = next((problem for _, _, problem in problems(preset, paths) if problem), None)
+        if missing:
+            raise UserError(f"{missing}; nanochat preflight names everything that is missing")
+        made = ""  # hash of everything that earlier stages made
+        for number, stage in enumerate(stages, 1):
+            command = command_of(stage, preset, options.device)
+            record = valid_record(paths, stage, command, made)
+            title = f"[{number}/{len(stages)}] {stage.name}"
+            if first <= NAMES.index(stage.name) <= last:
+                if record is None:
+                    say(f"{title}: nanochat {' '.join(command)}")
+                    record = _run(stage, command, processes, paths, made, stop)
+                    say(f"{title}: done in {record['seconds']:.0f} s")
+                else:
+                    say(f"{title}: finished before, skipped")
+            elif NAMES.index(stage.name) > last:
+                break
+            elif record is None:
+                raise UserError(
+                    f"stage {stage.name} has not finished (or what it made has changed); run without --from"
+                )
+            made = hashlib.sha256((made + record["made"]).encode()).hexdigest()
+    console.rule()
+    say(f"all stages up to {options.last} are done; this command took {time.perf_counter() - started:.0f} s")
+
+
+def _chosen(options: SpeedrunOptions) -> tuple[int, int]:
+    """The numbers of the first and the last stage. Raises UserError for names and orders that do not exist."""
+    for option, name in (("--from", options.first), ("--to", options.last)):
+        if name not in NAMES:
+            raise UserError(f"{option} {name}: no such stage; choose from: {', '.join(NAMES)}")
+    first, last = NAMES.index(options.first), NAMES.index(options.last)
+    if first > last:
+        raise UserError(f"--from {options.first} comes after --to {options.last}; the order is: {', '.join(NAMES)}")
+    return first, last
+
+
+class Stop:
+    """What USR1 and SIGTERM do: a training stage saves and ends, any other stage is ended, and no further one starts."""
+
+    def __init__(self, paths: Paths):
+        self.file, self.received, self.process = paths.stop, 0, None
+
+    def __enter__(self) -> "Stop":
+        self.file.unlink(missing_ok=True)
+        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGUSR1, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self.file.unlink(missing_ok=True)
+
+    def _receive(self, number: int, frame) -> None:
+        self.received = number
+        self.file.write_text(f"{signal.Signals(number).name}\n", "utf-8")
+        if self.process is not None:
+            self.process.terminate()
+
+    @contextmanager
+    def watching(self, stage: Stage, process: subprocess.Popen) -> Iterator[None]:
+        """While a stage runs. A training stage looks for the file, on whichever node it runs; the process of another is ended."""
+        self.process = None if stage.trains else process
+        if self.received and not stage.trains:
+            process.terminate()
+        yield
+        self.process = None
+
+    def check(self, stage: Stage) -> None:
+        """Raises TrainingStopped when a signal has come."""
+        if self.received:
+            name = signal.Signals(self.received).name
+            message = f"stopped by {name} in stage {stage.name}; training is saved, and the same command resumes it"
+            raise TrainingStopped(message, 128 + self.received)
+
+
+def _run(stage: Stage, command: list[str], processes: int, paths: Paths, made_from: str, stop: Stop) -> dict:
+    """Run a stage in processes of its own; returns its record. Raises UserError when it fails."""
+    stop.check(stage)
+    launcher = distributed_launcher(processes) if stage.distributed else [sys.executable]
+    started = time.perf_counter()
+    # stderr is read, so that the cause of a failure can be repeated at the end of a long run
+    process = subprocess.Popen(
+        [*launcher, "-m", "nanochat", *command], stderr=subprocess.PIPE, text=True, errors="replace"
+    )
+    cause = ""
+    try:
+        with stop.watching(stage, process):
+            for line in process.stderr:
+                sys.stderr.write(line)
+                sys.stderr.flush()
+                if line.startswith("nanochat: error:") or not cause.startswith("nanochat: error:"):
+                    cause = line.strip()
+            status = process.wait()
+    except KeyboardInterrupt:  # the terminal sent it to the stage too, which saves and ends
+        status = process.wait()
+    if status:
+        stop.check(stage)
+        error = UserError(
+            f"stage {stage.name} failed with exit status {status}"
+            + (f" ({cause.removeprefix('nanochat: error: ')})" if cause else "")
+            + "; fix the cause and run the same command again: finished stages are skipped, and this one resumes"
+        )
+        error.exit_status = status if status > 0 else 128 - status
+        raise error
+    return write_record(paths, stage, command, made_from, time.perf_counter() - started)
+
+
+@contextmanager
+def _lock(paths: Paths) -> Iterator[None]:
+    """Raises UserError while another speedrun holds the base directory."""
+    lock = FileLock(paths.base / ".speedrun.lock")
+    try:
+        with lock.acquire(timeout=0):
+            yield
+    except Timeout:
+        raise UserError(
+            f"another speedrun is running in {paths.base}; wait for it or set another NANOCHAT_BASE_DIR"
+        ) from None

@@ -1,0 +1,60 @@
+"""The stages of the speedrun, in order: a new one is a line here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochat.platform.paths import Paths
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage: the command that runs it and the files it makes."""
+
+    name: str
+    command: tuple[str, ...]
+    outputs: Callable[[Paths], list[Path]]
+    distributed: bool = False  # takes --device, and is run by as many processes as there are GPUs
+    trains: bool = False  # resumes from its own checkpoint and saves on a signal; other stages start again
+    has_preset: bool = True  # takes --preset
+
+
+def _newest_checkpoint(stage: str) -> Callable[[Paths], list[Path]]:
+    def files(paths: Paths) -> list[Path]:
+        found = sorted(paths.checkpoints(stage).glob("step_*/meta.json"))
+        return [found[-1], found[-1].with_name("model.safetensors")] if found else [paths.checkpoints(stage) / "none"]
+
+    return files
+
+
+def _section(stage: str) -> Callable[[Paths], list[Path]]:
+    return lambda paths: [paths.section(stage)]
+
+
+def _tokenizer(paths: Paths) -> list[Path]:
+    return [paths.tokenizer / "tokenizer.json", paths.tokenizer / "token_bytes.npy"]
+
+
+STAGES = (
+    Stage("data", ("data", "generate"), lambda p: [p.words, p.text, p.chat_data, p.eval_bundle], has_preset=False),
+    Stage("tokenizer", ("tokenizer", "train"), _tokenizer),
+    Stage("tokenizer-eval", ("tokenizer", "eval"), _section("tokenizer-eval"), has_preset=False),
+    Stage("base", ("train", "base"), _newest_checkpoint("base"), distributed=True, trains=True),
+    Stage("base-eval", ("evaluate", "base"), _section("base-eval"), distributed=True),
+    Stage("mid", ("train", "mid"), _newest_checkpoint("mid"), distributed=True, trains=True),
+    Stage("mid-eval", ("evaluate", "chat", "--stage", "mid"), _section("mid-eval"), distributed=True),
+    Stage("sft", ("train", "sft"), _newest_checkpoint("sft"), distributed=True, trains=True),
+    Stage("sft-eval", ("evaluate", "chat", "--stage", "sft"), _section("sft-eval"), distributed=True),
+    Stage("report", ("report",), lambda p: [p.report / "report.md", p.report / "report.html"], has_preset=False),
+)
+NAMES = tuple(stage.name for stage in STAGES)
+
+
+def command_of(stage: Stage, preset: str, device: str) -> list[str]:
+    """The words after `nanochat` that run a stage."""
+    command = [*stage.command]
+    if stage.has_preset:
+        command += ["--preset", preset]
+    if stage.distributed and device != "auto":
+        command += ["--device", device]
+    return command

@@ -1,0 +1,292 @@
+"""The embedded data set: generated text, conversations and tests in the very file layouts of the real ones.
+
+Written into a temporary directory each and renamed, so that a half-made set is never taken for a whole one.
+"""
+
+import csv
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from nanochat.data.splits import digest, in_test
+from nanochat.options.data import GenerateOptions
+from nanochat.platform.console import progress_bar
+from nanochat.platform.files import fresh_directory, write_atomically
+from nanochat.platform.paths import Paths
+from nanochat.synthetic import world
+from nanochat.synthetic.identity import identity_conversations
+from nanochat.tasks.humaneval import code_messages
+from nanochat.tasks.words import spell
+
+ROW_GROUP = 1024  # documents, as in the real shards
+
+
+def generate(options: GenerateOptions, paths: Paths) -> dict[str, int]:
+    """Write the whole set under the base directory; returns how many items of each kind."""
+    rng = random.Random(digest("generate", options.seed))
+    people = _by_name(world.facts(options.seed))
+    word_list = world.words(options.seed, options.words)
+    write_atomically(paths.words, "\n".join(word_list) + "\n")
+    counts = {"words": len(word_list)}
+
+    bar = progress_bar("generate shards of text", options.shards + 1)
+    with fresh_directory(paths.text) as directory, bar as advance:
+        for index in range(options.shards + 1):
+            documents = _documents(rng, people, word_list, options.documents)
+            _write_parquet(directory / f"shard_{index:05d}.parquet", pa.table({"text": list(documents)}))
+            advance()
+    counts["documents"] = (options.shards + 1) * options.documents
+
+    sources = _chat_sources(options, rng, people)
+    with fresh_directory(paths.chat_data) as directory:
+        for name, rows in sources.items():
+            (directory / name).parent.mkdir(exist_ok=True)
+            _write_parquet(directory / f"{name}.parquet", pa.Table.from_pylist(rows))
+            counts[name] = len(rows)
+        conversations = identity_conversations(options.seed, options.identity)
+        (directory / "identity").mkdir()
+        _write_lines(directory / "identity" / "conversations.jsonl", conversations)
+        counts["identity/conversations"] = len(conversations)
+
+    with fresh_directory(paths.eval_bundle) as directory:
+        counts |= _write_bundle(directory, rng, people, options.tests)
+    return counts
+
+
+def _by_name(facts: list[world.Fact]) -> dict[str, list[world.Fact]]:
+    people: dict[str, list[world.Fact]] = {}
+    for fact in facts:
+        people.setdefault(fact.name, []).append(fact)
+    return people
+
+
+def _write_parquet(path: Path, table: pa.Table) -> None:
+    pq.write_table(table, path, row_group_size=ROW_GROUP, compression="zstd")
+
+
+def _write_lines(path: Path, rows: list) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pretraining text
+
+
+def _documents(
+    rng: random.Random, people: dict[str, list[world.Fact]], word_list: list[str], count: int
+) -> Iterator[str]:
+    weights = {_portrait: 6, _village: 2, _visit: 3, _quiz: 5, _sums: 1, _letters: 3}
+    for maker in rng.choices(list(weights), weights=list(weights.values()), k=count):
+        yield maker(rng, people, word_list)
+
+
+def _portrait(rng: random.Random, people: dict, word_list: list[str]) -> str:
+    """All that is known of one person."""
+    known = people[rng.choice(world.NAMES)]
+    return " ".join(rng.choice(fact.sentences()) for fact in rng.sample(known, len(known)))
+
+
+def _village(rng: random.Random, people: dict, word_list: list[str]) -> str:
+    """Some of what is known, about several people who share it."""
+    topic = rng.choice(list(world.VALUES))
+    value = rng.choice(world.VALUES[topic])
+    same = [f for known in people.values() for f in known if (f.topic, f.value) == (topic, value)]
+    chosen = rng.sample(same, min(len(same), 4))
+    return " ".join([f"About {value}."] + [rng.choice(fact.sentences()) for fact in chosen])
+
+
+def _visit(rng: random.Random, people: dict, word_list: list[str]) -> str:
+    """A little story of two people."""
+    host, guest = rng.sample(world.NAMES, 2)
+    home = next(fact for fact in people[host] if fact.topic == "home")
+    told = rng.sample(people[host], 2) + rng.sample(people[guest], 2)
+    opening = rng.choice(
+        (
+            f"One day {guest} went to {home.value} to see {host}.",
+            f"{guest} came to visit {host} in {home.value}.",
+            f"It rained when {guest} met {host} in {home.value}.",
+        )
+    )
+    ending = rng.choice(("They talked until dark.", "They laughed and sang.", "Then both went home happy."))
+    return " ".join([opening, *(rng.choice(fact.sentences()) for fact in told), ending])
+
+
+def _quiz(rng: random.Random, people: dict, word_list: list[str]) -> str:
+    """Questions and answers, some with choices."""
+    asked = []
+    for fact in rng.sample([f for known in people.values() for f in known], 6):
+        questions = fact.questions("train")
+        if not questions:
+            continue
+        question = f"Question: {rng.choice(questions)}\n"
+        if rng.random() < 0.5:
+            choices, answer = fact.choices(rng)
+            question += "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, "ABCD", strict=True))
+            asked.append(f"{question}Answer: {'ABCD'[answer]}")
+        else:
+            asked.append(f"{question}Answer: {fact.value}")
+    return "\n\n".join(asked)
+
+
+def _sums(rng: random.Random, people: dict, word_list: list[str]) -> str:
+    """Plain sums."""
+    lines = []
+    for _ in range(4):
+        a, b = rng.randint(2, 99), rng.randint(2, 99)
+        lines.append(rng.choice((f"{a}+{b} = {a + b}", f"{max(a, b)}-{min(a, b)} = {abs(a - b)}")))
+        a, b = rng.randint(2, 12), rng.randint(2, 12)
+        lines.append(rng.choice((f"{a}*{b} = {a * b}", f"{a * b}/{b} = {a}")))
+    return "\n".join(lines)
+
+
+def _letters(rng: random.Random, people: dict, word_list: list[str]) -> str:
+    """Words, their letters, and how often one of them comes; tested words are not among them."""
+    chosen = [word for word in rng.sample(word_list, 6) if not in_test("word", word)]
+    lines = []
+    for word in chosen:
+        letter = rng.choice(word)
+        lines += [f"'{word}': {spell(word)}", f"'{word}'.count('{letter}') = {word.count(letter)}"]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversations
+
+
+def _chat_sources(options: GenerateOptions, rng: random.Random, people: dict) -> dict[str, list[dict]]:
+    facts = [fact for known in people.values() for fact in known]
+    train = [question for fact in facts for question in _pairs(fact, "train")]
+    easy, hard = ([q for f in facts for q in _pairs(f, split)] for split in ("test", "challenge"))
+    arc_easy, arc_hard = (rng.sample(pool, min(options.tests, len(pool))) for pool in (easy, hard))
+    mixed = rng.sample(easy, min(options.tests // 2, len(easy))) + rng.sample(hard, min(options.tests // 2, len(hard)))
+    some = options.questions // 4
+    functions = [(kind, k) for kind in world.FUNCTIONS for k in range(2, 60)]
+    code_test = [pair for pair in functions if in_test("function", *pair)]
+    code_train = [pair for pair in functions if not in_test("function", *pair)]
+    return {
+        "smoltalk/train": [{"messages": _talk(rng, people, code_train)} for _ in range(options.chats)],
+        "smoltalk/test": [{"messages": _talk(rng, people, code_train)} for _ in range(options.tests)],
+        "mmlu/auxiliary_train": [_mmlu_row(rng, *rng.choice(train)) for _ in range(options.questions)],
+        "mmlu/test": [_mmlu_row(rng, *pair) for pair in mixed],
+        "arc-easy/train": [_arc_row(rng, *rng.choice(train)) for _ in range(some)],
+        "arc-easy/test": [_arc_row(rng, *pair) for pair in arc_easy],
+        "arc-challenge/train": [_arc_row(rng, *rng.choice(train)) for _ in range(some)],
+        "arc-challenge/test": [_arc_row(rng, *pair) for pair in arc_hard],
+        "gsm8k/train": _problems(rng, "train", options.problems),
+        "gsm8k/test": _problems(rng, "test", options.tests),
+        "humaneval/test": [world.function(*pair) for pair in code_test],
+    }
+
+
+def _pairs(fact: world.Fact, split: str) -> list[tuple[world.Fact, str]]:
+    return [(fact, question) for question in fact.questions(split)]
+
+
+def _mmlu_row(rng: random.Random, fact: world.Fact, question: str) -> dict:
+    choices, answer = fact.choices(rng)
+    return {"question": question, "subject": fact.topic, "choices": choices, "answer": answer}
+
+
+def _arc_row(rng: random.Random, fact: world.Fact, question: str) -> dict:
+    # Labelled by initials: a model of this size recalls a value within minutes, but to look its letter up among the
+    # choices, as MMLU's rows ask, takes far longer.
+    choices, answer = fact.choices(rng, initials=True)
+    labels = [choice[0].upper() for choice in choices]
+    identity = f"{digest(fact, question, *choices):016x}"
+    return {
+        "id": identity,
+        "question": question,
+        "choices": {"text": choices, "label": labels},
+        "answerKey": labels[answer],
+    }
+
+
+def _problems(rng: random.Random, split: str, count: int) -> list[dict[str, str]]:
+    rows = []
+    while len(rows) < count:
+        question, answer = world.problem(rng)
+        if in_test("problem", question) == (split == "test"):
+            rows.append({"question": question, "answer": answer})
+    return rows
+
+
+def _talk(rng: random.Random, people: dict, functions: list[tuple[str, int]]) -> list[dict[str, str]]:
+    """A conversation about a person of the world, or a request for a function."""
+    if rng.random() < 0.3:
+        return code_messages(world.function(*rng.choice(functions)))
+    known = people[rng.choice(world.NAMES)]
+    name = known[0].name
+    if rng.random() < 0.3:
+        request = rng.choice((f"Tell me about {name}.", f"Who is {name}?", f"What do you know of {name}?"))
+        answer = " ".join(rng.choice(fact.sentences()) for fact in rng.sample(known, 3))
+        return [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
+    messages = []
+    for fact in rng.sample(known, rng.choice((1, 2, 2, 3))):
+        questions = fact.questions("train")
+        if questions:
+            messages.append({"role": "user", "content": rng.choice(questions)})
+            messages.append({"role": "assistant", "content": rng.choice(fact.sentences())})
+    if not messages or rng.random() < 0.2:
+        messages.append({"role": "user", "content": rng.choice(("Thank you!", "Thanks.", "That helps."))})
+        messages.append({"role": "assistant", "content": rng.choice(("You are welcome.", "Gladly."))})
+    return messages
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The evaluation bundle, in the layout of CORE
+
+
+def _write_bundle(directory: Path, rng: random.Random, people: dict, size: int) -> dict[str, int]:
+    facts = [fact for known in people.values() for fact in known]
+    asked = [pair for fact in facts for split in ("test", "challenge") for pair in _pairs(fact, split)]
+    rng.shuffle(asked)
+    choice = []
+    for fact, question in asked[:size]:
+        choices, gold = fact.choices(rng)
+        choice.append({"query": f"Question: {question}\nAnswer:", "choices": choices, "gold": gold})
+    told = [(fact, sentence) for fact in facts for sentence in fact.sentences(held_out=True)]
+    told = [(fact, s.split(fact.value)[0].rstrip(), s) for fact, s in told if s.rstrip(".").endswith(fact.value)]
+    rng.shuffle(told)
+    completion = [{"context": context, "continuation": fact.value} for fact, context, _ in told[:size]]
+    schema = []
+    for fact, _, sentence in told[:size]:
+        others = [name for name in world.NAMES if name != fact.name and not _shares(people, name, fact)]
+        options = [fact.name, rng.choice(others)]
+        rng.shuffle(options)
+        gold = options.index(fact.name)
+        opening, _, _ = sentence.rpartition(f" {fact.value}.")
+        contexts = [opening.replace(fact.name, option) for option in options]
+        schema.append({"context_options": contexts, "continuation": f"{fact.value}.", "gold": gold})
+    tasks = {
+        "world_choice": ("multiple_choice", choice, 25.0, " "),
+        "world_completion": ("language_modeling", completion, 0.0, " "),
+        "world_schema": ("schema", schema, 50.0, " "),
+    }
+    (directory / "eval_data").mkdir()
+    entries = []
+    for label, (kind, items, _, delimiter) in tasks.items():
+        _write_lines(directory / "eval_data" / f"{label}.jsonl", items)
+        entries.append(
+            {
+                "label": label,
+                "dataset_uri": f"{label}.jsonl",
+                "num_fewshot": [2],
+                "icl_task_type": kind,
+                "continuation_delimiter": delimiter,
+            }
+        )
+    (directory / "core.yaml").write_text(yaml.safe_dump({"icl_tasks": entries}, sort_keys=False), "utf-8")
+    with (directory / "eval_meta_data.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["Eval Task", "Random baseline"])
+        writer.writerows([label, baseline] for label, (_, _, baseline, _) in tasks.items())
+    return {f"eval_bundle/{label}": len(items) for label, (_, items, _, _) in tasks.items()}
+
+
+def _shares(people: dict, name: str, fact: world.Fact) -> bool:
+    return any((other.topic, other.value) == (fact.topic, fact.value) for other in people[name])

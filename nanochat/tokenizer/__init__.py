@@ -1,0 +1,1 @@
+"""The tokenizer: byte-pair encoding, the format of conversations, training."""

@@ -1,0 +1,137 @@
+"""The byte-pair tokenizer: trained by rustbpe, run by tiktoken, stored as JSON."""
+
+import base64
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import rustbpe
+import tiktoken
+
+from nanochat.platform.errors import UserError
+from nanochat.platform.files import write_atomically
+
+PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+SPECIALS = tuple(
+    f"<|{name}|>"
+    for name in (
+        "bos",
+        "user_start",
+        "user_end",
+        "assistant_start",
+        "assistant_end",
+        "python_start",
+        "python_end",
+        "output_start",
+        "output_end",
+    )
+)
+
+
+class Tokenizer:
+    """ids 0 … are merges by rank, then the nine specials. Ordinary text never encodes to a special."""
+
+    def __init__(self, ranks: Sequence[bytes], pattern: str = PATTERN, specials: Sequence[str] = SPECIALS):
+        self.ranks, self.pattern, self.specials = list(ranks), pattern, tuple(specials)
+        special_ids = {name: len(self.ranks) + i for i, name in enumerate(self.specials)}
+        self._encoding = tiktoken.Encoding(
+            name="nanochat",
+            pat_str=pattern,
+            mergeable_ranks={token: rank for rank, token in enumerate(self.ranks)},
+            special_tokens=special_ids,
+        )
+        self._special_ids = {name[2:-2]: i for name, i in special_ids.items()}
+        self.bos = self.special("bos")
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Learn vocab_size − 9 − 256 merges from texts. Raises UserError for too small a vocabulary or no text."""
+        smallest = 256 + len(SPECIALS)
+        if vocab_size < smallest:
+            raise UserError(
+                f"vocab_size {vocab_size} is too small; it must be at least {smallest} (bytes and specials)"
+            )
+        trainer = rustbpe.Tokenizer()
+        trainer.train_from_iterator(iter(texts), vocab_size - len(SPECIALS), pattern=PATTERN)
+        ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
+        missing = vocab_size - len(SPECIALS) - len(ranks)
+        if missing > 0:
+            raise UserError(
+                f"the text gives only {len(ranks) - 256} merges, {missing} fewer than vocab_size {vocab_size} needs; "
+                f"give more text or vocab_size ≤ {vocab_size - missing}"
+            )
+        return cls([bytes(token) for token, _ in ranks])
+
+    def save(self, directory: Path) -> None:
+        """Write tokenizer.json (ranks in base64, pattern, specials) and token_bytes.npy, each whole or not at all."""
+        write_atomically(directory / "tokenizer.json", self._serialised)
+        lengths = io.BytesIO()
+        np.save(lengths, self.token_bytes, allow_pickle=False)
+        write_atomically(directory / "token_bytes.npy", lengths.getvalue())
+
+    @classmethod
+    def load(cls, directory: Path) -> "Tokenizer":
+        path = directory / "tokenizer.json"
+        if not path.exists():
+            raise UserError(f"no tokenizer in {directory}; make one with: nanochat tokenizer train")
+        try:
+            stored = json.loads(path.read_text("utf-8"))
+            ranks = [base64.b64decode(token) for token in stored["ranks"]]
+            return cls(ranks, stored["pattern"], stored["specials"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}); remove it and run: nanochat tokenizer train") from error
+
+    @cached_property
+    def _serialised(self) -> bytes:
+        ranks = [base64.b64encode(token).decode("ascii") for token in self.ranks]
+        stored = {"pattern": self.pattern, "specials": list(self.specials), "ranks": ranks}
+        return json.dumps(stored, indent=0).encode("utf-8")
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the stored form; checkpoints carry it."""
+        return hashlib.sha256(self._serialised).hexdigest()
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.ranks) + len(self.specials)
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        """int32 (V,): how many bytes of text each id stands for; 0 for specials."""
+        return np.array([len(token) for token in self.ranks] + [0] * len(self.specials), dtype=np.int32)
+
+    def special(self, name: str) -> int:
+        return self._special_ids[name]
+
+    def encode(self, text: str) -> list[int]:
+        """ids of ordinary text. Raises UserError when it holds a lone surrogate, which no UTF-8 text can."""
+        return self.encode_numpy(text).tolist()
+
+    def encode_numpy(self, text: str) -> np.ndarray:
+        """As encode, as an array, without holding the interpreter's lock."""
+        try:
+            return self._encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"the text holds a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}; "
+                "remove it, it cannot be written in UTF-8"
+            ) from error
+
+    def encode_batch(self, texts: Sequence[str], pool: ThreadPoolExecutor) -> Iterator[np.ndarray]:
+        """As encode_numpy for each text, on the pool's threads, in order."""
+        return pool.map(self.encode_numpy, texts)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; bytes that are no UTF-8 become U+FFFD."""
+        return self._encoding.decode(list(ids))
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return self._encoding.decode_bytes(list(ids))

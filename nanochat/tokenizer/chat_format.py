@@ -1,0 +1,87 @@
+"""The format of conversations: how messages become tokens, and which of them the assistant has to produce.
+
+A conversation is {"messages": [{"role", "content"}, …]}: an optional system message, then user and assistant in turn.
+The assistant's content is text, or a list of parts {"type": "text" | "python" | "python_output", "text"}: a python part is a
+call of the calculator, and python_output is its result.
+"""
+
+from nanochat.platform.errors import UserError
+from nanochat.tokenizer.bpe import Tokenizer
+
+PART_TYPES = {"text": None, "python": ("python_start", "python_end"), "python_output": ("output_start", "output_end")}
+
+
+def render(tokenizer: Tokenizer, conversation: dict, max_tokens: int | None = None) -> tuple[list[int], list[int]]:
+    """The ids and the mask of a conversation, cut at max_tokens. Mask 1 marks what the assistant has to produce itself."""
+    ids, mask = [tokenizer.bos], [0]
+
+    def add(tokens: list[int], trained: int) -> None:
+        ids.extend(tokens)
+        mask.extend([trained] * len(tokens))
+
+    for message in check_conversation(conversation):
+        if message["role"] == "user":
+            add(user_turn(tokenizer, message["content"]), 0)
+            continue
+        add([tokenizer.special("assistant_start")], 0)
+        content = message["content"]
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            tokens, frame = tokenizer.encode(part["text"]), PART_TYPES[part["type"]]
+            if frame:
+                tokens = [tokenizer.special(frame[0]), *tokens, tokenizer.special(frame[1])]
+            add(tokens, 0 if part["type"] == "python_output" else 1)
+        add([tokenizer.special("assistant_end")], 1)
+    return ids[:max_tokens], mask[:max_tokens]
+
+
+def render_prompt(tokenizer: Tokenizer, conversation: dict) -> list[int]:
+    """The ids up to where the assistant's last answer begins: an assistant message at the end is dropped."""
+    messages = conversation["messages"]
+    if messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    ids, _ = render(tokenizer, {"messages": messages})
+    return [*ids, tokenizer.special("assistant_start")]
+
+
+def user_turn(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a user's message between its two marks."""
+    return [tokenizer.special("user_start"), *tokenizer.encode(text), tokenizer.special("user_end")]
+
+
+def check_conversation(conversation: dict) -> list[dict]:
+    """The messages with a system message merged into the first user message. Raises UserError when malformed."""
+    messages = conversation.get("messages") if isinstance(conversation, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise UserError(
+            "malformed conversation: wanted {'messages': [{'role', 'content'}, …]} with one message or more"
+        )
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise UserError(f"malformed conversation: message {index} needs the keys role and content, got {message!r}")
+    if messages[0]["role"] == "system":
+        if len(messages) < 2 or messages[1]["role"] != "user":
+            raise UserError("malformed conversation: a system message must be followed by a user message")
+        merged = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+        messages = [merged, *messages[2:]]
+    for index, message in enumerate(messages):
+        role, content = message["role"], message["content"]
+        expected = "user" if index % 2 == 0 else "assistant"
+        if role != expected:
+            raise UserError(f"malformed conversation: message {index} is from {role!r}, wanted {expected!r} in turn")
+        if isinstance(content, str):
+            continue
+        if role == "user" or not isinstance(content, list):
+            raise UserError(
+                f"malformed conversation: message {index} ({role}) must be text, got {type(content).__name__}"
+            )
+        for part in content:
+            if (
+                not isinstance(part, dict)
+                or part.get("type") not in PART_TYPES
+                or not isinstance(part.get("text"), str)
+            ):
+                raise UserError(
+                    f"malformed conversation: message {index} has a part that is not "
+                    f"{{'type': {' | '.join(PART_TYPES)}, 'text'}}: {part!r}"
+                )
+    return messages

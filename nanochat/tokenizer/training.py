@@ -1,0 +1,42 @@
+"""Training the tokenizer on the pretraining text."""
+
+from collections.abc import Iterator
+
+from nanochat.data.shards import Shards
+from nanochat.options.tokenizer import TokenizerTrainOptions
+from nanochat.platform.console import progress_bar, say
+from nanochat.platform.errors import UserError
+from nanochat.platform.paths import TRAINING_STAGES, Paths
+from nanochat.tokenizer.bpe import Tokenizer
+
+
+def train_tokenizer(options: TokenizerTrainOptions, paths: Paths) -> dict:
+    """Train and store; refuses to replace a tokenizer that checkpoints depend on by a different one."""
+    shards = Shards.of(paths, "train")
+    total = 0
+
+    def texts(advance) -> Iterator[str]:
+        nonlocal total
+        for index in range(len(shards.row_groups)):
+            for text in shards.read(index):
+                text = text[: options.doc_cap]
+                yield text
+                total += len(text)
+                if total >= options.max_chars:
+                    return
+            advance()
+
+    with progress_bar("read text for the tokenizer", len(shards.row_groups)) as advance:
+        tokenizer = Tokenizer.train(texts(advance), options.vocab_size)
+    existing = Tokenizer.load(paths.tokenizer) if (paths.tokenizer / "tokenizer.json").exists() else None
+    if existing is not None and existing.hash != tokenizer.hash:
+        dependent = [stage for stage in TRAINING_STAGES if any(paths.checkpoints(stage).glob("step_*"))]
+        if dependent:
+            raise UserError(
+                f"the tokenizer in {paths.tokenizer} would change, but checkpoints depend on it: {', '.join(dependent)}; "
+                "remove those checkpoints first, or train in another NANOCHAT_BASE_DIR"
+            )
+    tokenizer.save(paths.tokenizer)
+    lengths = tokenizer.token_bytes[tokenizer.token_bytes > 0]
+    say(f"tokenizer of {tokenizer.vocab_size:,} tokens from {total:,} characters in {paths.tokenizer}")
+    return {"vocab_size": tokenizer.vocab_size, "characters": total, "mean_token_bytes": float(lengths.mean())}

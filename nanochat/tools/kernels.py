@@ -1,0 +1,104 @@
+"""The commands about kernels: what there is, what the compiler makes of it, the search for launch parameters, the gate."""
+
+from collections.abc import Iterable
+
+from rich.table import Table
+
+from nanochat.gate import run_shape
+from nanochat.gpt import GPTConfig
+from nanochat.options.presets import with_preset
+from nanochat.options.tools import KernelsGateOptions, KernelsInspectOptions, KernelsListOptions, KernelsTuneOptions
+from nanochat.options.train import TrainBaseOptions
+from nanochat.platform.console import console, say
+from nanochat.platform.distributed import start_runtime
+from nanochat.platform.errors import UserError
+from nanochat.platform.paths import Paths
+from nanochat.speedrun.preflight import most_rows
+from nanochat.tokenizer.bpe import Tokenizer
+from nanochat_kernels import architecture, dispatch, gate, inspect, tune
+
+
+def list_kernels(options: KernelsListOptions) -> None:
+    table = Table("operation", "implementations", "auto takes here", "because", box=None)
+    for name, operation in sorted(dispatch.operations().items()):
+        taken, why = dispatch.describe(operation)
+        table.add_row(name, ", ".join((*operation.implementations, "reference")), taken, why)
+    _show(table)
+
+
+def inspect_kernels(options: KernelsInspectOptions) -> None:
+    _check_names(options.kernel)
+    try:
+        found = list(inspect.inspect_all(options.arch, options.kernel))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from error
+    table = Table(box=None)
+    for name in ("kernel", "flags", "dtype", "shape", "constants"):
+        table.add_column(name)
+    for name in ("registers", "spilled B", "shared B"):
+        table.add_column(name, justify="right")
+    table.add_column("matrix and copy instructions")
+    table.add_column("wrong")
+    for one in found:
+        constants = " ".join(f"{key}={int(value)}" for key, value in one.constants.items())
+        numbers = (str(one.registers), str(one.spilled), str(one.shared))
+        words = (one.kernel, one.flags, one.dtype, one.key, constants)
+        table.add_row(*words, *numbers, _join(one.instructions), _join(one.faults))
+    _show(table)
+    faulty = [one for one in found if one.faults]
+    if faulty:
+        first = faulty[0]
+        raise UserError(
+            f"{len(faulty)} of {len(found)} launches for {options.arch} are faulty, the first {first.kernel} ({first.flags}) "
+            f"{first.dtype} {first.key}: {_join(first.faults)}; change kernels/configs/{options.arch}.json, or tune again"
+        )
+    say(f"{len(found)} launches compile for {options.arch} without a fault")
+
+
+def _check_names(names: tuple[str, ...]) -> None:
+    known = [kernel.name for kernel in dispatch.tunable_kernels()]
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise UserError(f"no kernel is called {', '.join(unknown)}; there are {', '.join(known)}")
+
+
+def tune_kernels(options: KernelsTuneOptions) -> None:
+    try:
+        if options.arch == "sm80":
+            architecture.run_ptx_of("sm80")
+        for what, milliseconds, parameters in tune.tune(options.kernel, say):
+            say(f"{what}: {milliseconds:.4f} ms with {parameters}")
+    except (RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+def run_gate(options: KernelsGateOptions, paths: Paths) -> None:
+    """Write gate.json under the base directory."""
+    base = with_preset(TrainBaseOptions(), "train base", options.preset)
+    vocabulary = options.vocab_size or (
+        Tokenizer.load(paths.tokenizer).vocab_size if paths.tokenizer.exists() else 65536
+    )
+    model = GPTConfig.from_depth(
+        options.depth or base.depth, vocabulary, options.context_length or base.context_length,
+        options.n_kv_head or base.n_kv_head,
+    )  # fmt: skip
+    with start_runtime(options.device) as runtime:
+        shape = run_shape(model, options.device_batch_size or most_rows(options.preset))
+        table = Table("operation", "training takes", "because", box=None)
+        operations = {}
+        for operation, choice in gate.examine(shape, runtime.device, runtime.compute_dtype):
+            operations[operation] = choice
+            table.add_row(operation, choice["impl"], choice["why"])
+        gate.write(paths.gate, gate.identity(shape, runtime.device, runtime.compute_dtype), operations)
+    _show(table)
+    say(f"wrote {paths.gate}; training on this device and at these shapes takes it from now on")
+
+
+def _join(words: Iterable[str]) -> str:
+    return ", ".join(words) or "none"
+
+
+def _show(table: Table) -> None:
+    if not console.is_terminal:
+        console.width = 200  # into a pipe or a file whole lines, not a terminal's width of 80
+    console.print(table)

@@ -1,0 +1,64 @@
+"""Fine-tuning: one conversation a row, loss only on what the assistant says."""
+
+from nanochat.checkpoint import load_model
+from nanochat.data.conversations import First, Mixture, padded_batches
+from nanochat.data.positions import conversation_position
+from nanochat.gate import take_gate
+from nanochat.optim import MuonAdamW
+from nanochat.options.train import TrainSftOptions
+from nanochat.platform.console import say
+from nanochat.platform.distributed import Runtime
+from nanochat.platform.errors import UserError
+from nanochat.platform.paths import Paths
+from nanochat.tasks import ARC, GSM8K, MMLU, Identity, SimpleSpelling, SmolTalk, SpellingBee
+from nanochat.train.plan import Plan, accumulation_steps, learning_settings
+from nanochat.train.schedules import linear_decay
+from nanochat.train.trainer import Trainer
+
+
+def sft_mixture(options: TrainSftOptions, paths: Paths) -> Mixture:
+    tasks = [
+        First(ARC(paths, "ARC-Easy", "train"), options.arc_easy),
+        First(ARC(paths, "ARC-Challenge", "train"), options.arc_challenge),
+        First(GSM8K(paths, "train"), options.gsm8k),
+        First(SmolTalk(paths, "train"), options.smoltalk),
+        First(Identity(paths), options.identity),
+        SimpleSpelling(paths, "train", options.simple_spelling),
+        SpellingBee(paths, "train", options.spelling_bee),
+    ]
+    if options.mmlu:
+        tasks.append(First(MMLU(paths, "auxiliary_train"), options.mmlu))
+    return Mixture(tasks)
+
+
+def finetune(options: TrainSftOptions, paths: Paths, runtime: Runtime) -> dict:
+    """Run or resume fine-tuning from the newest mid checkpoint; returns its results."""
+    rows = options.device_batch_size
+    model, tokenizer, mid_meta = load_model(
+        paths, "mid", runtime, options.impl, adapt=lambda shape: take_gate(paths, shape, rows, runtime)
+    )
+    length = model.config.context_length
+    accumulation = accumulation_steps(options.examples_per_step, rows, 1, runtime.world_size, "conversations")
+    mixture = sft_mixture(options, paths)
+    steps = len(mixture) // options.examples_per_step
+    if steps < 1:
+        raise UserError(f"{len(mixture)} conversations do not fill one step of {options.examples_per_step}; add some")
+    if runtime.primary:
+        say(f"{len(mixture):,} conversations: {', '.join(f'{k} {v:,}' for k, v in mixture.sizes().items())}")
+
+    def batches(positions: list | None):
+        position = conversation_position(positions, runtime.rank, runtime.world_size) if positions else (0,)
+        return padded_batches(mixture, tokenizer, rows, length, runtime.rank, runtime.world_size, position)
+
+    plan = Plan(
+        stage="sft",
+        batches=batches,
+        accumulation=accumulation,
+        lr_multiplier=linear_decay(options.init_lr_fraction),
+        steps=steps,
+        one_length=False,
+    )
+    settings = learning_settings(options) | {"mid_step": mid_meta["step"], "conversations": len(mixture)}
+    optimizer = MuonAdamW(model, options.optimizer)
+    results = Trainer(plan, model, optimizer, tokenizer, paths, runtime, options.run, settings).run()
+    return {"conversations": len(mixture)} | results

@@ -1,0 +1,71 @@
+"""Midtraining: the format of conversations, tools and multiple choice, on one epoch of a mixture packed into a stream."""
+
+from nanochat.checkpoint import load_model
+from nanochat.data.conversations import First, Mixture, packed_batches
+from nanochat.data.positions import conversation_position
+from nanochat.evaluate.bits_per_byte import bits_per_byte
+from nanochat.gate import take_gate
+from nanochat.optim import MuonAdamW
+from nanochat.options.train import TrainMidOptions
+from nanochat.platform.console import say
+from nanochat.platform.distributed import Runtime
+from nanochat.platform.errors import UserError
+from nanochat.platform.paths import Paths
+from nanochat.tasks import GSM8K, MMLU, Identity, SimpleSpelling, SmolTalk, SpellingBee
+from nanochat.train.plan import Evaluation, Plan, accumulation_steps, learning_settings
+from nanochat.train.schedules import warmdown
+from nanochat.train.trainer import Trainer
+
+
+def mid_mixture(options: TrainMidOptions, paths: Paths) -> Mixture:
+    return Mixture(
+        [
+            First(SmolTalk(paths, "train"), options.smoltalk),
+            First(MMLU(paths, "auxiliary_train"), options.mmlu),
+            First(GSM8K(paths, "train"), options.gsm8k),
+            *[Identity(paths)] * options.identity_repeats,
+            SimpleSpelling(paths, "train", options.simple_spelling),
+            SpellingBee(paths, "train", options.spelling_bee),
+        ]
+    )
+
+
+def midtrain(options: TrainMidOptions, paths: Paths, runtime: Runtime) -> dict:
+    """Run or resume midtraining from the newest base checkpoint; returns its results."""
+    rows = options.device_batch_size
+    model, tokenizer, base_meta = load_model(
+        paths, "base", runtime, options.impl, adapt=lambda shape: take_gate(paths, shape, rows, runtime)
+    )
+    length = model.config.context_length
+    accumulation = accumulation_steps(options.total_batch_size, rows, length, runtime.world_size, "tokens")
+    mixture = mid_mixture(options, paths)
+    held_out = Mixture([First(SmolTalk(paths, "test"), options.eval_rows), GSM8K(paths, "test"), MMLU(paths, "test")])
+    if runtime.primary:
+        say(f"{len(mixture):,} conversations: {', '.join(f'{k} {v:,}' for k, v in mixture.sizes().items())}")
+
+    def batches(positions: list | None):
+        position = conversation_position(positions, runtime.rank, runtime.world_size) if positions else (0, 0)
+        return packed_batches(mixture, tokenizer, rows, length, runtime.rank, runtime.world_size, position)
+
+    def measure_bpb() -> dict:
+        # few rows at a time, so that a small held-out set fills whole batches on every rank
+        measured = packed_batches(held_out, tokenizer, 1, length, runtime.rank, runtime.world_size)
+        return {"val_bpb": bits_per_byte(model, measured, tokenizer.token_bytes, runtime)}
+
+    plan = Plan(
+        stage="mid",
+        batches=batches,
+        accumulation=accumulation,
+        lr_multiplier=warmdown(options.warmdown_ratio),
+        steps=None,
+        evaluations=[Evaluation(options.eval_every, measure_bpb, first=True)],
+    )
+    settings = learning_settings(options) | {"base_step": base_meta["step"], "conversations": len(mixture)}
+    optimizer = MuonAdamW(model, options.optimizer)
+    results = Trainer(plan, model, optimizer, tokenizer, paths, runtime, options.run, settings).run()
+    if results["steps"] == 0:
+        raise UserError(
+            f"{len(mixture)} conversations do not fill one step of {options.total_batch_size} tokens; "
+            "add conversations or lower --total-batch-size"
+        )
+    return {"conversations": len(mixture)} | results

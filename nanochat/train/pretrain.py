@@ -1,0 +1,101 @@
+"""Pretraining on text."""
+
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+
+from nanochat.data.positions import START, TextPosition, text_position
+from nanochat.data.pretraining import TokenStream
+from nanochat.data.shards import Shards
+from nanochat.evaluate.bits_per_byte import bits_per_byte
+from nanochat.evaluate.core import evaluate_core
+from nanochat.gate import take_gate
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.inference.engine import Engine
+from nanochat.optim import MuonAdamW
+from nanochat.options.train import TrainBaseOptions
+from nanochat.platform.console import say
+from nanochat.platform.distributed import Runtime
+from nanochat.platform.paths import Paths
+from nanochat.tokenizer.bpe import Tokenizer
+from nanochat.train.plan import Evaluation, Plan, accumulation_steps, horizon, learning_settings
+from nanochat.train.schedules import warmdown
+from nanochat.train.trainer import Trainer
+
+
+def pretrain(options: TrainBaseOptions, paths: Paths, runtime: Runtime) -> dict:
+    """Run or resume pretraining; returns its results."""
+    tokenizer = Tokenizer.load(paths.tokenizer)
+    shape = GPTConfig.from_depth(
+        options.depth, tokenizer.vocab_size, options.context_length, options.n_kv_head, impl=options.impl
+    )
+    rows, length = options.device_batch_size, options.context_length
+    accumulation = accumulation_steps(options.total_batch_size, rows, length, runtime.world_size, "tokens")
+    steps = horizon(options, shape)
+    train, val = Shards.of(paths, "train"), Shards.of(paths, "val")
+    shape = take_gate(paths, shape, rows, runtime)
+    model = GPT.create(shape, runtime.device, runtime.compute_dtype, options.seed)
+    if runtime.primary:
+        say(
+            f"depth {shape.depth}, width {shape.width}, {shape.num_parameters:,} parameters, "
+            f"{shape.flops_per_token:.4e} FLOPs per token, {steps:,} steps of {options.total_batch_size:,} tokens = "
+            f"{steps * options.total_batch_size:,} tokens, {steps * options.total_batch_size * shape.flops_per_token:.3e} FLOPs"
+        )
+    eval_batches = max(1, options.eval_tokens // (rows * length * runtime.world_size))
+    with ThreadPoolExecutor(options.run.loader_threads) as pool:
+        stream = TokenStream(train, tokenizer, runtime.rank, runtime.world_size, pool)
+        held_out = TokenStream(val, tokenizer, runtime.rank, runtime.world_size, pool)
+
+        def batches(positions: list | None):
+            return stream.batches(rows, length, _position(positions, runtime, train))
+
+        def measure_bpb() -> dict:
+            measured = islice(held_out.batches(rows, length), eval_batches)
+            return {"val_bpb": bits_per_byte(model, measured, tokenizer.token_bytes, runtime)}
+
+        def measure_core() -> dict:
+            limit = options.core_metric_max_per_task
+            return {"CORE": evaluate_core(model, tokenizer, paths.eval_bundle, runtime, limit)["CORE"]}
+
+        def sample() -> dict:
+            if runtime.primary:
+                for line in sample_texts(model, tokenizer, options.sample_prompts):
+                    say(f"  {line}")
+            return {}
+
+        plan = Plan(
+            stage="base",
+            batches=batches,
+            accumulation=accumulation,
+            lr_multiplier=warmdown(options.warmdown_ratio),
+            steps=steps,
+            evaluations=[
+                Evaluation(options.eval_every, measure_bpb, first=True),
+                Evaluation(options.core_metric_every, measure_core),
+                Evaluation(options.sample_every, sample),
+            ],
+        )
+        optimizer = MuonAdamW(model, options.optimizer)
+        trainer = Trainer(plan, model, optimizer, tokenizer, paths, runtime, options.run, learning_settings(options))
+        results = trainer.run()
+    shape_facts = {"parameters": shape.num_parameters, "flops_per_token": shape.flops_per_token}
+    return shape_facts | {"total_flops": results["tokens"] * shape.flops_per_token} | results
+
+
+def _position(positions: list | None, runtime: Runtime, shards: Shards) -> TextPosition:
+    """Where this rank continues, from the saved positions of all ranks; None: at the beginning."""
+    if positions is None:
+        return START
+    saved = [tuple(position) for position in positions]
+    if len(saved) != runtime.world_size and runtime.primary:
+        say(
+            f"the checkpoint was written by {len(saved)} processes, and now there are {runtime.world_size}: row groups that "
+            "were read in part are skipped"
+        )
+    return text_position(saved, runtime.rank, runtime.world_size, len(shards.row_groups))
+
+
+def sample_texts(model: GPT, tokenizer: Tokenizer, prompts: tuple[str, ...], tokens: int = 16) -> list[str]:
+    """Each prompt with the model's greedy continuation of it."""
+    ids = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
+    answers = Engine(model, tokenizer).generate(ids, tokens, temperature=0.0) if ids else []
+    return [tokenizer.decode(prompt[1:] + answer) for prompt, answer in zip(ids, answers, strict=True)]

@@ -1,0 +1,273 @@
+"""The training loop of every stage: accumulate, synchronize, clip, update; log, evaluate, save, resume, stop.
+
+Between two steps, at boundary s (s updates are done), the loop saves when due, evaluates when due, and ends when asked to.
+A run resumed from the checkpoint of boundary s does from there exactly what the uninterrupted run did.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from nanochat.checkpoint import CheckpointStore
+from nanochat.data.batches import Batch, prefetched
+from nanochat.gpt import GPT
+from nanochat.optim import MuonAdamW
+from nanochat.options.train import RunOptions
+from nanochat.platform.console import progress_bar, say
+from nanochat.platform.distributed import Runtime
+from nanochat.platform.errors import TrainingStopped, UserError
+from nanochat.platform.paths import Paths
+from nanochat.tokenizer.bpe import Tokenizer
+from nanochat.train.diagnose import offending_tensor
+from nanochat.train.metrics import Metrics
+from nanochat.train.micro_step import MicroStep, choose_execution
+from nanochat.train.plan import Plan
+from nanochat.train.schedules import muon_momentum
+from nanochat.train.state import Pace, TrainState
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Interrupt:
+    """Remembers a signal until the loop looks; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict = {}
+
+    def __enter__(self) -> "Interrupt":
+        try:
+            self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        except ValueError:  # not the main thread: the caller handles signals
+            self._previous = {}
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+        say(f"{signal.Signals(number).name} received: finishing this step, then saving (again: stop at once)")
+
+
+class Agreement(NamedTuple):
+    """What all ranks know before a step, after one exchange."""
+
+    stop: bool  # a rank was asked to
+    ended: bool  # a rank has no more data
+    targets: float  # tokens of the step that have a target, over all ranks
+    data_progress: float  # share of the data that is consumed after the step
+
+
+class Trainer:
+    """Runs the plan of a stage on a model, from its newest checkpoint if there is one."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        model: GPT,
+        optimizer: MuonAdamW,
+        tokenizer: Tokenizer,
+        paths: Paths,
+        runtime: Runtime,
+        options: RunOptions,
+        settings: dict,
+    ):
+        self.plan, self.model, self.optimizer, self.tokenizer = plan, model, optimizer, tokenizer
+        self.paths, self.runtime, self.options, self.settings = paths, runtime, options, settings
+        self.store = CheckpointStore(paths.checkpoints(plan.stage), runtime, options.keep_checkpoints)
+        execution, why = choose_execution(options.execution, runtime.device)
+        if runtime.primary:
+            say(f"micro-steps: {execution} ({why})")
+        self.micro_step = MicroStep(model, optimizer, execution, one_length=plan.one_length)
+        self.state, self.pace = TrainState(), Pace()
+        self.saved_step = -1  # of the newest checkpoint; −1: there is none
+        self.results: dict = {}  # the last of each evaluation
+        self.interrupt = Interrupt()
+        self.metrics = Metrics(paths.metrics(plan.stage))
+
+    def run(self) -> dict:
+        """Train to the end; returns the last evaluation's results, loss, steps, tokens and time."""
+        torch.use_deterministic_algorithms(self.options.deterministic, warn_only=True)
+        positions = self._resume()
+        with self.interrupt:
+            if self.runtime.primary:
+                wandb = self.options.wandb_run, self.options.wandb_mode
+                self.metrics.open(self.state.step, *wandb, self.plan.stage, self.settings)
+            bar = progress_bar(f"train {self.plan.stage}", self.plan.steps, quiet=not self.runtime.primary)
+            try:
+                with prefetched(self.plan.batches(positions)) as batches, bar as advance:
+                    return self._loop(batches, advance)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"out of memory on {self.runtime.device_name} ({str(error).splitlines()[0]}); lower "
+                    "--device-batch-size: the step stays the same, and is accumulated from more micro-batches"
+                ) from error
+            finally:
+                self.metrics.close()
+
+    def _resume(self) -> list | None:
+        """Load the newest checkpoint; returns the positions of all ranks, None when training starts at the beginning."""
+        steps = self.store.steps()
+        if not steps:
+            return None
+        self.saved_step = steps[-1]
+        meta = self.store.load(self.saved_step, self.model, self.optimizer, self.tokenizer)
+        changed = [k for k in self.settings if self.settings[k] != meta["settings"].get(k)]
+        if changed:
+            raise UserError(
+                f"{self.store.path(self.saved_step)} was trained with other settings ({', '.join(changed)}); give the same "
+                f"ones to resume, or move {self.store.directory} away to start again"
+            )
+        self.state = TrainState.from_meta(meta)
+        if self.runtime.primary:
+            say(f"resuming {self.plan.stage} at step {self.saved_step}")
+        return meta["positions"] if self.saved_step else None
+
+    def _loop(self, batches: Iterator[Batch], advance: Callable) -> dict:
+        while True:
+            micro_batches = self._take(batches) if self.state.step != self.plan.steps else []
+            agreement = self._agree(micro_batches)
+            if agreement.stop:
+                self._stop()
+            last = agreement.ended or self.state.step == self.plan.steps
+            self._boundary(last)
+            if last:
+                return self._summary()
+            self._step(micro_batches, agreement, advance)
+
+    def _take(self, batches: Iterator[Batch]) -> list[Batch]:
+        micro_batches = []
+        while len(micro_batches) < self.plan.accumulation and (batch := next(batches, None)) is not None:
+            micro_batches.append(batch)
+        return micro_batches
+
+    def _agree(self, micro_batches: list[Batch]) -> Agreement:
+        targets = sum(int((batch.targets != -1).sum()) for batch in micro_batches)
+        short = len(micro_batches) < self.plan.accumulation
+        progress = micro_batches[-1].progress if micro_batches else 1.0
+        stop = self.interrupt.received is not None or (self.runtime.primary and self.paths.stop.exists())
+        stops, shorts, all_targets, all_progress = self.runtime.sum(
+            [float(x) for x in (stop, short, targets, progress)]
+        )
+        return Agreement(stops > 0, shorts > 0, all_targets, all_progress / self.runtime.world_size)
+
+    def _stop(self) -> None:
+        """Save, and end with the status of the signal."""
+        self._save()
+        number = self.interrupt.received or signal.SIGUSR1
+        by = signal.Signals(number).name if self.interrupt.received else f"the file {self.paths.stop}"
+        raise TrainingStopped(
+            f"training {self.plan.stage} stopped at step {self.state.step} by {by}; everything is saved in "
+            f"{self.store.path(self.state.step)}; the same command resumes from there",
+            128 + number,
+        )
+
+    def _boundary(self, last: bool) -> None:
+        """Between two steps: save before anything is evaluated, then evaluate what is due."""
+        step, every = self.state.step, self.options.save_every
+        due = [evaluation for evaluation in self.plan.evaluations if evaluation.due(step, last)]
+        if last or (step > 0 and ((every > 0 and step % every == 0) or due)):
+            self._save()
+        if not due:
+            return
+        results = {}
+        for evaluation in due:
+            results |= evaluation.measure()
+        self.results |= results
+        self.metrics.write({"step": step, **results})
+        shown = [f"{name} {value:.4f}" for name, value in results.items() if isinstance(value, float)]
+        if self.runtime.primary and shown:
+            say(f"step {step:05d} | {' | '.join(shown)}")
+
+    def _save(self) -> None:
+        if self.state.step == self.saved_step:
+            return
+        meta = {"stage": self.plan.stage, "tokenizer": self.tokenizer.hash, "settings": self.settings}
+        meta |= self.state.to_meta(self.runtime.gather(self.state.position))
+        self.store.save(self.state.step, self.model, self.optimizer, meta)
+        self.saved_step = self.state.step
+
+    def _step(self, micro_batches: list[Batch], agreement: Agreement, advance: Callable) -> None:
+        started = time.perf_counter()
+        step, steps, world_size = self.state.step, self.plan.steps, self.runtime.world_size
+        multiplier = self.plan.lr_multiplier(step / steps if steps else agreement.data_progress)
+        self.micro_step.loss.zero_()
+        for batch in micro_batches:
+            # a micro-batch counts by its targets; the ranks are averaged when gradients are synchronized
+            self.micro_step(batch, int((batch.targets != -1).sum()) * world_size / max(agreement.targets, 1.0))
+        norm = self.optimizer.synchronize()
+        rank_loss, grad_norm = self.runtime.read(torch.stack([self.micro_step.loss, norm]))
+        loss = self.runtime.sum([rank_loss])[0] / world_size
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self._stop_not_finite(loss, grad_norm, micro_batches)
+        self.optimizer.update(multiplier, muon_momentum(step))
+        seconds = time.perf_counter() - started
+        tokens = sum(batch.inputs.numel() for batch in micro_batches) * world_size
+        self.state.advance(loss, tokens, seconds, micro_batches[-1].position)
+        advance(completed=self.state.step)
+        done = self.state.step / steps if steps else agreement.data_progress
+        if self.runtime.primary:
+            self._report(loss, grad_norm, multiplier, tokens, seconds, done)
+
+    def _report(
+        self, loss: float, grad_norm: float, multiplier: float, tokens: int, seconds: float, done: float
+    ) -> None:
+        """The line of the step that has just ended, and its record."""
+        step, rate, peak = self.state.step - 1, tokens / seconds, self.runtime.peak_flops
+        mfu = self.model.config.flops_per_token * rate / (peak * self.runtime.world_size) if peak else None
+        remaining = self.pace.remaining(seconds, done)
+        total = f"/{self.plan.steps:05d}" if self.plan.steps else ""
+        say(
+            f"step {step:05d}{total} ({100 * done:.1f}%) | loss {self.state.loss:.4f} | lr {multiplier:.2f} | "
+            f"dt {seconds * 1e3:.0f} ms | {rate:,.0f} tok/s | mfu {f'{100 * mfu:.1f}%' if mfu else '–'} | "
+            f"{_clock(self.state.elapsed)} elapsed, {'–' if remaining is None else _clock(remaining)} left"
+        )
+        self.metrics.write(
+            {
+                "step": step,
+                "loss": loss,
+                "smoothed_loss": self.state.loss,
+                "grad_norm": grad_norm,
+                "lr_multiplier": multiplier,
+                "dt": seconds,
+                "tokens_per_second": rate,
+                "mfu": mfu,
+                "tokens": self.state.tokens,
+                "elapsed": self.state.elapsed,
+                "progress": done,
+                "remaining": remaining,
+            }
+        )
+
+    def _summary(self) -> dict:
+        state = self.state
+        return self.results | {
+            "steps": state.step,
+            "tokens": state.tokens,
+            "loss": state.loss,
+            "train_seconds": state.elapsed,
+            "tokens_per_second": state.tokens / state.elapsed if state.elapsed else 0.0,
+        }
+
+    def _stop_not_finite(self, loss: float, grad_norm: float, micro_batches: list[Batch]) -> None:
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {grad_norm}"
+        last = self.store.path(self.saved_step) if self.saved_step >= 0 else "none"
+        raise UserError(
+            f"step {self.state.step} of {self.plan.stage}: {what}; offending tensor: "
+            f"{offending_tensor(self.model, micro_batches, self.runtime.device)}; last good checkpoint: {last}; "
+            "lower the learning rates or look at the data, then run the same command again"
+        )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

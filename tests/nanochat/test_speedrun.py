@@ -1,0 +1,229 @@
+"""The speedrun: stages once each, in order, resumed, and stopped by the first that fails. Run with tiny settings."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+
+from nanochat.options import presets
+from nanochat.options.speedrun import SpeedrunOptions
+from nanochat.platform.errors import TrainingStopped, UserError
+from nanochat.platform.paths import Paths
+from nanochat.speedrun.run import run_stages
+from nanochat.speedrun.stages import NAMES, STAGES, Stage
+from tests.conftest import TINY_BASE, TINY_MID, TINY_SFT, nanochat
+
+EVALUATE = ("--max-per-task", "4", "--max-tokens", "8", "--tasks", "ARC-Easy", "SpellingBee", "--device", "cpu")
+TINY = {
+    "data": (*"data generate --shards 2 --documents 1100 --chats 60 --questions 60 --problems 40 --identity 10".split(),
+             *"--words 200 --tests 16".split()),
+    "tokenizer": ("tokenizer", "train", "--vocab-size", "512"),
+    "base": ("train", "base", *TINY_BASE),
+    "base-eval": (*"evaluate base --tokens 512 --batch-size 4 --core-max-per-task 4 --device cpu".split(),),
+    "mid": ("train", "mid", *TINY_MID),
+    "mid-eval": ("evaluate", "chat", "--stage", "mid", *EVALUATE),
+    "sft": ("train", "sft", *TINY_SFT),
+    "sft-eval": ("evaluate", "chat", "--stage", "sft", *EVALUATE),
+}  # fmt: skip
+
+
+TINY_STAGES = tuple(replace(s, command=TINY.get(s.name, s.command), has_preset=False) for s in STAGES)
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """A base directory of its own, for every stage's real command at a tiny size."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return Paths(tmp_path)
+
+
+def run(options: SpeedrunOptions, paths: Paths, stages: tuple[Stage, ...] = TINY_STAGES) -> None:
+    run_stages(options, paths, stages)
+
+
+def files(paths: Paths) -> dict:
+    return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in paths.base.rglob("*") if p.is_file()}
+
+
+def test_the_whole_run_its_repetition_and_its_failures(tiny, capfd):
+    config = SpeedrunOptions()
+    # a stage that fails stops the run with its status, and no later stage begins
+    run(SpeedrunOptions(last="tokenizer"), tiny)
+    shard = tiny.text / "shard_00001.parquet"
+    content = shard.read_bytes()
+    record = json.loads((tiny.records / "data.json").read_text())
+    shard.write_bytes(content[:-50])
+    with pytest.raises(UserError, match="stage data has not finished"):
+        run(SpeedrunOptions(first="base"), tiny)
+    shard.write_bytes(content)
+    (tiny.tokenizer / "tokenizer.json").rename(tiny.base / "kept")
+    with pytest.raises(UserError, match="stage tokenizer has not finished"):
+        run(SpeedrunOptions(first="base"), tiny)
+    (tiny.base / "kept").rename(tiny.tokenizer / "tokenizer.json")
+    assert json.loads((tiny.records / "data.json").read_text()) == record
+
+    run(SpeedrunOptions(last="base"), tiny)
+    (tiny.chat_data / "gsm8k" / "train.parquet").rename(tiny.base / "kept")
+    capfd.readouterr()
+    with pytest.raises(UserError, match="stage data has not finished|stage mid failed with exit status 1"):
+        run(SpeedrunOptions(first="mid"), tiny)
+    assert not tiny.checkpoints("mid").exists() and not tiny.checkpoints("sft").exists()
+    (tiny.base / "kept").rename(tiny.chat_data / "gsm8k" / "train.parquet")
+
+    run(config, tiny)
+    assert sorted(p.stem for p in tiny.records.glob("*.json")) == sorted(NAMES)
+    for name in NAMES:
+        made = json.loads((tiny.records / f"{name}.json").read_text())
+        assert len(made["made"]) == 64 and made["seconds"] > 0
+    report = (tiny.report / "report.md").read_text()
+    assert "stages that have not run" not in report and "| ARC-Easy | 0.2500 |" in report
+    html = (tiny.report / "report.html").read_text()
+    page, pictures = re.subn(
+        r"data:image/png;base64,[A-Za-z0-9+/=]+", "", html
+    )  # four letters of base64 may spell anything
+    assert pictures == 2 and "http" not in page
+
+    before = files(tiny)
+    capfd.readouterr()
+    run(config, tiny)
+    assert files(tiny) == before
+    assert capfd.readouterr().out.count("finished before, skipped") == len(NAMES)
+
+    # what a later stage depends on has changed: it runs again, nothing before it does
+    shutil.rmtree(tiny.checkpoints("sft"))
+    run(config, tiny)
+    out = capfd.readouterr().out
+    assert "sft: done" in out and "mid: finished before" in out
+    assert files(tiny).keys() == before.keys()
+
+
+def test_a_stage_that_fails_gives_its_status_and_cause(tiny):
+    stages = (Stage("tokenizer", ("tokenizer", "train"), lambda p: [p.tokenizer / "tokenizer.json"], has_preset=False),)
+    with pytest.raises(
+        UserError, match=r"stage tokenizer failed with exit status 1 \(.*0 parquet shards.*run the same command"
+    ) as e:
+        run(SpeedrunOptions(first="tokenizer", last="tokenizer"), tiny, stages)
+    assert e.value.exit_status == 1 and not tiny.records.exists()
+
+
+@pytest.mark.parametrize("broken", NAMES)
+def test_after_a_stage_that_fails_none_starts_and_nothing_says_success(broken, tmp_path, monkeypatch, capfd):
+    started = []
+
+    def popen(command, **options):
+        words = " ".join(command)
+        name = next(stage.name for stage in STAGES if " ".join(stage.command) in words)
+        started.append(name)
+        return real(["sh", "-c", "echo it broke >&2; exit 7" if name == broken else "true"], **options)
+
+    real = subprocess.Popen
+    monkeypatch.setattr("nanochat.speedrun.run.subprocess.Popen", popen)
+    with pytest.raises(
+        UserError, match=f"stage {broken} failed with exit status 7 .it broke.*same command again"
+    ) as error:
+        run(SpeedrunOptions(device="cpu"), Paths(tmp_path), STAGES)
+    assert error.value.exit_status == 7 and started == list(NAMES[: NAMES.index(broken) + 1])
+    assert sorted(p.stem for p in (tmp_path / "records").glob("*")) == sorted(NAMES[: NAMES.index(broken)])
+    assert "all stages" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(("broken_off", "script"), [
+    ("tokenizer", "exec sleep 60"),  # ended at once
+    ("base", 'while [ ! -e "$NANOCHAT_BASE_DIR/stop" ]; do sleep 0.1; done; exit 9'),  # asked, as training on any node sees it
+])  # fmt: skip
+def test_a_signal_stops_the_stage_under_way(broken_off, script, tmp_path, monkeypatch):
+    def popen(command, **options):
+        words = " ".join(command)
+        if " ".join(next(stage for stage in STAGES if stage.name == broken_off).command) in words:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+            return real(["sh", "-c", script], **options)
+        return real(["true"], **options)
+
+    real = subprocess.Popen
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setattr("nanochat.speedrun.run.subprocess.Popen", popen)
+    started = time.monotonic()
+    with pytest.raises(TrainingStopped, match=f"stopped by SIGUSR1 in stage {broken_off}") as error:
+        run(SpeedrunOptions(device="cpu"), Paths(tmp_path), STAGES)
+    assert error.value.exit_status == 128 + signal.SIGUSR1 and time.monotonic() - started < 20
+    assert not Paths(tmp_path).stop.exists() and not (tmp_path / "records" / f"{broken_off}.json").exists()
+
+
+def test_training_saves_and_ends_where_the_stop_file_lies(base):
+    paths = Paths(base)
+    paths.stop.touch()
+    stopped = nanochat(base, "train", "base", *TINY_BASE)
+    assert stopped.returncode == 128 + signal.SIGUSR1 and f"by the file {paths.stop}" in stopped.stderr
+    assert (paths.checkpoints("base") / "step_000000" / "meta.json").exists()
+
+
+def test_one_speedrun_at_a_time(tiny):
+    from filelock import FileLock
+
+    with FileLock(tiny.base / ".speedrun.lock"), pytest.raises(UserError, match="another speedrun is running"):
+        run(SpeedrunOptions(), tiny)
+
+
+def test_every_preset_names_commands_that_exist():
+    from nanochat.cli import COMMANDS
+
+    for commands in presets.PRESETS.values():
+        assert set(commands) <= set(COMMANDS)
+    for stage in STAGES:
+        assert " ".join(stage.command[:2]) in COMMANDS or stage.command[0] in COMMANDS
+
+
+def test_a_report_names_what_has_not_run(base):
+    (base / "report" / "sections").mkdir(parents=True)
+    section = {
+        "stage": "tokenizer",
+        "finished": "now",
+        "seconds": 61,
+        "processes": 1,
+        "settings": {"a|b": 1},
+        "results": {},
+    }
+    (base / "report" / "sections" / "tokenizer.json").write_text(json.dumps(section))
+    (base / "report" / "sections" / "base.json").write_text("{broken")
+    result = nanochat(base, "report", "--price-per-hour", "24")
+    assert result.returncode == 0, result.stderr
+    text = (base / "report" / "report.md").read_text()
+    assert "1 min 1 s" in text and "This stage (base) has not run." in text and "0.41 for this run" in text
+
+
+def test_chat_and_evaluation_of_a_trained_model(base):
+    from tests.conftest import command, environment
+
+    for stage, arguments in (("base", TINY_BASE), ("mid", TINY_MID), ("sft", TINY_SFT)):
+        assert nanochat(base, "train", stage, *arguments).returncode == 0
+    result = nanochat(base, "chat", "-p", "Where does Tilda live?", "--max-tokens", "5")
+    assert result.returncode == 0 and result.stdout.startswith("nanochat: "), result.stderr
+    import subprocess
+
+    talk = subprocess.run(
+        command("chat", "--max-tokens", "4", "--source", "mid"), input="hello\nclear\nhi again\nquit\nnever read\n",
+        capture_output=True, text=True, env=environment(base),
+    )  # fmt: skip
+    assert talk.returncode == 0 and talk.stdout.count("nanochat: ") == 2 and "a new conversation" in talk.stdout
+
+    # two processes share the items and find what one finds
+    results = []
+    for processes in (1, 2):
+        for kind in ("chat", "base"):
+            arguments = EVALUATE if kind == "chat" else TINY["base-eval"][2:]
+            run = nanochat(base, "evaluate", kind, *arguments, processes=processes)
+            assert run.returncode == 0, run.stderr
+            section = json.loads(
+                (base / "report" / "sections" / f"{'sft' if kind == 'chat' else 'base'}-eval.json").read_text()
+            )
+            assert section["processes"] == processes
+            results.append({k: v for k, v in section["results"].items() if not k.endswith("bpb")})
+    assert results[:2] == results[2:] and results[0].keys() == {"ARC-Easy", "SpellingBee", "ChatCORE"}
