@@ -18,7 +18,9 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # tiles of matrix products that an interpreted small matrix has several of
-SMALL = {"BM": 16, "BN": 32, "BK": 16, "PROGRAMS": 1, "TMA": 0, "num_warps": 1, "num_stages": 2}
+SMALL_TILES = {
+    "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "PROGRAMS": 1, "TMA": 0, "num_warps": 1, "num_stages": 2,
+}  # fmt: skip
 
 # a failing example is not made smaller: it is small, and an interpreted kernel takes its time
 property_test = settings(max_examples=100 if GPU else 15, phases=(Phase.explicit, Phase.generate))

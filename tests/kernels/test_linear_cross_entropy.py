@@ -12,7 +12,7 @@ from nanochat_kernels import reference
 from nanochat_kernels.dispatch import KernelRequestError
 from tests.kernels import harness
 from tests.kernels.harness import DEVICE, DTYPES, GPU, check, check_compiled, check_graph_replay, randn
-from tests.kernels.test_softcap_cross_entropy import target_entries, weights
+from tests.kernels.cross_entropy import target_entries, weights
 
 FILE = importlib.import_module("nanochat_kernels.linear_cross_entropy")
 PARTS = importlib.import_module("nanochat_kernels.cross_entropy_kernels")

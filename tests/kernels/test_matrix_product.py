@@ -11,13 +11,11 @@ from hypothesis import strategies as st
 from nanochat_kernels import configs
 from nanochat_kernels.oracle import over_budget
 from tests.kernels.harness import DEVICE, GPU, poisoned, property_test, randn, seeds
+from tests.kernels.harness import SMALL_TILES
 from tests.kernels.int64 import narrow_offsets
 
 FILE = importlib.import_module("nanochat_kernels.matrix_product")
 # tiles of which an interpreted small matrix has several
-SMALL = {
-    "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "PROGRAMS": 1, "TMA": 0, "num_warps": 1, "num_stages": 2,
-}  # fmt: skip
 few = settings(property_test, max_examples=30 if GPU else 15)  # nearly every one is compiled anew
 halves = st.sampled_from((torch.bfloat16, torch.float16))
 
@@ -60,7 +58,7 @@ def test_product(batch, m, n, k, dtype, x_transposed, y_transposed, gamma, seed)
     plus = randn(batch, m, n, dtype=dtype, seed=seed + 2)
     check_product(
         x, y, plus, alpha=0.5, beta=-2.0, gamma=gamma, x_transposed=x_transposed, y_transposed=y_transposed,
-        parameters=None if GPU else SMALL,
+        parameters=None if GPU else SMALL_TILES,
     )  # fmt: skip
 
 
@@ -68,7 +66,7 @@ def test_product(batch, m, n, k, dtype, x_transposed, y_transposed, gamma, seed)
 @given(batch=st.integers(1, 3), m=sizes, k=sizes, dtype=halves, tall=st.booleans(), wide=st.booleans(), seed=seeds)
 def test_symmetric_products(batch, m, k, dtype, tall, wide, seed):
     """x·xᵀ and xᵀ·x, and b·A + c·A² of it, symmetric bit for bit; tiles as wide as they are high, and twice as wide."""
-    parameters = None if GPU else SMALL | {"BLOCK_M": 16 if wide else 32}
+    parameters = None if GPU else SMALL_TILES | {"BLOCK_M": 16 if wide else 32}
     x = randn(batch, *((k, m) if tall else (m, k)), dtype=dtype, seed=seed) / math.sqrt(k * m)
     gram = check_product(
         x, x, None, parameters, x_transposed=tall, y_transposed=not tall, symmetric=True
@@ -81,7 +79,7 @@ def test_the_triangle_is_covered(bm, bn):
     """Matrices of every number of tiles: all of the result is written."""
     for m in (*range(1, 2 * bn + 2, 7), 4 * bn, 5 * bn + 3):
         x = randn(2, m, 16, dtype=torch.float16, seed=m)
-        check_product(x, x, None, SMALL | {"BLOCK_M": bm, "BLOCK_N": bn}, y_transposed=True, symmetric=True)
+        check_product(x, x, None, SMALL_TILES | {"BLOCK_M": bm, "BLOCK_N": bn}, y_transposed=True, symmetric=True)
 
 
 def test_every_launch_configuration_of_the_search():
@@ -98,7 +96,7 @@ def test_every_launch_configuration_of_the_search():
 def test_nan_and_infinity_reach_their_row_or_column():
     x, y, plus = (randn(2, 40, 40, dtype=torch.float16, seed=i) for i in range(3))
     x[0, 3, 5], y[1, 7, 9], plus[0, 20, 21] = float("nan"), float("inf"), float("nan")
-    found = FILE.product(x, y, plus, beta=1.0, parameters=None if GPU else SMALL)
+    found = FILE.product(x, y, plus, beta=1.0, parameters=None if GPU else SMALL_TILES)
     expected = x.float() @ y.float() + plus.float()
     assert torch.equal(found.isnan(), expected.isnan()) and torch.equal(found.isinf(), expected.isinf())
 

@@ -13,7 +13,7 @@ from tests.kernels import harness
 from tests.kernels.gradients import saved
 from tests.kernels.harness import DEVICE, GPU, poisoned, randn
 from tests.kernels.int64 import narrow_offsets
-from tests.kernels.test_matrix_product import SMALL
+from tests.kernels.harness import SMALL_TILES
 
 FILE = importlib.import_module("nanochat_kernels.newton_schulz")
 HALVES = (torch.bfloat16, torch.float16)
@@ -24,7 +24,7 @@ def small_tiles(monkeypatch):
     """The interpreter computes whole tiles: an A100's are mostly padding here."""
     if not GPU:
         product = importlib.import_module("nanochat_kernels.matrix_product")
-        monkeypatch.setattr(product, "launch_parameters", lambda *_: SMALL)
+        monkeypatch.setattr(product, "launch_parameters", lambda *_: SMALL_TILES)
 
 
 def fused(gradients, *arguments, **options):

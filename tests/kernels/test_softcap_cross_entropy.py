@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import nanochat_kernels as kernels
 from nanochat_kernels import reference
 from tests.kernels import harness
+from tests.kernels.cross_entropy import target_entries, weights
 from tests.kernels.harness import DEVICE, DTYPES, GPU, check, check_compiled, check_graph_replay, randn
 
 FILE = importlib.import_module("nanochat_kernels.softcap_cross_entropy")
@@ -92,22 +93,6 @@ def inputs(rows, vocabulary, dtype, seed=0, layout="contiguous", scale=4.0, igno
     targets = torch.randint(vocabulary, (rows,), generator=generator)
     targets[torch.rand(rows, generator=generator) < ignored] = -1
     return [logits, targets.to(DEVICE)]
-
-
-def target_entries(rows, vocabulary, targets):
-    """The mask of each row's own target, which is of another magnitude than the rest of its gradient."""
-    mask = torch.zeros(rows, vocabulary, dtype=torch.bool, device=DEVICE)
-    known = targets >= 0
-    mask[known.nonzero().flatten(), targets[known]] = True
-    return mask
-
-
-def weights(rows, kind, seed=0):
-    """None, a scalar, or a weight per row."""
-    if kind is None:
-        return None
-    made = torch.rand(() if kind == "scalar" else (rows,), generator=torch.Generator().manual_seed(seed)) + 0.25
-    return made.to(DEVICE)
 
 
 @harness.property_test

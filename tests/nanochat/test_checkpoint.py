@@ -14,7 +14,8 @@ from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
 from tests.conftest import TINY_BASE, assert_refused, nanochat
-from tests.nanochat.test_optim import CONFIG, batch, free_port, train
+from tests.nanochat.models import SMALL, rows_of, train_three_steps
+from tests.processes import free_port
 
 
 class FakeTokenizer:
@@ -29,24 +30,24 @@ def runtime(rank: int = 0, world_size: int = 1) -> Runtime:
 
 
 def saved(directory, step: int = 3, keep: int = 2) -> CheckpointStore:
-    model, optimizer, _ = train()
+    model, optimizer, _ = train_three_steps()
     store = CheckpointStore(directory, runtime(), keep)
     store.save(step, model, optimizer, META)
     return store
 
 
 def go_on(model: GPT, optimizer, rank: int = 0, world_size: int = 1) -> None:
-    rows = batch(9)[rank::world_size]
+    rows = rows_of(9)[rank::world_size]
     model(rows[:, :-1], rows[:, 1:]).backward()
     optimizer.synchronize()
     optimizer.update(0.5, 0.95)
 
 
 def test_saved_and_loaded_it_goes_on_the_same(tmp_path):
-    model, optimizer, _ = train()
+    model, optimizer, _ = train_three_steps()
     store = CheckpointStore(tmp_path, runtime())
     store.save(3, model, optimizer, META)
-    other, other_optimizer = GPT.create(CONFIG, seed=5), None
+    other, other_optimizer = GPT.create(SMALL, seed=5), None
     from nanochat.optim import MuonAdamW
 
     other_optimizer = MuonAdamW(other)
@@ -95,7 +96,7 @@ def test_another_tokenizer_or_another_model_is_refused(tmp_path):
     other = type("Other", (), {"hash": "o" * 64})
     with pytest.raises(UserError, match="another tokenizer"):
         read_meta(store.path(3), other)
-    model = GPT.create(type(CONFIG).from_depth(2, 301, 16))
+    model = GPT.create(type(SMALL).from_depth(2, 301, 16))
     with pytest.raises(UserError, match=r"another model: depth 2 \(saved 3\), width 128 \(saved 192\)"):
         store.load(3, model, MuonAdamW(model), FakeTokenizer)
 
@@ -107,11 +108,11 @@ def worker(rank: int, world_size: int, port: int, directory: str, load: bool) ->
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     store = CheckpointStore(__import__("pathlib").Path(directory), runtime(rank, world_size))
     if load:
-        model = GPT.create(CONFIG, seed=5)
+        model = GPT.create(SMALL, seed=5)
         optimizer = MuonAdamW(model)
         store.load(3, model, optimizer, FakeTokenizer)
     else:
-        model, optimizer, _ = train(rank, world_size)
+        model, optimizer, _ = train_three_steps(rank, world_size)
         store.save(3, model, optimizer, META)
     go_on(model, optimizer, rank, world_size)
     torch.save(model.state_dict(), f"{directory}/after-{world_size}-{rank}.pt")
@@ -124,7 +125,7 @@ def test_another_number_of_processes_goes_on_alike(save, load, tmp_path):
     from nanochat.optim import MuonAdamW
 
     mp.spawn(worker, (save, free_port(), str(tmp_path), False), nprocs=save) if save > 1 else saved(tmp_path)
-    reference = GPT.create(CONFIG, seed=5)
+    reference = GPT.create(SMALL, seed=5)
     optimizer = MuonAdamW(reference)
     if save == 1 or load == 1:
         CheckpointStore(tmp_path, runtime()).load(3, reference, optimizer, FakeTokenizer)

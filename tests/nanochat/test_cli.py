@@ -114,7 +114,7 @@ def test_the_traced_pass_is_the_models_own(tokenizer):
 
     from nanochat.gpt import GPTConfig
     from nanochat.tools.trace import Tracer, traced_forward
-    from tests.nanochat.test_gpt import perturbed
+    from tests.nanochat.models import perturbed
 
     model = perturbed(GPTConfig.from_depth(2, 300, 32))
     tokens = torch.randint(300, (2, 17))

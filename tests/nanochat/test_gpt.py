@@ -7,18 +7,9 @@ import torch
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.options.model import Implementations
 from nanochat.platform.errors import UserError
+from tests.nanochat.models import perturbed
 
 CONFIG = GPTConfig.from_depth(2, 300, 32)
-
-
-def perturbed(config: GPTConfig, seed: int = 0) -> GPT:
-    """A model whose zero matrices are not zero, so that every part counts."""
-    model = GPT.create(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    return model
 
 
 def test_the_first_loss_is_that_of_guessing():

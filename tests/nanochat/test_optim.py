@@ -15,38 +15,12 @@ from nanochat.options.model import Implementations
 from nanochat.options.train import OptimizerOptions
 from nanochat.train.schedules import muon_momentum
 from nanochat_kernels import reference
-
-CONFIG = GPTConfig.from_depth(3, 301, 16)  # 301 rows do not divide by 2, nor do 3 matrices of one shape
-MOMENTA = (0.85, 0.9, 0.95)
-
-
-def batch(step: int) -> torch.Tensor:
-    return torch.randint(301, (8, 17), generator=torch.Generator().manual_seed(step))
-
-
-def train(
-    rank: int = 0,
-    world_size: int = 1,
-    config: OptimizerOptions | None = None,
-    device: str = "cpu",
-    gradients: list[dict] | None = None,
-) -> tuple[GPT, MuonAdamW, list[float]]:
-    """Three steps, each rank on its share of the rows, whose gradients go into the list."""
-    model = GPT.create(CONFIG, device)
-    optimizer, norms = MuonAdamW(model, config), []
-    for step, momentum in enumerate(MOMENTA):
-        rows = batch(step)[rank::world_size].to(device)
-        model(rows[:, :-1], rows[:, 1:]).backward()
-        if gradients is not None:
-            gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
-        norms.append(optimizer.synchronize().item())
-        optimizer.update(1.0 - step / 4, momentum)
-    return model, optimizer, norms
-
+from tests.nanochat.models import MOMENTA, SMALL, rows_of, train_three_steps
+from tests.processes import free_port
 
 def plainly(config: OptimizerOptions, gradients: list[dict]) -> GPT:
     """Three steps by these gradients from the formulas, parameter by parameter."""
-    model = GPT.create(CONFIG)
+    model = GPT.create(SMALL)
     state: dict[str, dict] = {}
     for step, (momentum, found) in enumerate(zip(MOMENTA, gradients, strict=True)):
         lr = 1.0 - step / 4
@@ -63,7 +37,7 @@ def plainly(config: OptimizerOptions, gradients: list[dict]) -> GPT:
                     s["a"], s["b"] = 0.8 * s["a"] + 0.2 * g, 0.95 * s["b"] + 0.05 * g * g
                     mean, variance = s["a"] / (1 - 0.8 ** (step + 1)), s["b"] / (1 - 0.95 ** (step + 1))
                     base = config.head_lr if name.startswith("head") else config.embedding_lr
-                    p -= base * (CONFIG.width / 768) ** -0.5 * lr * mean / (variance.sqrt() + 1e-10)
+                    p -= base * (SMALL.width / 768) ** -0.5 * lr * mean / (variance.sqrt() + 1e-10)
     return model
 
 
@@ -71,16 +45,10 @@ def plainly(config: OptimizerOptions, gradients: list[dict]) -> GPT:
 def test_the_update_is_that_of_the_formulas(clip):
     config = OptimizerOptions(grad_clip=clip)
     gradients: list[dict] = []
-    model, _, norms = train(config=config, gradients=gradients)
+    model, _, norms = train_three_steps(config=config, gradients=gradients)
     assert min(norms) > 0.05  # so that the small limit really clips
     for (name, a), b in zip(model.named_parameters(), plainly(config, gradients).parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def worker(rank: int, world_size: int, port: int, path: str, device: str) -> None:
@@ -89,7 +57,7 @@ def worker(rank: int, world_size: int, port: int, path: str, device: str) -> Non
         torch.cuda.set_device(rank)
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    model, optimizer, norms = train(rank, world_size, device=device)
+    model, optimizer, norms = train_three_steps(rank, world_size, device=device)
     state = {name: share.clone() for name, share, _ in optimizer.named_state()}
     torch.save({"model": model.state_dict(), "state": state, "norms": norms}, f"{path}/{rank}.pt")
     dist.destroy_process_group()
@@ -101,10 +69,10 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs 
 @pytest.mark.parametrize("world_size, device", [(2, "cpu"), (4, "cpu"), pytest.param(2, "cuda", marks=two_gpus)])
 def test_several_processes_make_the_parameters_of_one(world_size, device, tmp_path):
     mp.spawn(worker, (world_size, free_port(), str(tmp_path), device), nprocs=world_size)
-    model, optimizer, norms = train(device=device)
+    model, optimizer, norms = train_three_steps(device=device)
     ranks = [torch.load(tmp_path / f"{rank}.pt", map_location=device) for rank in range(world_size)]
     state = {name: whole for name, whole, _ in optimizer.named_state()}
-    start = GPT.create(CONFIG, device).state_dict()
+    start = GPT.create(SMALL, device).state_dict()
 
     def same(ours: torch.Tensor, theirs: torch.Tensor, of: torch.Tensor | None = None) -> None:
         if device == "cpu":
@@ -134,9 +102,9 @@ def test_momentum_rises_over_300_steps():
 
 
 def test_a_matrix_without_gradient_stays():
-    model = GPT.create(CONFIG)
+    model = GPT.create(SMALL)
     optimizer = MuonAdamW(model)
-    rows = batch(0)
+    rows = rows_of(0)
     model(rows[:, :-1], rows[:, 1:]).backward()
     query = model.blocks[0].attention.query.weight
     before, query.grad = query.detach().clone(), None
@@ -158,11 +126,11 @@ def test_owners_have_equal_work():
 
 def test_gradients_elsewhere_are_collected():
     """A gradient that autograd or a caller put elsewhere counts as one in the buffer does."""
-    moved, left = GPT.create(CONFIG), GPT.create(CONFIG)
+    moved, left = GPT.create(SMALL), GPT.create(SMALL)
     for model in (moved, left):
         optimizer = MuonAdamW(model)
         for _ in range(2):
-            rows = batch(0)
+            rows = rows_of(0)
             model(rows[:, :-1], rows[:, 1:]).backward()
             if model is moved:
                 for parameter in model.parameters():
@@ -178,7 +146,7 @@ def test_copies_of_the_weights_change_nothing(compiled):
     """Three steps in bfloat16 with the copies that the optimizer keeps and without: the same bits; compiled: the same loss."""
     models, losses = [], []
     for copies in (True, False):
-        model = GPT.create(CONFIG, compute_dtype=torch.bfloat16)
+        model = GPT.create(SMALL, compute_dtype=torch.bfloat16)
         optimizer = MuonAdamW(model)
         layer = model.blocks[0].mlp.expand
         assert layer.copy.dtype == torch.bfloat16
@@ -189,7 +157,7 @@ def test_copies_of_the_weights_change_nothing(compiled):
         torch._dynamo.reset()
         forward = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
         for step in range(3):
-            rows = batch(step)
+            rows = rows_of(step)
             loss = forward(rows[:, :-1], rows[:, 1:])
             loss.backward()
             losses.append(loss.item())

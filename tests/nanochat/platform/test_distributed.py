@@ -12,19 +12,7 @@ import torch
 from nanochat.platform.paths import Paths
 from nanochat.train.metrics import read_metrics
 from tests.conftest import TINY_BASE, command, environment, nanochat
-
-
-def workers(launcher: int) -> list[int]:
-    """The processes that a launcher started."""
-    found = []
-    for status in Path("/proc").glob("[0-9]*/status"):
-        try:
-            lines = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
-        except OSError:
-            continue
-        if lines.get("PPid") == str(launcher):
-            found.append(int(lines["Pid"]))
-    return sorted(found)
+from tests.processes import workers
 
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs two GPUs")

@@ -22,7 +22,7 @@ from nanochat.speedrun.run import run_stages
 from nanochat.speedrun.stages import NAMES
 from nanochat.train.finetune import sft_mixture
 from nanochat.train.midtrain import mid_mixture
-from tests.nanochat.world_of_d20 import on_disk, parquet
+from tests.nanochat.speedrun.world_of_d20 import on_disk, parquet
 
 SHARDS = 3
 LIST = assets("d20", SHARDS)

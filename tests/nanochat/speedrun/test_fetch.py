@@ -15,8 +15,8 @@ from nanochat.speedrun import fetch as fetching
 from nanochat.speedrun.assets import assets, read_fetched
 from nanochat.speedrun.fetch import _fetch
 from tests.conftest import assert_refused, command, environment, nanochat
-from tests.nanochat.hub import Hub
-from tests.nanochat.world_of_d20 import content
+from tests.nanochat.speedrun.hub import Hub
+from tests.nanochat.speedrun.world_of_d20 import content
 
 SHARDS = 5
 ON_HUB = [asset for asset in assets("d20", SHARDS) if asset.repo]

@@ -9,7 +9,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.inference.engine import Engine
 from nanochat.inference.sampling import sample
 from nanochat.platform.errors import UserError
-from tests.nanochat.test_gpt import perturbed
+from tests.nanochat.models import perturbed
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from nanochat.tasks import SpellingBee
 from nanochat.tasks.gsm8k import final_number, solution_parts
 from nanochat.tasks.humaneval import extract_code
 from nanochat.tokenizer.chat_format import render, render_prompt
-from tests.nanochat.test_gpt import perturbed
+from tests.nanochat.models import perturbed
 
 
 @pytest.fixture(scope="module")

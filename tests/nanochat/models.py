@@ -1,0 +1,45 @@
+"""Small models for tests, and a training of three steps."""
+
+import torch
+
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import MuonAdamW
+from nanochat.options.train import OptimizerOptions
+
+SMALL = GPTConfig.from_depth(3, 301, 16)  # 301 rows do not divide by 2, nor do 3 matrices of one shape
+MOMENTA = (0.85, 0.9, 0.95)
+
+
+def rows_of(step: int) -> torch.Tensor:
+    """The tokens of a step."""
+    return torch.randint(301, (8, 17), generator=torch.Generator().manual_seed(step))
+
+
+def train_three_steps(
+    rank: int = 0,
+    world_size: int = 1,
+    config: OptimizerOptions | None = None,
+    device: str = "cpu",
+    gradients: list[dict] | None = None,
+) -> tuple[GPT, MuonAdamW, list[float]]:
+    """Three steps, each rank on its share of the rows, whose gradients go into the list."""
+    model = GPT.create(SMALL, device)
+    optimizer, norms = MuonAdamW(model, config), []
+    for step, momentum in enumerate(MOMENTA):
+        rows = rows_of(step)[rank::world_size].to(device)
+        model(rows[:, :-1], rows[:, 1:]).backward()
+        if gradients is not None:
+            gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        norms.append(optimizer.synchronize().item())
+        optimizer.update(1.0 - step / 4, momentum)
+    return model, optimizer, norms
+
+
+def perturbed(config: GPTConfig, seed: int = 0) -> GPT:
+    """A model whose zero matrices are not zero, so that every part counts."""
+    model = GPT.create(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model

@@ -1,0 +1,24 @@
+"""What tests of several processes share."""
+
+import socket
+from pathlib import Path
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def workers(launcher: int) -> list[int]:
+    """The processes that a launcher started."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            lines = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
+        except OSError:
+            continue
+        if lines.get("PPid") == str(launcher):
+            found.append(int(lines["Pid"]))
+    return sorted(found)
