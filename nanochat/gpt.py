@@ -113,7 +113,7 @@ class Linear(nn.Linear):
     def operands(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """The weight to compute with, and the buffer that its gradient is added to (None: autograd takes the gradient)."""
         has_copy = self.copy is not None and self.copy.dtype == dtype
-        if self.gradient is not None:
+        if self.gradient is not None and self.weight.requires_grad:
             return self.copy if has_copy else self.weight.detach().to(dtype), self.gradient
         return FromCopy.apply(self.weight, self.copy) if has_copy else self.weight.to(dtype), None
 

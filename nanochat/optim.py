@@ -79,6 +79,7 @@ class Group:
             parameter.data = view.copy_(parameter.data)
             parameter.grad = gradient
         self.copies: Tensor | None = None
+        self.kept = False  # backward adds to the gradients itself, and leaves `.grad` alone
         self.state = {
             name: torch.zeros(self.owned, *item_shape, device=self.weights.device) for name in self.state_names
         }
@@ -99,6 +100,7 @@ class Group:
 
     def keep_gradients(self, layers: list[Linear]) -> None:
         """Have the layers add their gradients to the buffer themselves, in float32, without autograd."""
+        self.kept = True
         for layer, view in zip(layers, self.gradient_views, strict=True):
             layer.gradient = view
 
@@ -112,7 +114,9 @@ class Group:
     def collect(self) -> None:
         """Bring every gradient into the buffer; a parameter without one counts as zero."""
         for parameter, view in zip(self.parameters, self.gradient_views, strict=True):
-            if parameter.grad is None:
+            if self.kept:
+                pass
+            elif parameter.grad is None:
                 view.zero_()
             elif parameter.grad.data_ptr() != view.data_ptr():
                 view.copy_(parameter.grad)
@@ -202,8 +206,10 @@ class MuonAdamW:
         self.matrix_groups = self._make_matrix_groups(model)
         self.row_groups = self._make_row_groups(model)
         self.groups: list[Group] = [*self.matrix_groups, *self.row_groups]
-        if model.compute_dtype != torch.float32:
-            for group, layers in self._layers(model):
+        for group, layers in self._layers(model):
+            for layer in layers:
+                layer.gradient = None  # of an optimizer that the model had before
+            if model.compute_dtype != torch.float32:
                 group.keep_copies(layers, model.compute_dtype)
         graphs = graphs and model.device.type == "cuda" and self.impl != "reference"
         pool = torch.cuda.graph_pool_handle() if graphs else None

@@ -11,8 +11,8 @@ import nanochat_kernels as kernels
 from nanochat_kernels import reference
 from nanochat_kernels.dispatch import KernelRequestError
 from tests.kernels import harness
-from tests.kernels.harness import DEVICE, DTYPES, GPU, check, check_compiled, check_graph_replay, randn
 from tests.kernels.cross_entropy import target_entries, weights
+from tests.kernels.harness import DEVICE, DTYPES, GPU, check, check_compiled, check_graph_replay, randn
 
 FILE = importlib.import_module("nanochat_kernels.linear_cross_entropy")
 PARTS = importlib.import_module("nanochat_kernels.cross_entropy_kernels")

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from nanochat_kernels import configs
 from nanochat_kernels.oracle import over_budget
-from tests.kernels.harness import DEVICE, GPU, poisoned, property_test, randn, seeds
-from tests.kernels.harness import SMALL_TILES
+from tests.kernels.harness import DEVICE, GPU, SMALL_TILES, poisoned, property_test, randn, seeds
 from tests.kernels.int64 import narrow_offsets
 
 FILE = importlib.import_module("nanochat_kernels.matrix_product")

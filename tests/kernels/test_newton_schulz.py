@@ -11,9 +11,8 @@ from nanochat_kernels.newton_schulz_coefficients import COEFFICIENTS
 from nanochat_kernels.operation import RunShape
 from tests.kernels import harness
 from tests.kernels.gradients import saved
-from tests.kernels.harness import DEVICE, GPU, poisoned, randn
+from tests.kernels.harness import DEVICE, GPU, SMALL_TILES, poisoned, randn
 from tests.kernels.int64 import narrow_offsets
-from tests.kernels.harness import SMALL_TILES
 
 FILE = importlib.import_module("nanochat_kernels.newton_schulz")
 HALVES = (torch.bfloat16, torch.float16)

@@ -1,7 +1,6 @@
 """Muon and AdamW against their formulas written out, alone and on several processes."""
 
 import math
-import socket
 from dataclasses import replace
 
 import pytest
@@ -17,6 +16,7 @@ from nanochat.train.schedules import muon_momentum
 from nanochat_kernels import reference
 from tests.nanochat.models import MOMENTA, SMALL, rows_of, train_three_steps
 from tests.processes import free_port
+
 
 def plainly(config: OptimizerOptions, gradients: list[dict]) -> GPT:
     """Three steps by these gradients from the formulas, parameter by parameter."""

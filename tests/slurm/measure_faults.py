@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from nanochat.train.metrics import read_metrics
-from tests.nanochat.test_lost_process import workers
+from tests.processes import workers
 from tests.slurm.test_slurm import ENDED, HERE, ROOT, Run
 
 SAVE_EVERY = 20  # of the preset tiny

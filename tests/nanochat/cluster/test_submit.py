@@ -12,7 +12,7 @@ from nanochat.platform.environment import collective_timeout
 from nanochat.platform.errors import UserError
 from tests.conftest import assert_refused, nanochat
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 GOLDEN = """
 sbatch --parsable --job-name=nanochat-speedrun --account=class-cse8990 --partition=gpu-a100 --nodes=1 --ntasks-per-node=1
 --gres=gpu:a100:8 --cpus-per-task=16 --mem=256G --time=12:00:00 --signal=B:USR1@600 --open-mode=append

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from nanochat.platform.paths import Paths
 from nanochat.train.metrics import read_metrics
 from tests.conftest import TINY_BASE, command, environment, nanochat
 from tests.processes import workers
-
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs two GPUs")
 

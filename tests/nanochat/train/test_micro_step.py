@@ -66,6 +66,30 @@ def test_a_row_of_another_length_leaves_nothing_behind():
         torch.testing.assert_close(a.gradients, b.gradients)
 
 
+@pytest.mark.parametrize("shapes", [[(2, 100), (1, 100)], [(2, 200), (2, CONFIG.context_length + 1)]])
+def test_batches_of_other_rows_and_lengths(shapes):
+    """Fewer rows than the batch before, and rows that are longer than the context: each as in a run of its own."""
+    batches = [batch(rows, length, seed) for seed, (rows, length) in enumerate(shapes)]
+    (loss, gradients), (plain_loss, plain) = run("graph", batches), run("eager", batches)
+    assert loss == pytest.approx(plain_loss, rel=1e-5)
+    for a, b in zip(gradients, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()))
+
+
+def test_gradients_that_backward_has_added_are_kept_when_grad_is_none():
+    step, optimizer = made("graph")
+    step.model.zero_grad(set_to_none=True)
+    step(batch(2, 100, 0), 1.0)
+    assert optimizer.synchronize() > 0 and all(group.gradients.any() for group in optimizer.matrix_groups)
+
+
+def test_a_second_optimizer_takes_the_gradients_over():
+    step, _ = made("graph")
+    second = MuonAdamW(step.model)
+    MicroStep(step.model, second, "eager", one_length=False)(batch(2, 100, 0), 1.0)
+    assert all(group.gradients.any() for group in second.groups)
+
+
 def test_the_sum_in_float32_is_not_rounded_to_the_compute_dtype():
     """256 small gradients added to a large one: bfloat16 would lose each of them."""
     batches = [batch(2, 128, 0)] + [batch(2, 128, 1)] * 3

@@ -159,7 +159,7 @@ def test_out_of_memory_names_the_option_with_which_the_run_goes_on(base, monkeyp
         assert enough.returncode == 0, enough.stderr
 
         def full(*given, passes=passes, last=last, **options):
-            if not options and next(passes) == last:
+            if options.keys() <= {"loss_weight"} and next(passes) == last:  # a micro-step, not an evaluation
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
             return forward(*given, **options)
 
