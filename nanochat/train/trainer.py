@@ -83,7 +83,7 @@ class Trainer:
         self.plan, self.model, self.optimizer, self.tokenizer = plan, model, optimizer, tokenizer
         self.paths, self.runtime, self.options, self.settings = paths, runtime, options, settings
         self.store = CheckpointStore(paths.checkpoints(plan.stage), runtime, options.keep_checkpoints)
-        execution, why = choose_execution(options.execution, runtime.device)
+        execution, why = choose_execution(options.execution, runtime.device, model.config.impl)
         if runtime.primary:
             say(f"micro-steps: {execution} ({why})")
         self.micro_step = MicroStep(model, optimizer, execution, one_length=plan.one_length)

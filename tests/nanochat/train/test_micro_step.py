@@ -6,6 +6,7 @@ import torch
 from nanochat.data.batches import Batch
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
+from nanochat.options.model import Implementations
 from nanochat.platform.errors import UserError
 from nanochat.train.micro_step import MicroStep, choose_execution
 
@@ -148,8 +149,10 @@ def test_nan_reaches_loss_and_norm():
 
 
 def test_execution():
-    assert choose_execution("auto", torch.device("cuda", 0))[0] == "graph"
-    assert choose_execution("auto", torch.device("cpu"))[0] == "eager"
-    assert choose_execution("compile", torch.device("cuda", 0))[0] == "compile"
+    assert choose_execution("auto", torch.device("cuda", 0), Implementations())[0] == "graph"
+    plain = choose_execution("auto", torch.device("cuda", 0), Implementations(relu2_mlp="reference"))
+    assert plain[0] == "compile" and "relu2_mlp" in plain[1]
+    assert choose_execution("auto", torch.device("cpu"), Implementations())[0] == "eager"
+    assert choose_execution("compile", torch.device("cuda", 0), Implementations())[0] == "compile"
     with pytest.raises(UserError, match="--execution graph replays CUDA graphs, and the device is cpu"):
-        choose_execution("graph", torch.device("cpu"))
+        choose_execution("graph", torch.device("cpu"), Implementations())

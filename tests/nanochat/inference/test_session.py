@@ -1,0 +1,85 @@
+"""A chat session: what the model saw stays in the conversation token for token, and what is shown is made from it."""
+
+import pytest
+
+from nanochat.chat.terminal import shown
+from nanochat.inference.session import Forgotten, Session, Text, ToolCall, ToolResult, events
+from nanochat.platform.errors import UserError
+from nanochat.tokenizer.chat_format import render, user_turn
+
+
+class Scripted:
+    """An engine that gives prepared answers and notes the prompts."""
+
+    def __init__(self, tokenizer, answers, positions=10_000):
+        self.tokenizer, self.answers, self.prompts = tokenizer, list(answers), []
+        self.model = type("Model", (), {"cos": type("Table", (), {"size": lambda self, axis: positions})()})()
+
+    def stream(self, prompts, max_tokens, **sampling):
+        [prompt] = prompts
+        if len(prompt) >= self.model.cos.size(0):
+            raise UserError("no room")
+        self.prompts.append(prompt)
+        for token in [*self.answers.pop(0), None]:
+            yield [token], [True]
+
+
+def tool_answer(tokenizer):
+    def marked(kind, text):
+        return [tokenizer.special(f"{kind}_start"), *tokenizer.encode(text), tokenizer.special(f"{kind}_end")]
+
+    return [*tokenizer.encode("It is"), *marked("python", "2+3"), *marked("output", "5"), *tokenizer.encode(".")]
+
+
+def test_the_history_keeps_the_tokens_of_tool_calls(tokenizer):
+    answer = tool_answer(tokenizer)
+    engine = Scripted(tokenizer, [answer, tokenizer.encode("Bye")])
+    session = Session(engine, temperature=0.0)
+    list(session.ask("What is 2+3?"))
+    list(session.ask("Thanks"))
+    parts = [("text", "It is"), ("python", "2+3"), ("python_output", "5"), ("text", ".")]
+    said = [{"type": kind, "text": text} for kind, text in parts]
+    talk = [("user", "What is 2+3?"), ("assistant", said), ("user", "Thanks")]
+    expected, _ = render(tokenizer, {"messages": [{"role": role, "content": content} for role, content in talk]})
+    assert engine.prompts[1] == [*expected, tokenizer.special("assistant_start")]
+
+
+def test_tokens_that_text_would_not_give_back_are_kept(tokenizer):
+    """A model may write a word in pieces that the tokenizer would merge."""
+    pieces = [token for letter in "Where" for token in tokenizer.encode(letter)]
+    assert pieces != tokenizer.encode("Where")
+    engine = Scripted(tokenizer, [pieces, pieces])
+    session = Session(engine)
+    list(session.ask("a")), list(session.ask("b"))
+    start = len([tokenizer.bos, *user_turn(tokenizer, "a")]) + 1
+    assert engine.prompts[1][start : start + len(pieces)] == pieces
+
+
+def test_events_and_how_they_are_shown(tokenizer):
+    found = list(events(tokenizer, iter(tool_answer(tokenizer))))
+    assert "".join(e.text for e in found if isinstance(e, Text)) == "It is."
+    assert [e for e in found if not isinstance(e, Text)] == [ToolCall("2+3"), ToolResult("5")]
+    assert "".join(shown(found)) == "It is [2+3 → 5] ."
+    assert "".join(shown([ToolCall("what"), Text("?")])) == " [what] ?"
+
+
+def test_a_character_is_shown_whole(tokenizer):
+    tokens = tokenizer.encode("é오")
+    assert [e.text for e in events(tokenizer, iter(tokens))] == ["é", "오"] and len(tokens) > 2
+
+
+def test_the_oldest_turns_are_forgotten_and_it_says_so(tokenizer):
+    engine = Scripted(tokenizer, [tokenizer.encode("x" * 20)] * 9, positions=120)
+    session = Session(engine, max_tokens=20)
+    said = [event for _ in range(9) for event in session.ask("y" * 10)]
+    forgotten = [event for event in said if isinstance(event, Forgotten)]
+    assert forgotten and all(len(prompt) + 20 <= 120 for prompt in engine.prompts)
+    assert len(session.turns) + sum(event.turns for event in forgotten) == 9
+    with pytest.raises(UserError):
+        list(session.ask("z" * 400))
+
+
+def test_an_answer_that_is_not_read_to_its_end_is_not_kept(tokenizer):
+    session = Session(Scripted(tokenizer, [tokenizer.encode("some words")]))
+    next(session.ask("hello"))
+    assert session.turns == []
