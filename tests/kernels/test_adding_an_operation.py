@@ -86,7 +86,7 @@ DOUBLED = Operation(
 OPERATIONS = (DOUBLED,)
 '''
 GATE = """
-import torch, kernels
+import torch, nanochat_kernels as kernels
 from nanochat_kernels import gate
 from nanochat_kernels.operation import RunShape
 shape = RunShape(rows=2, tokens=8, width=32, heads=2, kv_heads=1, vocab=64, depth=1)
