@@ -122,7 +122,7 @@ class CheckpointStore:
 
 
 def _training_state(optimizer: MuonAdamW, runtime: Runtime) -> dict[str, Tensor]:
-    """Optimizer shards (as parts of whole tensors, so that another number of ranks can cut them anew) and random states."""
+    """Optimizer shards (as parts of whole tensors, so that another number of ranks can divide them differently) and random states."""
     state: dict[str, Tensor] = {}
     mesh = init_device_mesh(runtime.device.type, (runtime.world_size,)) if runtime.world_size > 1 else None
     for name, share, items in optimizer.named_state():

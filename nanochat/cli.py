@@ -161,7 +161,8 @@ def main(arguments: list[str] | None = None) -> None:
         where = f": {error.filename}" if error.filename else ""
         _fail(f"{error.strerror}{where}; free some space or correct the path", 1)
     except ValueError as error:
-        if "nanochat_kernels" not in sys.modules or not _is_kernel_request(error):
+        kernels = sys.modules.get("nanochat_kernels")  # whatever raises one of its errors has imported it
+        if kernels is None or not isinstance(error, kernels.KernelRequestError):
             raise
         _fail(f"{error} (options --impl.<operation>)", 1)
 
@@ -239,9 +240,3 @@ def _distributed() -> bool:
     import torch.distributed
 
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _is_kernel_request(error: Exception) -> bool:
-    from nanochat_kernels import KernelRequestError
-
-    return isinstance(error, KernelRequestError)

@@ -17,6 +17,7 @@ graph, and with `graphs` the work between exchanges is replayed from such graphs
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class Schedule:
         return cls(values[0], values[1], values[2], values[3:])
 
 
-class Group:
+class Group(ABC):
     """Parameters that are updated alike, as items of one shape in one buffer.
 
     Rank r owns `counts[r]` of the items; its place in the buffer is as large as that of the rank with the most.
@@ -84,9 +85,9 @@ class Group:
             name: torch.zeros(self.owned, *item_shape, device=self.weights.device) for name in self.state_names
         }
 
+    @abstractmethod
     def views(self, buffer: Tensor) -> list[Tensor]:
         """The part of a buffer that belongs to each parameter."""
-        raise NotImplementedError
 
     @property
     def owned_gradient(self) -> Tensor:
@@ -114,17 +115,15 @@ class Group:
     def collect(self) -> None:
         """Bring every gradient into the buffer; a parameter without one counts as zero."""
         for parameter, view in zip(self.parameters, self.gradient_views, strict=True):
-            if self.kept:
-                pass
-            elif parameter.grad is None:
-                view.zero_()
-            elif parameter.grad.data_ptr() != view.data_ptr():
+            if parameter.grad is not None and parameter.grad.data_ptr() != view.data_ptr():
                 view.copy_(parameter.grad)
+            elif parameter.grad is None and not self.kept:
+                view.zero_()
             parameter.grad = view
 
+    @abstractmethod
     def named_state(self) -> Iterator[tuple[str, Tensor, int | None]]:
         """(name, tensor, rows of the whole tensor, or None for a whole one) of the state that this rank holds."""
-        raise NotImplementedError
 
 
 class MatrixGroup(Group):

@@ -11,7 +11,7 @@ from nanochat.options.ranges import AtLeast
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """Chat with a model: type to talk, `clear` to start anew, `quit` to leave."""
+    """Chat with a model: type to talk, `clear` to start a new conversation, `quit` to leave."""
 
     prompt: Annotated[str, tyro.conf.arg(aliases=["-p"])] = ""
     """one prompt; its answer is printed and the command ends"""

@@ -58,7 +58,20 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
-class TrainBaseOptions(PresetOptions):
+class TrainOptions(PresetOptions):
+    """What all training stages have."""
+
+    optimizer: Annotated[OptimizerOptions, tyro.conf.arg(name="")] = field(default_factory=OptimizerOptions)
+    impl: Implementations = field(default_factory=Implementations)
+    run: Annotated[RunOptions, tyro.conf.arg(name="")] = field(default_factory=RunOptions)
+
+    @property
+    def device(self) -> str:
+        return self.run.device
+
+
+@dataclass(frozen=True)
+class TrainBaseOptions(TrainOptions):
     """Pretrain a model on text."""
 
     depth: Annotated[int, AtLeast(1)] = 20
@@ -76,7 +89,7 @@ class TrainBaseOptions(PresetOptions):
     device_batch_size: Annotated[int, AtLeast(1)] = 32
     """rows a process takes at once"""
     total_batch_size: Annotated[int, AtLeast(1)] = 524288
-    """tokens a step, over all processes and accumulation"""
+    """tokens per step, over all processes and accumulation"""
     warmdown_ratio: Annotated[float, Between(0, 1)] = 0.2
     """share of training at the end over which the learning rate falls to 0"""
     eval_every: int = 250
@@ -90,26 +103,19 @@ class TrainBaseOptions(PresetOptions):
     sample_every: int = 2000
     """steps between samples of text; negative: never"""
     sample_prompts: tuple[str, ...] = SAMPLE_PROMPTS
-    """what the samples go on from"""
+    """texts that the samples continue"""
     seed: int = 42
     """seed of the weights"""
-    optimizer: Annotated[OptimizerOptions, tyro.conf.arg(name="")] = field(default_factory=OptimizerOptions)
-    impl: Implementations = field(default_factory=Implementations)
-    run: Annotated[RunOptions, tyro.conf.arg(name="")] = field(default_factory=RunOptions)
-
-    @property
-    def device(self) -> str:
-        return self.run.device
 
 
 @dataclass(frozen=True)
-class TrainMidOptions(PresetOptions):
+class TrainMidOptions(TrainOptions):
     """Midtrain the base model on conversations."""
 
     device_batch_size: Annotated[int, AtLeast(1)] = 32
     """rows a process takes at once"""
     total_batch_size: Annotated[int, AtLeast(1)] = 524288
-    """tokens a step, over all processes and accumulation"""
+    """tokens per step, over all processes and accumulation"""
     smoltalk: int = -1
     """general conversations; negative: all"""
     mmlu: int = -1
@@ -128,23 +134,16 @@ class TrainMidOptions(PresetOptions):
     """steps between measurements of bits per byte on held-out conversations"""
     eval_rows: Annotated[int, AtLeast(1)] = 2048
     """held-out conversations of such a measurement"""
-    optimizer: Annotated[OptimizerOptions, tyro.conf.arg(name="")] = field(default_factory=OptimizerOptions)
-    impl: Implementations = field(default_factory=Implementations)
-    run: Annotated[RunOptions, tyro.conf.arg(name="")] = field(default_factory=RunOptions)
-
-    @property
-    def device(self) -> str:
-        return self.run.device
 
 
 @dataclass(frozen=True)
-class TrainSftOptions(PresetOptions):
+class TrainSftOptions(TrainOptions):
     """Fine-tune the midtrained model on conversations."""
 
     device_batch_size: Annotated[int, AtLeast(1)] = 4
     """conversations a process takes at once"""
     examples_per_step: Annotated[int, AtLeast(1)] = 32
-    """conversations a step, over all processes and accumulation"""
+    """conversations per step, over all processes and accumulation"""
     arc_easy: int = -1
     """easy multiple-choice questions; negative: all"""
     arc_challenge: int = -1
@@ -163,10 +162,3 @@ class TrainSftOptions(PresetOptions):
     """letters to count"""
     init_lr_fraction: Annotated[float, AtLeast(0)] = 0.02
     """learning rate at the start, as a share of the optimizer's; it falls linearly to 0"""
-    optimizer: Annotated[OptimizerOptions, tyro.conf.arg(name="")] = field(default_factory=OptimizerOptions)
-    impl: Implementations = field(default_factory=Implementations)
-    run: Annotated[RunOptions, tyro.conf.arg(name="")] = field(default_factory=RunOptions)
-
-    @property
-    def device(self) -> str:
-        return self.run.device

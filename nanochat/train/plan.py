@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 
 from nanochat.data.batches import Batch
 from nanochat.gpt import GPTConfig
-from nanochat.options.train import TrainBaseOptions
+from nanochat.options.train import TrainBaseOptions, TrainOptions
 from nanochat.platform.errors import UserError
 
 
@@ -64,7 +64,7 @@ def horizon(options: TrainBaseOptions, model: GPTConfig) -> int:
     return steps
 
 
-def learning_settings(options) -> dict:
+def learning_settings(options: TrainOptions) -> dict:
     """The options of a stage that decide what is learned; a resumed run must have the same.
 
     The number of rows that a process takes at once is not among them: a step is accumulated from as many as it takes.

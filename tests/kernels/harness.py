@@ -261,7 +261,7 @@ def check_compiled(kernel: Callable, inputs: Sequence, wrt: Sequence[int], units
     """Compiled without a graph break, the kernel gives what it gives eagerly, bit for bit; used twice in the graph.
 
     units: rounding units of the largest element by which they may differ, for operations with torch's own sums and products
-    around the kernels, which Inductor orders anew.
+    around the kernels, whose order Inductor changes.
 
     On a GPU only: interpreted kernels cannot be traced. What Dynamo traces is checked without one by test_dispatch.py.
     """

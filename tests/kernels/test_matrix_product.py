@@ -15,7 +15,9 @@ from tests.kernels.int64 import narrow_offsets
 
 FILE = importlib.import_module("nanochat_kernels.matrix_product")
 # tiles of which an interpreted small matrix has several
-few = settings(property_test, max_examples=30 if GPU else 15)  # nearly every one is compiled anew
+fewer_examples = settings(
+    property_test, max_examples=30 if GPU else 15
+)  # nearly every one needs a compilation of its own
 halves = st.sampled_from((torch.bfloat16, torch.float16))
 
 
@@ -46,7 +48,7 @@ def check_product(x, y, plus, parameters=None, **options):
 sizes = st.integers(1, 2000 if GPU else 40)
 
 
-@few
+@fewer_examples
 @given(
     batch=st.integers(1, 3), m=sizes, n=sizes, k=sizes, dtype=halves, x_transposed=st.booleans(),
     y_transposed=st.booleans(), gamma=st.sampled_from((0.0, 1.5)), seed=seeds,
@@ -61,7 +63,7 @@ def test_product(batch, m, n, k, dtype, x_transposed, y_transposed, gamma, seed)
     )  # fmt: skip
 
 
-@few
+@fewer_examples
 @given(batch=st.integers(1, 3), m=sizes, k=sizes, dtype=halves, tall=st.booleans(), wide=st.booleans(), seed=seeds)
 def test_symmetric_products(batch, m, k, dtype, tall, wide, seed):
     """x·xᵀ and xᵀ·x, and b·A + c·A² of it, symmetric bit for bit; tiles as wide as they are high, and twice as wide."""

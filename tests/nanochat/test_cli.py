@@ -61,7 +61,7 @@ def test_help_text_has_defaults_and_units(capsys):
     text = capsys.readouterr().out
     for part in (
         "--total-batch-size",
-        "tokens a step",
+        "tokens per step",
         "4096",
         "--save-every",
         "steps between checkpoints",

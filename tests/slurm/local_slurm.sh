@@ -8,10 +8,9 @@ export SLURM_CONF="$dir/slurm.conf"
 stop() {
     scontrol shutdown > /dev/null 2>&1 || true
     for name in slurmd slurmctld munged; do
-        if [[ -f "$dir/$name.pid" ]]; then
-            pid="$(cat "$dir/$name.pid")"
-            for _ in $(seq 50); do kill "$pid" 2> /dev/null || break; sleep 0.1; done
-        fi
+        # a daemon that the shutdown has reached removes its file, perhaps between a look at it and reading it
+        pid="$(cat "$dir/$name.pid" 2> /dev/null)" || continue
+        for _ in $(seq 50); do kill "$pid" 2> /dev/null || break; sleep 0.1; done
     done
 }
 

@@ -117,7 +117,7 @@ def in_processes(run: Measured, fault: str) -> dict:
 
 
 def in_an_evaluation(run: Measured) -> dict:
-    """Killed in the middle of an evaluation, which begins anew."""
+    """Killed in the middle of an evaluation, which starts again from its beginning."""
     call = [sys.executable, "-m", "nanochat", "speedrun", "--preset", "tiny", "--to", run.stage]
     whole, started = run.paths.section(run.stage), time.monotonic()
     process = subprocess.Popen(call, env=run.env, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
