@@ -10,7 +10,7 @@ speedrun: $(INSTALLED)
 	$(BIN)/nanochat speedrun --preset cpu
 
 test: $(INSTALLED)
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/bench
 	$(BIN)/python -m pytest tests/bench

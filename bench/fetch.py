@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import tyro
 
 from nanochat.platform.files import write_json
-from tests.nanochat.hub import Hub
+from tests.nanochat.speedrun.hub import Hub
 
 REPO = "karpathy/fineweb-edu-100b-shuffle"
 

@@ -39,15 +39,19 @@ def check_shape(operation: str, name: str, tensor: Tensor, *expected: int | str)
         raise ValueError(f"{operation}: {name} must have shape ({shape}), got {tuple(tensor.shape)}")
 
 
-def check_targets(operation: str, rows: Tensor, targets: Tensor, softcap: float, reduction: str) -> None:
-    """What every cross entropy asks of its targets (N,), one for each of `rows`, its softcap and its reduction."""
+def check_targets(
+    operation: str, rows: Tensor, vocabulary: int, targets: Tensor, softcap: float, reduction: str
+) -> None:
+    """What every cross entropy asks of its targets (N,), one for each of `rows`, and of its other arguments."""
     check_shape(operation, "targets", targets, rows.size(0))
     check_device(operation, rows=rows, targets=targets)
     if targets.dtype != torch.int64:
         raise TypeError(f"{operation}: targets must be int64, got {targets.dtype}")
     if reduction not in ("mean", "none"):
         raise ValueError(f"{operation}: reduction must be 'mean' or 'none', got {reduction!r}")
-    if softcap <= 0:
+    if vocabulary == 0 and targets.numel():
+        raise ValueError(f"{operation}: the vocabulary is empty, but there are {targets.numel()} targets")
+    if not softcap > 0:  # NaN is not either
         raise ValueError(f"{operation}: softcap must be positive, got {softcap}")
 
 

@@ -134,7 +134,7 @@ def linear_cross_entropy(
     check_float("linear_cross_entropy", x=x, weight=weight)
     check_shape("linear_cross_entropy", "x", x, "N", "C")
     check_shape("linear_cross_entropy", "weight", weight, "V", x.size(1))
-    check_targets("linear_cross_entropy", x, targets, softcap, reduction)
+    check_targets("linear_cross_entropy", x, weight.size(0), targets, softcap, reduction)
     check_loss_weight("linear_cross_entropy", targets, loss_weight)
     check_gradient_buffer("linear_cross_entropy", "weight_gradient", weight, weight_gradient)
     arguments = (x, weight, targets, float(softcap), ignore_index, reduction, loss_weight, weight_gradient)

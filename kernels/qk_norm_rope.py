@@ -201,6 +201,8 @@ def qk_norm_rope(
         check_device("qk_norm_rope", q=q, offset=offset)
         if offset.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"qk_norm_rope: offset must be int32 or int64, got {offset.dtype}")
+    elif isinstance(offset, bool) or not isinstance(offset, int):
+        raise TypeError(f"qk_norm_rope: offset must be an int or a tensor of ints, got {offset}")
     elif offset < 0 or offset + tokens > cos.size(0):
         raise ValueError(
             f"qk_norm_rope: positions {offset} to {offset + tokens - 1} pass the {cos.size(0)} rows of the tables"

@@ -106,7 +106,7 @@ def softcap_cross_entropy(
     """
     check_float("softcap_cross_entropy", logits=logits)
     check_shape("softcap_cross_entropy", "logits", logits, "N", "V")
-    check_targets("softcap_cross_entropy", logits, targets, softcap, reduction)
+    check_targets("softcap_cross_entropy", logits, logits.size(1), targets, softcap, reduction)
     check_loss_weight("softcap_cross_entropy", targets, loss_weight)
     arguments = (logits, targets, float(softcap), ignore_index, reduction, loss_weight)
     return choose(SOFTCAP_CROSS_ENTROPY, impl, *arguments)(*arguments)

@@ -88,6 +88,12 @@ def test_line_references_are_true():
     assert found > 15
 
 
+def test_files_that_are_named_exist():
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "bench").rglob("*.md"))]:
+        for name in re.findall(r"`((?:kernels|nanochat|bench|tests|slurm)/[\w/.-]+\.\w+)[:`]", page.read_text("utf-8")):
+            assert (ROOT / name).exists(), f"{page} names {name}"
+
+
 def test_the_options_are_all_there():
     assert OPTIONS.read_text("utf-8") == reference(), "run: python -m tests.test_docs"
     for command in COMMANDS.values():

@@ -66,6 +66,19 @@ def test_imports_run_one_way():
                 assert name.count(".") <= 1, f"{module} imports {name}: only kernels' public functions are its business"
 
 
+def test_every_module_of_our_own_that_is_imported_exists():
+    """Also in files that no test imports, as programs in bench/ that need a GPU or a network."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for module in modules:
+                package, *rest = module.split(".")
+                if package in ("nanochat_kernels", "nanochat", "bench", "tests"):
+                    file = ROOT.joinpath(package.removeprefix("nanochat_") if "_" in package else package, *rest)
+                    assert file.is_dir() or file.with_suffix(".py").exists(), f"{path} imports {module}"
+
+
 def test_every_import_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = [*project["dependencies"], *(d for part in project["optional-dependencies"].values() for d in part)]
@@ -89,6 +102,10 @@ def test_the_packages_are_those_of_the_tree_and_none_is_called_kernels():
     }
     assert set(setuptools["packages"]) == {re.sub("^kernels", "nanochat_kernels", name) for name in folders}
     assert setuptools["package-dir"] == {"nanochat_kernels": "kernels"}
+    # in code within strings too: from the root of the tree, that name would import a second copy
+    second_copy = re.compile(r"\b(import (\w+, )*" + r"kernels|from " + r"kernels)\b")
+    for path in SOURCES:
+        assert not second_copy.search(path.read_text("utf-8")), path
 
 
 def test_files_stay_short_or_say_why():

@@ -16,14 +16,15 @@ class Replayed:
 
     def __init__(self, work: Callable[[], Tensor | None], pool: tuple | None, warm_up: int = 2):
         self.work, self.pool, self.warm_up = work, pool, warm_up
-        self.calls = 0
+        self.warmed_up = 0  # calls that have run the work
         self.graph: torch.cuda.CUDAGraph | None = None
         self.result: Tensor | None = None
 
     def __call__(self) -> Tensor | None:
-        self.calls += 1
-        if self.pool is None or self.calls <= self.warm_up or torch.cuda.is_current_stream_capturing():
-            return self.work()
+        if self.pool is None or self.warmed_up < self.warm_up or torch.cuda.is_current_stream_capturing():
+            result = self.work()
+            self.warmed_up += 1  # not when the work failed: it would be captured without a warm-up
+            return result
         if self.graph is None:
             graph = torch.cuda.CUDAGraph()
             # thread_local: NCCL's watchdog and the loader's threads may call CUDA meanwhile

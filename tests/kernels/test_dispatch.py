@@ -58,6 +58,24 @@ def test_explicit_never_falls_back():
     assert choose(UNABLE, "reference", x)(x) == "reference" and choose(ABLE, "fast", x)(x) == "fast"
 
 
+def test_calls_alike_are_served_alike_and_others_are_looked_at_again(monkeypatch):
+    """Another dtype is checked; after a table has changed, the choice is made again."""
+    checked, preferred = [], ["fast"]
+    monkeypatch.setattr(dispatch, "automatic", lambda operation, *_: (preferred[0], "measured"))
+    configs.clear()
+    x = torch.ones(2, 3)
+
+    def served(x):
+        return dispatch.serve(ABLE, "auto", lambda x: checked.append(x.dtype), x)
+
+    assert served(x) == served(x + 1) == "fast" and checked == [torch.float32]
+    assert served(x.to(torch.int32)) == "fast" and checked[1:] == [torch.int32]
+    preferred[0] = "reference"
+    configs.clear()
+    assert served(x) == "reference"
+    configs.clear()
+
+
 def test_auto_on_cuda_follows_the_table_and_skips_what_does_not_support_the_call(monkeypatch):
     class OnCuda:
         device = torch.device("cuda", 0)
@@ -72,7 +90,7 @@ def test_auto_on_cuda_follows_the_table_and_skips_what_does_not_support_the_call
 def test_without_triton_the_reference_serves_and_a_request_raises():
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "import torch, kernels\n"
+        "import torch, nanochat_kernels as kernels\n"
         "x = torch.ones(2, 8)\n"
         "assert kernels.rms_norm(x).shape == x.shape\n"
         "try: kernels.rms_norm(x, impl='triton')\n"
@@ -84,7 +102,7 @@ def test_without_triton_the_reference_serves_and_a_request_raises():
 
 @pytest.mark.skipif(GPU, reason="a CPU without the interpreter")
 def test_a_cpu_tensor_without_the_interpreter_raises():
-    code = "import torch, kernels\nkernels.rms_norm(torch.ones(2, 8), impl='triton')"
+    code = "import torch, nanochat_kernels as kernels\nkernels.rms_norm(torch.ones(2, 8), impl='triton')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment(None))
     assert "take CUDA tensors, got one on cpu" in done.stderr
 

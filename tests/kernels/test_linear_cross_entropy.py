@@ -246,6 +246,18 @@ def test_nan_and_infinity(dtype):
     harness.check_nonfinite(fused, reference.linear_cross_entropy, given_, [0, 1], only=[0, 1])
 
 
+def test_nan_upstream_of_an_ignored_row_goes_nowhere():
+    x, weight, targets = inputs(6, 16, 60, torch.float32, ignored=0.0)
+    targets[2] = -1
+    upstream = torch.ones(6, device=DEVICE).index_fill(0, torch.tensor([2], device=DEVICE), torch.nan)
+    gradients = []
+    for function in (fused, reference.linear_cross_entropy):
+        leaves = [x.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()]
+        gradients.append(torch.autograd.grad(function(*leaves, targets, 15.0, -1, "none"), leaves, upstream))
+    for found, expected in zip(*gradients, strict=True):
+        assert torch.equal(found.isfinite(), expected.isfinite())
+
+
 def test_nan_in_any_place_of_the_logits_reaches_the_whole_row():
     """Both of a pair that shares a reciprocal, the first and the last chunk; other rows stay as they are."""
     clean = randn(4, 4096, dtype=torch.bfloat16)

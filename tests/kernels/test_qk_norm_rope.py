@@ -122,9 +122,9 @@ def test_empty_batch(shape):
 
 
 def test_a_position_outside_of_the_tables_gives_nan_and_no_stray_read():
-    q, k, *_ = inputs(3, 1, 1, 1, 8, torch.float32)
+    q, k, *_ = inputs(4, 1, 1, 1, 8, torch.float32)
     cos, sin = (table[20:25] for table in tables(200, 8))  # numbers lie before and behind
-    out, _ = rope(q, k, cos, sin, torch.tensor([4, 99, -3], device=DEVICE))
+    out, _ = rope(q, k, cos, sin, torch.tensor([4, 5, 99, -3], device=DEVICE))
     assert out[0].isfinite().all() and out[1:].isnan().all()
 
 
@@ -263,6 +263,8 @@ def test_bad_input():
     rejected(ValueError, r"cos must have shape \(positions, 4\)", q, k, cos[:, :3], sin)
     rejected(ValueError, "sin must have shape", q, k, cos, sin[:2])
     rejected(ValueError, "positions 1 to 3 pass the 3 rows", q, k, cos, sin, 1)
+    for offset in (1.5, True, None):
+        rejected(TypeError, f"offset must be an int or a tensor of ints, got {offset}", q, k, cos, sin, offset)
     rejected(ValueError, "offset must have shape", q, k, cos, sin, torch.zeros(3, dtype=torch.int64, device=DEVICE))
     rejected(TypeError, "offset must be int32 or int64", q, k, cos, sin, torch.zeros(2, device=DEVICE))
     rejected(kernels.KernelRequestError, "float64", q.double(), k.double(), cos, sin, impl="triton")

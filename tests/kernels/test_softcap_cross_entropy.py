@@ -306,6 +306,8 @@ def test_bad_input():
     raises(ValueError, "targets is on meta", logits, targets.to("meta"))
     raises(TypeError, "targets must be int64, got torch.int32", logits, targets.int())
     raises(ValueError, "softcap must be positive", logits, targets, 0.0)
+    raises(ValueError, "softcap must be positive", logits, targets, float("nan"))
+    raises(ValueError, "the vocabulary is empty", logits[:, :0], targets)
     raises(ValueError, "reduction must be 'mean' or 'none', got 'sum'", logits, targets, reduction="sum")
     raises(
         TypeError, r"loss_weight must be float32 of shape \(\) or \(3,\)", logits, targets, loss_weight=logits[:, :2]

@@ -1,0 +1,73 @@
+"""Replaying: how often the work runs, is captured and replayed. A stand-in takes the place of CUDA graphs."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from nanochat.platform.cuda_graphs import Replayed
+
+
+class Recorder:
+    """Stands in for torch.cuda's graphs: a capture runs the work without effect, as on a GPU, where nothing is computed then."""
+
+    def __init__(self, monkeypatch):
+        self.replays, self.capturing, self.fail = 0, False, False
+        recorder = self
+
+        class Graph:
+            def replay(self):
+                recorder.replays += 1
+
+        @contextmanager
+        def graph(graph, **options):
+            recorder.capturing = True
+            try:
+                if recorder.fail:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                yield
+            finally:
+                recorder.capturing = False
+
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "graph", graph)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+
+def test_every_call_counts_once(monkeypatch):
+    """Warm-up calls run the work, every later one is a replay: the call that captures is replayed too."""
+    recorder, ran = Recorder(monkeypatch), []
+    replayed = Replayed(lambda: ran.append(recorder.capturing), pool=(0, 1), warm_up=2)
+    for _ in range(5):
+        replayed()
+    assert ran == [False, False, True] and recorder.replays == 3
+
+
+def test_a_capture_or_a_warm_up_that_fails_is_tried_again(monkeypatch):
+    recorder, ran = Recorder(monkeypatch), []
+
+    def work():
+        if len(ran) == 0:
+            ran.append("failed")
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        ran.append("ran")
+
+    replayed = Replayed(work, pool=(0, 1), warm_up=1)
+    with pytest.raises(torch.OutOfMemoryError):
+        replayed()
+    replayed()
+    assert ran == ["failed", "ran"] and replayed.graph is None  # the second call is the warm-up
+    recorder.fail = True
+    with pytest.raises(torch.OutOfMemoryError):
+        replayed()
+    recorder.fail = False
+    replayed()
+    assert recorder.replays == 1 and replayed.graph is not None
+
+
+def test_without_a_pool_the_work_always_runs():
+    ran = []
+    replayed = Replayed(lambda: ran.append(1), pool=None)
+    for _ in range(4):
+        replayed()
+    assert len(ran) == 4

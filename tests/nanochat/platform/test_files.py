@@ -1,0 +1,44 @@
+"""Files and directories are replaced as a whole or not at all."""
+
+import pytest
+
+from nanochat.platform.errors import UserError
+from nanochat.platform.files import fresh_directory, read_json, sha256_of, write_atomically, write_json
+
+
+def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "file"
+    write_atomically(path, "old")
+    monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, b"new")
+    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+
+
+def test_json_comes_back_and_damaged_json_is_none(tmp_path):
+    path = tmp_path / "a.json"
+    assert read_json(path) is None
+    write_json(path, {"path": tmp_path, "n": 1})
+    assert read_json(path) == {"path": str(tmp_path), "n": 1}
+    path.write_text('{"n": ')
+    assert read_json(path) is None
+
+
+@pytest.mark.parametrize("error", [ValueError("stop"), OSError(28, "No space left on device")])
+def test_a_directory_is_replaced_only_when_it_is_complete(tmp_path, error):
+    final = tmp_path / "data"
+    with fresh_directory(final) as directory:
+        (directory / "one").write_text("1")
+    wanted = UserError if isinstance(error, OSError) else ValueError
+    with pytest.raises(wanted, match="No space left|stop"), fresh_directory(final) as directory:
+        (directory / "two").write_text("2")
+        raise error
+    assert [path.name for path in tmp_path.rglob("*")] == ["data", "one"]
+    with fresh_directory(final) as directory:
+        (directory / "two").write_text("2")
+    assert [path.name for path in final.iterdir()] == ["two"]
+
+
+def test_hash(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")
+    assert sha256_of(tmp_path / "x").startswith("ba7816bf")

@@ -1,0 +1,45 @@
+"""A record holds while command, inputs and outputs are those it was written for."""
+
+import pytest
+
+from nanochat.platform.paths import Paths
+from nanochat.speedrun.records import record_path, valid_record, write_record
+from nanochat.speedrun.stages import Stage
+
+COMMAND = ["tokenizer", "train"]
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """Paths, and a stage that is recorded as finished."""
+    paths = Paths(tmp_path)
+    stage = Stage("thing", tuple(COMMAND), lambda p: [p.base / "file", p.base / "folder"])
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("a"), (tmp_path / "folder" / "part").write_text("b")
+    write_record(paths, stage, COMMAND, "inputs", 1.5)
+    return paths, stage
+
+
+def test_it_holds(finished):
+    assert valid_record(*finished, COMMAND, "inputs")["seconds"] == 1.5
+
+
+@pytest.mark.parametrize(("command", "made_from"), [([*COMMAND, "--preset", "d20"], "inputs"), (COMMAND, "others")])
+def test_another_command_or_other_inputs(finished, command, made_from):
+    assert valid_record(*finished, command, made_from) is None
+
+
+@pytest.mark.parametrize("change", ["content", "missing", "more", "no record", "damaged record"])
+def test_what_it_made_has_changed(finished, change):
+    paths, stage = finished
+    if change == "content":
+        (paths.base / "folder" / "part").write_text("c")
+    elif change == "missing":
+        (paths.base / "file").unlink()
+    elif change == "more":
+        (paths.base / "folder" / "more").touch()
+    elif change == "no record":
+        record_path(paths, stage).unlink()
+    else:
+        record_path(paths, stage).write_text('{"stage": "thi')
+    assert valid_record(paths, stage, COMMAND, "inputs") is None
