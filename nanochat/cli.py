@@ -233,7 +233,9 @@ def _fail(message: str, status: int) -> NoReturn:
     sys.stdout.flush()
     print(f"nanochat: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     # torchrun's other processes may wait in a collective: leave at once, without their farewell
-    os._exit(status) if "torch" in sys.modules and _distributed() else sys.exit(status)
+    if "torch" in sys.modules and _distributed():
+        os._exit(status)
+    sys.exit(status)
 
 
 def _distributed() -> bool:

@@ -199,7 +199,8 @@ class GPT(nn.Module):
             model = cls(config, compute_dtype)
         model.to_empty(device=device)
         cos, sin = rope_tables(config)
-        model.cos.copy_(cos), model.sin.copy_(sin)
+        model.cos.copy_(cos)
+        model.sin.copy_(sin)
         generator = torch.Generator(device=device).manual_seed(seed)
         zero = {"head.weight"} | {
             f"blocks.{i}.{part}.project.weight" for i in range(config.depth) for part in ("attention", "mlp")

@@ -110,8 +110,10 @@ def test_the_packages_are_those_of_the_tree_and_none_is_called_kernels():
 
 def test_files_stay_short_or_say_why():
     for path in SOURCES:
-        lines = path.read_text("utf-8").splitlines()
-        assert len(lines) <= 400 or "long" in "\n".join(lines[:8]), f"{path} has {len(lines)} lines"
+        text = path.read_text("utf-8")
+        docstring = ast.get_docstring(ast.parse(text)) or ""
+        says_why = "This file is long because" in docstring
+        assert len(text.splitlines()) <= 400 or says_why, f"{path} has more than 400 lines and does not say why"
 
 
 def test_the_environment_is_read_in_one_place():

@@ -11,7 +11,12 @@ from nanochat.platform import environment
 from nanochat.platform.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS_READ = ("venv", "timeout")  # further names that a profile may set for the scripts in slurm/
+SCRIPTS_READ = (
+    "venv",
+    "timeout",
+    "base_dir",
+    "mail_user",
+)  # further names that a profile may set, for the scripts in slurm/
 
 
 @dataclass(frozen=True)
@@ -51,10 +56,15 @@ def load_site(name: str, folder: Path = ROOT / "slurm") -> Site:
         if not match or match[1].lower() not in (*known, *SCRIPTS_READ):
             names = ", ".join(f"NANOCHAT_{value.upper()}" for value in (*known, *SCRIPTS_READ))
             raise UserError(f"{path}:{number}: expected NAME=value with one of {names}, got {line!r}")
-        value = " ".join(shlex.split(match[2], comments=True))
+        try:
+            value = " ".join(shlex.split(match[2], comments=True))
+        except ValueError as error:  # an open quotation
+            raise UserError(f"{path}:{number}: {match[2]!r} cannot be read ({error})") from error
         value = Template(value).safe_substitute({"USER": getpass.getuser(), **environment.all_variables()})
         if "$" in value:
             raise UserError(f"{path}:{number}: {value!r} refers to a variable that is not set here")
+        if match[1] == "GPUS" and value and not value.isdigit():
+            raise UserError(f"{path}:{number}: NANOCHAT_GPUS must be a whole number, got {value!r}")
         values[match[1].lower()] = value
     profile = {name: value for name, value in values.items() if name in known}
     return Site(str(path.resolve()) if name.endswith(".env") else name, **profile)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nanochat.inference.engine import Engine
+from nanochat.platform.errors import UserError
 from nanochat.tokenizer.bpe import Tokenizer
 from nanochat.tokenizer.chat_format import user_turn
 
@@ -54,15 +55,17 @@ class Session:
         self.turns = []
 
     def ask(self, text: str) -> Iterator[Event]:
-        """The answer to a message, as it is generated. A question whose answer is not read to its end is not kept.
+        """The answer to a message, as it is generated.
 
-        Raises UserError when the question alone does not fit into the model's positions.
+        The conversation changes only when the answer has been read to its end. Raises UserError when the message alone does not
+        fit into the model's positions.
         """
         tokenizer = self.engine.tokenizer
         question = [*user_turn(tokenizer, text), tokenizer.special("assistant_start")]
-        if dropped := self._make_room(len(question)):
-            yield Forgotten(dropped)
-        prompt = [tokenizer.bos, *(token for turn in self.turns for token in turn), *question]
+        kept = self._newest_turns(len(question))
+        if len(kept) < len(self.turns):
+            yield Forgotten(len(self.turns) - len(kept))
+        prompt = [tokenizer.bos, *(token for turn in kept for token in turn), *question]
         answer: list[int] = []
 
         def tokens() -> Iterator[int]:
@@ -72,16 +75,17 @@ class Session:
                     yield token
 
         yield from events(tokenizer, tokens())
-        self.turns.append([*question, *answer, tokenizer.special("assistant_end")])
+        self.turns = [*kept, [*question, *answer, tokenizer.special("assistant_end")]]
 
-    def _make_room(self, question: int) -> int:
-        """Drop the oldest turns until a question of so many tokens and an answer fit; returns how many were dropped."""
+    def _newest_turns(self, question: int) -> list[list[int]]:
+        """The turns that fit before a question of so many tokens and an answer. Raises UserError when the question does not fit."""
         positions = self.engine.model.cos.size(0)
-        answer = min(self.max_tokens, positions // 4)
-        before = len(self.turns)
-        while self.turns and 1 + sum(map(len, self.turns)) + question + answer > positions:
-            self.turns.pop(0)
-        return before - len(self.turns)
+        if 1 + question >= positions:
+            raise UserError(f"the message has {question} tokens and the model {positions} positions; shorten it")
+        kept, room = list(self.turns), positions - 1 - question - min(self.max_tokens, positions // 4)
+        while kept and sum(map(len, kept)) > room:
+            kept.pop(0)
+        return kept
 
 
 def events(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[Event]:

@@ -1,5 +1,6 @@
 """The allowed range of an option, written beside it: `depth: Annotated[int, AtLeast(1)] = 20`."""
 
+import math
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, get_type_hints
 
@@ -25,13 +26,16 @@ def AtLeast(low: float) -> Between:
 
 
 def check_ranges(options: Any) -> None:
-    """Raises UserError for the first option, in nested dataclasses too, whose value lies outside its range."""
+    """Raises UserError for the first option, in nested dataclasses too, that is outside its range or not a finite number."""
     hints = get_type_hints(type(options), include_extras=True)
     for field in fields(options):
         value = getattr(options, field.name)
         if is_dataclass(value):
             check_ranges(value)
             continue
+        option = f"--{field.name.replace('_', '-')}"
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{option} must be a finite number, got {value}")
         for allowed in getattr(hints[field.name], "__metadata__", ()):
             if isinstance(allowed, Between) and value is not None and value not in allowed:
-                raise UserError(f"--{field.name.replace('_', '-')} must be {allowed}, got {value}")
+                raise UserError(f"{option} must be {allowed}, got {value}")

@@ -81,6 +81,8 @@ def test_help_text_has_defaults_and_units(capsys):
         (["train", "base", "--depth", "deep"], ("depth", "deep")),
         (["train", "base", "--depth", "0"], ("--depth must be at least 1, got 0",)),
         (["train", "base", "--warmdown-ratio", "2"], ("--warmdown-ratio must be between 0 and 1, got 2",)),
+        (["train", "base", "--target-flops", "inf"], ("--target-flops must be a finite number, got inf",)),
+        (["train", "base", "--matrix-lr", "nan"], ("--matrix-lr must be a finite number, got nan",)),
         (["train", "base", "--keep-checkpoints", "0"], ("--keep-checkpoints must be at least 1, got 0",)),
         (["train", "base", "--preset", "d21"], ("unknown preset 'd21'", "tiny, cpu, d20, d26, d32")),
         (["speedrun", "--from", "nowhere"], ("nowhere", "no such stage", "tokenizer")),

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from nanochat.train.metrics import read_metrics
 from tests.processes import workers
-from tests.slurm.test_slurm import ENDED, HERE, ROOT, Run
+from tests.slurm.run import ENDED, HERE, ROOT, Run
 
 SAVE_EVERY = 20  # of the preset tiny
 MIDDLE = {"base": 70, "mid": 30, "sft": 10}  # stage → at which step of it

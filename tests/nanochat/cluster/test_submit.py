@@ -73,7 +73,11 @@ def test_time_limits():
 def test_what_is_wrong_is_named(tmp_path):
     (tmp_path / "bad.env").write_text("PARTITION=x\n")
     (tmp_path / "unset.env").write_text("NANOCHAT_SCRATCH=/s/$NOT_SET_ANYWHERE\n")
+    (tmp_path / "open.env").write_text('NANOCHAT_MODULES=\nNANOCHAT_ACCOUNT="abc\n')
+    (tmp_path / "four.env").write_text("NANOCHAT_GPUS=four\n")
     cases = [
+        ("open.env:2: .* cannot be read .No closing quotation", lambda: load_site(str(tmp_path / "open.env"))),
+        ("NANOCHAT_GPUS must be a whole number, got 'four'", lambda: load_site(str(tmp_path / "four.env"))),
         ("existing profiles: generic, ptolemy", lambda: load_site("nowhere")),
         (
             "bad.env:1: expected NAME=value with one of .*, got 'PARTITION=x'",

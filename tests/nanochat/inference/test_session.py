@@ -17,8 +17,6 @@ class Scripted:
 
     def stream(self, prompts, max_tokens, **sampling):
         [prompt] = prompts
-        if len(prompt) >= self.model.cos.size(0):
-            raise UserError("no room")
         self.prompts.append(prompt)
         for token in [*self.answers.pop(0), None]:
             yield [token], [True]
@@ -75,11 +73,27 @@ def test_the_oldest_turns_are_forgotten_and_it_says_so(tokenizer):
     forgotten = [event for event in said if isinstance(event, Forgotten)]
     assert forgotten and all(len(prompt) + 20 <= 120 for prompt in engine.prompts)
     assert len(session.turns) + sum(event.turns for event in forgotten) == 9
-    with pytest.raises(UserError):
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_turn_is_kept_while_it_fits_exactly(tokenizer, missing):
+    answer, most = tokenizer.encode("x" * 30), 8
+    question = len(user_turn(tokenizer, "y" * 30)) + 1
+    turn = question + len(answer) + 1
+    positions = 1 + turn + question + most - missing
+    assert most < positions // 4  # so that this is the room that is left for an answer
+    engine = Scripted(tokenizer, [answer, answer], positions)
+    session = Session(engine, max_tokens=most)
+    list(session.ask("y" * 30)), list(session.ask("y" * 30))
+    assert len(engine.prompts[1]) == 1 + question + (0 if missing else turn)
+
+
+def test_a_message_that_is_too_long_or_stopped_leaves_the_conversation_as_it_was(tokenizer):
+    engine = Scripted(tokenizer, [tokenizer.encode("some words")] * 9, positions=120)
+    session = Session(engine, max_tokens=20)
+    list(session.ask("hello"))
+    before = list(session.turns)
+    with pytest.raises(UserError, match="the model 120 positions; shorten it"):
         list(session.ask("z" * 400))
-
-
-def test_an_answer_that_is_not_read_to_its_end_is_not_kept(tokenizer):
-    session = Session(Scripted(tokenizer, [tokenizer.encode("some words")]))
-    next(session.ask("hello"))
-    assert session.turns == []
+    next(iter(session.ask("w" * 60)))
+    assert session.turns == before

@@ -165,6 +165,10 @@ def test_training_saves_and_ends_where_the_stop_file_lies(base):
     assert (paths.checkpoints("base") / "step_000000" / "meta.json").exists()
 
 
+def test_by_default_every_stage_runs():
+    assert (SpeedrunOptions().first, SpeedrunOptions().last) == (NAMES[0], NAMES[-1])
+
+
 def test_one_speedrun_at_a_time(tiny):
     from filelock import FileLock
 
