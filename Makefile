@@ -12,8 +12,7 @@ speedrun: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/bench
-	$(BIN)/python -m pytest tests/bench
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # what takes long: tests marked long, every planted fault, and the preset cpu under a real Slurm where that is installed
 check: $(INSTALLED)

@@ -30,6 +30,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slurm-preset", default="tiny", help="what the long Slurm test runs: tiny (minutes) or cpu")
 
 
+LONGEST = (
+    "test_slurm",
+    "test_resume",
+    "test_newton_schulz",
+    "test_speedrun",
+    "test_fetch",
+    "test_checkpoint",
+    "test_distributed",
+    "test_matrix_product",
+)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--sm80"):
         from nanochat_kernels.architecture import run_ptx_of
@@ -38,8 +50,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Jobs first: they take minutes and mostly wait, while the other core works on the rest."""
-    items.sort(key=lambda item: "slurm" not in item.path.parts)
+    """The files that take a minute or more first, the longest at the beginning, so that no core is left with one at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 TINY_DATA = GenerateOptions(

@@ -27,7 +27,7 @@ def plot_metrics(paths: Paths, directory: Path) -> dict[str, Path]:
         steps = [r["step"] for r in records]
         axis.plot(steps, [r["loss"] for r in records], color=PALE, linewidth=1, label="loss")
         axis.plot(steps, [r["smoothed_loss"] for r in records], color=BLUE, linewidth=1.8, label="smoothed")
-        axis.set(title=STAGES[stage], xlabel="step", ylabel="nats a token")
+        axis.set(title=STAGES[stage], xlabel="step", ylabel="nats per token")
         axis.grid(alpha=0.3)
         handles, labels = axis.get_legend_handles_labels()
         if measured[stage]:
@@ -45,7 +45,7 @@ def plot_metrics(paths: Paths, directory: Path) -> dict[str, Path]:
     figure, axes = plt.subplots(1, len(metrics), figsize=(5 * len(metrics), 3), squeeze=False, layout="constrained")
     for axis, (stage, records) in zip(axes[0], metrics.items(), strict=True):
         axis.plot([r["step"] for r in records], [r["tokens_per_second"] for r in records], color=BLUE, linewidth=1)
-        axis.set(title=STAGES[stage], xlabel="step", ylabel="tokens a second")
+        axis.set(title=STAGES[stage], xlabel="step", ylabel="tokens per second")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     throughput = directory / "throughput.png"

@@ -68,6 +68,7 @@ def test_a_run_survives_time_limits_cancellation_and_kills(slurm, preset, uninte
     assert not (run.paths.base / "reached_out").exists(), "something looked for the internet"
 
 
+@pytest.mark.long
 def test_two_tasks_of_a_node(slurm, tmp_path):
     """A torchrun a task, which meet: killed in the middle and submitted again, the losses are those of a run that was not."""
     runs = [
