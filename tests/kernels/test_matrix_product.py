@@ -77,8 +77,8 @@ def test_symmetric_products(batch, m, k, dtype, tall, wide, seed):
 
 @pytest.mark.parametrize(("bm", "bn"), [(16, 16), (16, 32), (32, 64), (16, 64)])
 def test_the_triangle_is_covered(bm, bn):
-    """Matrices of every number of tiles: all of the result is written."""
-    for m in (*range(1, 2 * bn + 2, 7), 4 * bn, 5 * bn + 3):
+    """Matrices from one tile to six to a side, with and without a ragged last tile: all of the result is written."""
+    for m in sorted({1, bm, bm + 1, bn - 1, bn, bn + 1, 2 * bn + 1, 3 * bn - bm, 4 * bn, 5 * bn + 3}):
         x = randn(2, m, 16, dtype=torch.float16, seed=m)
         check_product(x, x, None, SMALL_TILES | {"BLOCK_M": bm, "BLOCK_N": bn}, y_transposed=True, symmetric=True)
 

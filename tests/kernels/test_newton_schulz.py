@@ -139,9 +139,9 @@ def test_one_restart_is_better_than_none():
 
 @pytest.mark.parametrize(("m", "n"), SHAPES)
 def test_symmetries_of_the_operation(m, n):
-    gradients = randn(3, m, n, dtype=torch.float16, seed=1)
+    gradients = randn(2, m, n, dtype=torch.float16, seed=1)
     out = fused(gradients)
-    rows, batch = torch.randperm(m, generator=torch.Generator().manual_seed(0)), [2, 0, 1]
+    rows, batch = torch.randperm(m, generator=torch.Generator().manual_seed(0)), [1, 0]
     assert torch.equal(fused(gradients[batch]), out[batch])
     assert torch.equal(fused(gradients[1]), out[1])
     assert torch.equal(fused(gradients[:, None])[:, 0], out)
