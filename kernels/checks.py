@@ -67,9 +67,14 @@ def check_loss_weight(operation: str, targets: Tensor, loss_weight: Tensor | Non
         )
 
 
+def under_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for x's device; torch raises for the meta device, which has none."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def normed_dtype(x: Tensor) -> torch.dtype:
     """The dtype that torch's rms_norm gives for x: x's, but float32 under autocast on CUDA with a torch that lists it so."""
-    if not torch.is_autocast_enabled(x.device.type):
+    if not under_autocast(x):
         return x.dtype
     return torch.float32 if _autocast_norms_in_float32(x.device.type) else x.dtype
 
@@ -85,7 +90,7 @@ def _autocast_norms_in_float32(device_type: str) -> bool:
 
 def promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as the plain operation would add them under autocast: in the widest dtype among them. As they are without."""
-    if all(x.dtype == tensors[0].dtype for x in tensors) or not torch.is_autocast_enabled(tensors[0].device.type):
+    if all(x.dtype == tensors[0].dtype for x in tensors) or not under_autocast(tensors[0]):
         return tensors
     dtype = tensors[0].dtype
     for x in tensors[1:]:
@@ -95,10 +100,9 @@ def promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def autocast_products(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as autocast hands them to a matrix product: in its dtype. As they are without autocast."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if not under_autocast(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(x.to(dtype) if x.dtype != torch.float64 else x for x in tensors)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from nanochat_kernels import configs
 from nanochat_kernels.operation import Implementation, Kernel, Operation
+from nanochat_kernels.plan import planned
 
 
 class KernelRequestError(ValueError):
@@ -36,38 +37,27 @@ def choose(operation: Operation, impl: str, *arguments) -> Callable:
     """What `impl` names for a call with these arguments, the first of them a tensor. Raises KernelRequestError."""
     if impl == "auto":
         name = automatic(operation, *arguments)[0]
-        return operation.reference if name == "reference" else operation.implementations[name].run
+        return operation.reference if name == "reference" else operation.implementations[name].prepared(*arguments)
     if impl == "reference":
         return operation.reference
     implementation = named(operation, impl)
     reason = implementation.unsupported_reason(*arguments)
     if reason:
         raise KernelRequestError(f"{operation.name}: impl={impl!r} does not support this call: {reason}")
-    return implementation.run
+    return implementation.prepared(*arguments)
 
 
 def serve(operation: Operation, impl: str, check: Callable[..., None], *arguments):
     """The result of an operation for these arguments, after check(*arguments) has raised for what is wrong with them.
 
-    The check and the choice look at shapes, strides, dtypes, devices and numbers alone, so for calls that are alike in them the
-    implementation is remembered: they would take the host longer than the launch of a kernel.
+    The check, the choice and the implementation's plan are remembered for calls that are alike.
     """
-    if torch.compiler.is_compiling():
-        check(*arguments)
-        return choose(operation, impl, *arguments)(*arguments)
-    alike = (operation.name, impl, torch.is_grad_enabled(), *map(_metadata, arguments))
-    run = configs.served.get(alike)
-    if run is None:
-        check(*arguments)
-        run = choose(operation, impl, *arguments)
-        if len(configs.served) >= 4096:
-            configs.served.clear()
-        configs.served[alike] = run
-    return run(*arguments)
+    return planned(checked_choice, operation, impl, check, *arguments)(*arguments)
 
 
-def _metadata(x):
-    return (x.shape, x.stride(), x.dtype, x.device, x.requires_grad) if isinstance(x, torch.Tensor) else x
+def checked_choice(operation: Operation, impl: str, check: Callable[..., None], *arguments) -> Callable:
+    check(*arguments)
+    return choose(operation, impl, *arguments)
 
 
 def named(operation: Operation, impl: str) -> Implementation:

@@ -6,6 +6,7 @@ nothing of an operation besides. A new operation is one file with a record, and 
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +21,17 @@ class Implementation:
     """One way to compute an operation.
 
     run takes the checked arguments of the operation. unsupported_reason, given the same arguments, says in one sentence
-    why it cannot run, or returns None.
+    why it cannot run, or returns None. plan, given the same, returns what run takes ahead of them: whatever calls with alike
+    arguments have in common (see plan.planned).
     """
 
     run: Callable
     unsupported_reason: Callable[..., str | None] = lambda *arguments: None
+    plan: Callable | None = None
+
+    def prepared(self, *arguments) -> Callable:
+        """What computes the operation for arguments like these."""
+        return self.run if self.plan is None else partial(self.run, self.plan(*arguments))
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,7 @@ class Benchmark:
     """(arguments) → all variants by name, for an operation that is not measured as one call; replaces the usual ones"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Operation:
     """A fused operation. `reference` defines it; `implementations` holds the others, the fastest first."""
 

@@ -6,14 +6,17 @@ rotated back. q, k, the tables and the results are read or written once. Saved a
 Su et al. 2021 (rotation), Henry et al. 2020 (norm of q and k).
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from nanochat_kernels import reference
-from nanochat_kernels.checks import check_device, check_float, check_shape, normed_dtype
+from nanochat_kernels.checks import check_device, check_float, check_shape, normed_dtype, under_autocast
 from nanochat_kernels.configs import launch_parameters
-from nanochat_kernels.dispatch import choose
+from nanochat_kernels.dispatch import serve
 from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
+from nanochat_kernels.plan import Plan, planned
 from nanochat_kernels.qk_norm_rope_kernels import backward_kernel, forward_kernel
 from nanochat_kernels.reference import EPS
 from nanochat_kernels.triton_helpers import (
@@ -23,7 +26,6 @@ from nanochat_kernels.triton_helpers import (
     cdiv,
     derivative,
     differentiable,
-    launch,
     needs_gradient,
     power_of_2,
     triton_unsupported_reason,
@@ -56,103 +58,104 @@ def tile(kernel: str, q: Tensor, heads: tuple[int, int], parameters: dict[str, i
     }  # fmt: skip
 
 
-def launch_heads(
-    kernel, name: str, q: Tensor, k: Tensor, heads: tuple[int, int], tensors: tuple, tables: tuple,
+def as_read(x: Tensor) -> Tensor:
+    """x as the kernels read it: neighbouring channels of a head side by side, tables contiguous, offsets at any stride."""
+    if x.dim() == 4:
+        return x if x.stride(-1) == 1 or x.size(-1) <= 1 else x.contiguous()
+    return x.contiguous() if x.dim() == 2 else x
+
+
+def plan_of(
+    kernel, name: str, q: Tensor, k: Tensor, heads: tuple[int, int], results: tuple, tables: tuple,
     parameters: dict[str, int] | None, **constants,
-) -> None:  # fmt: skip
-    """Launch either kernel: q and k give the strides, `heads` how many of each are computed, `tensors` the pointers ahead of the
-    tables, which are (cos, sin, offset, offsets or None)."""
-    if not q.numel():
-        return
+) -> Plan:  # fmt: skip
+    """Either kernel's launch: q and k give the strides, `heads` how many of each are computed, tables are (cos, offset, offsets)."""
     batch, tokens = q.shape[:2]
-    cos, sin, offset, offsets = tables
-    cos, sin = cos.contiguous(), sin.contiguous()
+    cos, offset, offsets = tables
     constants |= tile(name, q, heads, parameters)
     programs = sum(cdiv(count, constants["HEADS"]) for count in heads)
-    launch(
-        kernel, (batch * cdiv(tokens, constants["TOKENS"]), programs), q.device,
-        *tensors, cos, sin, offset, cos if offsets is None else offsets, 0 if offsets is None else offsets.stride(0),
-        tokens, cos.size(0), *heads, *q.stride()[:3], *k.stride()[:3], OFFSETS=offsets is not None, **constants,
+    return Plan(
+        kernel, (batch * cdiv(tokens, constants["TOKENS"]), programs), q.device, as_read, results,
+        (
+            offset, 0 if offsets is None else offsets.stride(0), tokens, cos.size(0), *heads,
+            *as_read(q).stride()[:3], *as_read(k).stride()[:3],
+        ),
+        dict(OFFSETS=offsets is not None, **constants),
     )  # fmt: skip
 
 
-def contiguous_heads(x: Tensor) -> Tensor:
-    """x with neighbouring channels side by side in memory."""
-    return x if x.stride(-1) == 1 or x.size(-1) <= 1 else x.contiguous()
-
-
-def launch_forward(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int, offsets: Tensor | None, keep_rstd: bool = True,
+def forward_plan(
+    q: Tensor, k: Tensor, cos: Tensor, offset: int = 0, offsets: Tensor | None = None, keep_rstd: bool = True,
     q_dtype: torch.dtype | None = None, k_dtype: torch.dtype | None = None, parameters: dict[str, int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """q and k rotated and normalised, in q_dtype and k_dtype, by default theirs, and rstd of both (H, B, T), or empty."""
-    q, k = contiguous_heads(q), contiguous_heads(k)
-    q_out = torch.empty(q.shape, dtype=q_dtype or q.dtype, device=q.device)
-    k_out = torch.empty(k.shape, dtype=k_dtype or k.dtype, device=k.device)
-    q_rstd, k_rstd = (
-        torch.empty((x.size(2), *x.shape[:2]) if keep_rstd else (0,), dtype=torch.float32, device=x.device)
-        for x in (q, k)
-    )
-    launch_heads(
-        forward_kernel, "qk_norm_rope_forward", q, k, (q.size(2), k.size(2)), (q, k, q_out, k_out, q_rstd, k_rstd),
-        (cos, sin, offset, offsets), parameters, EPS=EPS, KEEP_RSTD=keep_rstd,
+) -> Plan:  # fmt: skip
+    """The launch that makes of (q, k, cos, sin, offsets) both rotated and normalised, in q_dtype and k_dtype, by default theirs,
+    and rstd of both (H, B, T), or None."""
+    normed = ((tuple(q.shape), q_dtype or q.dtype), (tuple(k.shape), k_dtype or k.dtype))
+    rstd = (((x.size(2), *x.shape[:2]), torch.float32) if keep_rstd else None for x in (q, k))
+    return plan_of(
+        forward_kernel, "qk_norm_rope_forward", q, k, (q.size(2), k.size(2)), (*normed, *rstd), (cos, offset, offsets),
+        parameters, EPS=EPS, KEEP_RSTD=keep_rstd,
     )  # fmt: skip
-    return q_out, k_out, q_rstd, k_rstd
 
 
-def launch_backward(
-    dq_out: Tensor | None, dk_out: Tensor | None, q_out: Tensor, k_out: Tensor, q_rstd: Tensor, k_rstd: Tensor,
-    cos: Tensor, sin: Tensor, offset: int, offsets: Tensor | None,
-    q_dtype: torch.dtype | None = None, k_dtype: torch.dtype | None = None, parameters: dict[str, int] | None = None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """dq and dk in q_dtype and k_dtype, by default those of the results; one of them alone where the other's dy is None."""
-    heads, results, dy, dx = [], [], [], []
-    for upstream, y, dtype in ((dq_out, q_out, q_dtype), (dk_out, k_out, k_dtype)):
-        heads.append(0 if upstream is None else y.size(2))
-        dy.append(y if upstream is None else contiguous_heads(upstream))
-        dx.append(y if upstream is None else torch.empty(y.shape, dtype=dtype or y.dtype, device=y.device))
-        results += [] if upstream is None else dx[-1:]
-    launch_heads(
-        backward_kernel, "qk_norm_rope_backward", dy[0], dy[1], (heads[0], heads[1]),
-        (*dy, q_out, k_out, q_rstd, k_rstd, *dx), (cos, sin, offset, offsets), parameters,
+def backward_plan(
+    q_out: Tensor, k_out: Tensor, dq_out: Tensor | None, dk_out: Tensor | None, cos: Tensor, offset: int = 0,
+    offsets: Tensor | None = None, q_dtype: torch.dtype | None = None, k_dtype: torch.dtype | None = None,
+    parameters: dict[str, int] | None = None,
+) -> Plan:  # fmt: skip
+    """The launch that makes dq and dk in q_dtype and k_dtype, by default those of the results, of (q_out, k_out, dq_out, dk_out,
+    q_rstd, k_rstd, cos, sin, offsets); None in place of one of them where the gradient of its result is None."""
+    parts = ((dq_out, q_out, q_dtype), (dk_out, k_out, k_dtype))
+    heads = tuple(0 if dy is None else y.size(2) for dy, y, _ in parts)
+    results = tuple(None if dy is None else (tuple(y.shape), dtype or y.dtype) for dy, y, dtype in parts)
+    q, k = (y if dy is None else dy for dy, y, _ in parts)
+    return plan_of(
+        backward_kernel, "qk_norm_rope_backward", q, k, heads, results, (cos, offset, offsets), parameters
     )  # fmt: skip
-    return tuple(results)
 
 
 class Backward(KernelFunction):
-    forward = staticmethod(launch_backward)
+    @staticmethod
+    def forward(q_out, k_out, dq_out, dk_out, q_rstd, k_rstd, cos, sin, offset, offsets, q_dtype, k_dtype):
+        plan = planned(backward_plan, q_out, k_out, dq_out, dk_out, cos, offset, offsets, q_dtype, k_dtype)
+        return plan(q_out, k_out, dq_out, dk_out, q_rstd, k_rstd, cos, sin, offsets)
 
 
 class QKNormRope(KernelFunction):
     @staticmethod
-    def forward(q, k, cos, sin, offset, offsets, keep_rstd, q_dtype, k_dtype) -> tuple[Tensor, ...]:
-        return launch_forward(q, k, cos, sin, offset, offsets, keep_rstd, q_dtype, k_dtype)
+    def forward(plan: Plan, q, k, cos, sin, offset, offsets) -> tuple[Tensor | None, ...]:
+        return plan(q, k, cos, sin, offsets)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        q, k, cos, sin, ctx.offset, offsets, *_ = inputs
+        _, q, k, cos, sin, ctx.offset, offsets = inputs
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[2:])
+        ctx.mark_non_differentiable(*[x for x in output[2:] if x is not None])
         ctx.dtypes = q.dtype, k.dtype
         ctx.save_for_backward(*output, cos, sin, offsets)
 
     @staticmethod
     def backward(ctx, dq_out, dk_out, *_):
-        upstream = [dy if needed else None for dy, needed in zip((dq_out, dk_out), ctx.needs_input_grad, strict=False)]
-        gradients = [None, None]
+        upstream = [
+            dy if needed else None for dy, needed in zip((dq_out, dk_out), ctx.needs_input_grad[1:3], strict=True)
+        ]
+        gradients = None, None
         if any(dy is not None for dy in upstream):
-            *saved, offsets = ctx.saved_tensors
-            made = iter(derivative(Backward, *upstream, *saved, ctx.offset, offsets, *ctx.dtypes))
-            gradients = [None if dy is None else next(made) for dy in upstream]
-        return (*gradients, *[None] * 7)
+            q_out, k_out, *saved, offsets = ctx.saved_tensors
+            gradients = derivative(Backward, q_out, k_out, *upstream, *saved, ctx.offset, offsets, *ctx.dtypes)
+        return (None, *gradients, *[None] * 4)
 
 
-def run(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int | Tensor) -> tuple[Tensor, Tensor]:
+def plan(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int | Tensor) -> Plan:
     offset, offsets = (0, offset) if isinstance(offset, Tensor) else (offset, None)
     # tables in q's dtype rotate k, so what differs under autocast is promoted
     k_dtype = normed_dtype(k) if k.dtype == q.dtype else torch.promote_types(normed_dtype(k), q.dtype)
-    needed = needs_gradient(q, k)
-    return differentiable(QKNormRope, q, k, cos, sin, offset, offsets, needed, normed_dtype(q), k_dtype)[:2]
+    return forward_plan(q, k, cos, offset, offsets, needs_gradient(q, k), normed_dtype(q), k_dtype)
+
+
+def run(plan: Plan, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int | Tensor) -> tuple[Tensor, Tensor]:
+    offset, offsets = (0, offset) if isinstance(offset, Tensor) else (offset, None)
+    return differentiable(QKNormRope, plan, q, k, cos, sin, offset, offsets)[:2]
 
 
 def unsupported_reason(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int | Tensor) -> str | None:
@@ -179,7 +182,11 @@ def qk_norm_rope(
     short, TypeError for dtypes that differ, and KernelRequestError (a ValueError) when the implementation asked for by name
     does not support the call. Repeated calls are bitwise equal.
     """
-    if torch.is_autocast_enabled(q.device.type):
+    return serve(QK_NORM_ROPE, impl, check, q, k, cos, sin, offset)
+
+
+def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int | Tensor) -> None:
+    if under_autocast(q):
         check_float("qk_norm_rope", q=q)
         check_float("qk_norm_rope", k=k)
         check_device("qk_norm_rope", q=q, k=k)
@@ -207,7 +214,6 @@ def qk_norm_rope(
         raise ValueError(
             f"qk_norm_rope: positions {offset} to {offset + tokens - 1} pass the {cos.size(0)} rows of the tables"
         )
-    return choose(QK_NORM_ROPE, impl, q, k, cos, sin, offset)(q, k, cos, sin, offset)
 
 
 def tables(positions: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -228,16 +234,19 @@ def forward_launches(key, dtype: torch.dtype, device: torch.device):
     width = key[0]
     heads = max(1280 // width, 1)
     q, k, cos, sin = inputs(32, 2048, heads, heads, width, dtype, device)
-    offsets, one = torch.zeros(32, dtype=torch.int64, device=device), (q[:, :1], k[:, :1])
+    zeros = torch.zeros(32, dtype=torch.int64, device=device)
+
+    def forward(parameters, q=q, k=k, offsets=None, keep_rstd=True, result=dtype):
+        plan = forward_plan(q, k, cos, 0, offsets, keep_rstd, result, result, parameters)
+        return plan(q, k, cos, sin, offsets)
+
     return {
-        "rstd": lambda parameters: launch_forward(q, k, cos, sin, 0, None, parameters=parameters),
-        "no rstd": lambda parameters: launch_forward(q, k, cos, sin, 0, None, False, parameters=parameters),
-        "offsets": lambda parameters: launch_forward(*one, cos, sin, 0, offsets, False, parameters=parameters),
-        "offsets, rstd": lambda parameters: launch_forward(q, k, cos, sin, 0, offsets, parameters=parameters),
-        "autocast": lambda parameters: launch_forward(
-            q, k, cos, sin, 0, None, True, torch.float32, torch.float32, parameters
-        ),
-    }  # fmt: skip
+        "rstd": forward,
+        "no rstd": partial(forward, keep_rstd=False),
+        "offsets": partial(forward, q=q[:, :1], k=k[:, :1], offsets=zeros, keep_rstd=False),
+        "offsets, rstd": partial(forward, offsets=zeros),
+        "autocast": partial(forward, result=torch.float32),
+    }
 
 
 def backward_launches(key, dtype: torch.dtype, device: torch.device):
@@ -246,15 +255,19 @@ def backward_launches(key, dtype: torch.dtype, device: torch.device):
     q_out, k_out, cos, sin = inputs(32, 2048, heads, heads, width, dtype, device)
     dq, dk, *_ = inputs(32, 2048, heads, heads, width, dtype, device)
     rstd = torch.empty(heads, 32, 2048, device=device).uniform_(0.5, 2.0)
-    offsets = torch.zeros(32, dtype=torch.int64, device=device)
-    saved = q_out, k_out, rstd, rstd, cos, sin, 0
-    wide = dq.float(), dk.float(), q_out.float(), k_out.float(), rstd, rstd, cos, sin, 0
+    zeros = torch.zeros(32, dtype=torch.int64, device=device)
+    wide = [x.float() for x in (q_out, k_out, dq, dk)]
+
+    def backward(parameters, *given, offsets=None):
+        plan = backward_plan(*given, cos, 0, offsets, dtype, dtype, parameters)
+        return plan(*given, rstd, rstd, cos, sin, offsets)
+
     return {
-        "both": lambda parameters: launch_backward(dq, dk, *saved, None, parameters=parameters),
-        "offsets": lambda parameters: launch_backward(dq, dk, *saved, offsets, parameters=parameters),
-        "dq alone": lambda parameters: launch_backward(dq, None, *saved, None, parameters=parameters),
-        "dk alone": lambda parameters: launch_backward(None, dk, *saved, None, parameters=parameters),
-        "autocast": lambda parameters: launch_backward(*wide, None, dtype, dtype, parameters),
+        "both": lambda parameters: backward(parameters, q_out, k_out, dq, dk),
+        "offsets": lambda parameters: backward(parameters, q_out, k_out, dq, dk, offsets=zeros),
+        "dq alone": lambda parameters: backward(parameters, q_out, k_out, dq, None),
+        "dk alone": lambda parameters: backward(parameters, q_out, k_out, None, dk),
+        "autocast": lambda parameters: backward(parameters, *wide),
     }
 
 
@@ -298,7 +311,7 @@ def liger():
 
 MODEL_HEADS = {"d12": 6, "d20": 10, "d32": 16}  # of 128 channels
 QK_NORM_ROPE = Operation(
-    "qk_norm_rope", qk_norm_rope, reference.qk_norm_rope, {"triton": Implementation(run, unsupported_reason)}, KERNELS,
+    "qk_norm_rope", qk_norm_rope, reference.qk_norm_rope, {"triton": Implementation(run, unsupported_reason, plan)}, KERNELS,
     trials,
     Benchmark(
         shapes=tuple(MODEL_HEADS),

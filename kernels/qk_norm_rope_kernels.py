@@ -101,8 +101,8 @@ def backward_heads(
 
 @triton.jit(do_not_specialize=["offset"])
 def forward_kernel(
-    q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_rstd_ptr, k_rstd_ptr,
-    cos_ptr, sin_ptr, offset, offsets_ptr, offsets_stride, tokens, positions, q_heads, k_heads,
+    q_ptr, k_ptr, cos_ptr, sin_ptr, offsets_ptr, q_out_ptr, k_out_ptr, q_rstd_ptr, k_rstd_ptr,
+    offset, offsets_stride, tokens, positions, q_heads, k_heads,
     q_batch_stride, q_token_stride, q_head_stride, k_batch_stride, k_token_stride, k_head_stride,
     EPS: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, OFFSETS: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, KEEP_RSTD: tl.constexpr,
@@ -127,8 +127,8 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["offset"])
 def backward_kernel(
-    dq_out_ptr, dk_out_ptr, q_out_ptr, k_out_ptr, q_rstd_ptr, k_rstd_ptr, dq_ptr, dk_ptr,
-    cos_ptr, sin_ptr, offset, offsets_ptr, offsets_stride, tokens, positions, q_heads, k_heads,
+    q_out_ptr, k_out_ptr, dq_out_ptr, dk_out_ptr, q_rstd_ptr, k_rstd_ptr, cos_ptr, sin_ptr, offsets_ptr, dq_ptr, dk_ptr,
+    offset, offsets_stride, tokens, positions, q_heads, k_heads,
     q_batch_stride, q_token_stride, q_head_stride, k_batch_stride, k_token_stride, k_head_stride,
     HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, OFFSETS: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip

@@ -18,6 +18,7 @@ from nanochat_kernels.checks import check_float, check_shape, normed_dtype, prom
 from nanochat_kernels.configs import launch_parameters, remembered
 from nanochat_kernels.dispatch import serve
 from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
+from nanochat_kernels.plan import Plan, planned
 from nanochat_kernels.reference import EPS
 from nanochat_kernels.triton_helpers import (
     DTYPES,
@@ -28,7 +29,6 @@ from nanochat_kernels.triton_helpers import (
     cdiv,
     derivative,
     differentiable,
-    launch,
     needs_gradient,
     power_of_2,
     rsqrt,
@@ -106,88 +106,94 @@ def fitted(kernel: str, device: torch.device, dtype: torch.dtype, width: int) ->
     return ("ROWS", rows), ("num_warps", warps)
 
 
-def launch_forward(
+def forward_plan(
     x: Tensor, update: Tensor | None = None, keep_rstd: bool = True, dtype: torch.dtype | None = None,
     parameters: dict[str, int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(x + update, or without an update y again; y in `dtype`, by default x's; rstd (…), or empty where it is not kept)."""
-    rows, y = as_rows(x), torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
-    rstd = torch.empty(x.shape[:-1] if keep_rstd else (0,), dtype=torch.float32, device=x.device)
-    total = y if update is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if y.numel():
-        added = rows if update is None else as_rows(update)
-        constants = tile("rms_norm_forward", x, parameters)
-        launch(
-            forward_kernel, (cdiv(rows.size(0), constants["ROWS"]),), x.device,
-            rows, added, total, y, rstd, rows.size(0), rows.stride(0), added.stride(0),
-            EPS=EPS, ADD=update is not None, KEEP_RSTD=keep_rstd, **constants,
-        )  # fmt: skip
-    return total, y, rstd
+) -> Plan:  # fmt: skip
+    """The launch that makes of x and update (x + update, or None without an update; y in `dtype`, by default x's; rstd (…), or
+    None where it is not kept)."""
+    rows, shape = as_rows(x), tuple(x.shape)
+    constants = tile("rms_norm_forward", x, parameters)
+    return Plan(
+        forward_kernel, (cdiv(rows.size(0), constants["ROWS"]),), x.device, as_rows,
+        (
+            None if update is None else (shape, x.dtype), (shape, dtype or x.dtype),
+            (shape[:-1], torch.float32) if keep_rstd else None,
+        ),
+        (rows.size(0), rows.stride(0), rows.stride(0) if update is None else as_rows(update).stride(0)),
+        dict(EPS=EPS, ADD=update is not None, KEEP_RSTD=keep_rstd, **constants),
+    )  # fmt: skip
 
 
-def launch_backward(
+def backward_plan(
     dy: Tensor, dtotal: Tensor | None, y: Tensor, rstd: Tensor, dtype: torch.dtype | None = None,
     parameters: dict[str, int] | None = None,
-) -> Tensor:  # fmt: skip
-    """dx in `dtype`, by default y's, of dy (…, C) and, after an addition, of the gradient dtotal of its result."""
-    dx, rows = torch.empty(y.shape, dtype=dtype or y.dtype, device=y.device), as_rows(dy)
-    if dx.numel():
-        added = rows if dtotal is None else as_rows(dtotal)
-        constants = tile("rms_norm_backward", y, parameters)
-        launch(
-            backward_kernel, (cdiv(rows.size(0), constants["ROWS"]),), y.device,
-            rows, added, y, rstd, dx, rows.size(0), rows.stride(0), added.stride(0), ADD=dtotal is not None, **constants,
-        )  # fmt: skip
-    return dx
+) -> Plan:  # fmt: skip
+    """The launch that makes dx in `dtype`, by default y's, of dy (…, C), the gradient dtotal of the sum, if any, y and rstd."""
+    rows = as_rows(dy)
+    constants = tile("rms_norm_backward", y, parameters)
+    return Plan(
+        backward_kernel, (cdiv(rows.size(0), constants["ROWS"]),), y.device, as_rows, ((tuple(y.shape), dtype or y.dtype),),
+        (rows.size(0), rows.stride(0), rows.stride(0) if dtotal is None else as_rows(dtotal).stride(0)),
+        dict(ADD=dtotal is not None, **constants),
+    )  # fmt: skip
 
 
 class Backward(KernelFunction):
-    forward = staticmethod(launch_backward)
+    @staticmethod
+    def forward(dy: Tensor, dtotal: Tensor | None, y: Tensor, rstd: Tensor, dtype: torch.dtype) -> Tensor:
+        return planned(backward_plan, dy, dtotal, y, rstd, dtype)(dy, dtotal, y, rstd)[0]
 
 
 class RMSNorm(KernelFunction):
     @staticmethod
-    def forward(x: Tensor, keep_rstd: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return launch_forward(x, None, keep_rstd, dtype)[1:]
+    def forward(plan: Plan, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return plan(x, None)[1:]
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[1])
-        ctx.dtype = inputs[0].dtype
+        ctx.mark_non_differentiable(*[x for x in output[1:] if x is not None])
+        ctx.dtype = inputs[1].dtype
         ctx.save_for_backward(*output)
 
     @staticmethod
     def backward(ctx, dy, _):
-        return None if dy is None else derivative(Backward, dy, None, *ctx.saved_tensors, ctx.dtype), None, None
+        return None, None if dy is None else derivative(Backward, dy, None, *ctx.saved_tensors, ctx.dtype)
 
 
 class AddRMSNorm(KernelFunction):
     @staticmethod
-    def forward(
-        x: Tensor, update: Tensor, keep_rstd: bool, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        return launch_forward(x, update, keep_rstd, dtype)
+    def forward(plan: Plan, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        return plan(x, update)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[2])
-        ctx.dtype = inputs[0].dtype
+        ctx.mark_non_differentiable(*[x for x in output[2:] if x is not None])
+        ctx.dtype = inputs[1].dtype
         ctx.save_for_backward(*output[1:])
 
     @staticmethod
     def backward(ctx, dtotal, dy, _):
         dx = dtotal if dy is None else derivative(Backward, dy, dtotal, *ctx.saved_tensors, ctx.dtype)
-        return (*(dx if needed else None for needed in ctx.needs_input_grad[:2]), None, None)
+        return (None, *(dx if needed else None for needed in ctx.needs_input_grad[1:]))
 
 
-def run_rms_norm(x: Tensor) -> Tensor:
-    return differentiable(RMSNorm, x, needs_gradient(x), normed_dtype(x))[0]
+def plan_rms_norm(x: Tensor) -> Plan:
+    return forward_plan(x, None, needs_gradient(x), normed_dtype(x))
 
 
-def run_add_rms_norm(x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
-    return differentiable(AddRMSNorm, x, update, needs_gradient(x, update), normed_dtype(x))[:2]
+def run_rms_norm(plan: Plan, x: Tensor) -> Tensor:
+    return differentiable(RMSNorm, plan, x)[0]
+
+
+def plan_add_rms_norm(x: Tensor, update: Tensor) -> Plan:
+    return forward_plan(x, update, needs_gradient(x, update), normed_dtype(x))
+
+
+def run_add_rms_norm(plan: Plan, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+    return differentiable(AddRMSNorm, plan, x, update)[:2]
 
 
 def unsupported_reason(x: Tensor, *_) -> str | None:
@@ -240,22 +246,30 @@ def random_rows(count: int, rows: int, width: int, dtype: torch.dtype, device: t
 
 def forward_launches(key, dtype: torch.dtype, device: torch.device):
     x, update = random_rows(2, 65_536, *key, dtype, device)
+
+    def forward(parameters, update=None, keep_rstd=True, result=dtype):
+        return forward_plan(x, update, keep_rstd, result, parameters)(x, update)
+
     return {
-        "rstd": lambda parameters: launch_forward(x, None, True, None, parameters),
-        "no rstd": lambda parameters: launch_forward(x, None, False, None, parameters),
-        "add, rstd": lambda parameters: launch_forward(x, update, True, None, parameters),
-        "add, no rstd": lambda parameters: launch_forward(x, update, False, None, parameters),
-        "autocast": lambda parameters: launch_forward(x, update, True, torch.float32, parameters),
+        "rstd": forward,
+        "no rstd": partial(forward, keep_rstd=False),
+        "add, rstd": partial(forward, update=update),
+        "add, no rstd": partial(forward, update=update, keep_rstd=False),
+        "autocast": partial(forward, update=update, result=torch.float32),
     }
 
 
 def backward_launches(key, dtype: torch.dtype, device: torch.device):
     y, dy, dtotal = random_rows(3, 65_536, *key, dtype, device)
     rstd = torch.empty(65_536, device=device).uniform_(0.5, 2.0)
+
+    def backward(parameters, dy=dy, dtotal=None, y=y):
+        return backward_plan(dy, dtotal, y, rstd, dtype, parameters)(dy, dtotal, y, rstd)
+
     return {
-        "norm": lambda parameters: launch_backward(dy, None, y, rstd, None, parameters),
-        "add": lambda parameters: launch_backward(dy, dtotal, y, rstd, None, parameters),
-        "autocast": lambda parameters: launch_backward(dy.float(), dtotal, y.float(), rstd, dtype, parameters),
+        "norm": backward,
+        "add": partial(backward, dtotal=dtotal),
+        "autocast": partial(backward, dy=dy.float(), dtotal=dtotal, y=y.float()),
     }
 
 
@@ -306,12 +320,13 @@ def benchmark(inputs: int, passes: dict[str, int], flops: dict[str, int], **base
 
 
 RMS_NORM = Operation(
-    "rms_norm", rms_norm, reference.rms_norm, {"triton": Implementation(run_rms_norm, unsupported_reason)}, KERNELS,
+    "rms_norm", rms_norm, reference.rms_norm,
+    {"triton": Implementation(run_rms_norm, unsupported_reason, plan_rms_norm)}, KERNELS,
     partial(trials, 1), benchmark(1, {"fwd": 2, "bwd": 3}, {"fwd": 3, "bwd": 6}, liger=liger, quack=quack),
 )  # fmt: skip
 ADD_RMS_NORM = Operation(
     "add_rms_norm", add_rms_norm, reference.add_rms_norm,
-    {"triton": Implementation(run_add_rms_norm, unsupported_reason)}, KERNELS,
+    {"triton": Implementation(run_add_rms_norm, unsupported_reason, plan_add_rms_norm)}, KERNELS,
     partial(trials, 2), benchmark(2, {"fwd": 4, "bwd": 4}, {"fwd": 4, "bwd": 7}),
 )  # fmt: skip
 OPERATIONS = (RMS_NORM, ADD_RMS_NORM)

@@ -40,17 +40,18 @@ def triton_unsupported_reason(x: Tensor) -> str | None:
         return "Triton is not installed (pip install triton; it exists for Linux)"
     if x.dtype not in DTYPES:
         return f"the Triton kernels take bfloat16, float16 or float32, got {x.dtype}"
-    if x.device.type == "cuda" or (INTERPRETED and x.device.type == "cpu"):
+    if x.device.type == "cuda" or (INTERPRETED and x.device.type == "cpu") or (recording() and x.device.type == "meta"):
         return None
     return f"the Triton kernels take CUDA tensors, got one on {x.device}; move it, or set TRITON_INTERPRET=1 to debug"
 
 
 class Launch(NamedTuple):
-    """A launch that was recorded: the kernel, its arguments in order, and its constants and options by name."""
+    """A launch that was recorded: the kernel, its arguments in order, its constants and options by name, and its grid."""
 
     kernel: Any
     arguments: tuple
     constants: dict[str, Any]
+    grid: tuple[int, ...]
 
 
 _recorded: ContextVar[list[Launch] | None] = ContextVar("recorded launches", default=None)
@@ -58,7 +59,10 @@ _recorded: ContextVar[list[Launch] | None] = ContextVar("recorded launches", def
 
 @contextmanager
 def recorded_launches() -> Iterator[list[Launch]]:
-    """The launches on meta tensors inside of the block, which run nothing: what inspect compiles without a GPU."""
+    """The launches on meta tensors inside of the block, which run nothing: what inspect compiles without a GPU.
+
+    Inside of it the Triton implementations support meta tensors.
+    """
     launches: list[Launch] = []
     token = _recorded.set(launches)
     try:
@@ -67,16 +71,20 @@ def recorded_launches() -> Iterator[list[Launch]]:
         _recorded.reset(token)
 
 
+def recording() -> bool:
+    return _recorded.get() is not None
+
+
 def launch(kernel, grid: tuple[int, ...], device: torch.device, *arguments, **constants) -> None:
     """kernel[grid](*arguments, **constants) on the device of its tensors, which need not be the current one.
 
     On the meta device nothing runs, as for any operation there; see recorded_launches. torch.compile traces the launch, so
     that it is not opaque to Inductor, which picks the device itself.
     """
-    if device.type == "meta":
+    if device.index is None and device.type == "meta":  # the index first: to ask for the type takes longer
         if (launches := _recorded.get()) is not None:
-            launches.append(Launch(kernel, arguments, constants))
-    elif torch.compiler.is_compiling() or device.type == "cpu" or device.index == torch.cuda.current_device():
+            launches.append(Launch(kernel, arguments, constants, grid))
+    elif torch.compiler.is_compiling() or device.index is None or device.index == torch.cuda.current_device():
         kernel[grid](*arguments, **constants)
     else:
         with torch.cuda.device(device):
@@ -113,7 +121,8 @@ def differentiable(function: type[KernelFunction], *arguments):
     """function.apply(*arguments), at the least cost to the host."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
-    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+    needed = torch.is_grad_enabled() and any([isinstance(x, Tensor) and x.requires_grad for x in arguments])
+    if not needed and forward_ad._current_level < 0:
         return function.forward(*arguments)
     # apply without binding defaults to arguments, which takes torch 25 µs
     return super(torch.autograd.Function, function).apply(*arguments)

@@ -33,8 +33,8 @@ def remembered(function: Callable) -> Callable:
     return cached
 
 
-served: dict[tuple, Callable] = {}
-"""memory of dispatch.serve: what was derived from the tables for calls that are alike. Forgetting it changes no result."""
+plans: dict[tuple, Any] = {}
+"""memory of plan.planned: what was derived from the tables for calls that are alike. Forgetting it changes no result."""
 
 
 class LaunchTableError(ValueError):
@@ -123,4 +123,4 @@ def clear() -> None:
     """Forget what was read of the tables, after one was written or the architecture changed."""
     for cached in (architecture, *_caches):
         cached.cache_clear()
-    served.clear()
+    plans.clear()

@@ -58,22 +58,39 @@ def test_explicit_never_falls_back():
     assert choose(UNABLE, "reference", x)(x) == "reference" and choose(ABLE, "fast", x)(x) == "fast"
 
 
-def test_calls_alike_are_served_alike_and_others_are_looked_at_again(monkeypatch):
-    """Another dtype is checked; after a table has changed, the choice is made again."""
-    checked, preferred = [], ["fast"]
-    monkeypatch.setattr(dispatch, "automatic", lambda operation, *_: (preferred[0], "measured"))
-    configs.clear()
-    x = torch.ones(2, 3)
+def test_a_repeated_call_makes_no_new_plan():
+    """Check, choice and plan are made once for calls that are alike, and again for one that is not or for other tables."""
+    made = []
 
-    def served(x):
-        return dispatch.serve(ABLE, "auto", lambda x: checked.append(x.dtype), x)
+    def plan(x, factor):
+        made.append("plan")
+        return factor * x.size(-1)
 
-    assert served(x) == served(x + 1) == "fast" and checked == [torch.float32]
-    assert served(x.to(torch.int32)) == "fast" and checked[1:] == [torch.int32]
-    preferred[0] = "reference"
-    configs.clear()
-    assert served(x) == "reference"
-    configs.clear()
+    operation = Operation(
+        "thing", print, print, {"fast": Implementation(lambda plan, x, factor: (plan, x.sum().item()), plan=plan)}
+    )
+
+    def call(x, factor=2):
+        return dispatch.serve(operation, "fast", check, x, factor)
+
+    def check(x, factor):
+        made.append("check")
+
+    x = torch.ones(2, 8)
+    for number in (1.0, 2.0, 3.0):
+        assert call(number * x) == (16, number * 16)
+    assert made == ["check", "plan"]
+    others = (
+        lambda: call(x, 3), lambda: call(x[:, :5]), lambda: call(x.t()), lambda: call(x.double()),
+        lambda: call(x.clone().requires_grad_()), lambda: torch.no_grad()(call)(x),
+        lambda: torch.autocast("cpu", torch.bfloat16)(call)(x), configs.clear,
+    )  # fmt: skip
+    for other in others:
+        made.clear()
+        other()
+        assert made == ([] if other is configs.clear else ["check", "plan"])
+    call(x)
+    assert made == ["check", "plan"]
 
 
 def test_auto_on_cuda_follows_the_table_and_skips_what_does_not_support_the_call(monkeypatch):
@@ -225,7 +242,9 @@ def inspected(architecture: str, launch: str) -> str:
         "import torch, importlib; from nanochat_kernels import inspect\n"
         "from nanochat_kernels.triton_helpers import recorded_launches\n"
         "norm = importlib.import_module('nanochat_kernels.rms_norm')\n"
-        "def rows(width): return torch.empty(64, width, device='meta')\n"
+        "def launch(width, parameters=None):\n"
+        "    x = torch.empty(64, width, device='meta')\n"
+        "    norm.forward_plan(x, parameters=parameters)(x, None)\n"
         f"with recorded_launches() as launches: {launch}\n"
         "place = inspect.Place('name', torch.float32, (1,), 'flags', 0)\n"
         f"print(inspect.inspect_launch(launches[0], {architecture!r}, place))"
@@ -238,9 +257,9 @@ def inspected(architecture: str, launch: str) -> str:
 @linux
 def test_inspect_sees_spills():
     """A tile of 16,384 columns in the registers of one warp."""
-    one_warp = "norm.launch_forward(rows(16_384), parameters={'ROWS': 1, 'num_warps': 1})"
+    one_warp = "launch(16_384, {'ROWS': 1, 'num_warps': 1})"
     assert "bytes spilled" in inspected("sm80", one_warp)
-    assert "faults=()" in inspected("sm80", "norm.launch_forward(rows(16_384))")
+    assert "faults=()" in inspected("sm80", "launch(16_384)")
 
 
 @linux
@@ -250,7 +269,8 @@ def test_a_launch_is_specialised_as_triton_does_it():
         "import torch, importlib; from nanochat_kernels import inspect\n"
         "from nanochat_kernels.triton_helpers import recorded_launches\n"
         "norm = importlib.import_module('nanochat_kernels.rms_norm')\n"
-        "with recorded_launches() as launches: norm.launch_forward(torch.empty(1, 24, device='meta', dtype=torch.bfloat16))\n"
+        "x = torch.empty(1, 24, device='meta', dtype=torch.bfloat16)\n"
+        "with recorded_launches() as launches: norm.forward_plan(x)(x, None)\n"
         "source, options = inspect.specialize(launches[0], 'sm80')\n"
         "print([source.signature[n] for n in ('x_ptr', 'rstd_ptr', 'rows', 'x_stride', 'WIDTH')], options['num_warps'])"
     )
@@ -260,6 +280,7 @@ def test_a_launch_is_specialised_as_triton_does_it():
 
 TRACE = """
 import logging, sys
+from dataclasses import replace
 import torch.utils._triton as triton_of_torch
 triton_of_torch.has_triton = lambda: True
 triton_of_torch.has_triton_experimental_host_tma = lambda: False
@@ -270,7 +291,7 @@ from functorch.compile import min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 import nanochat_kernels as kernels
-from nanochat_kernels.operation import Implementation, RunShape
+from nanochat_kernels.operation import RunShape
 
 class Driver:  # torch asks it what it compiles for, to see which arguments a kernel changes
     def get_current_target(self):
@@ -291,7 +312,8 @@ def keep(graph, example):
     return graph.forward
 
 # an implementation that runs on a CPU tensor: what is traced is never executed
-kernels.dispatch.named = lambda operation, impl: Implementation(operation.implementations[impl].run)
+able = lambda *_: None
+kernels.dispatch.named = lambda operation, impl: replace(operation.implementations[impl], unsupported_reason=able)
 
 def run(*inputs):
     results = operation.function(*inputs, impl="triton")
