@@ -6,14 +6,18 @@ Both allocate new results each time; rows are few, so that the GPU never makes t
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
+from torch import Tensor
 
 import nanochat_kernels as kernels
 from bench.measure import need_gpu
 from nanochat.platform.errors import UserError
-from nanochat_kernels import triton_helpers
+from nanochat_kernels.architecture import architecture
+from nanochat_kernels.configs import tables_of
+from nanochat_kernels.triton_helpers import recorded_launches
 
 
 def microseconds(call: Callable[[], object], calls: int = 2000) -> float:
@@ -29,38 +33,26 @@ def microseconds(call: Callable[[], object], calls: int = 2000) -> float:
     return 1e6 * median(times)
 
 
-def bare(call: Callable[[], object]) -> Callable[[], object]:
-    """The launch that a call makes, with the arguments it made: a new result each time, then kernel[grid](…)."""
-    noted = []
-    launch = triton_helpers.launch
+def bare(function: Callable, arguments: tuple[Tensor, ...]) -> Callable[[], object]:
+    """The launch that a call makes, without the function: new results each time, then kernel[grid](…).
 
-    class Noted:
-        def __init__(self, kernel):
-            self.kernel = kernel
+    The launch is recorded on tensors without data. Pointers that are none of the call's arguments are results.
+    """
+    device = arguments[0].device
+    without_data = [x.detach().to("meta").requires_grad_(x.requires_grad) for x in arguments]
+    with tables_of(architecture(device.index)), recorded_launches() as launches:
+        function(*without_data, impl="triton")
+    (launch,) = launches
+    pointers = [x for x in launch.arguments if isinstance(x, Tensor)]
+    numbers = launch.arguments[len(pointers) :]
+    known = {id(x): real for x, real in zip(without_data, arguments, strict=True)}
+    results = {id(x): (tuple(x.shape), x.dtype) for x in pointers if id(x) not in known}
 
-        def __getitem__(self, grid):
-            def run(*arguments, **constants):
-                noted.append((self.kernel, grid, arguments, constants))
-                self.kernel[grid](*arguments, **constants)
-
-            return run
-
-    for module in list(sys.modules.values()):
-        if getattr(module, "launch", None) is launch:
-            module.launch = lambda kernel, grid, device, *a, **c: launch(Noted(kernel), grid, device, *a, **c)
-    try:
-        call()
-    finally:
-        for module in list(sys.modules.values()):
-            if getattr(module, "__name__", "").startswith(kernels.__name__) and hasattr(module, "launch"):
-                module.launch = launch
-    ((kernel, grid, arguments, constants),) = noted
-    shapes = [(x.shape, x.dtype) for x in arguments if isinstance(x, torch.Tensor)][-2:]
-
-    def again():
-        for shape, dtype in shapes:  # as the operation does for its results
-            torch.empty(shape, dtype=dtype, device="cuda")
-        kernel[grid](*arguments, **constants)
+    def again() -> None:
+        tensors = known | {
+            key: torch.empty(shape, dtype=dtype, device=device) for key, (shape, dtype) in results.items()
+        }
+        launch.kernel[launch.grid](*[tensors[id(x)] for x in pointers], *numbers, **launch.constants)
 
     return again
 
@@ -68,19 +60,18 @@ def bare(call: Callable[[], object]) -> Callable[[], object]:
 def main() -> None:
     need_gpu()
     x, update = (torch.randn(64, 1280, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    q = torch.randn(1, 64, 10, 128, device="cuda", dtype=torch.bfloat16)
+    q, k = (torch.randn(1, 64, 10, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     tables = [torch.randn(64, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-    trained = x.clone().requires_grad_()
     calls = {
-        "rms_norm": lambda: kernels.rms_norm(x),
-        "rms_norm, with a gradient": lambda: kernels.rms_norm(trained),
-        "add_rms_norm": lambda: kernels.add_rms_norm(x, update),
-        "qk_norm_rope": lambda: kernels.qk_norm_rope(q, q, *tables),
+        "rms_norm": (kernels.rms_norm, (x,)),
+        "add_rms_norm": (kernels.add_rms_norm, (x, update)),
+        "qk_norm_rope": (kernels.qk_norm_rope, (q, k, *tables)),
     }
-    for name, call in calls.items():
-        with torch.set_grad_enabled(name.endswith("gradient")):
-            whole, alone = microseconds(call), microseconds(bare(call))
-        print(f"{name:26} {whole:6.1f} µs, bare launch {alone:6.1f} µs, {whole - alone:5.1f} µs more")
+    for name, (function, arguments) in calls.items():
+        trained = (arguments[0].clone().requires_grad_(), *arguments[1:])
+        for what, inputs in (("", arguments), (", with a gradient", trained)):
+            whole, alone = microseconds(partial(function, *inputs, impl="triton")), microseconds(bare(function, inputs))
+            print(f"{name + what:31} {whole:6.1f} µs, bare launch {alone:6.1f} µs, {whole - alone:5.1f} µs more")
 
 
 if __name__ == "__main__":
