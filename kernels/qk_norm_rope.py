@@ -136,9 +136,8 @@ class QKNormRope(KernelFunction):
 
     @staticmethod
     def backward(ctx, dq_out, dk_out, *_):
-        upstream = [
-            dy if needed else None for dy, needed in zip((dq_out, dk_out), ctx.needs_input_grad[1:3], strict=True)
-        ]
+        wanted = zip((dq_out, dk_out), ctx.needs_input_grad[1:3], strict=True)
+        upstream = [dy if needed else None for dy, needed in wanted]
         gradients = None, None
         if any(dy is not None for dy in upstream):
             q_out, k_out, *saved, offsets = ctx.saved_tensors
