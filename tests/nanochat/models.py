@@ -21,12 +21,14 @@ def train_three_steps(
     config: OptimizerOptions | None = None,
     device: str = "cpu",
     gradients: list[dict] | None = None,
+    backwards: bool = False,
 ) -> tuple[GPT, MuonAdamW, list[float]]:
-    """Three steps, each rank on its share of the rows, whose gradients go into the list."""
+    """Three steps, each rank on its share of the rows, whose gradients go into the list. backwards: the rows' order."""
     model = GPT.create(SMALL, device)
     optimizer, norms = MuonAdamW(model, config), []
     for step, momentum in enumerate(MOMENTA):
         rows = rows_of(step)[rank::world_size].to(device)
+        rows = rows.flip(0) if backwards else rows
         model(rows[:, :-1], rows[:, 1:]).backward()
         if gradients is not None:
             gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
