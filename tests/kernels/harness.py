@@ -104,7 +104,9 @@ def check(
         again = evaluate(kernel, inputs, upstream, wrt)
     exact = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
     oracle = evaluate(reference, exact, [x.double() for x in upstream], wrt)
-    baselines = evaluate_each(reference, inputs, upstreams, wrt)  # a product's kernel depends on strides, and its rounding too
+    baselines = evaluate_each(
+        reference, inputs, upstreams, wrt
+    )  # a product's kernel depends on strides, and its rounding too
     for number, (a, b, true, other) in enumerate(zip(found[0], again, oracle, baselines[0], strict=True)):
         name = f"result {number}" if number < len(shapes) else f"gradient {number - len(shapes)}"
         assert a.dtype == other.dtype and a.shape == other.shape, f"{name}: {a.dtype} {tuple(a.shape)}"
