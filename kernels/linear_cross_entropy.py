@@ -2,9 +2,10 @@
 
 Three products, which are torch's, and one pass over the logits z = x·weightᵀ: with G = dloss/dz for each row's own loss,
     dx = f ⊙ (G·weight),   dweight = Gᵀ·(f ⊙ x),
-where f is all that multiplies a row's loss: what comes from above, its weight, one over the number of targets. bfloat16 logits
-that fit on the chip are replaced by G while the loss is computed; nothing passes over them again. Other logits stay, and backward
-makes f ⊙ G of them.
+where f is all that multiplies a row's loss: its weight, one over the number of targets, and what comes from above in backward.
+bfloat16 logits that fit on the chip are replaced by G while the loss is computed; nothing passes over them again. What is known
+of f by then is in G before it is rounded, so in training, where 1 comes from above, nothing is rounded twice. Other logits stay,
+and backward makes f ⊙ G of them.
 """
 
 import torch
@@ -29,43 +30,47 @@ from nanochat_kernels.cross_entropy_kernels import (
 from nanochat_kernels.dispatch import choose
 from nanochat_kernels.linear import add_product, plain_linear
 from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
-from nanochat_kernels.softcap_cross_entropy import LOGITS, factor_of, random_logits, reduced, unsupported_reason_for
+from nanochat_kernels.softcap_cross_entropy import factor_of, random_logits, reduced, unsupported_reason_for
 from nanochat_kernels.triton_helpers import KernelFunction, derivative, differentiable, needs_gradient
 
 
 class LinearCrossEntropy(KernelFunction):
     @staticmethod
     def forward(
-        x, weight, targets, softcap, ignore_index, weight_gradient, gradient_now
+        x, weight, targets, factor, softcap, ignore_index, weight_gradient, gradient_now
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(losses (N,), logits or in their place the gradient of each row's loss (N, V), sums (N,))."""
+        """(losses (N,), logits or in their place the gradient of Σ factor·loss (N, V), sums (N,))."""
         logits = F.linear(x, weight)
-        launch = launch_on_chip if gradient_now else launch_losses
-        losses, sums = launch(logits, targets, softcap, ignore_index)
+        if gradient_now:
+            losses, sums = launch_on_chip(logits, targets, factor, softcap, ignore_index)
+        else:
+            losses, sums = launch_losses(logits, targets, softcap, ignore_index)
         return losses, logits, sums
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:])
-        ctx.options = inputs[3:]  # the buffer among them: other calls may add to it before this one's backward
-        ctx.save_for_backward(*inputs[:3], *output[1:])
+        ctx.options = inputs[4:]  # the buffer among them: other calls may add to it before this one's backward
+        ctx.save_for_backward(*inputs[:4], *output[1:])
 
     @staticmethod
     def backward(ctx, dlosses, *_):
         if dlosses is None:
-            return (None,) * 7
-        return *derivative(Backward, dlosses, *ctx.saved_tensors, *ctx.options, *ctx.needs_input_grad[:2]), *(None,) * 5
+            return (None,) * 8
+        return *derivative(Backward, dlosses, *ctx.saved_tensors, *ctx.options, *ctx.needs_input_grad[:2]), *(None,) * 6
 
 
 class Backward(KernelFunction):
     @staticmethod
     def forward(
-        dlosses, x, weight, targets, logits, sums, softcap, ignore_index, weight_gradient, gradient_now, dx_needed, dw_needed
+        dlosses, x, weight, targets, factor, logits, sums, softcap, ignore_index, weight_gradient, gradient_now,
+        dx_needed, dw_needed,
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
         dx = dweight = None
         if gradient_now:
-            gradient, factor = logits, torch.where(targets == ignore_index, 0.0, dlosses)[:, None]
+            above = dlosses if factor is None else torch.where(factor == 0, dlosses, dlosses / factor)
+            gradient, factor = logits, torch.where(targets == ignore_index, 0.0, above)[:, None]
         else:  # with the factor in it
             gradient, factor = launch_gradient(logits, targets, sums, dlosses, softcap, ignore_index), None
         if dx_needed:
@@ -90,10 +95,12 @@ def run(x, weight, targets, softcap, ignore_index, reduction, loss_weight, weigh
     needed = needs_gradient(x, weight)
     gradient_now = needed and fits_on_chip(x.dtype, weight.size(0), softcap)
     targets, mean = targets.contiguous(), reduction == "mean"
+    factor = factor_of(targets, ignore_index, mean, loss_weight)
+    known = factor if factor is None else factor.detach()
     losses, *_ = differentiable(
-        LinearCrossEntropy, x, weight, targets, softcap, ignore_index, weight_gradient, gradient_now
+        LinearCrossEntropy, x, weight, targets, known, softcap, ignore_index, weight_gradient, gradient_now
     )
-    return reduced(losses, factor_of(targets, ignore_index, mean, loss_weight), mean)
+    return reduced(losses, factor, mean)
 
 
 def run_reference(
@@ -143,7 +150,11 @@ def linear_cross_entropy(
 
 def on_chip_launches(key, dtype: torch.dtype, device: torch.device):
     logits, targets = random_logits(max(1, 2**30 // key[0]), key[0], dtype, device)
-    return {"losses and gradient": lambda parameters: launch_on_chip(logits, targets, 15.0, -1, parameters)}
+    factor = torch.ones((), device=device)
+    return {
+        "a factor": lambda parameters: launch_on_chip(logits, targets, factor, 15.0, -1, parameters),
+        "no factor": lambda parameters: launch_on_chip(logits, targets, None, 15.0, -1, parameters),
+    }
 
 
 ON_CHIP_SPACE = tuple(
@@ -167,9 +178,15 @@ def head_inputs(rows: int, width: int, vocabulary: int, dtype: torch.dtype, devi
 
 
 def trials(shape, device: torch.device, dtype: torch.dtype):
-    rows = min(shape.rows * shape.tokens, max(1, LOGITS // shape.vocab))
+    rows = shape.rows * shape.tokens
     inputs = (*head_inputs(rows, shape.width, shape.vocab, dtype, device), 15.0, -1, "none")
     yield Trial(inputs, (0, 2), (0, 1), epsilon=15.0 * 2**-23)
+    # as training calls it: a weighted mean, and a buffer that the weight's gradient is added to
+    rows = min(rows, 1024)
+    x, weight, targets = head_inputs(rows, shape.width, shape.vocab, dtype, device)
+    loss_weight, buffer = torch.full((), 0.125, device=device), torch.empty(weight.shape, device=device)
+    inputs = x, weight, targets, 15.0, -1, "mean", loss_weight, buffer.normal_(std=0.1 / rows)
+    yield Trial(inputs, (), (0,), in_place=(7,), timed=False, is_loss=True, epsilon=15.0 * 2**-23)
 
 
 def benchmark_inputs(shape: str, dtype: torch.dtype, device: torch.device) -> tuple:

@@ -72,13 +72,17 @@ class Trial:
 
     rowwise: the inputs, by number, that have a row for each row of every result, where rows do not depend on one another; so
     results and their gradients can be compared a chunk of rows at a time. Gradients of other inputs are summed over chunks.
-    in_place: the inputs that the operation changes; they count as results.
+    in_place: the inputs that the operation changes, in its backward pass too; they count as results.
+    timed: whether the time of the trial counts for the choice.
+    is_loss: the upstream gradient is 1, as a loss has it in training; else upstream gradients are random.
     """
 
     inputs: tuple
     rowwise: tuple[int, ...] = ()
     differentiable: tuple[int, ...] = ()
     in_place: tuple[int, ...] = ()
+    timed: bool = True
+    is_loss: bool = False
     epsilon: float = 0.0
     """error that the operation states in its docstring and may add to each element of a result"""
     apart: Callable[[tuple], Mapping[int, Tensor]] | None = None

@@ -86,6 +86,30 @@ PLANTED_FAULTS = {
         "60.0))\n    b",
         "test_offsets_are_64_bits_wide",
     ),
+    "factor dropped on the chip": (
+        STEM,
+        "factor = tl.load(factor_ptr + row * factor_stride) if FACTOR else 1.0",
+        "factor = 1.0",
+        "test_a_weighted_mean_is_rounded_once",
+    ),
+    "factor of the row before": (
+        STEM,
+        "tl.load(factor_ptr + row * factor_stride) if",
+        "tl.load(factor_ptr + first * factor_stride) if",
+        "test_a_weighted_mean_is_rounded_once",
+    ),
+    "factor applied twice": (
+        "linear_cross_entropy",
+        "torch.where(factor == 0, dlosses, dlosses / factor)",
+        "dlosses",
+        "test_a_weighted_mean_is_rounded_once",
+    ),
+    "a weight of 0 divided by": (
+        "linear_cross_entropy",
+        "torch.where(factor == 0, dlosses, dlosses / factor)",
+        "dlosses / factor",
+        "test_a_weighted_mean_is_rounded_once",
+    ),
     "weight's gradient without the factor": (
         "linear_cross_entropy",
         "(x * factor).to(x.dtype)",
@@ -143,6 +167,32 @@ def test_loss_and_gradients(rows, width, vocabulary, dtype, reduction, ignored, 
     )
 
 
+@pytest.mark.parametrize("weight", ["scalar", "row", "zeros"])
+def test_a_weighted_mean_is_rounded_once(weight):
+    """As training calls it: 1 comes from above, and the weight's gradient is in float32. Weights that are no powers of two."""
+    rows, vocabulary = (300, 4000) if GPU else (60, 100)
+    x, head, targets = inputs(rows, 64, vocabulary, torch.bfloat16)
+    factor = (1.0 + torch.rand(() if weight == "scalar" else rows, generator=torch.Generator().manual_seed(3))).to(
+        DEVICE
+    )
+    if weight == "zeros":
+        factor[::2] = 0.0
+
+    def gradients(function, dtype):
+        wide = torch.promote_types(dtype, torch.float32)
+        hidden, buffer = x.to(dtype).requires_grad_(), torch.zeros(head.shape, dtype=wide, device=DEVICE)
+        function(hidden, head.to(dtype), targets, 15.0, -1, "mean", factor.to(wide), buffer).backward()
+        return hidden.grad, buffer
+
+    true = gradients(FILE.run_reference, torch.float64)
+    plain = gradients(FILE.run_reference, torch.bfloat16)
+    found = gradients(fused, torch.bfloat16)
+    for ours, exact, other in zip(found, true, plain, strict=True):
+        wrong = harness.over_budget(ours, exact, other)
+        assert not wrong, wrong
+        assert (ours - exact).norm() < 1.05 * (other - exact).norm()
+
+
 @pytest.mark.parametrize("vocabulary", [65_536, 50_257, 32_768, 1024, 65_535, 3, 1] if GPU else [9000, 1024, 33, 1])
 def test_the_gradient_of_the_logits(vocabulary):
     """Entry by entry, targets apart: several rows per program, chunks that are even and ragged."""
@@ -158,7 +208,7 @@ def test_the_gradient_of_the_logits(vocabulary):
     (true_gradient,), (other_gradient,) = (
         torch.autograd.grad(value, z, up.to(value.dtype)) for value, z in ((true, exact), (other, plain))
     )
-    losses, _ = PARTS.launch_on_chip(logits, targets, 15.0, -1, None if GPU else SMALL_CHUNKS)
+    losses, _ = PARTS.launch_on_chip(logits, targets, None, 15.0, -1, None if GPU else SMALL_CHUNKS)
     assert not harness.over_budget(losses[:, None], true.detach()[:, None], other.detach()[:, None], 15.0 * 2**-23)
     wrong = harness.over_budget(logits, true_gradient, other_gradient, apart=target_entries(rows, vocabulary, targets))
     assert not wrong, wrong
@@ -266,7 +316,7 @@ def test_nan_in_any_place_of_the_logits_reaches_the_whole_row():
         for value, expected in ((float("nan"), True), (float("inf"), False), (float("-inf"), False)):
             logits = clean.clone()
             logits[2, column] = value
-            losses, _ = PARTS.launch_on_chip(logits, targets, 15.0, -1, SMALL_CHUNKS)
+            losses, _ = PARTS.launch_on_chip(logits, targets, None, 15.0, -1, SMALL_CHUNKS)
             assert losses.isnan().tolist() == [False, False, expected, False]
             assert logits.isnan().any(1).tolist() == logits.isnan().all(1).tolist() == [False, False, expected, False]
 
@@ -288,7 +338,7 @@ def test_every_launch_configuration():
     (kernel,) = FILE.KERNELS
     for parameters in kernel.space:
         made = logits.clone()
-        losses, _ = PARTS.launch_on_chip(made, targets, 15.0, -1, parameters)
+        losses, _ = PARTS.launch_on_chip(made, targets, None, 15.0, -1, parameters)
         torch.testing.assert_close(losses, expected.detach())
         torch.testing.assert_close(made.float(), gradient, rtol=2e-2, atol=1e-9)
 
