@@ -180,7 +180,7 @@ def test_a_weighted_mean_is_rounded_once(weight):
 
     def gradients(function, dtype):
         wide = torch.promote_types(dtype, torch.float32)
-        hidden, buffer = x.to(dtype).requires_grad_(), torch.zeros(head.shape, dtype=wide, device=DEVICE)
+        hidden, buffer = x.to(dtype, copy=True).requires_grad_(), torch.zeros(head.shape, dtype=wide, device=DEVICE)
         function(hidden, head.to(dtype), targets, 15.0, -1, "mean", factor.to(wide), buffer).backward()
         return hidden.grad, buffer
 
