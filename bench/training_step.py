@@ -23,13 +23,14 @@ import tyro
 
 from bench.measure import header
 from nanochat.data.batches import Batch
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.options.model import Implementations
 from nanochat.platform.distributed import start_runtime
 from nanochat.platform.errors import UserError
 from nanochat.platform.files import write_json
 from nanochat.train.micro_step import MicroStep
+from nanochat.train.timing import milliseconds, random_batch, trained_model
 
 
 @dataclass(frozen=True)
@@ -68,35 +69,13 @@ def implementations(text: str) -> Implementations:
 
 
 def prepare(variant: str, shape: GPTConfig, device: torch.device) -> MicroStep:
-    """A model with weights as training leaves them, none of them zero, and its optimizer."""
+    """A micro-step of a model with weights as training leaves them, and its optimizer."""
     execution, _, impl = variant.partition(":")
-    model = GPT.create(replace(shape, impl=implementations(impl)), device, torch.bfloat16)
-    generator = torch.Generator(device).manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.5 * parameter.size(1) ** -0.5, generator=generator)
+    model = trained_model(replace(shape, impl=implementations(impl)), device, torch.bfloat16)
     optimizer = MuonAdamW(model)
     step = MicroStep(model, optimizer, execution, one_length=True)
     step.optimizer = optimizer
     return step
-
-
-def batch(shape: GPTConfig, rows: int) -> Batch:
-    tokens = torch.randint(shape.vocab_size, (rows, shape.context_length + 1))
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), ())
-
-
-def sample(step: MicroStep, data: Batch, count: int) -> float:
-    """Milliseconds of a micro-step, of `count` that follow each other."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(count):
-        step(data, 0.125)
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / count
 
 
 def host_milliseconds(step: MicroStep, data: Batch) -> float:
@@ -112,7 +91,7 @@ def host_milliseconds(step: MicroStep, data: Batch) -> float:
 
 def measure(shape: GPTConfig, rows: int, config: TrainingStepConfig, device: torch.device) -> list[dict]:
     """A row of results for each variant. One that runs out of memory gets a row that says so."""
-    data, steps, found = batch(shape, rows), {}, {}
+    data, steps, found = random_batch(shape, rows), {}, {}
     for variant in config.variants:
         torch.cuda.synchronize()
         gc.collect(), torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
@@ -134,12 +113,12 @@ def measure(shape: GPTConfig, rows: int, config: TrainingStepConfig, device: tor
         except torch.OutOfMemoryError as error:
             found[variant] = {"note": f"out of memory: {str(error).splitlines()[0][:120]}"}
             step = None
-    counts = {name: max(2, int(1e3 * config.seconds / sample(step, data, 2))) for name, step in steps.items()}
+    counts = {name: max(2, int(1e3 * config.seconds / milliseconds(step, data, 2))) for name, step in steps.items()}
     names = list(steps)
     for number in range(config.rounds):
         for turn in range(len(names)):
             name = names[(turn + number) % len(names)]
-            found[name]["samples_ms"].append(sample(steps[name], data, counts[name]))
+            found[name]["samples_ms"].append(milliseconds(steps[name], data, counts[name]))
     rows_of_results = []
     for variant, row in found.items():
         common = {
@@ -212,7 +191,7 @@ def first_step(config: TrainingStepConfig) -> list[dict]:
 def one_first_step(config: TrainingStepConfig, device: torch.device) -> dict:
     """Seconds of the first micro-steps and updates of this process."""
     shape = GPTConfig.from_depth(config.depth[0], config.vocab_size, config.tokens[0])
-    data, step = batch(shape, config.rows[0]), prepare(config.variants[0], shape, device)
+    data, step = random_batch(shape, config.rows[0]), prepare(config.variants[0], shape, device)
     torch.cuda.synchronize()
     times: dict[str, list[float]] = {"micro_step_s": [], "update_s": []}
     for _ in range(4):

@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 
 RATIO = 1.5
-FEWEST_ROWS, FEWEST_ELEMENTS = (
-    8,
-    64,
-)  # of a group: the size of so many errors is known well enough; those of a row may be alike
+# of a group: the size of so many errors is known well enough; those of one row may be alike
+FEWEST_ROWS, FEWEST_ELEMENTS = 8, 64
 
 
 def evaluate_each(

@@ -1,6 +1,7 @@
 """The choice of `nanochat kernels gate`, and how training takes it."""
 
-from dataclasses import fields, replace
+import json
+from dataclasses import asdict, fields, replace
 
 from nanochat.gpt import GPTConfig
 from nanochat.options.model import Implementations
@@ -32,8 +33,22 @@ def take_gate(paths: Paths, model: GPTConfig, rows: int, runtime: Runtime) -> GP
     if runtime.primary:
         fused = [name for name, impl in chosen.items() if impl != "reference"]
         say(f"kernels: the gate of {paths.gate} chose fused {', '.join(fused) or 'nothing'}")
+    return with_choices(model, chosen)
+
+
+def with_choices(model: GPTConfig, chosen: dict[str, str]) -> GPTConfig:
+    """The model with a choice in place of every "auto"."""
     taken = {name: impl for name, impl in chosen.items() if getattr(model.impl, name) == "auto"}
     return replace(model, impl=replace(model.impl, **taken))
+
+
+def measured_executions(paths: Paths, impl: Implementations) -> dict[str, float] | None:
+    """Milliseconds of a micro-step by execution, where the gate measured it with these implementations. For a gate file that
+    `take_gate` has accepted."""
+    if not paths.gate.exists():
+        return None
+    found = json.loads(paths.gate.read_text("utf-8")).get("micro_step", {})
+    return found.get("ms") if found.get("impl") == asdict(impl) else None
 
 
 def chosen_implementations(choices: dict[str, str]) -> dict[str, str]:

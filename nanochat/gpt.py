@@ -121,6 +121,34 @@ class Linear(nn.Linear):
         return kernels.linear(x, *self.operands(x.dtype))
 
 
+class RowsAddingGradient(torch.autograd.Function):
+    """Rows of an embedding, whose gradient is added to a float32 buffer in place."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, tokens: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient = gradient  # not saved_for_backward: other calls may add to it before this one's backward
+        ctx.save_for_backward(tokens)
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[None, None, None]:
+        # index_put_ sorts the tokens and sums in their order; index_add_ would add in any order
+        ctx.gradient.index_put_(ctx.saved_tensors, dy.to(ctx.gradient.dtype), accumulate=True)
+        return None, None, None
+
+
+class Embedding(nn.Embedding):
+    """Rows of the weight in its dtype. The optimizer may set `gradient`, as it does for `Linear`."""
+
+    gradient: Tensor | None = None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.gradient is not None and self.weight.requires_grad:
+            return RowsAddingGradient.apply(self.weight, tokens, self.gradient)
+        return F.embedding(tokens, self.weight)
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -179,7 +207,7 @@ class GPT(nn.Module):
             for operation in Implementations.operations(option.name):
                 kernels.check_request(operation, getattr(config.impl, option.name))
         self.config, self.compute_dtype = config, compute_dtype
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.embedding = Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
         self.head = Linear(config.width, config.vocab_size)
         cos, sin = rope_tables(config)
@@ -226,7 +254,7 @@ class GPT(nn.Module):
         """tokens (B, T) int64 → the normalised last hidden state (B, T, C) in the compute dtype."""
         if tokens.size(1) > self.cos.size(0):
             raise UserError(f"{tokens.size(1)} tokens pass the {self.cos.size(0)} positions of the model")
-        x = F.embedding(tokens, self.embedding.weight).to(self.compute_dtype)
+        x = self.embedding(tokens).to(self.compute_dtype)
         x = kernels.rms_norm(x, impl=self.config.impl.rms_norm)
         normed = kernels.rms_norm(x, impl=self.config.impl.rms_norm)
         for block in self.blocks:

@@ -3,7 +3,7 @@
 **Who owns the storage.** The optimizer owns the storage of weights and gradients. It gathers the parameters that are updated
 alike in groups: `MatrixGroup` holds the matrices of one shape, `RowGroup` the rows of the embedding or of the head. A group
 has one buffer of weights and one of gradients, and the model's parameters and their `.grad` become views of them. It may hold
-two more things for the model's `Linear` layers, as views too: `layer.copy`, the weight in the compute dtype, and
+two more things for the model's layers, as views too: `layer.copy`, the weight in the compute dtype, for `Linear` layers, and
 `layer.gradient`, where backward adds the weight's gradient. So a group is one batch for every kernel and one message for every
 exchange between ranks.
 
@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import nanochat_kernels as kernels
-from nanochat.gpt import GPT, Linear
+from nanochat.gpt import GPT, Embedding, Linear
 from nanochat.options.train import OptimizerOptions
 from nanochat.platform.cuda_graphs import Replayed
 
@@ -99,7 +99,7 @@ class Group(ABC):
         for layer, view in zip(layers, self.views(self.copies), strict=True):
             layer.copy = view
 
-    def keep_gradients(self, layers: list[Linear]) -> None:
+    def keep_gradients(self, layers: list[Linear] | list[Embedding]) -> None:
         """Have the layers add their gradients to the buffer themselves, in float32, without autograd."""
         self.kept = True
         for layer, view in zip(layers, self.gradient_views, strict=True):
@@ -205,9 +205,10 @@ class MuonAdamW:
         self.matrix_groups = self._make_matrix_groups(model)
         self.row_groups = self._make_row_groups(model)
         self.groups: list[Group] = [*self.matrix_groups, *self.row_groups]
-        for group, layers in self._layers(model):
-            for layer in layers:
+        for layer in model.modules():
+            if isinstance(layer, Linear | Embedding):
                 layer.gradient = None  # of an optimizer that the model had before
+        for group, layers in self._layers(model):
             if model.compute_dtype != torch.float32:
                 group.keep_copies(layers, model.compute_dtype)
         graphs = graphs and model.device.type == "cuda" and self.impl != "reference"
@@ -247,10 +248,12 @@ class MuonAdamW:
                 yield group, [layers[parameter] for parameter in group.parameters]
 
     def keep_gradients(self, model: GPT) -> None:
-        """From now on the model's backward adds the gradients of its matrices to the groups' buffers: in float32, in place,
-        without a pass of autograd. For code that calls backward once for each forward, as training does."""
+        """From now on the model's backward adds all gradients to the groups' buffers: in float32, in place, without a
+        pass of autograd. For code that calls backward once for each forward, as training does."""
         for group, layers in self._layers(model):
             group.keep_gradients(layers)
+        embedding = next(group for group in self.row_groups if group.parameters[0] is model.embedding.weight)
+        embedding.keep_gradients([model.embedding])
 
     @torch.no_grad()
     def synchronize(self) -> Tensor:

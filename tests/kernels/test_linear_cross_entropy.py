@@ -86,12 +86,6 @@ PLANTED_FAULTS = {
         "60.0))\n    b",
         "test_offsets_are_64_bits_wide",
     ),
-    "factor dropped on the chip": (
-        STEM,
-        "factor = tl.load(factor_ptr + row * factor_stride) if FACTOR else 1.0",
-        "factor = 1.0",
-        "test_a_weighted_mean_is_rounded_once",
-    ),
     "factor of the row before": (
         STEM,
         "tl.load(factor_ptr + row * factor_stride) if",
