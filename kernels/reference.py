@@ -5,14 +5,17 @@ C width, H query heads, G key/value heads, D head width, F hidden width, V vocab
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 EPS = torch.finfo(torch.float32).eps
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NORM_EPS = 1e-7
+WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -56,14 +59,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) ->
         t, s = torch.arange(queries, device=q.device)[:, None], torch.arange(keys, device=q.device)[None]
         mask = s <= last - queries + t
         mask = mask.unsqueeze(1) if mask.dim() == 3 else mask
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=mask is None,
-        enable_gqa=q.size(2) != k.size(2),
-    )
+    # cuDNN plans each shape anew, for 10 ms; with a cache every token has another number of keys
+    with nullcontext() if mask is None else sdpa_kernel(WITHOUT_PLANS):
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=q.size(2) != k.size(2),
+        )
     return out.transpose(1, 2)
 
 
