@@ -29,6 +29,7 @@ from nanochat_kernels.cross_entropy_kernels import (
 from nanochat_kernels.dispatch import choose
 from nanochat_kernels.linear import add_product, plain_linear
 from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
+from nanochat_kernels.reference import SOFTCAP
 from nanochat_kernels.softcap_cross_entropy import LOGITS, factor_of, random_logits, reduced, unsupported_reason_for
 from nanochat_kernels.triton_helpers import KernelFunction, derivative, differentiable, needs_gradient
 
@@ -97,7 +98,7 @@ def run(x, weight, targets, softcap, ignore_index, reduction, loss_weight, weigh
 
 
 def run_reference(
-    x, weight, targets, softcap=15.0, ignore_index=-1, reduction="mean", loss_weight=None, weight_gradient=None
+    x, weight, targets, softcap=SOFTCAP, ignore_index=-1, reduction="mean", loss_weight=None, weight_gradient=None
 ) -> Tensor:  # fmt: skip
     """reference.linear_cross_entropy, with a product that adds to the buffer where it is given."""
     logits = plain_linear(x, weight, weight_gradient)
@@ -112,7 +113,7 @@ def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
     targets: Tensor,
-    softcap: float = 15.0,
+    softcap: float = SOFTCAP,
     ignore_index: int = -1,
     reduction: str = "mean",
     loss_weight: Tensor | None = None,
@@ -143,7 +144,7 @@ def linear_cross_entropy(
 
 def on_chip_launches(key, dtype: torch.dtype, device: torch.device):
     logits, targets = random_logits(max(1, 2**30 // key[0]), key[0], dtype, device)
-    return {"losses and gradient": lambda parameters: launch_on_chip(logits, targets, 15.0, -1, parameters)}
+    return {"losses and gradient": lambda parameters: launch_on_chip(logits, targets, SOFTCAP, -1, parameters)}
 
 
 ON_CHIP_SPACE = tuple(
@@ -176,7 +177,7 @@ def benchmark_inputs(shape: str, dtype: torch.dtype, device: torch.device) -> tu
     """As training runs it: a mean with the weight of a micro-batch of 16 rows."""
     width = {"d12": 768, "d20": 1280}[shape]
     inputs = head_inputs(32_768, width, 65_536, dtype, device)
-    return *inputs, 15.0, -1, "mean", torch.full((), 0.125, device=device)
+    return *inputs, SOFTCAP, -1, "mean", torch.full((), 0.125, device=device)
 
 
 def liger():

@@ -18,7 +18,7 @@ from nanochat_kernels.dispatch import serve
 from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
 from nanochat_kernels.plan import Plan, planned
 from nanochat_kernels.qk_norm_rope_kernels import backward_kernel, forward_kernel
-from nanochat_kernels.reference import EPS
+from nanochat_kernels.reference import EPS, ROPE_BASE
 from nanochat_kernels.triton_helpers import (
     DTYPES,
     GRID_LIMIT,
@@ -217,7 +217,7 @@ def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int | Tensor) 
 
 def tables(positions: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin (positions, D/2) for heads of this width."""
-    frequencies = 10000.0 ** (-torch.arange(0, width, 2, device=device) / width)
+    frequencies = ROPE_BASE ** (-torch.arange(0, width, 2, device=device) / width)
     angles = torch.arange(positions, device=device)[:, None] * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
 

@@ -13,6 +13,8 @@ from torch import Tensor
 EPS = torch.finfo(torch.float32).eps
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NORM_EPS = 1e-7
+SOFTCAP = 15.0  # bound of a logit's absolute value
+ROPE_BASE = 10000.0  # pair i of a head's D channels turns by position·ROPE_BASE^(−2i/D)
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -81,7 +83,7 @@ def softcapped(z: Tensor, softcap: float) -> Tensor:
 def softcap_cross_entropy(
     logits: Tensor,
     targets: Tensor,
-    softcap: float = 15.0,
+    softcap: float = SOFTCAP,
     ignore_index: int = -1,
     reduction: str = "mean",
     loss_weight: Tensor | None = None,
@@ -103,7 +105,7 @@ def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
     targets: Tensor,
-    softcap: float = 15.0,
+    softcap: float = SOFTCAP,
     ignore_index: int = -1,
     reduction: str = "mean",
     loss_weight: Tensor | None = None,

@@ -12,6 +12,7 @@ from nanochat_kernels.checks import check_float, check_loss_weight, check_shape,
 from nanochat_kernels.cross_entropy_kernels import LARGEST_CAP, launch_gradient, launch_losses
 from nanochat_kernels.dispatch import choose
 from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
+from nanochat_kernels.reference import SOFTCAP
 from nanochat_kernels.triton_helpers import (
     DTYPES,
     GRID_LIMIT,
@@ -88,7 +89,7 @@ def unsupported_reason(logits, targets, softcap, *_) -> str | None:
 def softcap_cross_entropy(
     logits: Tensor,
     targets: Tensor,
-    softcap: float = 15.0,
+    softcap: float = SOFTCAP,
     ignore_index: int = -1,
     reduction: str = "mean",
     loss_weight: Tensor | None = None,
@@ -119,15 +120,15 @@ def random_logits(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.
 
 def sums_launches(key, dtype: torch.dtype, device: torch.device):
     logits, targets = random_logits(max(1, 2**30 // key[0]), *key, dtype, device)
-    return {"losses": lambda parameters: launch_losses(logits, targets, 15.0, -1, parameters)}
+    return {"losses": lambda parameters: launch_losses(logits, targets, SOFTCAP, -1, parameters)}
 
 
 def gradient_launches(key, dtype: torch.dtype, device: torch.device):
     logits, targets = random_logits(max(1, 2**30 // key[0]), *key, dtype, device)
     sums, factor = torch.ones(len(targets), device=device), torch.ones(len(targets), device=device)
     return {
-        "one factor": lambda parameters: launch_gradient(logits, targets, sums, factor[0], 15.0, -1, parameters),
-        "a factor per row": lambda parameters: launch_gradient(logits, targets, sums, factor, 15.0, -1, parameters),
+        "one factor": lambda parameters: launch_gradient(logits, targets, sums, factor[0], SOFTCAP, -1, parameters),
+        "a factor per row": lambda parameters: launch_gradient(logits, targets, sums, factor, SOFTCAP, -1, parameters),
     }
 
 
@@ -152,7 +153,7 @@ def benchmark_inputs(shape: str, dtype: torch.dtype, device: torch.device) -> tu
     """As training runs it: a mean with the weight of a micro-batch."""
     rows = {"d20": 65_536, "chunk": 8192}[shape]
     weight = torch.full((), 0.125, device=device)
-    return *random_logits(rows, 65_536, dtype, device), 15.0, -1, "mean", weight
+    return *random_logits(rows, 65_536, dtype, device), SOFTCAP, -1, "mean", weight
 
 
 def liger():
