@@ -67,11 +67,11 @@ def plain_linear(x: Tensor, weight: Tensor, weight_gradient: Tensor | None = Non
 
 
 def linear(x: Tensor, weight: Tensor, weight_gradient: Tensor | None = None, *, impl: str = "auto") -> Tensor:
-    """x·weightᵀ for x (…, C) and weight (F, C); returns (…, F) in x's dtype.
+    """Return x·weightᵀ for x (…, C) and weight (F, C): a tensor (…, F) in x's dtype.
 
-    weight_gradient (F, C), contiguous float32: backward adds the weight's gradient to it, in place and in float32, and
-    gives weight none; x must require a gradient for backward to get here. Raises ValueError for shapes and devices and
-    TypeError for dtypes that do not fit.
+    weight_gradient (F, C), contiguous float32: backward adds the weight's gradient to it in place, and weight gets no `.grad`.
+    If neither x nor weight requires a gradient, the buffer stays untouched. Raises ValueError for mismatched shapes or devices
+    and TypeError for mismatched dtypes.
     """
     x, weight = autocast_products(x, weight)
     check_float("linear", x=x, weight=weight)

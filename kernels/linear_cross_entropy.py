@@ -121,15 +121,17 @@ def linear_cross_entropy(
     *,
     impl: str = "auto",
 ) -> Tensor:
-    """Loss in nats of x (N, C) under weight (V, C) for targets (N,), int64; ignored targets lose 0.
+    """Return the loss in nats of the logits x·weightᵀ, for x (N, C), weight (V, C) and int64 targets (N,).
 
-    reduction "mean" gives a float32 scalar, the mean over targets that are not ignored (0 when all are); "none" gives (N,).
-    loss_weight: a float32 scalar on the device, or one per row (N,), that the losses are multiplied by before they are reduced;
-    the mean still divides by the number of targets.
-    weight_gradient (V, C), contiguous float32: backward adds the weight's gradient to it in place and gives weight none.
-    Raises ValueError for shapes, devices or a reduction that do not fit, TypeError for dtypes (autocast may mix them), and
-    KernelRequestError (a ValueError) when the implementation asked for by name does not support the call. Repeated calls are
-    bitwise equal.
+    The loss of a row whose target is ignore_index is 0. reduction "mean" returns a float32 scalar, the mean over the targets that
+    are not ignored, or 0 if all are; "none" returns one loss per row (N,).
+    loss_weight: a float32 scalar on the device, or one weight per row (N,). It multiplies the losses before the reduction; the
+    mean still divides by the number of targets.
+    weight_gradient (V, C), contiguous float32: backward adds the weight's gradient to it in place, and weight gets no `.grad`. If
+    neither x nor weight requires a gradient, the buffer stays untouched.
+    Raises ValueError for mismatched shapes or devices or an unknown reduction, TypeError for mismatched dtypes (autocast may mix
+    them), and KernelRequestError (a ValueError) if the implementation named by impl does not support the call. Repeated calls
+    are bitwise equal.
     """
     x, weight = autocast_products(x, weight)
     check_float("linear_cross_entropy", x=x, weight=weight)

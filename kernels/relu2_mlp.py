@@ -136,12 +136,13 @@ def relu2_mlp(
     *,
     impl: str = "auto",
 ) -> Tensor:
-    """relu(x·w_upᵀ)²·w_downᵀ for x (…, C), w_up (F, C), w_down (C, F); returns (…, C) in x's dtype.
+    """Return relu(x·w_upᵀ)²·w_downᵀ for x (…, C), w_up (F, C), w_down (C, F): a tensor (…, C) in x's dtype.
 
-    up_gradient, down_gradient: contiguous float32 buffers of the weights' shapes that backward adds their gradients to, in
-    place; a weight with a buffer is given no gradient. Repeated calls are bitwise equal.
-    Raises ValueError for shapes and devices that do not fit, TypeError for unlike dtypes (autocast may mix them), and
-    KernelRequestError (a ValueError) when the implementation asked for by name does not support the call.
+    up_gradient, down_gradient: contiguous float32 buffers with the weights' shapes. Backward adds the weights' gradients to
+    them in place; a weight with a buffer gets no `.grad`. If none of x, w_up and w_down requires a gradient, there is no
+    backward and the buffers stay untouched. If w_down alone requires one, the reference leaves up_gradient untouched too.
+    Repeated calls are bitwise equal. Raises ValueError for mismatched shapes or devices, TypeError for mismatched dtypes
+    (autocast may mix them), and KernelRequestError (a ValueError) if the implementation named by impl does not support the call.
     """
     x, w_up, w_down = autocast_products(x, w_up, w_down)
     check_float("relu2_mlp", x=x, w_up=w_up, w_down=w_down)

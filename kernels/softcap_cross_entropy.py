@@ -140,7 +140,7 @@ KERNELS = (
     Kernel("cross_entropy_gradient", DTYPES, VOCABULARIES, STREAMED_SPACE, gradient_launches, RAGGED),
 )
 
-LOGITS = 2**30  # elements of a trial's logits at most; a longer batch goes through the head in chunks
+LOGITS = 2**30  # logits of a trial at most, 2 GiB in bfloat16; of a larger batch the trial takes fewer rows
 
 
 def trials(shape, device: torch.device, dtype: torch.dtype):

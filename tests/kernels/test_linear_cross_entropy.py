@@ -100,8 +100,8 @@ PLANTED_FAULTS = {
     ),
     "logits read after they are overwritten": (
         STEM,
-        "        target_logits = logits_of_targets(logits, targets)\n        found = on",
-        "        target_logits = sums\n        found = on",
+        "launch_targets(target_logits, targets, sums, losses, None, logits,",
+        "launch_targets(logits_of_targets(logits, targets), targets, sums, losses, None, logits,",
         "test_loss_and_gradients",
     ),
 }
@@ -233,6 +233,20 @@ def test_the_weight_s_gradient_is_added_to_a_buffer(impl, dtype):
     assert weight.grad is None
     moved, wanted = buffer.double() - 3.0, exact - 3.0
     assert float((moved - wanted).norm() / wanted.norm()) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_the_buffer_stays_untouched_where_no_input_requires_a_gradient(impl):
+    x, weight, targets = inputs(9, 16, 60, torch.float32)
+    buffer = torch.zeros(60, 16, device=DEVICE)
+    loss = kernels.linear_cross_entropy(x, weight, targets, weight_gradient=buffer, impl=impl)
+    assert not loss.requires_grad
+    for leaf in (x, weight):
+        buffer.zero_()
+        leaf.requires_grad_()
+        kernels.linear_cross_entropy(x, weight, targets, weight_gradient=buffer, impl=impl).backward()
+        leaf.requires_grad_(False)
+        assert buffer.any() and weight.grad is None
 
 
 @pytest.mark.parametrize("wrt", [(0,), (1,)])

@@ -133,6 +133,19 @@ def test_gradients_are_added_to_buffers(impl, dtype):
         assert float((found - true).norm() / true.norm()) < tolerance
 
 
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_buffers_stay_untouched_where_no_input_requires_a_gradient(impl):
+    x, w_up, w_down = inputs((5,), 12, 20, torch.float32)
+    up, down = torch.zeros(20, 12, device=DEVICE), torch.zeros(12, 20, device=DEVICE)
+    assert not kernels.relu2_mlp(x, w_up, w_down, up, down, impl=impl).requires_grad
+    for i in range(3):
+        leaves = [t.clone().requires_grad_(i == j) for j, t in enumerate((x, w_up, w_down))]
+        up.zero_(), down.zero_()
+        kernels.relu2_mlp(*leaves, up, down, impl=impl).sum().backward()
+        # the reference's first product has no backward where its operands require no gradient
+        assert down.any() and (up.any() or (impl == "reference" and i == 2))
+
+
 def test_a_weight_gradient_is_summed_in_float32():
     """Neither the products' sum, 1023/1024, nor what it is added to is a bfloat16 number; each product is far below a unit of them."""
     x = torch.ones(1023, 8, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
