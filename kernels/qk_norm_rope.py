@@ -16,7 +16,7 @@ from nanochat_kernels.checks import check_device, check_float, check_shape, norm
 from nanochat_kernels.configs import launch_parameters
 from nanochat_kernels.dispatch import serve
 from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
-from nanochat_kernels.plan import Plan, planned
+from nanochat_kernels.plan import Plan, cached_call
 from nanochat_kernels.qk_norm_rope_kernels import backward_kernel, forward_kernel
 from nanochat_kernels.reference import EPS, ROPE_BASE
 from nanochat_kernels.triton_helpers import (
@@ -117,7 +117,7 @@ def backward_plan(
 class Backward(KernelFunction):
     @staticmethod
     def forward(q_out, k_out, dq_out, dk_out, q_rstd, k_rstd, cos, sin, offset, offsets, q_dtype, k_dtype):
-        plan = planned(backward_plan, q_out, k_out, dq_out, dk_out, cos, offset, offsets, q_dtype, k_dtype)
+        plan = cached_call(backward_plan, q_out, k_out, dq_out, dk_out, cos, offset, offsets, q_dtype, k_dtype)
         return plan(q_out, k_out, dq_out, dk_out, q_rstd, k_rstd, cos, sin, offsets)
 
 

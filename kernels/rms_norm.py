@@ -15,10 +15,10 @@ from torch import Tensor
 
 from nanochat_kernels import reference
 from nanochat_kernels.checks import check_float, check_shape, normed_dtype, promoted
-from nanochat_kernels.configs import launch_parameters, remembered
+from nanochat_kernels.configs import launch_parameters, table_cache
 from nanochat_kernels.dispatch import serve
 from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
-from nanochat_kernels.plan import Plan, planned
+from nanochat_kernels.plan import Plan, cached_call
 from nanochat_kernels.reference import EPS
 from nanochat_kernels.triton_helpers import (
     DTYPES,
@@ -91,7 +91,7 @@ def tile(kernel: str, x: Tensor, parameters: dict[str, int] | None) -> dict[str,
     return {"WIDTH": width, "BLOCK": power_of_2(width), **dict(parameters)}
 
 
-@remembered
+@table_cache
 @torch.compiler.assume_constant_result
 def fitted(kernel: str, device: torch.device, dtype: torch.dtype, width: int) -> tuple[tuple[str, int], ...]:
     """The table's launch parameters, with fewer rows and then more warps where a row is so much wider than the table's class
@@ -142,7 +142,7 @@ def backward_plan(
 class Backward(KernelFunction):
     @staticmethod
     def forward(dy: Tensor, dtotal: Tensor | None, y: Tensor, rstd: Tensor, dtype: torch.dtype) -> Tensor:
-        return planned(backward_plan, dy, dtotal, y, rstd, dtype)(dy, dtotal, y, rstd)[0]
+        return cached_call(backward_plan, dy, dtotal, y, rstd, dtype)(dy, dtotal, y, rstd)[0]
 
 
 class RMSNorm(KernelFunction):

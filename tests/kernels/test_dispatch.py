@@ -311,9 +311,11 @@ def keep(graph, example):
     graphs.append(graph)
     return graph.forward
 
-# an implementation that runs on a CPU tensor: what is traced is never executed
-able = lambda *_: None
-kernels.dispatch.named = lambda operation, impl: replace(operation.implementations[impl], unsupported_reason=able)
+# accept a CPU tensor: the kernels are traced and never executed
+supported = lambda *_: None
+kernels.dispatch.implementation_named = lambda operation, impl: replace(
+    operation.implementations[impl], unsupported_reason=supported
+)
 
 def run(*inputs):
     results = operation.function(*inputs, impl="triton")
