@@ -197,7 +197,7 @@ def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int | Tensor) 
     if width % 2 or width == 0:
         raise ValueError(f"qk_norm_rope: the head width must be even to be rotated in halves, got {width}")
     if k.size(2) == 0 or heads % k.size(2):
-        raise ValueError(f"qk_norm_rope: {heads} query heads are no multiple of {k.size(2)} key heads")
+        raise ValueError(f"qk_norm_rope: {heads} query heads are not a multiple of {k.size(2)} key heads")
     check_float("qk_norm_rope", cos=cos, sin=sin)
     check_shape("qk_norm_rope", "cos", cos, "positions", width // 2)
     check_shape("qk_norm_rope", "sin", sin, *cos.shape)

@@ -196,7 +196,7 @@ def test_tuning_writes_a_table_that_reads_back(tmp_path, monkeypatch):
 @pytest.mark.skipif(GPU, reason="there is a GPU to tune on")
 def test_tuning_needs_a_gpu(base):
     done = nanochat(base, "kernels", "tune")
-    assert done.returncode == 1 and "measured on a GPU, and there is none here" in done.stderr
+    assert done.returncode == 1 and "measured on a GPU, and this machine has none" in done.stderr
 
 
 def test_list(base):

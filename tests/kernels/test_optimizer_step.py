@@ -199,14 +199,14 @@ def test_bad_input_is_named():
         (ValueError, "direction must be bfloat16", lambda: nesterov(dtype=torch.float64, impl="triton")),
         (TypeError, "weight must be float32", lambda: kernels.apply_update(x.half(), x.half(), one, 1.0)),
         (ValueError, "copy must have shape", lambda: kernels.apply_update(x, x, one, 1.0, x[:1])),
-        (ValueError, "copy is on meta but weight on", lambda: kernels.apply_update(x, x, one, 1.0, meta)),
+        (ValueError, "copy is on meta but weight is on", lambda: kernels.apply_update(x, x, one, 1.0, meta)),
         (TypeError, "copy must be floating point", lambda: kernels.apply_update(x, x, one, 1.0, x.int())),
         (ValueError, "float64", lambda: kernels.apply_update(x, x, one, 1.0, x.double(), impl="triton")),
         (ValueError, "float64", lambda: kernels.apply_update(x, x.double(), one, 1.0, impl="triton")),
         (ValueError, "biases must have shape", lambda: step(x)),
         (TypeError, "biases must be float32 on", lambda: step(two.double())),
         (TypeError, "biases must be float32 on", lambda: step(two.to("meta"))),
-        (ValueError, "copy is on meta but weight on", lambda: step(copy=meta)),
+        (ValueError, "copy is on meta but weight is on", lambda: step(copy=meta)),
         (TypeError, "copy must be floating point", lambda: step(copy=x.int())),
     ]
     for kind, message, call in cases:

@@ -164,7 +164,7 @@ def test_bad_input_is_named():
         (ValueError, "C at least 1, got shape", lambda: kernels.rms_norm(torch.tensor(1.0))),
         (ValueError, r"k must have shape \(1, 4, G, 6\)", lambda: kernels.qk_norm_rope(randn(1, 4, 2, 6), x, cos, sin)),
         (ValueError, "even", lambda: kernels.qk_norm_rope(randn(1, 4, 2, 5), randn(1, 4, 2, 5), cos, sin)),
-        (ValueError, "no multiple", lambda: kernels.qk_norm_rope(randn(1, 4, 3, 6), randn(1, 4, 2, 6), cos, sin)),
+        (ValueError, "not a multiple", lambda: kernels.qk_norm_rope(randn(1, 4, 3, 6), randn(1, 4, 2, 6), cos, sin)),
         (
             ValueError,
             "pass the 8 rows",

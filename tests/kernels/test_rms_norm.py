@@ -318,7 +318,7 @@ def test_bad_input():
         kernels.add_rms_norm(x, torch.zeros(2, 9, device=DEVICE))
     with pytest.raises(TypeError, match="update is torch.float16 but x is torch.float32"):
         kernels.add_rms_norm(x, x.half())
-    with pytest.raises(ValueError, match="update is on meta but x on"):
+    with pytest.raises(ValueError, match="update is on meta but x is on"):
         kernels.add_rms_norm(x, torch.zeros(2, 8, device="meta"))
     with pytest.raises(kernels.KernelRequestError, match="float64"):
         kernels.rms_norm(x.double(), impl="triton")
