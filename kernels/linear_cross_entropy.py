@@ -1,10 +1,10 @@
 """Head, softcap and loss: cross entropy of softcap·tanh(x·weightᵀ/softcap) against the targets, in float32.
 
-Three products, which are torch's, and one pass over the logits z = x·weightᵀ: with G = dloss/dz for each row's own loss,
+torch computes the three matrix products, and kernels make one pass over the logits z = x·weightᵀ. With G = dloss/dz of each row,
     dx = f ⊙ (G·weight),   dweight = Gᵀ·(f ⊙ x),
-where f is all that multiplies a row's loss: what comes from above, its weight, one over the number of targets. bfloat16 logits
-that fit on the chip are replaced by G while the loss is computed; nothing passes over them again. Other logits stay, and backward
-makes f ⊙ G of them.
+where f is the product of all factors of a row's loss: the upstream gradient, the loss weight, one over the number of targets.
+bfloat16 logits whose rows fit on the chip are overwritten with G while the loss is computed, and no kernel reads them again. Other
+logits are kept, and backward computes f ⊙ G from them.
 """
 
 import torch
@@ -39,7 +39,7 @@ class LinearCrossEntropy(KernelFunction):
     def forward(
         x, weight, targets, softcap, ignore_index, weight_gradient, gradient_now
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(losses (N,), logits or in their place the gradient of each row's loss (N, V), sums (N,))."""
+        """Return (losses (N,), logits (N, V), sums (N,)); if gradient_now, the gradient of each row's loss replaces the logits."""
         logits = F.linear(x, weight)
         launch = launch_on_chip if gradient_now else launch_losses
         losses, sums = launch(logits, targets, softcap, ignore_index)
@@ -49,7 +49,9 @@ class LinearCrossEntropy(KernelFunction):
     def setup_context(ctx, inputs, output) -> None:
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:])
-        ctx.options = inputs[3:]  # the buffer among them: other calls may add to it before this one's backward
+        ctx.options = inputs[
+            3:
+        ]  # not save_for_backward: other calls may add to the gradient buffer before this one's backward
         ctx.save_for_backward(*inputs[:3], *output[1:])
 
     @staticmethod
@@ -67,7 +69,7 @@ class Backward(KernelFunction):
         dx = dweight = None
         if gradient_now:
             gradient, factor = logits, torch.where(targets == ignore_index, 0.0, dlosses)[:, None]
-        else:  # with the factor in it
+        else:  # launch_gradient multiplies by the factor
             gradient, factor = launch_gradient(logits, targets, sums, dlosses, softcap, ignore_index), None
         if dx_needed:
             dx = gradient @ weight if factor is None else scaled_product(gradient, weight, factor)
@@ -81,7 +83,7 @@ class Backward(KernelFunction):
 
 
 def scaled_product(a: Tensor, b: Tensor, factor: Tensor) -> Tensor:
-    """factor ⊙ (a·b), rounded once."""
+    """Return factor ⊙ (a·b) in a's dtype, rounded once."""
     if a.is_cuda:
         return (torch.mm(a, b, out_dtype=torch.float32) * factor).to(a.dtype)
     return (a.float() @ b.float() * factor).to(a.dtype)
@@ -100,7 +102,7 @@ def run(x, weight, targets, softcap, ignore_index, reduction, loss_weight, weigh
 def run_reference(
     x, weight, targets, softcap=SOFTCAP, ignore_index=-1, reduction="mean", loss_weight=None, weight_gradient=None
 ) -> Tensor:  # fmt: skip
-    """reference.linear_cross_entropy, with a product that adds to the buffer where it is given."""
+    """reference.linear_cross_entropy, with a product that adds the weight's gradient to the buffer if there is one."""
     logits = plain_linear(x, weight, weight_gradient)
     return reference.softcap_cross_entropy(logits, targets, softcap, ignore_index, reduction, loss_weight)
 
@@ -154,7 +156,7 @@ ON_CHIP_SPACE = tuple(
     for warps in (4, 8, 16, 32)
     for ahead in (0, 2, 4)
     for programs in (1, 4, 16)
-)  # 256 columns per warp: 8 neighbours per thread, which are loaded at once
+)  # 256 columns per warp: a thread loads 8 neighbouring elements at once
 KERNELS = (
     Kernel(
         "cross_entropy_on_chip", (torch.bfloat16,),
@@ -176,14 +178,14 @@ def trials(shape, device: torch.device, dtype: torch.dtype):
 
 
 def benchmark_inputs(shape: str, dtype: torch.dtype, device: torch.device) -> tuple:
-    """As training runs it: a mean with the weight of a micro-batch of 16 rows."""
+    """The call of a training run: a mean, multiplied by the weight of a micro-batch of 16 rows."""
     width = {"d12": 768, "d20": 1280}[shape]
     inputs = head_inputs(32_768, width, 65_536, dtype, device)
     return *inputs, SOFTCAP, -1, "mean", torch.full((), 0.125, device=device)
 
 
 def liger():
-    """Liger-Kernel's product and cross entropy in chunks."""
+    """Return Liger-Kernel's product and cross entropy, which work in chunks of rows."""
     try:
         from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction
     except ImportError:
@@ -197,7 +199,7 @@ def liger():
 
 
 def elements(arguments: tuple, part: str) -> float:
-    """Operands and results of the products, and the logits once per product that makes or takes them."""
+    """Count the operands and results of the products, and the logits once for each product that writes or reads them."""
     x, weight = arguments[:2]
     logits = x.size(0) * weight.size(0)
     return x.numel() + weight.numel() + (3 if part == "fwd" else 2) * logits

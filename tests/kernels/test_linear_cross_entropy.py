@@ -40,8 +40,8 @@ PLANTED_FAULTS = {
     ),
     "doubled past the first chunk": (
         STEM,
-        "kept[i] | (new & nothing), share,",
-        "kept[i] | (new & nothing), share * (1 + (i > 0)),",
+        "kept[i] | (new & zero), share,",
+        "kept[i] | (new & zero), share * (1 + (i > 0)),",
         "test_the_gradient_of_the_logits",
     ),
     "last row doubled past the first chunk": (
@@ -70,8 +70,8 @@ PLANTED_FAULTS = {
     ),
     "the row before written to this row": (
         STEM,
-        "written_ptr = logits_ptr + row * stride\n",
-        "written_ptr = logits_ptr + first * stride\n",
+        "written_ptr = logits_ptr + row * row_stride\n",
+        "written_ptr = logits_ptr + first * row_stride\n",
         "test_loss_and_gradients",
     ),
     "32-bit rows on the chip": (

@@ -263,7 +263,7 @@ def test_bad_input():
     rejected(ValueError, "the head width must be even", q[..., :7], k[..., :7], cos, sin)
     rejected(ValueError, r"cos must have shape \(positions, 4\)", q, k, cos[:, :3], sin)
     rejected(ValueError, "sin must have shape", q, k, cos, sin[:2])
-    rejected(ValueError, "positions 1 to 3 pass the 3 rows", q, k, cos, sin, 1)
+    rejected(ValueError, "positions 1 to 3 exceed the 3 rows", q, k, cos, sin, 1)
     for offset in (1.5, True, None):
         rejected(TypeError, f"offset must be an int or a tensor of ints, got {offset}", q, k, cos, sin, offset)
     rejected(ValueError, "offset must have shape", q, k, cos, sin, torch.zeros(3, dtype=torch.int64, device=DEVICE))
@@ -273,9 +273,9 @@ def test_bad_input():
     wide = torch.zeros(1, 1, 1, 2048, device=DEVICE)
     rejected(kernels.KernelRequestError, "too wide", wide, wide, *tables(1, 2048), impl="triton")
     many = torch.zeros(1, 1, 1, 2, device=DEVICE).expand(2**31, 1, 1, 2)
-    rejected(kernels.KernelRequestError, "tokens pass the", many, many, *tables(1, 2), impl="triton")
+    rejected(kernels.KernelRequestError, "tokens exceed the", many, many, *tables(1, 2), impl="triton")
     many = torch.zeros(1, 1, 1, 2, device=DEVICE).expand(1, 1, 2**16, 2)
-    rejected(kernels.KernelRequestError, "heads pass the", many, many, *tables(1, 2), impl="triton")
+    rejected(kernels.KernelRequestError, "heads exceed the", many, many, *tables(1, 2), impl="triton")
 
 
 # what a test must catch: name → (file, sound text, faulty text)

@@ -167,7 +167,7 @@ def test_bad_input_is_named():
         (ValueError, "not a multiple", lambda: kernels.qk_norm_rope(randn(1, 4, 3, 6), randn(1, 4, 2, 6), cos, sin)),
         (
             ValueError,
-            "pass the 8 rows",
+            "exceed the 8 rows",
             lambda: kernels.qk_norm_rope(randn(1, 4, 2, 6), randn(1, 4, 2, 6), cos, sin, 5),
         ),
         (TypeError, "cast one", lambda: kernels.relu2_mlp(x, randn(5, 6).float(), randn(6, 5))),

@@ -55,7 +55,7 @@ PLANTED_FAULTS = {
         "test_the_stored_sum_is_what_is_normalised",
     ),
     "rstd dropped in backward": ("rms_norm", "dx = rstd[:, None] * (dy", "dx = (dy", "test_rms_norm"),
-    "projection dropped": ("rms_norm", "(dy - y * along[:, None])", "dy", "test_rms_norm"),
+    "projection dropped": ("rms_norm", "(dy - y * projection[:, None])", "dy", "test_rms_norm"),
     "gradient of the sum dropped": (
         "rms_norm",
         "derivative(Backward, dy, dtotal, *ctx",
@@ -326,5 +326,5 @@ def test_bad_input():
         kernels.rms_norm(torch.zeros(2, 8, device="meta"), impl="triton")
     with pytest.raises(kernels.KernelRequestError, match="20000 elements does not fit"):
         kernels.rms_norm(torch.zeros(1, 20_000, device=DEVICE), impl="triton")
-    with pytest.raises(kernels.KernelRequestError, match="rows pass the"):
+    with pytest.raises(kernels.KernelRequestError, match="rows exceed the"):
         kernels.rms_norm(torch.zeros(1, device=DEVICE).expand(2**31, 1), impl="triton")

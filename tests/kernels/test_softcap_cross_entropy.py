@@ -52,7 +52,7 @@ PLANTED_FAULTS = {
     "factor missing at the target": (STEM, "        if FACTOR:\n", "        if False:\n", "test_softcap_cross_entropy"),
     "row stride ignored": (
         STEM,
-        "logits_ptr + (row * stride + start) + column, mask=mask, other=0.0).to(tl.float32)\n        w, rest",
+        "logits_ptr + (row * row_stride + start) + column, mask=mask, other=0.0).to(tl.float32)\n        w, rest",
         "logits_ptr + (row * width + start) + column, mask=mask, other=0.0).to(tl.float32)\n        w, rest",
         "test_logits_are_read_as_they_lie",
     ),
