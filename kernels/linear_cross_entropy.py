@@ -49,9 +49,8 @@ class LinearCrossEntropy(KernelFunction):
     def setup_context(ctx, inputs, output) -> None:
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:])
-        ctx.options = inputs[
-            3:
-        ]  # not save_for_backward: other calls may add to the gradient buffer before this one's backward
+        # the gradient buffer is not in save_for_backward: other calls may add to it before this one's backward
+        ctx.options = inputs[3:]
         ctx.save_for_backward(*inputs[:3], *output[1:])
 
     @staticmethod

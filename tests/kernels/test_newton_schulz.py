@@ -185,13 +185,13 @@ def test_bad_input_is_named():
     x = randn(2, 8, 8, dtype=torch.float16)
     cases = [
         ("coefficients must be one of model", lambda: fused(x, 5, "mine")),
-        ("one .a, b, c. or one a step", lambda: fused(x, 5, (1.0, 2.0))),
+        ("one .a, b, c. or one per step", lambda: fused(x, 5, (1.0, 2.0))),
         ("algorithm must be one of auto, standard, gram", lambda: fused(x, 5, "model", "fast")),
         ("take algorithm 'standard'", lambda: fused(x, 5, (1.0, -2.0, 0.5), "gram")),
         ("matrix units take bfloat16 or float16, got torch.float32", lambda: fused(x.float())),
         ("squares must have shape .2, 64.", lambda: fused(x, squares=torch.ones(2, 63, dtype=torch.float64))),
         ("squares is on meta", lambda: fused(x, squares=torch.ones(2, 64, dtype=torch.float64, device="meta"))),
-        ("65536 matrices pass the 65535", lambda: fused(x[:1].expand(2**16, 8, 8))),
+        ("65536 matrices exceed the 65535", lambda: fused(x[:1].expand(2**16, 8, 8))),
         ("more elements than", lambda: fused(x[:1, :1, :1].expand(1, 2**16, 2**15))),
     ]
     for message, call in cases:
@@ -326,8 +326,8 @@ PLANTED_FAULTS = {
      "test_other_coefficients"),
     "no step's own factor": (
         "newton_schulz",
-        "small = together(together(step, small), step)",
-        "small = together(step, small)", "test_other_coefficients",
+        "small = symmetric_product(symmetric_product(step, small), step)",
+        "small = symmetric_product(step, small)", "test_other_coefficients",
     ),
     "restart forgotten": (
         "newton_schulz",
