@@ -1,4 +1,4 @@
-"""The head and its cross entropy in Triton against the reference."""
+"""linear_cross_entropy in Triton against the reference."""
 
 import importlib
 
@@ -31,7 +31,7 @@ PLANTED_FAULTS = {
         "f = f",
         "test_loss_and_gradients",
     ),
-    "a row's share used for the row before": (STEM, "        kept = read\n", "", "test_loss_and_gradients"),
+    "packed row not kept until it is written": (STEM, "        kept = read\n", "", "test_loss_and_gradients"),
     "last row not written": (
         STEM,
         "    for i in tl.static_range(CHUNKS):\n        store",
@@ -68,7 +68,7 @@ PLANTED_FAULTS = {
         "tl.maximum(low.to(tl.int32, bitcast=True) - LEAST, 0)",
         "test_a_slightly_negative_number_packs_to_nearly_zero",
     ),
-    "the row before written to this row": (
+    "previous row written to the wrong row": (
         STEM,
         "written_ptr = logits_ptr + row * row_stride\n",
         "written_ptr = logits_ptr + first * row_stride\n",
@@ -145,7 +145,7 @@ def test_loss_and_gradients(rows, width, vocabulary, dtype, reduction, ignored, 
 
 @pytest.mark.parametrize("vocabulary", [65_536, 50_257, 32_768, 1024, 65_535, 3, 1] if GPU else [9000, 1024, 33, 1])
 def test_the_gradient_of_the_logits(vocabulary):
-    """Entry by entry, targets apart: several rows per program, chunks that are even and ragged."""
+    """Every element is judged, those of the targets separately, with several rows per program and with even and ragged chunks."""
     rows = 700 if GPU else 7
     logits = randn(rows, vocabulary, dtype=torch.bfloat16).mul_(3.0)
     targets = torch.randint(vocabulary, (rows,), generator=torch.Generator().manual_seed(1)).to(DEVICE)
@@ -168,24 +168,24 @@ SMALL_CHUNKS = {"CHUNK": 1024, "AHEAD": 0, "PROGRAMS": 1, "num_warps": 4}
 
 
 def through_packing(x):
-    """The numbers of a tensor packed and unpacked."""
+    """Return the numbers of a tensor after packing and unpacking."""
     triton, tl = PARTS.triton, PARTS.tl
     pack, unpack = PARTS.pack, PARTS.unpack
 
     @triton.jit
-    def there_and_back(x, y, N: tl.constexpr):
-        at = tl.arange(0, N)
-        low, high = tl.split(tl.reshape(tl.load(x + at), [N // 2, 2]))
-        tl.store(y + at, unpack(pack(low, high, 22)) * 4194304.0)
+    def pack_and_unpack(x_ptr, y_ptr, N: tl.constexpr):
+        offsets = tl.arange(0, N)
+        low, high = tl.split(tl.reshape(tl.load(x_ptr + offsets), [N // 2, 2]))
+        tl.store(y_ptr + offsets, unpack(pack(low, high, 22)) * 4194304.0)
 
     y = torch.empty_like(x)
     globals().update(pack=pack, unpack=unpack, tl=tl)
-    there_and_back[(1,)](x, y, N=len(x))
+    pack_and_unpack[(1,)](x, y, N=len(x))
     return y
 
 
 def test_packed_numbers():
-    """16 bits for a number in [0, 2²²]: within 2⁻¹¹ of it down to 2⁻⁴⁰, and no more than 2⁻⁴⁰ for what is smaller."""
+    """A number in [0, 2²²] packed in 16 bits has a relative error of 2⁻¹¹ down to 2⁻⁴⁰; smaller ones become at most 2⁻³⁹."""
     x = (2.0 ** torch.linspace(-60, 22, 1024, dtype=torch.float64)).to(DEVICE, torch.float32)
     y = through_packing(x)
     large = x >= 2.0**-40
@@ -194,7 +194,7 @@ def test_packed_numbers():
 
 
 def test_a_slightly_negative_number_packs_to_nearly_zero():
-    """w − w² for a w one unit above 1, as a reciprocal may give: −1.2e-7 times an exponential, and smaller ones."""
+    """w − w² is −1.2e-7 for a w that the reciprocal rounds to one unit above 1; here times exponentials of all sizes."""
     w = torch.nextafter(torch.ones(()), torch.full((), 2.0))
     x = ((w - w * w) * 2.0 ** torch.linspace(-30, 22, 64)).to(DEVICE)
     assert (x < 0).all() and (through_packing(x) <= 2.0**-39).all()
@@ -210,7 +210,7 @@ def test_without_gradients():
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_weight_s_gradient_is_added_to_a_buffer(impl, dtype):
-    """Over two calls with two weights of the loss, in float32; the weight itself is given no gradient."""
+    """Two calls with different loss weights add their float32 gradients, and the weight itself gets no gradient."""
     buffer = torch.full((50, 24), 3.0, device=DEVICE)
     exact = buffer.double()
     weight = inputs(1, 24, 50, dtype)[1].requires_grad_()
@@ -273,7 +273,7 @@ def test_nan_upstream_of_an_ignored_row_goes_nowhere():
 
 
 def test_nan_in_any_place_of_the_logits_reaches_the_whole_row():
-    """Both of a pair that shares a reciprocal, the first and the last chunk; other rows stay as they are."""
+    """It is put into either element of a pair that shares a reciprocal, in the first and the last chunk; other rows do not change."""
     clean = randn(4, 4096, dtype=torch.bfloat16)
     targets = torch.tensor([5, 6, 7, 8], device=DEVICE)
     for column in (0, 1, 2047, 4095):
@@ -323,7 +323,7 @@ def test_vmap():
 
 
 def test_autocast():
-    """Whatever the dtypes: the bits of the operation on inputs of autocast's dtype, and a float32 loss."""
+    """Inputs of any dtypes give bitwise the float32 loss of inputs in autocast's dtype."""
     x, weight, targets = inputs(9, 16, 60, torch.float32)
     plain = fused(x.bfloat16(), weight.bfloat16(), targets)
     for mixed in ((x, weight), (x.bfloat16(), weight), (x, weight.bfloat16())):
@@ -333,7 +333,7 @@ def test_autocast():
 
 
 @pytest.mark.skipif(not GPU, reason="memory is measured on a GPU")
-def test_the_gradient_takes_the_logits_place():
+def test_the_gradient_overwrites_the_logits():
     x, weight, targets = inputs(2048, 64, 65_536, torch.bfloat16)
     x.requires_grad_()
     torch.cuda.synchronize()
@@ -344,7 +344,7 @@ def test_the_gradient_takes_the_logits_place():
     assert torch.cuda.max_memory_allocated() - before < 1.3 * logits
 
 
-def test_what_is_not_supported_is_named():
+def test_unsupported_arguments_are_named():
     given_ = inputs(4, 16, 30, torch.float32)
     with pytest.raises(KernelRequestError, match=r"softcap of at most 40.0, got 50"):
         fused(*given_, 50.0)
