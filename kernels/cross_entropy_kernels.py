@@ -114,10 +114,11 @@ def row_share(row, targets_ptr, total, factor, ignore_index):
 
 @triton.jit
 def on_chip_kernel(
-    logits_ptr, targets_ptr, sums_ptr, spare_ptr, rows, width, row_stride, ignore_index,
-    CAP: tl.constexpr, CHUNKS: tl.constexpr, EVEN: tl.constexpr, TOP: tl.constexpr, CHUNK: tl.constexpr, AHEAD: tl.constexpr,
+    logits_ptr, targets_ptr, sums_ptr, factor_ptr, spare_ptr, rows, width, row_stride, factor_stride, ignore_index,
+    CAP: tl.constexpr, FACTOR: tl.constexpr, CHUNKS: tl.constexpr, EVEN: tl.constexpr, TOP: tl.constexpr,
+    CHUNK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Compute S and the gradient without the target's own term from one read of each row, in CHUNKS chunks of CHUNK columns.
+    """Compute S, and the gradient times the row's factor without the target's own term, from one read of each row in CHUNKS chunks.
 
     A row fills the registers of a multiprocessor, so that no second block can hide this one's memory latency. Therefore a program
     writes a chunk of the previous row while it reads the same chunk of the current row into the registers that this frees, and
@@ -168,7 +169,8 @@ def on_chip_kernel(
         kept = read
         total = tl.sum(total)
         tl.store(sums_ptr + row, total)
-        share = row_share(row, targets_ptr, total, 1.0, ignore_index) * (1 << TOP)
+        factor = tl.load(factor_ptr + row * factor_stride) if FACTOR else 1.0
+        share = row_share(row, targets_ptr, total, factor, ignore_index) * (1 << TOP)
         written_ptr = logits_ptr + row * row_stride
     for i in tl.static_range(CHUNKS):
         store_chunk(written_ptr + i * CHUNK, column, width - i * CHUNK, kept[i], share, EVEN or i + 1 < CHUNKS)
@@ -265,9 +267,13 @@ def on_chip_parameters(logits: Tensor, parameters: dict[str, int] | None) -> dic
 
 
 def launch_on_chip(
-    logits: Tensor, targets: Tensor, cap: float, ignore_index: int, parameters: dict[str, int] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return (losses (N,), sums (N,)) and overwrite the contiguous logits (N, V) with the gradient of each row's loss."""
+    logits: Tensor, targets: Tensor, factor: Tensor | None, cap: float, ignore_index: int,
+    parameters: dict[str, int] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return (losses (N,), sums (N,)) and overwrite the contiguous logits (N, V) with the gradient of Σ factor·loss.
+
+    factor: () or (N,); None stands for 1. The losses are not multiplied by it.
+    """
     rows, width = logits.shape
     sums, losses = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
     if rows:
@@ -275,11 +281,14 @@ def launch_on_chip(
         found = on_chip_parameters(logits, parameters)
         spare = torch.empty(width, dtype=logits.dtype, device=logits.device)
         programs = min(rows, multiprocessors(logits.device) * found.pop("PROGRAMS"))
+        factor = None if factor is None else factor.to(torch.float32).expand(rows)
         launch(
-            on_chip_kernel, (programs,), logits.device, logits, targets, sums, spare, rows, width, width, ignore_index,
-            CAP=cap, CHUNKS=cdiv(width, found["CHUNK"]), EVEN=width % found["CHUNK"] == 0, TOP=ceil(cap * log2(e)), **found,
+            on_chip_kernel, (programs,), logits.device, logits, targets, sums, sums if factor is None else factor, spare,
+            rows, width, width, 0 if factor is None else factor.stride(0), ignore_index,
+            CAP=cap, FACTOR=factor is not None, CHUNKS=cdiv(width, found["CHUNK"]), EVEN=width % found["CHUNK"] == 0,
+            TOP=ceil(cap * log2(e)), **found,
         )  # fmt: skip
-        launch_targets(target_logits, targets, sums, losses, None, logits, cap, ignore_index, width)
+        launch_targets(target_logits, targets, sums, losses, factor, logits, cap, ignore_index, width)
     return losses, sums
 
 

@@ -9,13 +9,14 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -65,10 +66,12 @@ def fault(trial: Trial, function: Callable, reference: Callable) -> str | None:
                 before = sums.get(number)
                 sums[number] = [a.add_(b) for a, b in zip(before, parts, strict=True)] if before else parts
                 continue
-            epsilon = trial.epsilon * (1.0 if number < len(upstream) else true.abs())
+            absolute = len(trial.in_place) <= number < len(upstream)
+            epsilon = trial.epsilon * (1.0 if absolute else true.abs())
             wrong = over_budget(found[number][rows], true, plain, epsilon, apart.get(number))
             if wrong:
-                return f"{name_of(number, trial, upstream)}, rows {rows.start} to {rows.stop - 1}: {wrong}"
+                where = "" if rows is ... else f", rows {rows.start} to {rows.stop - 1}"
+                return f"{name_of(number, trial, upstream)}{where}: {wrong}"
     for number, (true, plain) in sums.items():
         gradient = gradients[number - len(upstream)]
         wrong = over_budget(gradient, true, plain.to(gradient.dtype), trial.epsilon * true.abs())
@@ -89,17 +92,19 @@ def in_float64(x):
 
 
 def upstream_of(trial: Trial, function: Callable) -> list[Tensor]:
-    """Random upstream gradients of all results, the same each time."""
+    """Upstream gradients of all results, the same each time."""
     with torch.no_grad():
-        results = call(trial, function, *trial.inputs)
-    generator = torch.Generator(results[0].device).manual_seed(0)
-    return [torch.empty(x.shape, dtype=x.dtype, device=x.device).normal_(generator=generator) for x in results]
+        results = call(trial, function, *(x.to("meta") if isinstance(x, Tensor) else x for x in trial.inputs))
+    device = trial.inputs[0].device
+    generator = torch.Generator(device).manual_seed(0)
+    upstream = [torch.ones(x.shape, dtype=x.dtype, device=device) for x in results]
+    return upstream if trial.is_loss else [x.normal_(generator=generator) for x in upstream]
 
 
-def chunks(trial: Trial, results: Sequence[Tensor]) -> Iterator[slice]:
-    """Slices of the first axis of all rowwise inputs and results; one of everything where no input is rowwise."""
+def chunks(trial: Trial, results: Sequence[Tensor]) -> Iterator[slice | EllipsisType]:
+    """Slices of the first axis of all rowwise inputs and results; `...`, which is everything, where no input is rowwise."""
     if not trial.rowwise:
-        yield slice(None)
+        yield ...
         return
     rows = len(trial.inputs[trial.rowwise[0]])
     tensors = [x for x in trial.inputs if isinstance(x, Tensor)]
@@ -137,6 +142,17 @@ def milliseconds(trial: Trial, implementations: Mapping[str, Callable], referenc
     return {name: median(samples) for name, samples in times.items()}
 
 
+def has_memory(trial: Trial, function: Callable) -> bool:
+    """Whether forward and backward of the trial fit on the GPU."""
+    try:
+        evaluate(function, trial.inputs, upstream_of(trial, function), trial.differentiable)
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        torch.cuda.empty_cache()
+    return True
+
+
 def as_tuple(results) -> tuple:
     return results if isinstance(results, tuple) else (results,)
 
@@ -145,9 +161,21 @@ def examine_operation(
     operation: Operation, shape: RunShape, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
     """The choice for one operation: impl, why, milliseconds and faults by implementation."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(
+            1
+        )  # the same verdict each time; not the seed of the upstream gradients, which would equal the inputs
+        ms, faults = tried(operation, operation.trials(shape, device, dtype))
+    why = ", ".join(f"{name} {time:.3f} ms" for name, time in sorted(ms.items(), key=lambda item: item[1]))
+    why += "".join(f"; {name}: {wrong}" for name, wrong in faults.items())
+    return {"impl": min(ms, key=ms.__getitem__, default="reference"), "why": why, "ms": ms, "faults": faults}
+
+
+def tried(operation: Operation, trials: Iterable[Trial]) -> tuple[dict[str, float], dict[str, str]]:
+    """(milliseconds over all timed trials of the implementations that are right, what is wrong with the others)."""
     ms: dict[str, float] = {}
     faults: dict[str, str] = {}
-    for trial in operation.trials(shape, device, dtype):
+    for trial in trials:
         able = {"reference": operation.reference}
         for name in operation.implementations:
             function = partial(operation.function, impl=name)
@@ -159,16 +187,18 @@ def examine_operation(
                 faults.setdefault(name, wrong)
             else:
                 able[name] = function
-        if trial.inputs[0].is_cuda and trial.differentiable:  # the model is compiled, the optimizer is not
-            able["reference"] = torch.compile(operation.reference, dynamic=False)
-        for name, time in milliseconds(trial, able, operation.reference).items():
-            ms[name] = ms.get(name, 0.0) + time
-        if trial.inputs[0].is_cuda:
+        on_gpu = trial.inputs[0].is_cuda
+        if trial.timed:
+            if on_gpu and trial.differentiable:  # the model is compiled, the optimizer is not
+                able["reference"] = torch.compile(operation.reference, dynamic=False)
+                for name in [name for name, function in able.items() if not has_memory(trial, function)]:
+                    faults.setdefault(name, "out of memory at these shapes")
+                    del able[name]
+            for name, time in milliseconds(trial, able, operation.reference).items():
+                ms[name] = ms.get(name, 0.0) + time
+        if on_gpu:
             torch.cuda.empty_cache()
-    ms = {name: time for name, time in ms.items() if name not in faults}
-    why = ", ".join(f"{name} {time:.3f} ms" for name, time in sorted(ms.items(), key=lambda item: item[1]))
-    why += "".join(f"; {name}: {wrong}" for name, wrong in faults.items())
-    return {"impl": min(ms, key=ms.__getitem__), "why": why, "ms": ms, "faults": faults}
+    return {name: time for name, time in ms.items() if name not in faults}, faults
 
 
 def examine(shape: RunShape, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -209,12 +239,12 @@ def sources_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def write(path: Path, valid_for: dict[str, Any], operations: dict[str, dict[str, Any]]) -> None:
-    """The file, whole or not at all."""
+def write(path: Path, valid_for: dict[str, Any], operations: dict[str, dict[str, Any]], **more) -> None:
+    """The file, whole or not at all. more: what the caller keeps in it besides; it must be JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(
-        json.dumps(valid_for | {"operations": operations}, indent=1, ensure_ascii=False) + "\n", "utf-8"
+        json.dumps(valid_for | {"operations": operations} | more, indent=1, ensure_ascii=False) + "\n", "utf-8"
     )
     temporary.replace(path)
 

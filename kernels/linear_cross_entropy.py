@@ -2,9 +2,10 @@
 
 torch computes the three matrix products, and kernels make one pass over the logits z = x·weightᵀ. With G = dloss/dz of each row,
     dx = f ⊙ (G·weight),   dweight = Gᵀ·(f ⊙ x),
-where f is the product of all factors of a row's loss: the upstream gradient, the loss weight, one over the number of targets.
-bfloat16 logits whose rows fit on the chip are overwritten with G while the loss is computed, and no kernel reads them again. Other
-logits are kept, and backward computes f ⊙ G from them.
+where f is the product of all factors of a row's loss: the loss weight, one over the number of targets, the upstream gradient.
+bfloat16 logits whose rows fit on the chip are overwritten with their gradient while the loss is computed, and no kernel reads them
+again. The factors that are known by then multiply the gradient before it is rounded, so that in training, where the upstream
+gradient is 1, nothing is rounded twice. Other logits are kept, and backward computes f ⊙ G from them.
 """
 
 import torch
@@ -30,19 +31,21 @@ from nanochat_kernels.dispatch import choose
 from nanochat_kernels.linear import add_product, plain_linear
 from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
 from nanochat_kernels.reference import SOFTCAP
-from nanochat_kernels.softcap_cross_entropy import LOGITS, factor_of, random_logits, reduced, unsupported_reason_for
+from nanochat_kernels.softcap_cross_entropy import factor_of, random_logits, reduced, unsupported_reason_for
 from nanochat_kernels.triton_helpers import KernelFunction, derivative, differentiable, needs_gradient
 
 
 class LinearCrossEntropy(KernelFunction):
     @staticmethod
     def forward(
-        x, weight, targets, softcap, ignore_index, weight_gradient, gradient_now
+        x, weight, targets, factor, softcap, ignore_index, weight_gradient, gradient_now
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (losses (N,), logits (N, V), sums (N,)); if gradient_now, the gradient of each row's loss replaces the logits."""
+        """Return (losses (N,), logits (N, V), sums (N,)); if gradient_now, the gradient of Σ factor·loss replaces the logits."""
         logits = F.linear(x, weight)
-        launch = launch_on_chip if gradient_now else launch_losses
-        losses, sums = launch(logits, targets, softcap, ignore_index)
+        if gradient_now:
+            losses, sums = launch_on_chip(logits, targets, factor, softcap, ignore_index)
+        else:
+            losses, sums = launch_losses(logits, targets, softcap, ignore_index)
         return losses, logits, sums
 
     @staticmethod
@@ -50,24 +53,27 @@ class LinearCrossEntropy(KernelFunction):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:])
         # the gradient buffer is not in save_for_backward: other calls may add to it before this one's backward
-        ctx.options = inputs[3:]
-        ctx.save_for_backward(*inputs[:3], *output[1:])
+        ctx.options = inputs[4:]
+        ctx.save_for_backward(*inputs[:4], *output[1:])
 
     @staticmethod
     def backward(ctx, dlosses, *_):
         if dlosses is None:
-            return (None,) * 7
-        return *derivative(Backward, dlosses, *ctx.saved_tensors, *ctx.options, *ctx.needs_input_grad[:2]), *(None,) * 5
+            return (None,) * 8
+        return *derivative(Backward, dlosses, *ctx.saved_tensors, *ctx.options, *ctx.needs_input_grad[:2]), *(None,) * 6
 
 
 class Backward(KernelFunction):
     @staticmethod
     def forward(
-        dlosses, x, weight, targets, logits, sums, softcap, ignore_index, weight_gradient, gradient_now, dx_needed, dw_needed
+        dlosses, x, weight, targets, factor, logits, sums, softcap, ignore_index, weight_gradient, gradient_now,
+        dx_needed, dw_needed,
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
         dx = dweight = None
         if gradient_now:
-            gradient, factor = logits, torch.where(targets == ignore_index, 0.0, dlosses)[:, None]
+            # what is left to multiply by: the gradient of the logits contains the factor already
+            rest = dlosses if factor is None else torch.where(factor == 0, dlosses, dlosses / factor)
+            gradient, factor = logits, torch.where(targets == ignore_index, 0.0, rest)[:, None]
         else:  # launch_gradient multiplies by the factor
             gradient, factor = launch_gradient(logits, targets, sums, dlosses, softcap, ignore_index), None
         if dx_needed:
@@ -92,10 +98,12 @@ def run(x, weight, targets, softcap, ignore_index, reduction, loss_weight, weigh
     needed = needs_gradient(x, weight)
     gradient_now = needed and fits_on_chip(x.dtype, weight.size(0), softcap)
     targets, mean = targets.contiguous(), reduction == "mean"
+    factor = factor_of(targets, ignore_index, mean, loss_weight)
+    known = factor if factor is None else factor.detach()
     losses, *_ = differentiable(
-        LinearCrossEntropy, x, weight, targets, softcap, ignore_index, weight_gradient, gradient_now
+        LinearCrossEntropy, x, weight, targets, known, softcap, ignore_index, weight_gradient, gradient_now
     )
-    return reduced(losses, factor_of(targets, ignore_index, mean, loss_weight), mean)
+    return reduced(losses, factor, mean)
 
 
 def run_reference(
@@ -147,7 +155,11 @@ def linear_cross_entropy(
 
 def on_chip_launches(key, dtype: torch.dtype, device: torch.device):
     logits, targets = random_logits(max(1, 2**30 // key[0]), key[0], dtype, device)
-    return {"losses and gradient": lambda parameters: launch_on_chip(logits, targets, SOFTCAP, -1, parameters)}
+    factor = torch.ones((), device=device)
+    return {
+        "a factor": lambda parameters: launch_on_chip(logits, targets, factor, SOFTCAP, -1, parameters),
+        "no factor": lambda parameters: launch_on_chip(logits, targets, None, SOFTCAP, -1, parameters),
+    }
 
 
 ON_CHIP_SPACE = tuple(
@@ -171,9 +183,15 @@ def head_inputs(rows: int, width: int, vocabulary: int, dtype: torch.dtype, devi
 
 
 def trials(shape, device: torch.device, dtype: torch.dtype):
-    rows = min(shape.rows * shape.tokens, max(1, LOGITS // shape.vocab))
+    rows = shape.rows * shape.tokens
     inputs = (*head_inputs(rows, shape.width, shape.vocab, dtype, device), 15.0, -1, "none")
     yield Trial(inputs, (0, 2), (0, 1), epsilon=15.0 * 2**-23)
+    # as training calls it: a weighted mean, and a buffer that the weight's gradient is added to
+    rows = min(rows, 1024)
+    x, weight, targets = head_inputs(rows, shape.width, shape.vocab, dtype, device)
+    loss_weight, buffer = torch.full((), 0.125, device=device), torch.empty(weight.shape, device=device)
+    inputs = x, weight, targets, 15.0, -1, "mean", loss_weight, buffer.normal_(std=0.1 / rows)
+    yield Trial(inputs, (), (0,), in_place=(7,), timed=False, is_loss=True, epsilon=15.0 * 2**-23)
 
 
 def benchmark_inputs(shape: str, dtype: torch.dtype, device: torch.device) -> tuple:

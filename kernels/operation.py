@@ -72,13 +72,17 @@ class Trial:
 
     rowwise: the indices of inputs that have one row for each row of every result, where row i of the results depends only on row
     i of these inputs. The gate compares results and gradients in chunks of rows, and sums the gradients of other inputs over the
-    chunks. in_place: the indices of inputs that the operation changes; they count as results.
+    chunks. in_place: the indices of inputs that the operation changes, in backward too; they count as results.
+    timed: whether the trial's time counts for the choice. is_loss: the upstream gradient is 1, as for a loss in training; otherwise
+    upstream gradients are random.
     """
 
     inputs: tuple
     rowwise: tuple[int, ...] = ()
     differentiable: tuple[int, ...] = ()
     in_place: tuple[int, ...] = ()
+    timed: bool = True
+    is_loss: bool = False
     epsilon: float = 0.0
     """error that the operation documents and may add to each element of a result"""
     apart: Callable[[tuple], Mapping[int, Tensor]] | None = None

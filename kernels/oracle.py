@@ -5,8 +5,8 @@ budget. The tests and the gate judge by this alone.
 
 A tensor is judged in groups of similar magnitude, because one norm over all of it would hide any error in its small parts: rows
 (of the last axis) whose norms lie within a factor of 4 form a group, and entries that are of another magnitude by nature, such
-as the target's own in a vocabulary, are judged apart from the rest. A group of few elements joins the next larger one: the
-baseline's error in an element can be small by luck, most of all where the terms of a sum cancel.
+as the target's own in a vocabulary, are judged apart from the rest. A small group joins the next one of larger magnitude: the
+baseline's error in a few elements can be small by luck, most of all where the terms of a sum cancel.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 RATIO = 1.5
-FEW = 64  # elements, of whose errors the size is known to about a tenth
+FEWEST_ROWS, FEWEST_ELEMENTS = (
+    8,
+    64,
+)  # of a group: the size of so many errors is known well enough; those of a row may be alike
 
 
 def evaluate_each(
@@ -28,8 +31,13 @@ def evaluate_each(
     found = []
     for number, upstream in enumerate(upstreams):
         more = number + 1 < len(upstreams)
-        leaves = [inputs[i] for i in wrt]
-        gradients = torch.autograd.grad(outputs, leaves, list(upstream), retain_graph=more) if wrt else []
+        gradients = []
+        if wrt:
+            # a buffer that gradients are added to is a result, and has none
+            ends, above = zip(
+                *[(y, dy) for y, dy in zip(outputs, upstream, strict=True) if y.requires_grad], strict=True
+            )
+            gradients = torch.autograd.grad(ends, [inputs[i] for i in wrt], above, retain_graph=more)
         found.append([x.detach() for x in (*outputs, *gradients)])
     return found
 
@@ -114,11 +122,12 @@ def _groups_over_budget(
 def _joined(exponents: Tensor, elements: Tensor) -> tuple[int, Tensor]:
     """(how many groups, the group of each row), of each row's exponent and number of elements that are not 0."""
     found, group_of_row = exponents.unique(return_inverse=True)
-    counts = elements.new_zeros(len(found)).index_add_(0, group_of_row, elements).tolist()
-    joined, group, collected = [], 0, 0
-    for count in counts:  # from the smallest exponent up; rows of zeros have a group of their own
+    counts = torch.stack([elements, (elements > 0).long()], 1)
+    counts = counts.new_zeros(len(found), 2).index_add_(0, group_of_row, counts).tolist()
+    joined, group, collected, collected_rows = [], 0, 0, 0
+    for count, rows in counts:  # from the smallest exponent up; rows of zeros have a group of their own
         joined.append(group)
-        collected += count
-        if count == 0 or collected >= FEW:
-            group, collected = group + 1, 0
+        collected, collected_rows = collected + count, collected_rows + rows
+        if rows == 0 or (collected >= FEWEST_ELEMENTS and collected_rows >= FEWEST_ROWS):
+            group, collected, collected_rows = group + 1, 0, 0
     return group + 1, torch.tensor(joined, device=exponents.device)[group_of_row]

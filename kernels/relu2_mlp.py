@@ -182,7 +182,12 @@ def inputs(tokens: int, width: int, dtype: torch.dtype, device: torch.device) ->
 
 
 def trials(shape, device: torch.device, dtype: torch.dtype):
-    yield Trial(inputs(shape.rows * shape.tokens, shape.width, dtype, device), (0,), (0, 1, 2))
+    rows = shape.rows * shape.tokens
+    yield Trial(inputs(rows, shape.width, dtype, device), (0,), (0, 1, 2))
+    # as training calls it, with buffers that the weights' gradients are added to
+    x, w_up, w_down = inputs(min(rows, 1024), shape.width, dtype, device)
+    buffers = (torch.empty(w.shape, device=device).normal_() for w in (w_up, w_down))
+    yield Trial((x, w_up, w_down, *buffers), (), (0,), in_place=(3, 4), timed=False)
 
 
 def elements(arguments: tuple, part: str) -> float:

@@ -26,6 +26,7 @@ PLANTED_FAULTS = {
 SHAPE = RunShape(rows=8, tokens=256, width=256, heads=2, kv_heads=1, vocab=1024, depth=2) if GPU else RunShape(
     rows=2, tokens=8, width=32, heads=2, kv_heads=1, vocab=64, depth=1
 )  # fmt: skip
+OPERATIONS = operations()
 WHERE = (torch.device(DEVICE), torch.bfloat16)
 
 
@@ -89,7 +90,19 @@ def zero(*index):
 
 
 def doubled_weight_gradient(hidden, weight, *rest):
-    return reference.linear_cross_entropy(hidden, Doubled.apply(weight), *rest[:4])
+    return reference.linear_cross_entropy(hidden, Doubled.apply(weight), *rest[:5])
+
+
+def overwritten_buffer(x, w_up, w_down, up_gradient=None, down_gradient=None):
+    if up_gradient is not None:
+        up_gradient.zero_()
+    return OPERATIONS["relu2_mlp"].reference(x, w_up, w_down, up_gradient, down_gradient)
+
+
+def unweighted_mean(x, weight, targets, softcap, ignore_index, reduction, loss_weight, buffer):
+    return OPERATIONS["linear_cross_entropy"].reference(
+        x, weight, targets, softcap, ignore_index, reduction, None, buffer
+    )
 
 
 def only_one_matrix(x, *_):
@@ -112,6 +125,8 @@ WRONG = {
     "first rows zero": ("qk_norm_rope", changed(reference.qk_norm_rope, zero(slice(0, 1))), "result 0, rows 0 to"),
     "last row zero": ("rms_norm", changed(reference.rms_norm, zero(-1)), "result 0, rows [1-9].* error"),
     "a row in the middle zero": ("rms_norm", changed(reference.rms_norm, zero(SHAPE.rows * SHAPE.tokens // 2)), "error"),
+    "a buffer that is overwritten": ("relu2_mlp", overwritten_buffer, "result 0: .* error"),
+    "a loss without its weight": ("linear_cross_entropy", unweighted_mean, "error"),
     "all matrices but one zero": ("newton_schulz", only_one_matrix, "."),
     "NaN in the second result": ("add_rms_norm", nan_in_the_second_result, "result 1, .* NaN in only one"),
 }  # fmt: skip

@@ -19,92 +19,44 @@ PARTS = importlib.import_module("nanochat_kernels.cross_entropy_kernels")
 STEM = "cross_entropy_kernels"
 PLANTED_FAULTS = {
     "on-chip derivative of the cap dropped": (STEM, "pack(e * (w - w * w), f", "pack(e, f", "test_loss_and_gradients"),
-    "on-chip sum of the last chunk not masked": (
-        STEM,
-        "e = tl.where(2 * pair < width - i * CHUNK, e, 0.0)",
-        "e = e",
-        "test_loss_and_gradients",
-    ),
-    "odd column of the last chunk not masked": (
-        STEM,
-        "f = tl.where(2 * pair + 1 < width - i * CHUNK, f, 0.0)",
-        "f = f",
-        "test_loss_and_gradients",
-    ),
+    "on-chip sum of the last chunk not masked": (STEM, "e = tl.where(2 * pair < width - i * CHUNK, e, 0.0)",
+     "e = e", "test_loss_and_gradients"),
+    "odd column of the last chunk not masked": (STEM, "f = tl.where(2 * pair + 1 < width - i * CHUNK, f, 0.0)",
+     "f = f", "test_loss_and_gradients"),
     "packed row not kept until it is written": (STEM, "        kept = read\n", "", "test_loss_and_gradients"),
-    "last row not written": (
-        STEM,
-        "    for i in tl.static_range(CHUNKS):\n        store",
-        "    for i in tl.static_range(0):\n        store",
-        "test_loss_and_gradients",
-    ),
-    "doubled past the first chunk": (
-        STEM,
-        "kept[i] | (new & zero), share,",
-        "kept[i] | (new & zero), share * (1 + (i > 0)),",
-        "test_the_gradient_of_the_logits",
-    ),
-    "last row doubled past the first chunk": (
-        STEM,
-        "kept[i], share, EVEN",
-        "kept[i], share * (1 + (i > 0)), EVEN",
-        "test_the_gradient_of_the_logits",
-    ),
-    "exponent of the packing off by one": (
-        STEM,
-        "(1 << TOP)\n        written",
-        "(2 << TOP)\n        written",
-        "test_loss_and_gradients",
-    ),
-    "packing cut off, not rounded": (
-        STEM,
-        "((64 + TOP) << 23) - (1 << 12)",
-        "((64 + TOP) << 23)",
-        "test_packed_numbers",
-    ),
-    "packing wraps for negative numbers": (
-        STEM,
-        "tl.maximum(low.to(tl.int32, bitcast=True), LEAST) - LEAST",
-        "tl.maximum(low.to(tl.int32, bitcast=True) - LEAST, 0)",
-        "test_a_slightly_negative_number_packs_to_nearly_zero",
-    ),
-    "previous row written to the wrong row": (
-        STEM,
-        "written_ptr = logits_ptr + row * row_stride\n",
-        "written_ptr = logits_ptr + first * row_stride\n",
-        "test_loss_and_gradients",
-    ),
-    "32-bit rows on the chip": (
-        STEM,
-        "    first = tl.program_id(0).to(tl.int64)\n",
-        "    first = tl.program_id(0)\n",
-        "test_offsets_are_64_bits_wide",
-    ),
-    "min drops NaN": (
-        STEM,
-        "60.0, propagate_nan=tl.PropagateNan.ALL))\n    b",
-        "60.0))\n    b",
-        "test_offsets_are_64_bits_wide",
-    ),
-    "weight's gradient without the factor": (
-        "linear_cross_entropy",
-        "(x * factor).to(x.dtype)",
-        "x",
-        "test_loss_and_gradients",
-    ),
-    "input's gradient without the factor": (
-        "linear_cross_entropy",
-        "out_dtype=torch.float32) * factor)",
-        "out_dtype=torch.float32))",
-        "test_loss_and_gradients",
-    ),
-    "logits read after they are overwritten": (
-        STEM,
-        "launch_targets(target_logits, targets, sums, losses, None, logits,",
-        "launch_targets(logits_of_targets(logits, targets), targets, sums, losses, None, logits,",
-        "test_loss_and_gradients",
-    ),
-}
+    "last row not written": (STEM, "    for i in tl.static_range(CHUNKS):\n        store",
+     "    for i in tl.static_range(0):\n        store", "test_loss_and_gradients"),
+    "doubled past the first chunk": (STEM, "kept[i] | (new & zero), share,",
+     "kept[i] | (new & zero), share * (1 + (i > 0)),", "test_the_gradient_of_the_logits"),
+    "last row doubled past the first chunk": (STEM, "kept[i], share, EVEN",
+     "kept[i], share * (1 + (i > 0)), EVEN", "test_the_gradient_of_the_logits"),
+    "exponent of the packing off by one": (STEM, "(1 << TOP)\n        written",
+     "(2 << TOP)\n        written", "test_loss_and_gradients"),
+    "packing cut off, not rounded": (STEM, "((64 + TOP) << 23) - (1 << 12)",
+     "((64 + TOP) << 23)", "test_packed_numbers"),
+    "packing wraps for negative numbers": (STEM, "tl.maximum(low.to(tl.int32, bitcast=True), LEAST) - LEAST",
+     "tl.maximum(low.to(tl.int32, bitcast=True) - LEAST, 0)", "test_a_slightly_negative_number_packs_to_nearly_zero"),
+    "previous row written to the wrong row": (STEM, "written_ptr = logits_ptr + row * row_stride\n",
+     "written_ptr = logits_ptr + first * row_stride\n", "test_loss_and_gradients"),
+    "32-bit rows on the chip": (STEM, "    first = tl.program_id(0).to(tl.int64)\n",
+     "    first = tl.program_id(0)\n", "test_offsets_are_64_bits_wide"),
+    "min drops NaN": (STEM, "60.0, propagate_nan=tl.PropagateNan.ALL))\n    b",
+     "60.0))\n    b", "test_offsets_are_64_bits_wide"),
+    "factor dropped on the chip": (STEM, "factor = tl.load(factor_ptr + row * factor_stride) if FACTOR else 1.0",
+     "factor = 1.0", "test_a_weighted_mean_is_rounded_once"),
+    "factor of the first row for all": (STEM, "tl.load(factor_ptr + row * factor_stride) if",
+     "tl.load(factor_ptr + first * factor_stride) if", "test_a_weighted_mean_is_rounded_once"),
+    "factor applied twice": ("linear_cross_entropy", "torch.where(factor == 0, dlosses, dlosses / factor)",
+     "dlosses", "test_a_weighted_mean_is_rounded_once"),
+    "a weight of 0 divided by": ("linear_cross_entropy", "torch.where(factor == 0, dlosses, dlosses / factor)",
+     "dlosses / factor", "test_a_weighted_mean_is_rounded_once"),
+    "weight's gradient without the factor": ("linear_cross_entropy", "(x * factor).to(x.dtype)",
+     "x", "test_loss_and_gradients"),
+    "input's gradient without the factor": ("linear_cross_entropy", "out_dtype=torch.float32) * factor)",
+     "out_dtype=torch.float32))", "test_loss_and_gradients"),
+    "logits read after they are overwritten": (STEM, "launch_targets(target_logits, targets, sums, losses, factor, logits,",
+     "launch_targets(logits_of_targets(logits, targets), targets, sums, losses, factor, logits,", "test_loss_and_gradients"),
+}  # fmt: skip
 if not GPU:
     line = "(a.float() @ b.float() * factor)"
     PLANTED_FAULTS["input's gradient without the factor"] = (
@@ -143,6 +95,32 @@ def test_loss_and_gradients(rows, width, vocabulary, dtype, reduction, ignored, 
     )
 
 
+@pytest.mark.parametrize("weight", ["scalar", "row", "zeros"])
+def test_a_weighted_mean_is_rounded_once(weight):
+    """The call of a training run: an upstream gradient of 1 and a float32 buffer. The loss weights are not powers of two."""
+    rows, vocabulary = (300, 4000) if GPU else (60, 100)
+    x, head, targets = inputs(rows, 64, vocabulary, torch.bfloat16)
+    factor = (1.0 + torch.rand(() if weight == "scalar" else rows, generator=torch.Generator().manual_seed(3))).to(
+        DEVICE
+    )
+    if weight == "zeros":
+        factor[::2] = 0.0
+
+    def gradients(function, dtype):
+        wide = torch.promote_types(dtype, torch.float32)
+        hidden, buffer = x.to(dtype, copy=True).requires_grad_(), torch.zeros(head.shape, dtype=wide, device=DEVICE)
+        function(hidden, head.to(dtype), targets, 15.0, -1, "mean", factor.to(wide), buffer).backward()
+        return hidden.grad, buffer
+
+    true = gradients(FILE.run_reference, torch.float64)
+    plain = gradients(FILE.run_reference, torch.bfloat16)
+    found = gradients(fused, torch.bfloat16)
+    for ours, exact, other in zip(found, true, plain, strict=True):
+        wrong = harness.over_budget(ours, exact, other)
+        assert not wrong, wrong
+        assert (ours - exact).norm() < 1.05 * (other - exact).norm()
+
+
 @pytest.mark.parametrize("vocabulary", [65_536, 50_257, 32_768, 1024, 65_535, 3, 1] if GPU else [9000, 1024, 33, 1])
 def test_the_gradient_of_the_logits(vocabulary):
     """Every element is judged, those of the targets separately, with several rows per program and with even and ragged chunks."""
@@ -158,7 +136,7 @@ def test_the_gradient_of_the_logits(vocabulary):
     (true_gradient,), (other_gradient,) = (
         torch.autograd.grad(value, z, up.to(value.dtype)) for value, z in ((true, exact), (other, plain))
     )
-    losses, _ = PARTS.launch_on_chip(logits, targets, 15.0, -1, None if GPU else SMALL_CHUNKS)
+    losses, _ = PARTS.launch_on_chip(logits, targets, None, 15.0, -1, None if GPU else SMALL_CHUNKS)
     assert not harness.over_budget(losses[:, None], true.detach()[:, None], other.detach()[:, None], 15.0 * 2**-23)
     wrong = harness.over_budget(logits, true_gradient, other_gradient, apart=target_entries(rows, vocabulary, targets))
     assert not wrong, wrong
@@ -280,7 +258,7 @@ def test_nan_in_any_place_of_the_logits_reaches_the_whole_row():
         for value, expected in ((float("nan"), True), (float("inf"), False), (float("-inf"), False)):
             logits = clean.clone()
             logits[2, column] = value
-            losses, _ = PARTS.launch_on_chip(logits, targets, 15.0, -1, SMALL_CHUNKS)
+            losses, _ = PARTS.launch_on_chip(logits, targets, None, 15.0, -1, SMALL_CHUNKS)
             assert losses.isnan().tolist() == [False, False, expected, False]
             assert logits.isnan().any(1).tolist() == logits.isnan().all(1).tolist() == [False, False, expected, False]
 
@@ -302,7 +280,7 @@ def test_every_launch_configuration():
     (kernel,) = FILE.KERNELS
     for parameters in kernel.space:
         made = logits.clone()
-        losses, _ = PARTS.launch_on_chip(made, targets, 15.0, -1, parameters)
+        losses, _ = PARTS.launch_on_chip(made, targets, None, 15.0, -1, parameters)
         torch.testing.assert_close(losses, expected.detach())
         torch.testing.assert_close(made.float(), gradient, rtol=2e-2, atol=1e-9)
 
