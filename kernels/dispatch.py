@@ -44,7 +44,7 @@ def choose(operation: Operation, impl: str, *arguments) -> Callable:
         return operation.reference if name == "reference" else operation.implementations[name].prepared(*arguments)
     if impl == "reference":
         return operation.reference
-    implementation = implementation_named(operation, impl)
+    implementation = named(operation, impl)
     reason = implementation.unsupported_reason(*arguments)
     if reason:
         raise KernelRequestError(f"{operation.name}: impl={impl!r} does not support this call: {reason}")
@@ -65,7 +65,7 @@ def checked_choice(operation: Operation, impl: str, check: Callable[..., None], 
     return choose(operation, impl, *arguments)
 
 
-def implementation_named(operation: Operation, impl: str) -> Implementation:
+def named(operation: Operation, impl: str) -> Implementation:
     """Return the implementation called `impl`. Raises KernelRequestError, which lists the existing ones, if there is none."""
     if impl not in operation.implementations:
         choices = ", ".join(("auto", *operation.implementations, "reference"))
@@ -107,7 +107,7 @@ def describe(operation: Operation) -> tuple[str, str]:
 def check_request(operation: str, impl: str) -> None:
     """Raise KernelRequestError now if every call with this `impl` would raise it later."""
     if impl not in ("auto", "reference"):
-        implementation_named(operations()[operation], impl)
+        named(operations()[operation], impl)
 
 
 def tunable_kernels() -> Iterator[Kernel]:

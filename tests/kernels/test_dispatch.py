@@ -313,7 +313,7 @@ def keep(graph, example):
 
 # accept a CPU tensor: the kernels are traced and never executed
 supported = lambda *_: None
-kernels.dispatch.implementation_named = lambda operation, impl: replace(
+kernels.dispatch.named = lambda operation, impl: replace(
     operation.implementations[impl], unsupported_reason=supported
 )
 
