@@ -1,9 +1,9 @@
-"""A training micro-step on the GPU here, in the ways that training can run it: python -m bench.training_step --depth 12 20
+"""Time a training micro-step on this GPU in the ways that training can run it: python -m bench.training_step --depth 12 20
 
-A variant is EXECUTION:IMPL, as in graph:auto (what training takes) or compile:reference (its baseline); IMPL auto-OPERATION is
-auto with one operation taken by the reference. Variants take turns in one process, micro-steps follow each other without waiting
-for the host, and tokens and weights are random, not zero. Host time is the processor's to hand a micro-step to an idle GPU.
---first-step times what a user waits for at the start, in a process of its own: python -m bench.training_step --first-step
+A variant is EXECUTION:IMPL, such as graph:auto (the default of training) or compile:reference (the baseline). IMPL auto-OPERATION is
+auto with the reference for one operation. Variants take turns in one process, micro-steps follow each other without waiting for
+the host, and tokens and weights are random, not zero. Host time is the time to launch a micro-step on an idle GPU.
+--first-step times the start of a run, in a process of its own: python -m bench.training_step --first-step
 """
 
 import gc
@@ -44,32 +44,32 @@ class TrainingStepConfig:
     tokens: tuple[int, ...] = (1024,)
     """tokens per row"""
     vocab_size: int = 65536
-    """tokens of the vocabulary"""
+    """size of the vocabulary"""
     layers: int = 0
-    """blocks in place of --depth, whose width stays; 0: as many as --depth"""
+    """number of blocks, if it differs from --depth, which still sets the width; 0: as many as --depth"""
     variants: tuple[str, ...] = ("graph:auto", "compile:reference")
-    """EXECUTION:IMPL, the first against all others"""
+    """variants to time, as EXECUTION:IMPL"""
     rounds: int = 7
     """samples of each variant"""
     seconds: float = 0.25
-    """length of a sample: as many micro-steps as fit, at least two"""
+    """length of a sample, which has as many micro-steps as fit, at least two"""
     first_step: bool = False
-    """time the first micro-step and the first update, with nothing cached and with caches warm, instead"""
+    """time the first micro-step and the first update instead, with empty and with warm caches"""
     json: Path | None = None
-    """write every sample here"""
+    """file for every sample"""
 
 
 def implementations(text: str) -> Implementations:
-    """auto, reference, another one of every operation, or auto-OPERATION."""
+    """Parse IMPL: auto, reference or another implementation for every operation, or auto-OPERATION."""
     impl, _, without = text.partition("-")
     names = [field.name for field in fields(Implementations)]
     if without and without not in names:
-        raise UserError(f"{text}: {without} is no operation; choose one of {', '.join(names)}")
+        raise UserError(f"{text}: {without} is not an operation; choose one of {', '.join(names)}")
     return replace(Implementations(**dict.fromkeys(names, impl)), **({without: "reference"} if without else {}))
 
 
 def prepare(variant: str, shape: GPTConfig, device: torch.device) -> MicroStep:
-    """A micro-step of a model with weights as training leaves them, and its optimizer."""
+    """Return the micro-step of a model whose weights are all nonzero, as training leaves them, with its optimizer."""
     execution, _, impl = variant.partition(":")
     model = trained_model(replace(shape, impl=implementations(impl)), device, torch.bfloat16)
     optimizer = MuonAdamW(model)
@@ -90,7 +90,7 @@ def host_milliseconds(step: MicroStep, data: Batch) -> float:
 
 
 def measure(shape: GPTConfig, rows: int, config: TrainingStepConfig, device: torch.device) -> list[dict]:
-    """A row of results for each variant. One that runs out of memory gets a row that says so."""
+    """Return a row of results for each variant; if it runs out of memory, the row has a note in place of times."""
     data, steps, found = random_batch(shape, rows), {}, {}
     for variant in config.variants:
         torch.cuda.synchronize()
@@ -156,7 +156,7 @@ def report(rows: list[dict]) -> None:
 
 
 def first_step(config: TrainingStepConfig) -> list[dict]:
-    """Each variant at the first shape given, in a process of its own: cold, then with the caches that the first one left."""
+    """Time each variant at the first given shape in processes of its own: with empty caches, then with those that this leaves."""
     rows = []
     for variant in config.variants:
         with tempfile.TemporaryDirectory() as folder:
@@ -189,7 +189,7 @@ def first_step(config: TrainingStepConfig) -> list[dict]:
 
 
 def one_first_step(config: TrainingStepConfig, device: torch.device) -> dict:
-    """Seconds of the first micro-steps and updates of this process."""
+    """Return the seconds that the first micro-steps and updates of this process take."""
     shape = GPTConfig.from_depth(config.depth[0], config.vocab_size, config.tokens[0])
     data, step = random_batch(shape, config.rows[0]), prepare(config.variants[0], shape, device)
     torch.cuda.synchronize()
@@ -221,7 +221,7 @@ def main(config: TrainingStepConfig) -> None:
             report(results)
             found["rows"] += results
             torch._dynamo.reset()
-            if config.json:  # after each shape: what was measured stays when the rest is cut short
+            if config.json:  # after each shape, so that an interrupted run keeps its results
                 write_json(config.json, found)
         if config.json:
             write_json(config.json, found)
