@@ -5,6 +5,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from nanochat_kernels.tracing import constant_when_traced
+
 
 def check_float(operation: str, **tensors: Tensor) -> None:
     """Raise TypeError unless all tensors are floating point with one dtype, and ValueError unless all are on one device."""
@@ -80,7 +82,7 @@ def normed_dtype(x: Tensor) -> torch.dtype:
 
 
 @lru_cache
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _autocast_norms_in_float32(device_type: str) -> bool:
     """Return whether autocast casts 16-bit inputs of rms_norm to float32: on CUDA torch 2.13 does and torch 2.11 does not."""
     with torch.autocast(device_type, dtype=torch.bfloat16), torch.no_grad():

@@ -15,6 +15,7 @@ import torch
 from nanochat_kernels import configs
 from nanochat_kernels.operation import Implementation, Kernel, Operation
 from nanochat_kernels.plan import cached_call
+from nanochat_kernels.tracing import constant_when_traced
 
 
 class KernelRequestError(ValueError):
@@ -89,7 +90,7 @@ def automatic(operation: Operation, *arguments) -> tuple[str, str]:
     return "reference", why
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def preference(operation: str, device_index: int | None) -> tuple[str | None, str]:
     """Return the implementation that the launch table of the device names for the operation, or None, and the reason."""
     choice = configs.table(configs.architecture(device_index))["auto"].get(operation)

@@ -20,6 +20,7 @@ from nanochat_kernels.dispatch import serve
 from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
 from nanochat_kernels.plan import Plan, cached_call
 from nanochat_kernels.reference import EPS
+from nanochat_kernels.tracing import constant_when_traced
 from nanochat_kernels.triton_helpers import (
     DTYPES,
     GRID_LIMIT,
@@ -92,7 +93,7 @@ def tile(kernel: str, x: Tensor, parameters: dict[str, int] | None) -> dict[str,
 
 
 @table_cache
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def fitted(kernel: str, device: torch.device, dtype: torch.dtype, width: int) -> tuple[tuple[str, int], ...]:
     """Return the table's launch parameters, adjusted to rows that are much wider than the table's class.
 

@@ -10,19 +10,13 @@ import errno
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
 
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
@@ -51,6 +45,8 @@ class CheckpointStore:
 
     def save(self, step: int, model: GPT, optimizer: MuonAdamW, meta: dict) -> Path:
         """Write the checkpoint of a step on all ranks together. Raises UserError, on all of them, when it cannot."""
+        from nanochat.training_state import save_state  # slow to import
+
         final, temporary = self.path(step), self.directory / f".step_{step:06d}.tmp"
         failure = None
         if self.runtime.primary:
@@ -58,13 +54,7 @@ class CheckpointStore:
         self.runtime.barrier()
         try:
             temporary.mkdir(parents=True, exist_ok=True)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of saving without a process group, which is meant
-                dcp.save(
-                    _training_state(optimizer, self.runtime),
-                    checkpoint_id=temporary / "state",
-                    no_dist=self.runtime.world_size == 1,
-                )
+            save_state(temporary / "state", optimizer, self.runtime)
             if self.runtime.primary:
                 weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
                 save_file(weights, temporary / "model.safetensors")
@@ -74,7 +64,7 @@ class CheckpointStore:
                 (temporary / "meta.json").write_text(json.dumps(content, indent=1), "utf-8")
                 for path in [*files, temporary / "meta.json", temporary / "state", temporary]:
                     flush(path)
-        except (OSError, SafetensorError, CheckpointException) as error:
+        except (OSError, SafetensorError) as error:
             failure = _reason(error)
         failures = [reason for reason in self.runtime.gather(failure) if reason]
         if failures:
@@ -97,6 +87,8 @@ class CheckpointStore:
 
     def load(self, step: int, model: GPT, optimizer: MuonAdamW, tokenizer: Tokenizer) -> dict:
         """Put a checkpoint's weights and training state into model and optimizer; returns its meta data."""
+        from nanochat.training_state import load_state  # slow to import
+
         path = self.path(step)
         meta = read_meta(path, tokenizer)
         if meta["config"] != model.config.to_dict():
@@ -106,35 +98,10 @@ class CheckpointStore:
                 f"{path} is of another model: {different}; give the saved values, or move {self.directory} away"
             )
         load_weights(path, model)
-        state = _training_state(optimizer, self.runtime)
-        saved = dcp.FileSystemReader(path / "state").read_metadata().state_dict_metadata
-        state = {name: tensor for name, tensor in state.items() if name in saved}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dcp.load(state, checkpoint_id=path / "state", no_dist=self.runtime.world_size == 1)
+        load_state(path / "state", optimizer, self.runtime)
         optimizer.steps = meta["step"]
         optimizer.refresh()
-        if f"rng.cpu.{self.runtime.rank}" in state:
-            torch.set_rng_state(state[f"rng.cpu.{self.runtime.rank}"])
-        if f"rng.cuda.{self.runtime.rank}" in state:
-            torch.cuda.set_rng_state(state[f"rng.cuda.{self.runtime.rank}"])
         return meta
-
-
-def _training_state(optimizer: MuonAdamW, runtime: Runtime) -> dict[str, Tensor]:
-    """Optimizer shards (as parts of whole tensors, so that another number of ranks can divide them differently) and random states."""
-    state: dict[str, Tensor] = {}
-    mesh = init_device_mesh(runtime.device.type, (runtime.world_size,)) if runtime.world_size > 1 else None
-    for name, share, items in optimizer.named_state():
-        if mesh is not None and items is not None:
-            shape = torch.Size((items, *share.shape[1:]))
-            stride = torch.empty(shape, device="meta").stride()
-            share = DTensor.from_local(share, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
-        state[f"optimizer.{name}"] = share
-    state[f"rng.cpu.{runtime.rank}"] = torch.get_rng_state()
-    if runtime.device.type == "cuda":
-        state[f"rng.cuda.{runtime.rank}"] = torch.cuda.get_rng_state()
-    return state
 
 
 def read_meta(path: Path, tokenizer: Tokenizer | None = None) -> dict:
@@ -199,13 +166,10 @@ def load_model(
 
 def _reason(error: BaseException) -> str:
     """The first line that says what went wrong: of the operating system's error inside, when there is one."""
-    inner = error
-    if isinstance(error, CheckpointException) and error.failures:
-        inner = next(iter(error.failures.values()))[0]
-    seen: BaseException | None = inner
+    seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno is not None:
             return os.strerror(seen.errno)
         seen = seen.__cause__ or seen.__context__
-    text = str(inner) or repr(inner)
+    text = str(error) or repr(error)
     return os.strerror(errno.ENOSPC) if "No space left" in text else text.splitlines()[0]

@@ -19,6 +19,7 @@ import torch
 
 from nanochat_kernels.architecture import architecture, without_device
 from nanochat_kernels.operation import Key
+from nanochat_kernels.tracing import constant_when_traced
 
 FOLDER = Path(__file__).parent
 
@@ -60,7 +61,7 @@ def launch_parameters(kernel: str, device: torch.device, dtype: torch.dtype, key
 
 
 @table_cache
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _nearest(kernel: str, device: torch.device, dtype: torch.dtype, key: Key) -> tuple[tuple[str, int], ...]:
     """Return launch_parameters as a tuple of pairs: a constant for torch.compile, which no caller can change."""
     name = architecture(device.index if device.type == "cuda" else None)
