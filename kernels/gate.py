@@ -203,6 +203,12 @@ def tried(operation: Operation, trials: Iterable[Trial]) -> tuple[dict[str, floa
     return {name: time for name, time in ms.items() if name not in faults}, faults
 
 
+def fastest_fused(choice: dict[str, Any]) -> str:
+    """The fastest implementation of an operation's choice that is not its reference, where one is right."""
+    fused = {name: time for name, time in choice["ms"].items() if name != "reference"}
+    return min(fused, key=fused.__getitem__, default="reference")
+
+
 def examine(shape: RunShape, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
     """(operation, its choice), one after the other; those that have a reference alone at the end."""
     alone = {"impl": "reference", "why": "there is no other implementation", "ms": {}, "faults": {}}

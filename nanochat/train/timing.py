@@ -1,6 +1,7 @@
 """How long a micro-step takes in each execution: what the gate measures, and bench/training_step.py."""
 
 import gc
+from collections.abc import Mapping
 from statistics import median
 
 import torch
@@ -42,10 +43,12 @@ def milliseconds(step: MicroStep, batch: Batch, count: int) -> float:
     return start.elapsed_time(end) / count
 
 
-def time_executions(config: GPTConfig, rows: int, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Median milliseconds of a micro-step of `rows` rows, by execution. One that runs out of memory is left out."""
+def time_executions(
+    configs: Mapping[str, GPTConfig], rows: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, float]:
+    """Median milliseconds of a micro-step of `rows` rows, by execution, of a model each. One that runs out of memory is left out."""
     found = {}
-    for execution in ("graph", "compile"):
+    for execution, config in configs.items():
         try:
             found[execution] = _time(execution, config, rows, device, dtype)
         except torch.OutOfMemoryError as error:

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from nanochat.gate import chosen_implementations, measured_executions, run_shape, take_gate
 from nanochat.gpt import GPTConfig
 from nanochat.options.model import Implementations
+from nanochat.tools import kernels as tools
 from nanochat_kernels import gate
 from tests.conftest import TINY_BASE, assert_refused, nanochat
 
@@ -56,3 +57,29 @@ def test_the_times_of_micro_steps_are_of_the_same_implementations(world, tmp_pat
     gate.write(paths.gate, {}, {}, micro_step={"impl": asdict(measured), "ms": times})
     assert measured_executions(paths, measured) == times
     assert measured_executions(paths, Implementations()) is None
+
+
+def test_a_micro_step_decides_between_a_graph_of_fused_operations_and_a_compiled_model(monkeypatch, cpu):
+    """An operation that is no faster than its compiled reference is fused all the same where the graph is the faster whole."""
+    seen = {}
+
+    def choose(graph_ms: float) -> tuple[dict, dict]:
+        choices = {
+            "rms_norm": {"impl": "triton", "ms": {"triton": 1.0, "reference": 2.0}},
+            "add_rms_norm": {"impl": "reference", "ms": {"triton": 1.1, "reference": 1.0}},
+            "qk_norm_rope": {"impl": "reference", "ms": {"reference": 1.0}},  # the fused one was wrong
+        }
+        times = {"graph": graph_ms, "compile": 2.0}
+        monkeypatch.setattr(tools, "time_executions", lambda configs, *_: seen.update(configs) or times)
+        model = GPTConfig.from_depth(1, 512, 32)
+        found = tools.choose_by_micro_step(choices, model, 4, cpu)
+        assert found["ms"] == times
+        return {name: choice["impl"] for name, choice in choices.items()}, found["impl"]
+
+    taken, impl = choose(1.5)
+    assert taken == {"rms_norm": "triton", "add_rms_norm": "triton", "qk_norm_rope": "reference"}
+    assert impl["rms_norm"] == "triton" and impl["qk_norm_rope"] == "reference"
+    assert seen["graph"].impl.rms_norm == "triton" and seen["compile"].impl.rms_norm == "reference"
+    taken, impl = choose(2.5)
+    assert taken == {"rms_norm": "triton", "add_rms_norm": "reference", "qk_norm_rope": "reference"}
+    assert impl["rms_norm"] == "reference"
