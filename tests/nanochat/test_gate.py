@@ -3,10 +3,10 @@
 import json
 from dataclasses import asdict, replace
 
+import nanochat.tools.kernels as tools
 from nanochat.gate import chosen_implementations, measured_executions, run_shape, take_gate
 from nanochat.gpt import GPTConfig
 from nanochat.options.model import Implementations
-from nanochat.tools import kernels as tools
 from nanochat_kernels import gate
 from tests.conftest import TINY_BASE, assert_refused, nanochat
 
