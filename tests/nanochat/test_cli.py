@@ -99,28 +99,3 @@ def test_help_text_has_defaults_and_units(capsys):
 def test_mistakes_are_answered_in_one_line(tmp_path, arguments, parts):
     assert_refused(nanochat(tmp_path, *arguments), *parts)
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.name != ".speedrun.lock"]
-
-
-def test_trace_shows_every_operation_and_equals_the_model(tmp_path):
-    result = nanochat(tmp_path, "trace", "--markdown", str(tmp_path / "trace.md"))
-    assert result.returncode == 0, result.stderr
-    text = (tmp_path / "trace.md").read_text()
-    for operation in ("embedding", "block 0 query", "block 1 attention", "block 1 relu²", "softcap", "cross entropy"):
-        assert operation in text and operation in result.stdout
-    columns = [line.count("|") for line in text.splitlines()]
-    assert set(columns) == {9}
-
-
-def test_the_traced_pass_is_the_models_own(tokenizer):
-    import torch
-
-    from nanochat.gpt import GPTConfig
-    from nanochat.tools.trace import Tracer, traced_forward
-    from tests.nanochat.models import perturbed
-
-    model = perturbed(GPTConfig.from_depth(2, 300, 32))
-    tokens = torch.randint(300, (2, 17))
-    note = Tracer()
-    loss = traced_forward(model, tokens[:, :-1], tokens[:, 1:], note)
-    torch.testing.assert_close(loss, model(tokens[:, :-1], tokens[:, 1:]))
-    assert note.rows[1].shape == "2×16×128" and all(row.meaning for row in note.rows)
