@@ -3,6 +3,7 @@ only when it runs, so that help and errors need no torch."""
 
 import contextlib
 import difflib
+import errno
 import inspect
 import io
 import os
@@ -158,8 +159,10 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         if error.errno is None:
             raise
-        where = f": {error.filename}" if error.filename else ""
-        _fail(f"{error.strerror}{where}; free some space or correct the path", 1)
+        path = f": {error.filename}" if error.filename else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "; free some space" if full else "; check the path and its permissions" if path else ""
+        _fail(f"{error.strerror}{path}{remedy}", 1)
     except ValueError as error:
         kernels = sys.modules.get("nanochat_kernels")  # whatever raises one of its errors has imported it
         if kernels is None or not isinstance(error, kernels.KernelRequestError):

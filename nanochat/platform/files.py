@@ -37,23 +37,31 @@ def read_json(path: Path) -> dict | None:
 
 @contextmanager
 def fresh_directory(final: Path) -> Iterator[Path]:
-    """An empty temporary directory, which replaces `final` only when the block ends without an error.
+    """Give the block an empty temporary directory, which replaces `final` when the block ends without an error.
 
-    Raises UserError when the disk cannot take what is written.
+    Raises UserError when the directory cannot be made or put in place. An error of the block is raised as it is.
     """
     temporary = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
+        with _reported_as_unwritable(final):
+            temporary.mkdir(parents=True)
         yield temporary
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {final} ({error.strerror or error}); free some space, then run the command again"
-        ) from error
+        with _reported_as_unwritable(final):
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _reported_as_unwritable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path} ({error.strerror or error}); free some space, then run the command again"
+        ) from error
 
 
 def flush(path: Path) -> None:

@@ -44,12 +44,12 @@ def fetch(options: FetchOptions, paths: Paths) -> None:
     disable_progress_bars()  # a bar a file would be hundreds
     pooch.get_logger().setLevel("ERROR")
     try:
-        with FileLock(paths.base / ".fetch.lock").acquire(timeout=0):
-            _fetch(
-                [asset for asset in wanted if not options.only or asset.name in options.only], options.workers, paths
-            )
+        lock = FileLock(paths.base / ".fetch.lock").acquire(timeout=0)
     except Timeout:
-        raise UserError(f"another fetch is at work in {paths.base}; wait for it") from None
+        raise UserError(f"another fetch is running in {paths.base}; wait for it") from None
+    with lock:
+        chosen = [asset for asset in wanted if not options.only or asset.name in options.only]
+        _fetch(chosen, options.workers, paths)
 
 
 def _fetch(wanted: list[Asset], workers: int, paths: Paths) -> None:

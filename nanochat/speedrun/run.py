@@ -156,12 +156,12 @@ def _run(stage: Stage, command: list[str], processes: int, paths: Paths, made_fr
 
 @contextmanager
 def _lock(paths: Paths) -> Iterator[None]:
-    """Raises UserError while another speedrun holds the base directory."""
-    lock = FileLock(paths.base / ".speedrun.lock")
+    """Lock the base directory against other speedruns. Raises UserError when one is running there."""
     try:
-        with lock.acquire(timeout=0):
-            yield
+        lock = FileLock(paths.base / ".speedrun.lock").acquire(timeout=0)
     except Timeout:
         raise UserError(
             f"another speedrun is running in {paths.base}; wait for it or set another NANOCHAT_BASE_DIR"
         ) from None
+    with lock:
+        yield

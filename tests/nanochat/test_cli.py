@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from nanochat.cli import COMMANDS, parse
+from nanochat.cli import COMMANDS, main, parse
 from tests.conftest import assert_refused, nanochat
 
 
@@ -99,3 +99,18 @@ def test_help_text_has_defaults_and_units(capsys):
 def test_mistakes_are_answered_in_one_line(tmp_path, arguments, parts):
     assert_refused(nanochat(tmp_path, *arguments), *parts)
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.name != ".speedrun.lock"]
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(28, "No space left on device", "/a"), "No space left on device: /a; free some space"),
+        (PermissionError(13, "Permission denied", "/a"), "Permission denied: /a; check the path and its permissions"),
+        (ConnectionRefusedError(111, "Connection refused"), "Connection refused"),
+    ],
+)
+def test_an_error_of_the_operating_system_is_one_line_with_a_remedy_that_fits(monkeypatch, capsys, error, line):
+    monkeypatch.setattr("nanochat.cli._dispatch", lambda arguments: (_ for _ in ()).throw(error))
+    with pytest.raises(SystemExit):
+        main([])
+    assert capsys.readouterr().err == f"nanochat: error: {line}\n"

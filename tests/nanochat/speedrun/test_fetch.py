@@ -114,7 +114,7 @@ def test_two_at_once(hub, tmp_path):
     )
     while not hub.gets:
         time.sleep(0.05)
-    assert_refused(nanochat(tmp_path, *arguments("text"), **around(hub)), "another fetch is at work")
+    assert_refused(nanochat(tmp_path, *arguments("text"), **around(hub)), "another fetch is running")
     hub.release.set()
     assert first.wait(60) == 0
 

@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from filelock import FileLock, Timeout
 
 from nanochat.options import presets
 from nanochat.options.speedrun import SpeedrunOptions
@@ -169,10 +170,19 @@ def test_by_default_every_stage_runs():
 
 
 def test_one_speedrun_at_a_time(tiny):
-    from filelock import FileLock
-
     with FileLock(tiny.base / ".speedrun.lock"), pytest.raises(UserError, match="another speedrun is running"):
         run(SpeedrunOptions(), tiny)
+
+
+def test_a_lock_that_a_stage_waits_for_is_not_reported_as_another_speedrun(tmp_path, monkeypatch):
+    def other_lock(*arguments):
+        raise Timeout("another file")
+
+    monkeypatch.setattr("nanochat.speedrun.run.valid_record", other_lock)
+    with pytest.raises(Timeout, match="another file"):
+        run(SpeedrunOptions(), Paths(tmp_path))
+    with FileLock(tmp_path / ".speedrun.lock").acquire(timeout=0):  # released
+        pass
 
 
 def test_every_preset_names_commands_that_exist():
