@@ -1,9 +1,13 @@
-"""Checkpoints that a kill at any instant cannot spoil.
+"""Saving and loading checkpoints, which stay whole when a process is killed at any instant.
 
-checkpoints/<stage>/step_000123/ holds model.safetensors (float32 weights), state/ (optimizer shards and random states of
-every rank, by torch.distributed.checkpoint, loadable on another number of ranks) and meta.json (step, configuration,
-tokenizer hash, loader positions, and the size of every other file). The directory is written under a temporary name,
-flushed, and renamed.
+checkpoints/<stage>/step_000123/ holds
+
+    model.safetensors  the weights, in float32
+    state/             optimizer shards and random states of every rank, written by torch.distributed.checkpoint, so that
+                       another number of ranks can load them
+    meta.json          step, configuration, hash of the tokenizer, positions of the loaders, and the size of every other file
+
+The directory is written under a temporary name, flushed to the disk, and renamed.
 """
 
 import errno
@@ -36,30 +40,31 @@ from nanochat.tokenizer.bpe import Tokenizer
 
 @dataclass(frozen=True)
 class CheckpointStore:
-    """The checkpoints of one stage; the newest `keep` stay."""
+    """The checkpoints of one training stage, of which the newest `keep` are kept."""
 
     directory: Path
     runtime: Runtime
     keep: int = 2
 
     def steps(self) -> list[int]:
-        found = self.directory.glob("step_*/meta.json")
-        return sorted(int(path.parent.name.removeprefix("step_")) for path in found)
+        """The steps that have a checkpoint, in ascending order."""
+        written = self.directory.glob("step_*/meta.json")
+        return sorted(int(path.parent.name.removeprefix("step_")) for path in written)
 
     def path(self, step: int) -> Path:
         return self.directory / f"step_{step:06d}"
 
     def save(self, step: int, model: GPT, optimizer: MuonAdamW, meta: dict) -> Path:
-        """Write the checkpoint of a step on all ranks together. Raises UserError, on all of them, when it cannot."""
+        """Write the checkpoint of a step; all ranks call it together. Raises UserError on all of them when one cannot write."""
         final, temporary = self.path(step), self.directory / f".step_{step:06d}.tmp"
         failure = None
         if self.runtime.primary:
             shutil.rmtree(temporary, ignore_errors=True)
-        self.runtime.barrier()
+        self.runtime.barrier()  # no rank may write before the remains of an earlier attempt are gone
         try:
             temporary.mkdir(parents=True, exist_ok=True)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of saving without a process group, which is meant
+                warnings.simplefilter("ignore")  # torch warns that there is no process group, which is intended here
                 dcp.save(
                     _training_state(optimizer, self.runtime),
                     checkpoint_id=temporary / "state",
@@ -76,12 +81,12 @@ class CheckpointStore:
                     flush(path)
         except (OSError, SafetensorError, CheckpointException) as error:
             failure = _reason(error)
-        failures = [reason for reason in self.runtime.gather(failure) if reason]
+        failures = [reason for reason in self.runtime.gather(failure) if reason]  # a rank alone must not go on or stop
         if failures:
             if self.runtime.primary:
                 shutil.rmtree(temporary, ignore_errors=True)
-            kept = self.steps()
-            last = f"the last whole checkpoint is {self.path(kept[-1])}" if kept else "there is none before it"
+            steps = self.steps()
+            last = f"the last whole checkpoint is {self.path(steps[-1])}" if steps else "there is none before it"
             raise UserError(
                 f"cannot save the checkpoint of step {step} in {self.directory} ({failures[0]}); {last}; "
                 "free space and run the same command again"
@@ -89,26 +94,29 @@ class CheckpointStore:
         if self.runtime.primary:
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
-            flush(self.directory)
+            flush(self.directory)  # the new name, before older checkpoints are deleted
             for old in self.steps()[: -self.keep]:
                 shutil.rmtree(self.path(old), ignore_errors=True)
         self.runtime.barrier()
         return final
 
     def load(self, step: int, model: GPT, optimizer: MuonAdamW, tokenizer: Tokenizer) -> dict:
-        """Put a checkpoint's weights and training state into model and optimizer; returns its meta data."""
+        """Load the weights and the training state of a step into model and optimizer; returns the content of meta.json.
+
+        Raises UserError for a damaged checkpoint, another model or another tokenizer.
+        """
         path = self.path(step)
         meta = read_meta(path, tokenizer)
         if meta["config"] != model.config.to_dict():
             different = {k: (v, meta["config"].get(k)) for k, v in model.config.to_dict().items()}
             different = ", ".join(f"{k} {a} (saved {b})" for k, (a, b) in different.items() if a != b)
             raise UserError(
-                f"{path} is of another model: {different}; give the saved values, or move {self.directory} away"
+                f"{path} is of another model: {different}; use the saved values, or move {self.directory} away"
             )
         load_weights(path, model)
         state = _training_state(optimizer, self.runtime)
         saved = dcp.FileSystemReader(path / "state").read_metadata().state_dict_metadata
-        state = {name: tensor for name, tensor in state.items() if name in saved}
+        state = {name: tensor for name, tensor in state.items() if name in saved}  # a new rank has no random state
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dcp.load(state, checkpoint_id=path / "state", no_dist=self.runtime.world_size == 1)
@@ -122,7 +130,10 @@ class CheckpointStore:
 
 
 def _training_state(optimizer: MuonAdamW, runtime: Runtime) -> dict[str, Tensor]:
-    """Optimizer shards (as parts of whole tensors, so that another number of ranks can divide them differently) and random states."""
+    """The tensors of state/: this rank's optimizer state and random states, by name.
+
+    A shard of a tensor is given as a DTensor, a part of the whole, so that another number of ranks can divide it differently.
+    """
     state: dict[str, Tensor] = {}
     mesh = init_device_mesh(runtime.device.type, (runtime.world_size,)) if runtime.world_size > 1 else None
     for name, share, items in optimizer.named_state():
@@ -138,17 +149,22 @@ def _training_state(optimizer: MuonAdamW, runtime: Runtime) -> dict[str, Tensor]
 
 
 def read_meta(path: Path, tokenizer: Tokenizer | None = None) -> dict:
-    """meta.json of a checkpoint, after checking that every file is whole and that the tokenizer is the one it had."""
+    """The content of meta.json, after checking that every file has its size and that the tokenizer is the one of the checkpoint.
+
+    Raises UserError when one of them is not.
+    """
     try:
         meta = json.loads((path / "meta.json").read_text("utf-8"))
         sizes = meta["files"]
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is no whole checkpoint ({error}); remove it and run the same command again") from error
+        raise UserError(
+            f"{path} is not a whole checkpoint ({error}); remove it and run the same command again"
+        ) from error
     for name, size in sizes.items():
-        found = (path / name).stat().st_size if (path / name).exists() else None
-        if found != size:
-            state = "missing" if found is None else f"{found} bytes, not {size}"
-            raise UserError(f"{path / name} is {state}; remove {path} and run the same command again")
+        actual = (path / name).stat().st_size if (path / name).exists() else None
+        if actual != size:
+            problem = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
+            raise UserError(f"{path / name} {problem}; remove {path} and run the same command again")
     if tokenizer is not None and meta["tokenizer"] != tokenizer.hash:
         raise UserError(
             f"{path} was trained with another tokenizer ({meta['tokenizer'][:12]}, now {tokenizer.hash[:12]}); "
@@ -158,7 +174,7 @@ def read_meta(path: Path, tokenizer: Tokenizer | None = None) -> dict:
 
 
 def load_weights(path: Path, model: GPT) -> None:
-    """Copy model.safetensors into a model of the same shape."""
+    """Copy the weights of a checkpoint into a model of the same shape. Raises UserError when they cannot be read."""
     try:
         weights = load_file(path / "model.safetensors", device=str(model.device))
     except (SafetensorError, OSError) as error:
@@ -176,17 +192,18 @@ def load_model(
     step: int | None = None,
     adapt: Callable[[GPTConfig], GPTConfig] = lambda config: config,
 ) -> tuple[GPT, Tokenizer, dict]:
-    """The newest (or a given) checkpoint of a stage with its tokenizer. Raises UserError naming the stages there are.
+    """Load the model of a stage for use, not to resume its training; returns it with its tokenizer and meta.json.
 
-    adapt: changes the configuration before the model is made of it, as the gate does with its implementations.
+    step: of the checkpoint, the newest without it. adapt: changes the configuration before the model is made; the gate puts its
+    choice of implementations in. Raises UserError, with the stages that have checkpoints, when there is none.
     """
     store = CheckpointStore(paths.checkpoints(stage), runtime)
     steps = store.steps()
     if not steps or (step is not None and step not in steps):
-        there = [name for name in TRAINING_STAGES if CheckpointStore(paths.checkpoints(name), runtime).steps()]
+        trained = [name for name in TRAINING_STAGES if CheckpointStore(paths.checkpoints(name), runtime).steps()]
         wanted = f"step {step} of {stage}" if steps else stage
         remedy = f"steps: {', '.join(map(str, steps))}" if steps else f"train it with: nanochat train {stage}"
-        raise UserError(f"no checkpoint of {wanted}; there are: {', '.join(there) or 'none'}; {remedy}")
+        raise UserError(f"no checkpoint of {wanted}; there are: {', '.join(trained) or 'none'}; {remedy}")
     path = store.path(steps[-1] if step is None else step)
     tokenizer = Tokenizer.load(paths.tokenizer)
     meta = read_meta(path, tokenizer)
@@ -198,14 +215,14 @@ def load_model(
 
 
 def _reason(error: BaseException) -> str:
-    """The first line that says what went wrong: of the operating system's error inside, when there is one."""
-    inner = error
+    """One line that says what went wrong: the operating system's message, if its error is in the chain of causes."""
+    first = error
     if isinstance(error, CheckpointException) and error.failures:
-        inner = next(iter(error.failures.values()))[0]
-    seen: BaseException | None = inner
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno is not None:
-            return os.strerror(seen.errno)
-        seen = seen.__cause__ or seen.__context__
-    text = str(inner) or repr(inner)
+        first = next(iter(error.failures.values()))[0]
+    cause: BaseException | None = first
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return os.strerror(cause.errno)
+        cause = cause.__cause__ or cause.__context__
+    text = str(first) or repr(first)
     return os.strerror(errno.ENOSPC) if "No space left" in text else text.splitlines()[0]

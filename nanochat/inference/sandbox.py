@@ -1,6 +1,6 @@
-"""Runs generated code in a process of its own: no network, a temporary directory, limits of time and memory, killed whole.
+"""Runs generated code in a process of its own: without network, in a temporary directory, with limits of time and memory.
 
-It guards against the accidents of a model's code, not against an attacker: the process runs as the same user.
+It protects against accidents of generated code, not against an attacker: the process runs as the same user.
 """
 
 import os
@@ -11,7 +11,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 
-# An audit hook cannot be removed once set. It refuses what could reach outside the process or outlive it.
+# An audit hook cannot be removed once it is set. This one forbids everything that could reach outside of the process or outlive it.
 _GUARD = """
 import os, sys
 home = os.getcwd()
@@ -36,7 +36,7 @@ exec(compile(sys.stdin.read(), "<generated>", "exec"), {"__name__": "__main__"})
 
 @dataclass(frozen=True)
 class Outcome:
-    """ok: the program ended by itself with status 0. reason: why not. output: the end of what it printed."""
+    """The result of a program. ok: it ended by itself with status 0. reason: why not. output: the last 4 KiB it printed."""
 
     ok: bool
     reason: str
@@ -44,7 +44,7 @@ class Outcome:
 
 
 def run_python(program: str, timeout: float = 5.0, memory: int = 256 * 2**20) -> Outcome:
-    """Run a program for at most `timeout` seconds in `memory` bytes of address space."""
+    """Run a Python program for at most `timeout` seconds, with at most `memory` bytes of address space."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))

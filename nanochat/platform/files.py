@@ -1,4 +1,4 @@
-"""Writing files so that a kill at any instant leaves the old content or the new one, and hashing them."""
+"""Writes files so that a kill at any instant leaves either the old content or the new one; and hashes them."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from nanochat.platform.errors import UserError
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace the content of a file (text is written as UTF-8); its directory is created when missing."""
+    """Replace the content of a file, or make the file with its directory; text is written as UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -23,12 +23,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Replace the content of a file by JSON; what JSON does not know is written as its str."""
+    """Replace the content of a file by a dictionary as JSON; values that JSON does not know are written as their str."""
     write_atomically(path, json.dumps(content, indent=1, default=str) + "\n")
 
 
 def read_json(path: Path) -> dict | None:
-    """What write_json wrote; None when the file is missing or unreadable."""
+    """The dictionary that write_json wrote; None when the file is missing or damaged."""
     try:
         return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):

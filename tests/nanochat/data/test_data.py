@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.data.batches import prefetched
-from nanochat.data.conversations import First, Mixture, packed_batches, padded_batches
+from nanochat.data.conversations import Limited, Mixture, packed_batches, padded_batches
 from nanochat.data.positions import conversation_position, text_position
 from nanochat.data.pretraining import TokenStream
 from nanochat.data.shards import Shards
@@ -142,7 +142,7 @@ def test_bad_shards_are_refused_before_training(base, how, message):
 def mixture(world):
     tasks = [
         SmolTalk(world),
-        First(MMLU(world, "auxiliary_train"), 30),
+        Limited(MMLU(world, "auxiliary_train"), 30),
         SpellingBee(world, "train", 20),
         Identity(world),
     ]
