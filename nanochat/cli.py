@@ -1,5 +1,8 @@
-"""The command line: `nanochat <command> [options]`. Options come from nanochat/options, and a command's code is imported
-only when it runs, so that help and errors need no torch."""
+"""The command line: `nanochat <command> [options]`.
+
+The options of a command are a class in nanochat/options. Its code is imported only when it runs, so that help and errors do
+not wait for torch.
+"""
 
 import contextlib
 import difflib
@@ -27,11 +30,11 @@ from nanochat.platform.paths import base_paths
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its options and its function, each as "module:name" under nanochat, and a line about it.
+    """A command: its options and its function, each as "module:name" under nanochat, and a one-line summary.
 
-    The function takes the options, and `paths` and `runtime` when it names them; with a runtime torchrun may start many
-    processes of the command. section: the name under which the report shows the settings and the results it returns;
-    {stage} in it is an option.
+    The function takes the options, and `paths` and `runtime` if it has parameters of these names; with a runtime, torchrun may
+    start several processes of the command. section: the name of the report's section for the settings and for the results that
+    the function returns; {stage} in it stands for the option.
     """
 
     options: str
@@ -122,21 +125,21 @@ COMMANDS = {
 
 
 def run(name: str, options: Any) -> None:
-    """Call a command's function with what it asks for, and tell the report what it returned."""
+    """Call a command's function with the arguments that it takes, and write its section of the report."""
     command = COMMANDS[name]
     function = command.load_function()
-    wanted = inspect.signature(function).parameters
-    paths = base_paths() if "paths" in wanted or command.section else None
-    given = {"paths": paths} if "paths" in wanted else {}
+    parameters = inspect.signature(function).parameters
+    paths = base_paths() if "paths" in parameters or command.section else None
+    arguments = {"paths": paths} if "paths" in parameters else {}
     started, primary, processes = time.perf_counter(), True, 1
-    if "runtime" in wanted:
+    if "runtime" in parameters:
         from nanochat.platform.distributed import start_runtime
 
         with start_runtime(options.device) as runtime:
-            results = function(options, **given, runtime=runtime)
+            results = function(options, **arguments, runtime=runtime)
             primary, processes = runtime.primary, runtime.world_size
     else:
-        results = function(options, **given)
+        results = function(options, **arguments)
     if command.section and primary:
         from nanochat.report.sections import write_section
 
@@ -164,7 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
         remedy = "; free some space" if full else "; check the path and its permissions" if path else ""
         _fail(f"{error.strerror}{path}{remedy}", 1)
     except ValueError as error:
-        kernels = sys.modules.get("nanochat_kernels")  # whatever raises one of its errors has imported it
+        kernels = sys.modules.get("nanochat_kernels")  # code that raises one of its errors has imported it
         if kernels is None or not isinstance(error, kernels.KernelRequestError):
             raise
         _fail(f"{error} (options --impl.<operation>)", 1)
@@ -182,10 +185,10 @@ def _dispatch(arguments: list[str]) -> None:
                 raise UserError(f"wanted a command{f', got {arguments[0]}' if arguments else ''}")
             return
         if len(words) == 1 and any(command.startswith(f"{words[0]} ") for command in COMMANDS):
-            of_it = [command for command in COMMANDS if command.startswith(f"{words[0]} ")]
+            subcommands = [command for command in COMMANDS if command.startswith(f"{words[0]} ")]
             if "--help" in arguments or "-h" in arguments:
-                return _overview(of_it)
-            raise UserError(f"wanted one of: {', '.join(of_it)}")
+                return _overview(subcommands)
+            raise UserError(f"wanted one of: {', '.join(subcommands)}")
         near = difflib.get_close_matches(" ".join(words), COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}" if near else f"there are: {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {' '.join(words)!r}; {hint}")
@@ -193,7 +196,10 @@ def _dispatch(arguments: list[str]) -> None:
 
 
 def parse(kind: type, name: str, arguments: list[str]):
-    """The configuration that a command's arguments give, over the preset's values, over the defaults."""
+    """The options of a command: its arguments override the preset's values, which override the defaults.
+
+    Raises UserError for arguments that cannot be parsed or are out of range.
+    """
     default = kind()
     if isinstance(default, PresetOptions):
         preset = _option(arguments, "--preset")
@@ -202,13 +208,13 @@ def parse(kind: type, name: str, arguments: list[str]):
         default = with_preset(default, name, preset or "")
     if {"-h", "--help"} & set(arguments):
         return tyro.cli(kind, args=arguments, default=default, prog=f"nanochat {name}")
-    complaint = io.StringIO()
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(complaint):
+        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
             options = tyro.cli(kind, args=arguments, default=default, prog=f"nanochat {name}")
     except SystemExit as exit:
-        # tyro draws a box; its words fit a line
-        text = re.sub(r"\x1b\[[0-9;]*m", "", complaint.getvalue())
+        # tyro prints a box over several lines: keep its words
+        text = re.sub(r"\x1b\[[0-9;]*m", "", output.getvalue())
         text = " ".join(re.sub(r"\s|[─-╿]|-{3,}", " ", text).split())
         error = UserError(f"{text or 'bad options'} (nanochat {name} --help lists the options)")
         error.exit_status = exit.code if isinstance(exit.code, int) else 2
@@ -235,7 +241,7 @@ def _overview(names: list[str] | None = None) -> None:
 def _fail(message: str, status: int) -> NoReturn:
     sys.stdout.flush()
     print(f"nanochat: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    # torchrun's other processes may wait in a collective: leave at once, without their farewell
+    # the other processes may wait in a collective, and a regular exit would wait for them: exit at once
     if "torch" in sys.modules and _distributed():
         os._exit(status)
     sys.exit(status)

@@ -50,7 +50,7 @@ def check(paths: Paths) -> None:
 def test_all_is_there(d20, capsys):
     check(d20)
     out = capsys.readouterr().out
-    assert all(f"ok   {asset.name}: " in out for asset in LIST) and "all is there" in out
+    assert all(f"ok   {asset.name}: " in out for asset in LIST) and "everything is there" in out
 
 
 @pytest.mark.parametrize("asset", LIST, ids=lambda asset: asset.name)
