@@ -60,7 +60,7 @@ class CheckpointStore:
         failure = None
         if self.runtime.primary:
             shutil.rmtree(temporary, ignore_errors=True)
-        self.runtime.barrier()  # no rank may write before the remains of an earlier attempt are gone
+        self.runtime.barrier()  # no rank may write before an earlier, incomplete attempt is removed
         try:
             temporary.mkdir(parents=True, exist_ok=True)
             with warnings.catch_warnings():
@@ -77,6 +77,7 @@ class CheckpointStore:
                 sizes = {str(path.relative_to(temporary)): path.stat().st_size for path in sorted(files)}
                 content = {"step": step, "config": model.config.to_dict(), **meta, "files": sizes}
                 (temporary / "meta.json").write_text(json.dumps(content, indent=1), "utf-8")
+                # before the rename: after a loss of power, a renamed directory with empty files would look whole
                 for path in [*files, temporary / "meta.json", temporary / "state", temporary]:
                     flush(path)
         except (OSError, SafetensorError, CheckpointException) as error:
@@ -121,7 +122,7 @@ class CheckpointStore:
             warnings.simplefilter("ignore")
             dcp.load(state, checkpoint_id=path / "state", no_dist=self.runtime.world_size == 1)
         optimizer.steps = meta["step"]
-        optimizer.refresh()
+        optimizer.refresh()  # load_weights has changed the weights, but not their copies in the compute dtype
         if f"rng.cpu.{self.runtime.rank}" in state:
             torch.set_rng_state(state[f"rng.cpu.{self.runtime.rank}"])
         if f"rng.cuda.{self.runtime.rank}" in state:
@@ -160,6 +161,7 @@ def read_meta(path: Path, tokenizer: Tokenizer | None = None) -> dict:
         raise UserError(
             f"{path} is not a whole checkpoint ({error}); remove it and run the same command again"
         ) from error
+    # sizes, not hashes: to hash a checkpoint of d20 would read 5.2 GB at every start
     for name, size in sizes.items():
         actual = (path / name).stat().st_size if (path / name).exists() else None
         if actual != size:
@@ -192,10 +194,10 @@ def load_model(
     step: int | None = None,
     adapt: Callable[[GPTConfig], GPTConfig] = lambda config: config,
 ) -> tuple[GPT, Tokenizer, dict]:
-    """Load the model of a stage for use, not to resume its training; returns it with its tokenizer and meta.json.
+    """Load the model of a stage, without the state of its training; returns it with its tokenizer and the content of meta.json.
 
-    step: of the checkpoint, the newest without it. adapt: changes the configuration before the model is made; the gate puts its
-    choice of implementations in. Raises UserError, with the stages that have checkpoints, when there is none.
+    step: the step of the checkpoint, by default the newest. adapt: changes the configuration before the model is made, for
+    example to the gate's implementations. Raises UserError, with the stages that have checkpoints, when there is none.
     """
     store = CheckpointStore(paths.checkpoints(stage), runtime)
     steps = store.steps()

@@ -56,9 +56,7 @@ def _load(name: str) -> Any:
 
 COMMANDS = {
     "speedrun": Command("speedrun:SpeedrunOptions", "speedrun.run:speedrun", "run every stage, from text to chat"),
-    "fetch": Command(
-        "speedrun:FetchOptions", "speedrun.fetch:fetch", "fetch the data of a preset, where there is internet"
-    ),
+    "fetch": Command("speedrun:FetchOptions", "speedrun.fetch:fetch", "download the data of a preset; needs internet"),
     "preflight": Command(
         "speedrun:PreflightOptions", "speedrun.preflight:preflight", "check data, GPUs, disk and time before a run"
     ),
@@ -74,35 +72,40 @@ COMMANDS = {
     "tokenizer eval": Command(
         "tokenizer:TokenizerEvalOptions",
         "evaluate.compression:evaluate_tokenizer",
-        "bytes per token on several kinds of text",
+        "measure bytes per token on several kinds of text",
         section="tokenizer-eval",
     ),
     "train base": Command("train:TrainBaseOptions", "train.pretrain:pretrain", "pretrain on text", section="base"),
     "train mid": Command(
         "train:TrainMidOptions",
         "train.midtrain:midtrain",
-        "midtrain on conversations, tools and choices",
+        "midtrain on conversations, tools and multiple choice",
         section="mid",
     ),
     "train sft": Command(
         "train:TrainSftOptions", "train.finetune:finetune", "fine-tune on conversations", section="sft"
     ),
     "evaluate base": Command(
-        "evaluate:EvaluateBaseOptions", "evaluate.base:evaluate_base", "bits per byte and CORE", section="base-eval"
+        "evaluate:EvaluateBaseOptions",
+        "evaluate.base:evaluate_base",
+        "measure bits per byte and CORE",
+        section="base-eval",
     ),
     "evaluate chat": Command(
         "evaluate:EvaluateChatOptions",
         "evaluate.chat:evaluate_chat",
-        "multiple choice, word problems, code, spelling",
+        "evaluate multiple choice, word problems, code, spelling",
         section="{stage}-eval",
     ),
-    "chat": Command("chat:ChatOptions", "chat.terminal:chat", "talk with the model"),
-    "report": Command("report:ReportOptions", "report.build:build_report", "write the report of what has run"),
+    "chat": Command("chat:ChatOptions", "chat.terminal:chat", "chat with the model"),
+    "report": Command(
+        "report:ReportOptions", "report.build:build_report", "write the report of the stages that have run"
+    ),
     "trace": Command("tools:TraceOptions", "tools.trace:trace", "show the tensors of a forward pass"),
     "kernels list": Command(
         "tools:KernelsListOptions",
         "tools.kernels:list_kernels",
-        "operations, implementations, and what auto takes here",
+        "list operations, implementations, and the choice of auto on this machine",
     ),
     "kernels inspect": Command(
         "tools:KernelsInspectOptions",
@@ -117,10 +120,10 @@ COMMANDS = {
     "kernels tune": Command(
         "tools:KernelsTuneOptions",
         "tools.kernels:tune_kernels",
-        "search launch parameters on the GPU here and write its table",
+        "search launch parameters on this GPU and write its table",
     ),
     "cluster submit": Command("cluster:SubmitOptions", "cluster.submit:submit", "submit a job to Slurm"),
-    "cluster status": Command("cluster:StatusOptions", "cluster.status:status", "how far the run is"),
+    "cluster status": Command("cluster:StatusOptions", "cluster.status:status", "show the progress of a run"),
 }
 
 

@@ -84,8 +84,8 @@ def seconds_of(limit: str) -> int:
 
     It is minutes, minutes:seconds, hours:minutes:seconds or days-hours[:minutes[:seconds]]. Raises UserError for anything else.
     """
-    days, dash, rest = limit.rpartition("-")
-    parts = rest.split(":")
+    days, dash, clock = limit.rpartition("-")
+    parts = clock.split(":")
     if not all(part.isdigit() for part in (*parts, days or "0")) or len(parts) > 3:
         raise UserError(
             f"--time {limit!r} is not a time limit; wanted minutes, hours:minutes:seconds or days-hours:minutes:seconds"

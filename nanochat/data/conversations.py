@@ -67,6 +67,7 @@ def packed_batches(
     needed = rows * length
     buffer: list[int] = []
     pieces: list[int] = []  # how many tokens of each conversation are in the buffer
+    # conversations are dealt out one by one, so that the ranks get about equally many tokens
     for index in range(used * world_size + rank, len(mixture), world_size):
         ids, _ = render(tokenizer, mixture[index], length)
         ids, skip = ids[skip:], 0

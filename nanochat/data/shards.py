@@ -29,7 +29,7 @@ class Shards:
         files = sorted(paths.text.glob("*.parquet"))
         if len(files) < 2:
             raise UserError(
-                f"{paths.text} holds {len(files)} parquet shards, wanted two or more (the last is for validation); "
+                f"{paths.text} has {len(files)} parquet shards, wanted two or more (the last is for validation); "
                 f"{GET_DATA}"
             )
         missing = _first_gap(files[:-1])  # the validation shard is the last of the whole set, far from the others
@@ -63,7 +63,7 @@ def _first_gap(files: list[Path]) -> str | None:
     return None
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=8)  # consecutive row groups are in the same file, whose footer need not be read again
 def _open(path: Path) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(path)

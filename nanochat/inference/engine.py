@@ -52,6 +52,7 @@ class Engine:
         """
         check_sampling(prompts, max_tokens, temperature, top_k, samples)
         device, model = self.model.device, self.model
+        # torch takes seeds below 2**64; the upper half stands for negative ones
         generator = torch.Generator(device=device).manual_seed(seed % 2**63 if seed >= 0 else 2**63 + seed % 2**63)
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         longest = int(lengths.max())

@@ -16,11 +16,11 @@ _GUARD = """
 import os, sys
 home = os.getcwd()
 writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-refused = ("socket.", "subprocess.", "os.fork", "os.exec", "os.spawn", "os.posix_spawn", "os.system", "os.kill", "pty.",
+forbidden = ("socket.", "subprocess.", "os.fork", "os.exec", "os.spawn", "os.posix_spawn", "os.system", "os.kill", "pty.",
            "ctypes.", "os.putenv", "os.chdir", "signal.")
 changing = ("os.remove", "os.rmdir", "os.rename", "os.truncate", "os.chmod", "os.chown", "os.link", "os.symlink", "os.mkdir")
 def guard(event, args, join=os.path.join, normal=os.path.normpath):
-    if event.startswith(refused):
+    if event.startswith(forbidden):
         raise PermissionError(f"{event} is not allowed here")
     if event == "open":
         paths = args[:1] if (args[2] or 0) & writing or set(args[1] or "") & set("wax+") else ()

@@ -31,14 +31,8 @@ PEAK_FLOPS = {
 
 # parts of the messages of gloo and NCCL when a process does not answer
 LOST_PROCESS = (
-    "timed out",
-    "timeout",
-    "connection closed",
-    "connection reset",
-    "broken pipe",
-    "connection refused",
-    "peer",
-)
+    "timed out", "timeout", "connection closed", "connection reset", "broken pipe", "connection refused", "peer",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from nanochat.platform.errors import UserError
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace the content of a file, or make the file with its directory; text is written as UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes may write the same file
     try:
         temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
         temporary.replace(path)
@@ -47,7 +47,7 @@ def fresh_directory(final: Path) -> Iterator[Path]:
         with _reported_as_unwritable(final):
             temporary.mkdir(parents=True)
         yield temporary
-        with _reported_as_unwritable(final):
+        with _reported_as_unwritable(final):  # not around the block, whose errors may be about other files
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
     finally:

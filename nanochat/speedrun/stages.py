@@ -21,8 +21,8 @@ class Stage:
 
 def _newest_checkpoint(stage: str) -> Callable[[Paths], list[Path]]:
     def files(paths: Paths) -> list[Path]:
-        found = sorted(paths.checkpoints(stage).glob("step_*/meta.json"))
-        return [found[-1], found[-1].with_name("model.safetensors")] if found else [paths.checkpoints(stage) / "none"]
+        metas = sorted(paths.checkpoints(stage).glob("step_*/meta.json"))
+        return [metas[-1], metas[-1].with_name("model.safetensors")] if metas else [paths.checkpoints(stage) / "none"]
 
     return files
 

@@ -243,10 +243,10 @@ def _talk(rng: random.Random, people: dict, functions: list[tuple[str, int]]) ->
 
 def _write_bundle(directory: Path, rng: random.Random, people: dict, size: int) -> dict[str, int]:
     facts = [fact for facts in people.values() for fact in facts]
-    asked = [pair for fact in facts for split in ("test", "challenge") for pair in _pairs(fact, split)]
-    rng.shuffle(asked)
+    held_out_questions = [pair for fact in facts for split in ("test", "challenge") for pair in _pairs(fact, split)]
+    rng.shuffle(held_out_questions)
     choice = []
-    for fact, question in asked[:size]:
+    for fact, question in held_out_questions[:size]:
         choices, gold = fact.choices(rng)
         choice.append({"query": f"Question: {question}\nAnswer:", "choices": choices, "gold": gold})
     held_out = [(fact, sentence) for fact in facts for sentence in fact.sentences(held_out=True)]

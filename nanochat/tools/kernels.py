@@ -21,7 +21,7 @@ from nanochat_kernels import architecture, dispatch, gate, inspect, tune
 
 def list_kernels(options: KernelsListOptions) -> None:
     """Print every operation with its implementations, and the one that "auto" takes on this machine."""
-    table = Table("operation", "implementations", "auto takes here", "because", box=None)
+    table = Table("operation", "implementations", "auto takes", "because", box=None)
     for name, operation in sorted(dispatch.operations().items()):
         chosen, reason = dispatch.describe(operation)
         table.add_row(name, ", ".join((*operation.implementations, "reference")), chosen, reason)

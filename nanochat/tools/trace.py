@@ -75,14 +75,14 @@ def _steps_of_block(i: int) -> list[Step]:
     block, name = f"blocks.{i}", f"block {i}"
     attention, mlp, before = f"{block}.attention", f"{block}.mlp", "" if i == 0 else f"blocks.{i - 1}"
     rotated = "rotated by an angle that grows with the position, then normalised over the head"
-    squared = "4·C hidden units, negative ones cut, the rest squared; about half are zero"
+    squared = "4·C hidden units, negative ones set to zero, the others squared; about half are zero"
     attended = "softmax(q·kᵀ/√D)·v over this position and those before it"
     by_token = lambda heads: heads.transpose(1, 2)  # noqa: E731
     return [
         Step(before, "rms_norm", f"{name} rms_norm", "the residual stream, normalised for attention"),
         Step(attention, "view", f"{name} query", "what each position looks for, cut into heads of width D"),
         Step(attention, "view", f"{name} key", "what each position offers"),
-        Step(attention, "view", f"{name} value", "what each position hands over"),
+        Step(attention, "view", f"{name} value", "what each position passes on"),
         Step(attention, "rms_norm", f"{name} qk_norm_rope q", rotated),
         Step(attention, "rms_norm", f"{name} qk_norm_rope k", "the same, so that |q·k|/√D never passes √D"),
         Step(attention, "scaled_dot_product_attention", f"{name} attention", attended, by_token),

@@ -26,15 +26,15 @@ FUSED = ("rms_norm", "qk_norm_rope", "relu2_mlp", "linear_cross_entropy")  # att
 LENGTH_MULTIPLE = 128
 
 
-def choose_execution(asked: Execution, device: torch.device, impl: Implementations) -> tuple[str, str]:
-    """The execution that `asked` stands for on a device, for a model with these implementations; returns it with the reason.
+def choose_execution(requested: Execution, device: torch.device, impl: Implementations) -> tuple[str, str]:
+    """The execution that `requested` stands for on a device, for a model with these implementations; returns it with the reason.
 
     Raises UserError for a graph without CUDA.
     """
-    if asked == "graph" and device.type != "cuda":
+    if requested == "graph" and device.type != "cuda":
         raise UserError(f"--execution graph replays CUDA graphs, and the device is {device.type}; leave the option out")
-    if asked != "auto":
-        return asked, "as asked"
+    if requested != "auto":
+        return requested, "as requested"
     if device.type == "cuda":
         plain = [name for name in FUSED if getattr(impl, name) == "reference"]
         if plain:  # a graph of d12's unfused operations took 2.2 times as long as the compiled model
