@@ -93,9 +93,9 @@ def _fetch(wanted: list[Asset], workers: int, paths: Paths) -> None:
     seconds = time.perf_counter() - started
     say(f"{received / 1e6:,.1f} MB in {seconds:.1f} s ({received / 1e6 / max(seconds, 1e-9):,.1f} MB/s)")
     if failed:
-        reasons = "; ".join(f"{name} ({reason})" for name, reason in failed.items())
+        summary = "; ".join(f"{name} ({reason})" for name, reason in failed.items())
         raise UserError(
-            f"{len(failed)} of {len(wanted)} assets are missing: {reasons}; the same command continues from here"
+            f"{len(failed)} of {len(wanted)} assets are missing: {summary}; the same command continues from here"
         )
     shutil.rmtree(_staging(paths), ignore_errors=True)
     say(f"all {len(wanted)} assets are complete; next: nanochat preflight")
