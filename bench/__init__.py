@@ -1,1 +1,1 @@
-"""Measurements: pytest-benchmark suites, results/<machine>/ and NOTES.md. `make bench` runs the suites."""
+"""Benchmarks: pytest-benchmark suites, which `make bench` runs, results/<machine>/ and NOTES.md."""

@@ -1,4 +1,4 @@
-"""python -m bench: time the fused operations on the GPU here; report: write what was found; compare: two results.
+"""python -m bench: time the fused operations on this GPU. report: write a report of results. compare: compare two results.
 
 python -m bench --list
 python -m bench --op rms_norm --shape d20 --mode both --json build/rms_norm.json
@@ -40,10 +40,10 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Time operations against eager, torch.compile and, where installed, other libraries."""
+    """Time operations against eager PyTorch, torch.compile and the other libraries that are installed."""
 
     list: bool = False
-    """only say which operations are measured, at which shapes, in which modes, against what"""
+    """print the operations with their shapes, modes and variants, and measure nothing"""
     op: tuple[str, ...] = ()
     """only these operations"""
     impl: tuple[str, ...] = ()
@@ -57,9 +57,9 @@ class RunConfig:
     rounds: int = 40
     """samples of each variant"""
     json: Path | None = None
-    """write every sample here"""
+    """file for every sample"""
     csv: Path | None = None
-    """write the table here"""
+    """file for the table"""
     profile: bool = False
     """run each variant once inside an NVTX range, between cudaProfilerStart and Stop, instead of timing it: for
     nsys profile --capture-range=cudaProfilerApi, or ncu --nvtx"""
@@ -72,12 +72,12 @@ class ReportConfig:
     results: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """JSON files that python -m bench wrote"""
     out: Path = Path("build/report")
-    """folder"""
+    """folder of the report"""
 
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Print what became slower by more than 3 % and the noise from A to B; exit status 1 if anything did."""
+    """Print the cases that became slower by more than 3 % plus the noise; exit status 1 if there are any."""
 
     before: Annotated[Path, tyro.conf.Positional]
     after: Annotated[Path, tyro.conf.Positional]
@@ -109,7 +109,7 @@ def run(config: RunConfig, command: str) -> None:
         found["rows"] += rows
         console.print(_table(rows))
         torch.cuda.empty_cache()
-        if config.json:  # after each case: what was measured stays when the rest is cut short
+        if config.json:  # after each case, so that an interrupted run keeps its results
             write_json(config.json, found)
     if config.csv:
         lines = [[row.get(column, "") for column in COLUMNS] for row in found["rows"]]
@@ -131,7 +131,7 @@ def _list() -> None:
 
 def _shapes(op: str, config: RunConfig) -> Iterable[str]:
     if op not in measured():
-        raise UserError(f"--op {op} is not measured here; there are {', '.join(measured())}")
+        raise UserError(f"--op {op} has no benchmark; choose one of {', '.join(measured())}")
     known = {shape for operation in measured().values() for shape in operation.benchmark.shapes}
     if set(config.shape) - known:
         raise UserError(f"--shape must be among {', '.join(sorted(known))}, got {', '.join(config.shape)}")
@@ -159,7 +159,7 @@ def _profile(cases: list) -> None:
                 variant(0)
                 torch.cuda.synchronize()
     torch.cuda.cudart().cudaProfilerStop()
-    say(f"ran {sum(len(case.variants) for case in cases)} variants, each in an NVTX range of its name")
+    say(f"ran {sum(len(case.variants) for case in cases)} variants, each in an NVTX range with its name")
 
 
 def _table(rows: list[dict]) -> Table:
@@ -174,7 +174,7 @@ def _table(rows: list[dict]) -> Table:
         "GB/s",
         "% of copy",
         "TFLOP/s",
-        "triton is × of it",
+        "triton's time ÷ its time",
         "launch µs",
         "transient MB",
     ):

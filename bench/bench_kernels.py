@@ -1,7 +1,7 @@
-"""Every operation with a benchmark, at its shapes and in its modes: the time of a call until the GPU is done, launch included.
+"""Time every operation that has a benchmark, at its shapes and in its modes: a call until the GPU is done, with its launch.
 
-What pytest-benchmark reports is its own clock around a call and a synchronisation. `python -m bench` measures GPU time alone,
-with a cold cache and baselines that take turns.
+pytest-benchmark reports host time around a call and a synchronisation. `python -m bench` measures GPU time only, with a cold cache
+and baselines that take turns.
 """
 
 import pytest

@@ -1,7 +1,7 @@
-"""The loader alone, from local parquet to batches, at the production shape and vocabulary size of documents.
+"""Time the data loader alone, from local parquet files to batches, with the batch shape of production runs.
 
-Eight GPUs at 530,000 tokens/s need that many tokens tokenised a second; a node has 16 cores. The text here resembles the
-production text in what costs time: ordinary words, a vocabulary of 32,768 learned from them, about 4.5 bytes a token.
+Eight GPUs train on 530,000 tokens/s, and a node with 16 cores must tokenise as many. The text resembles the production text in all
+that costs time: ordinary words, a vocabulary of 32,768 learned from them, and about 4.5 bytes per token.
 """
 
 import random
@@ -24,12 +24,12 @@ NODE_TOKENS_PER_SECOND = 530_000
 
 @pytest.fixture(scope="module")
 def prose(tmp_path_factory) -> tuple[Paths, Tokenizer]:
-    """Documents of 400 words drawn from 60,000 by a Zipf law, as many as 40 MB."""
+    """40 MB of documents with 400 words each, drawn from 60,000 words by a Zipf law."""
     paths, rng = Paths(tmp_path_factory.mktemp("prose")), random.Random(0)
-    listed = words(3, 60_000)
-    rng.shuffle(listed)
-    weights = [1 / (rank + 10) for rank in range(len(listed))]
-    documents = [" ".join(rng.choices(listed, weights, k=400)) + "." for _ in range(14_000)]
+    vocabulary = words(3, 60_000)
+    rng.shuffle(vocabulary)
+    weights = [1 / (rank + 10) for rank in range(len(vocabulary))]
+    documents = [" ".join(rng.choices(vocabulary, weights, k=400)) + "." for _ in range(14_000)]
     paths.text.mkdir()
     for index in range(2):
         table = pa.table({"text": documents[index::2]})

@@ -1,4 +1,4 @@
-"""Training the tokenizer, and encoding with one thread and with two. extra_info: tokens or characters a second."""
+"""Time the training of the tokenizer, and encoding with one and two threads. extra_info: tokens or characters per second."""
 
 from concurrent.futures import ThreadPoolExecutor
 

@@ -1,4 +1,4 @@
-"""One training step of the cpu preset: forward, backward, synchronise, update; and its two halves."""
+"""Time a training step of the cpu preset (forward, backward, synchronise, update) and its two halves."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
-"""What is measured: the cases that the operations' own records describe, each with all its variants ready to run.
+"""Benchmark cases, built from the operations' records, each with all its variants ready to run.
 
-A variant takes the number of a round, which says which set of inputs it takes, and returns what the operation returns.
+A variant takes the number of the round, which selects its set of inputs, and returns the operation's results.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,9 +15,9 @@ from nanochat_kernels.configs import dtype_name
 from nanochat_kernels.operation import Benchmark, Operation
 
 MODES = ("fwd", "bwd", "both")
-SETS_BYTES = 2**31  # inputs smaller than this come in two sets, so that no variant finds its own in a cache
+SETS_BYTES = 2**31  # below this size there are two sets of inputs, so that no variant finds its inputs in a cache
 
-# how far the results of two variants may be apart, relative to the norm of each tensor: several roundings of the dtype
+# allowed difference between the results of two variants, relative to the norm of each tensor: several roundings of the dtype
 TOLERANCE = {torch.bfloat16: 2**-5, torch.float16: 2**-8, torch.float32: 2**-12}
 
 
@@ -25,8 +25,8 @@ TOLERANCE = {torch.bfloat16: 2**-5, torch.float16: 2**-8, torch.float32: 2**-12}
 class Case:
     """One operation at one shape in one mode, ready to run.
 
-    bytes: what must be read and written at the least. flops: what a variant executes; those of "eager" are the plain algorithm's.
-    prepare: restores the inputs of a variant that changes them, before each call, untimed.
+    bytes: the least number of bytes that must be read and written. flops: the operations that a variant executes; "eager" stands
+    for the plain algorithm. prepare: by variant, restores inputs that it changes; called before each call, untimed.
     """
 
     operation: str
@@ -41,14 +41,14 @@ class Case:
 
 
 def measured() -> dict[str, Operation]:
-    """The operations that have a benchmark, by name."""
+    """Return the operations that have a benchmark, by name."""
     return {name: operation for name, operation in kernels.operations().items() if operation.benchmark}
 
 
 def functions(operation: Operation) -> dict[str, Callable]:
-    """What computes an operation, by name, all taking the same arguments: the fused implementations, the reference eagerly and
-    compiled, and the baselines that are installed."""
-    torch._dynamo.reset()  # else the eighth shape of a function is no longer compiled
+    """Return all functions that compute an operation, by name: the fused implementations, the reference run eagerly and compiled,
+    and the baselines that are installed. All take the same arguments."""
+    torch._dynamo.reset()  # else torch.compile stops compiling a function at its eighth shape
     found = {name: partial(operation.function, impl=name) for name in operation.implementations}
     found["eager"] = operation.reference
     found["compile"] = torch.compile(operation.reference, dynamic=False)
@@ -65,7 +65,7 @@ def case(
     only: tuple[str, ...] = (),
     device: str = "cuda",
 ) -> Case:
-    """Make the inputs on the device. only: names of variants; all when empty."""
+    """Build a case with its inputs on the device. only: the names of the variants to include; empty for all."""
     operation = measured()[name]
     benchmark = operation.benchmark
     inputs = partial(benchmark.inputs, shape, dtype, torch.device(device))
@@ -83,15 +83,15 @@ def case(
     if benchmark.variants:
         whole = benchmark.variants(sets[0])
         made.variants = {n: partial(_without_number, run) for n, run in whole.items() if not only or n in only}
-        made.tolerance = 0.1  # an algorithm of many steps: the roundings of each are multiplied by those that follow
+        made.tolerance = 0.1  # an algorithm of many steps, each of which magnifies the rounding errors of those before
         return made
     for variant, function in functions(operation).items():
         if only and variant not in only:
             continue
         own = sets
-        if variant in benchmark.baselines:  # which may write over its inputs
+        if variant in benchmark.baselines:  # a baseline may overwrite its inputs
             own = [tuple(x.clone() if isinstance(x, Tensor) else x for x in arguments) for arguments in sets]
-            if mode != "bwd":  # where the inputs of the forward pass are saved tensors
+            if mode != "bwd":  # in mode bwd the inputs are saved tensors of the forward pass, which must not change
                 made.prepare[variant] = partial(_restore, own, sets)
         made.variants[variant] = Runner(function, own, benchmark, mode)
     return made
@@ -108,7 +108,7 @@ def _restore(own: list[tuple], sets: list[tuple], number: int) -> None:
 
 
 class Runner:
-    """One variant: a forward pass, a backward pass of a kept one, or both; called with the number of the round."""
+    """One variant, called with the number of the round: a forward pass, a backward pass through a kept graph, or both."""
 
     def __init__(self, function: Callable, sets: list[tuple], benchmark: Benchmark, mode: str):
         self.function, self.sets, self.mode = function, sets, mode
@@ -137,7 +137,7 @@ class Runner:
         return outputs if isinstance(outputs, tuple) else (outputs,), [inputs[i] for i in self.differentiable]
 
     def upstream_of(self, outputs: tuple[Tensor, ...]) -> list[Tensor]:
-        """The same for every variant; 1 for a loss."""
+        """Return the upstream gradients, the same for every call of a variant and every variant; 1 for a loss."""
         if self.upstream is None:
             generator = torch.Generator(outputs[0].device).manual_seed(0)
             self.upstream = [
@@ -147,7 +147,7 @@ class Runner:
 
 
 def tensors(results: object) -> Iterator[Tensor]:
-    """The tensors of nested tuples and lists of results; a batch of matrices one after the other."""
+    """Yield the tensors in nested tuples and lists of results, and the matrices of a batch one by one."""
     if isinstance(results, Tensor):
         results = results.detach()
         yield from results if results.dim() == 3 else (results,)
@@ -157,7 +157,7 @@ def tensors(results: object) -> Iterator[Tensor]:
 
 
 def disagreement(results: object, expected: object, tolerance: float) -> str | None:
-    """How far the results of a variant are from those of another, relative to the norm of each tensor; None within tolerance."""
+    """Return how a variant's results differ from the expected ones, relative to each tensor's norm, or None within the tolerance."""
     pairs = list(zip(tensors(results), tensors(expected), strict=True))
     for number, (a, b) in enumerate(pairs):
         if a.shape != b.shape:
@@ -168,13 +168,13 @@ def disagreement(results: object, expected: object, tolerance: float) -> str | N
             error += float((part.float() - other).square().sum(dtype=torch.float64))
             size += float(other.square().sum(dtype=torch.float64))
         if not error <= tolerance**2 * size:
-            apart = (error / size) ** 0.5 if size else float("inf")
-            return f"tensor {number} differs from the reference's by {apart:.1%} of its norm"
+            relative = (error / size) ** 0.5 if size else float("inf")
+            return f"tensor {number} differs from the reference's by {relative:.1%} of its norm"
     return None
 
 
 def variant_names(benchmark: Benchmark, implementations: Mapping[str, object]) -> list[str]:
-    """For people: what an operation is compared with; of one with variants of its own only that it has them."""
+    """Return the names of an operation's variants for `--list`; variants of its own exist only once its inputs do."""
     if benchmark.variants:
         return ["its own"]
     return [*implementations, "eager", "compile", "max-autotune", *benchmark.baselines]

@@ -1,4 +1,4 @@
-"""Two results side by side: what became slower by more than 3 % and the noise."""
+"""Compare two results and mark the cases that became slower by more than 3 % plus the noise."""
 
 import json
 from pathlib import Path
@@ -13,18 +13,18 @@ KEY = ("op", "shape", "mode", "dtype", "impl")
 
 
 def load(path: Path) -> dict[tuple, dict]:
-    """Measured rows of a result by what they measure. Raises UserError for a file that is none."""
+    """Return the measured rows of a result by the case that they measure. Raises UserError if the file is not a result."""
     try:
         rows = json.loads(path.read_text("utf-8"))["rows"]
         return {tuple(row[key] for key in KEY): row for row in rows if row["ms"] is not None}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no result of python -m bench ({error!r}); write one with --json") from error
+        raise UserError(f"{path} is not a result of python -m bench ({error!r}); write one with --json") from error
 
 
 def change(before: dict, after: dict) -> tuple[float, float]:
-    """Relative change of the time and its noise: half the quartiles' distance of both, as fractions, in quadrature.
+    """Return the relative change of the time and its noise: half the interquartile range of both, relative, in quadrature.
 
-    Times are taken against the copy of their own run, since a GPU's clocks move all times of a run together.
+    Times are measured against the copy in their own run, because a GPU's clock rate changes all times of a run together.
     """
     relative = after["ms"] * after["copy_gbps"] / (before["ms"] * before["copy_gbps"]) - 1
     spreads = [(row["quartiles_ms"][1] - row["quartiles_ms"][0]) / 2 / row["ms"] for row in (before, after)]
@@ -32,7 +32,7 @@ def change(before: dict, after: dict) -> tuple[float, float]:
 
 
 def compare(before: Path, after: Path) -> int:
-    """Print every case of both files; returns how many became slower."""
+    """Print the cases that are in both files and return how many became slower."""
     old, new = load(before), load(after)
     shared = [key for key in old if key in new]
     if not shared:
@@ -50,7 +50,7 @@ def compare(before: Path, after: Path) -> int:
     console.print(table)
     only = len(old) + len(new) - 2 * len(shared)
     say(
-        f"{slower} of {len(shared)} cases slower by more than {THRESHOLD:.0%} and the noise"
+        f"{slower} of {len(shared)} cases slower by more than {THRESHOLD:.0%} plus the noise"
         + (f"; {only} in one file only" if only else "")
     )
     return slower

@@ -1,4 +1,4 @@
-"""The embedded data at the size of the cpu preset, made once for all suites."""
+"""Synthetic data in the size of the cpu preset, generated once for all suites."""
 
 import pytest
 

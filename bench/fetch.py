@@ -1,4 +1,4 @@
-"""Throughput of `nanochat fetch` beside curl, from a hub on this machine: python -m bench.fetch --json build/fetch.json"""
+"""Compare `nanochat fetch` with curl, from a hub on this machine: python -m bench.fetch --json build/fetch.json"""
 
 import os
 import statistics
@@ -21,16 +21,16 @@ REPO = "karpathy/fineweb-edu-100b-shuffle"
 
 @dataclass(frozen=True)
 class FetchBenchConfig:
-    """Fetch shards of random text, which do not compress, by turns with curl."""
+    """Fetch shards of random text, which do not compress, with nanochat and curl in turns."""
 
     shards: int = 15
     """shards besides the one for validation"""
     megabytes: int = 64
-    """of a shard"""
+    """size of a shard"""
     rounds: int = 3
-    """times each"""
+    """samples of each variant"""
     json: Path | None = None
-    """write every sample here"""
+    """file for every sample"""
 
 
 def main(config: FetchBenchConfig) -> None:

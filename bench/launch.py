@@ -1,6 +1,6 @@
-"""Host time of a call: the public function against the bare launch of its kernel: python -m bench.launch
+"""Compare the host time of a public function with the bare launch of its kernel: python -m bench.launch
 
-Both allocate new results each time; rows are few, so that the GPU never makes the host wait. Median of 2,000 calls.
+Both allocate new results in each call. There are so few rows that the host never waits for the GPU. Medians of 2,000 calls.
 """
 
 import sys
@@ -21,7 +21,7 @@ from nanochat_kernels.triton_helpers import recorded_launches
 
 
 def microseconds(call: Callable[[], object], calls: int = 2000) -> float:
-    """Median host time of a call, the queue of the GPU emptied now and then."""
+    """Return the median host time of a call in µs; every 100 calls the GPU's queue is drained."""
     times = []
     for number in range(calls + 100):
         if number % 100 == 0:
@@ -34,9 +34,9 @@ def microseconds(call: Callable[[], object], calls: int = 2000) -> float:
 
 
 def bare(function: Callable, arguments: tuple[Tensor, ...]) -> Callable[[], object]:
-    """The launch that a call makes, without the function: new results each time, then kernel[grid](…).
+    """Return the launch that a call makes, without the function around it: it allocates the results and runs kernel[grid](…).
 
-    The launch is recorded on tensors without data. Pointers that are none of the call's arguments are results.
+    The launch is recorded on meta tensors. Pointers that are not arguments of the call are results.
     """
     device = arguments[0].device
     without_data = [x.detach().to("meta").requires_grad_(x.requires_grad) for x in arguments]
@@ -68,10 +68,10 @@ def main() -> None:
         "qk_norm_rope": (kernels.qk_norm_rope, (q, k, *tables)),
     }
     for name, (function, arguments) in calls.items():
-        trained = (arguments[0].clone().requires_grad_(), *arguments[1:])
-        for what, inputs in (("", arguments), (", with a gradient", trained)):
+        with_gradient = (arguments[0].clone().requires_grad_(), *arguments[1:])
+        for what, inputs in (("", arguments), (", with a gradient", with_gradient)):
             whole, alone = microseconds(partial(function, *inputs, impl="triton")), microseconds(bare(function, inputs))
-            print(f"{name + what:31} {whole:6.1f} µs, bare launch {alone:6.1f} µs, {whole - alone:5.1f} µs more")
+            print(f"{name + what:31} {whole:6.1f} µs, bare launch {alone:6.1f} µs, difference {whole - alone:5.1f} µs")
 
 
 if __name__ == "__main__":

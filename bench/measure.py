@@ -1,4 +1,4 @@
-"""Measuring a case: every variant in turn with a copy beside them, so that all numbers come from one state of the GPU."""
+"""Measure a case: its variants and a copy take turns, so that all numbers come from the same state of the GPU."""
 
 import subprocess
 import sys
@@ -20,7 +20,9 @@ COPY_BYTES = 2**31
 
 def need_gpu() -> None:
     if not torch.cuda.is_available():
-        raise UserError("the kernels are measured on a GPU, and there is none here; kernels inspect needs none")
+        raise UserError(
+            "the kernels are measured on a GPU, and this machine has none; `nanochat kernels inspect` needs none"
+        )
 
 
 def installed(package: str) -> str | None:
@@ -31,7 +33,7 @@ def installed(package: str) -> str | None:
 
 
 def header(command: str) -> dict:
-    """What a result must say of itself: command, commit, device, versions, and the matrix product's rate here."""
+    """Return the header of a result: command, commit, date, device, versions, and the rate of a matrix product on this GPU."""
     need_gpu()
     from triton import __version__ as triton_version
 
@@ -58,15 +60,15 @@ def header(command: str) -> dict:
 
 
 def check(case: Case) -> tuple[dict[str, str], dict[str, dict]]:
-    """Run every variant and compare it with the reference, or with the first variant where the reference does not fit.
+    """Run every variant and compare its results with the reference's, or with the first variant's if the reference cannot run.
 
-    Returns (why a variant is not timed, launch µs and transient MB of the others), by variant.
+    Returns (the reasons for which variants are not timed, launch µs and transient MB of the others), by variant.
     """
     expected, notes, extra = None, {}, {}
     for name in sorted(case.variants, key=lambda name: name != "eager"):
         run, prepare = case.variants[name], case.prepare.get(name, lambda number: None)
         try:
-            for _ in range(2):  # the second call shows what the first one did to its inputs
+            for _ in range(2):  # the second call shows whether the first one changed its inputs
                 prepare(0)
                 results = run(0)
             if expected is None:
@@ -78,16 +80,16 @@ def check(case: Case) -> tuple[dict[str, str], dict[str, dict]]:
             extra[name] = {"launch_us": launch_microseconds(run), "transient_mb": transient_bytes(run) / 1e6}
         except torch.OutOfMemoryError:
             notes[name] = "out of memory"
-        except Exception as error:  # of a library that does not run here: the others are measured without it
+        except Exception as error:  # a library may not run on this machine: the other variants are still measured
             notes[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         torch.cuda.empty_cache()
     return notes, extra
 
 
 def measure(case: Case, rounds: int = ROUNDS) -> Iterator[dict]:
-    """A row for each variant: median ms with quartiles, GB/s, percent of the copy, ratios, launch µs, transient bytes.
+    """Yield a row for each variant: median ms with quartiles, GB/s, percent of the copy, ratios, launch µs, transient MB.
 
-    A variant that disagrees with the reference, fails or runs out of memory gets a row that says so, and no time.
+    The row of a variant that disagrees with the reference, fails or runs out of memory has a note in place of times.
     """
     source = torch.empty(COPY_BYTES // 2, dtype=torch.bfloat16, device="cuda").normal_()
     target = torch.empty_like(source)

@@ -1,8 +1,8 @@
-"""Time a whole optimizer step on the GPU here: python -m bench.optimizer_step --depth 20 --json build/optimizer_step.json
+"""Time a whole optimizer step on this GPU: python -m bench.optimizer_step --depth 20 --json build/optimizer_step.json
 
-The fused one as training runs it (replayed from CUDA graphs) and launched, against the plain formulas on batches of all matrices
-of a shape, compiled by torch.compile, launched and replayed, and against the plain loop over matrices. Random gradients; GPU
-time with a cold cache, variants taking turns; host time is the processor's to hand a step to an idle GPU.
+Variants: the fused step replayed from CUDA graphs as in training, and launched; the plain formulas compiled by torch.compile on
+batches of all matrices of a shape, launched and replayed; and the plain loop over matrices. The gradients are random. GPU time is
+measured with a cold cache and variants that take turns. Host time is the time to launch a step on an idle GPU.
 """
 
 import math
@@ -29,18 +29,18 @@ from nanochat_kernels.timing import interleaved
 
 @dataclass(frozen=True)
 class OptimizerStepConfig:
-    """Time the optimizer: fused, and plain compiled on batches."""
+    """Time the optimizer: the fused step, and the plain formulas compiled on batches."""
 
     depth: int = 20
-    """blocks"""
+    """blocks of the model"""
     vocab_size: int = 65536
-    """tokens of the vocabulary"""
+    """size of the vocabulary"""
     rounds: int = 15
     """samples of each variant"""
     variants: tuple[str, ...] = ("graph", "launched", "compiled", "compiled_graph", "loop")
-    """which of them"""
+    """variants to time"""
     json: Path | None = None
-    """write every sample here"""
+    """file for every sample"""
 
 
 class CompiledPlain:

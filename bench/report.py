@@ -1,11 +1,11 @@
-"""A report of results: tables, bars of the ratio to every baseline, and a roofline with every kernel on it."""
+"""Write a report of results: tables, a chart of the ratio to every baseline, and a roofline with every kernel."""
 
 import json
 from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # no display is needed or looked for
+matplotlib.use("Agg")  # works without a display
 
 from matplotlib import pyplot as plt
 
@@ -124,7 +124,7 @@ def plot_roofline(rows: list[dict], peak_tflops: float, path: Path) -> None:
         if max(x) > peak_tflops * 1e3 / bandwidth:
             best, of = max(100 * row["tflops"] / peak_tflops for row in points), "product"
         axis.scatter(x, y, s=22, label=f"{operation}: {best:.0f} % of the {of} at best")
-    axis.set(title="Roofline", xlabel="operations a byte", ylabel="TFLOP/s", xlim=(0.1, 1e4))
+    axis.set(title="Roofline", xlabel="operations per byte", ylabel="TFLOP/s", xlim=(0.1, 1e4))
     axis.legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -1,9 +1,9 @@
-"""A training micro-step on the GPU here, in the ways that training can run it: python -m bench.training_step --depth 12 20
+"""Time a training micro-step on this GPU in the ways that training can run it: python -m bench.training_step --depth 12 20
 
-A variant is EXECUTION:IMPL, as in graph:auto (what training takes) or compile:reference (its baseline); IMPL auto-OPERATION is
-auto with one operation taken by the reference. Variants take turns in one process, micro-steps follow each other without waiting
-for the host, and tokens and weights are random, not zero. Host time is the processor's to hand a micro-step to an idle GPU.
---first-step times what a user waits for at the start, in a process of its own: python -m bench.training_step --first-step
+A variant is EXECUTION:IMPL, such as graph:auto (the default of training) or compile:reference (the baseline). IMPL auto-OPERATION is
+auto with the reference for one operation. Variants take turns in one process, micro-steps follow each other without waiting for
+the host, and tokens and weights are random, not zero. Host time is the time to launch a micro-step on an idle GPU.
+--first-step times the start of a run, in a process of its own: python -m bench.training_step --first-step
 """
 
 import gc
@@ -23,13 +23,14 @@ import tyro
 
 from bench.measure import header
 from nanochat.data.batches import Batch
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.options.model import Implementations
 from nanochat.platform.distributed import start_runtime
 from nanochat.platform.errors import UserError
 from nanochat.platform.files import write_json
 from nanochat.train.micro_step import MicroStep
+from nanochat.train.timing import milliseconds, random_batch, trained_model
 
 
 @dataclass(frozen=True)
@@ -43,60 +44,38 @@ class TrainingStepConfig:
     tokens: tuple[int, ...] = (1024,)
     """tokens per row"""
     vocab_size: int = 65536
-    """tokens of the vocabulary"""
+    """size of the vocabulary"""
     layers: int = 0
-    """blocks in place of --depth, whose width stays; 0: as many as --depth"""
+    """number of blocks, if it differs from --depth, which still sets the width; 0: as many as --depth"""
     variants: tuple[str, ...] = ("graph:auto", "compile:reference")
-    """EXECUTION:IMPL, the first against all others"""
+    """variants to time, as EXECUTION:IMPL"""
     rounds: int = 7
     """samples of each variant"""
     seconds: float = 0.25
-    """length of a sample: as many micro-steps as fit, at least two"""
+    """length of a sample, which has as many micro-steps as fit, at least two"""
     first_step: bool = False
-    """time the first micro-step and the first update, with nothing cached and with caches warm, instead"""
+    """time the first micro-step and the first update instead, with empty and with warm caches"""
     json: Path | None = None
-    """write every sample here"""
+    """file for every sample"""
 
 
 def implementations(text: str) -> Implementations:
-    """auto, reference, another one of every operation, or auto-OPERATION."""
+    """Parse IMPL: auto, reference or another implementation for every operation, or auto-OPERATION."""
     impl, _, without = text.partition("-")
     names = [field.name for field in fields(Implementations)]
     if without and without not in names:
-        raise UserError(f"{text}: {without} is no operation; choose one of {', '.join(names)}")
+        raise UserError(f"{text}: {without} is not an operation; choose one of {', '.join(names)}")
     return replace(Implementations(**dict.fromkeys(names, impl)), **({without: "reference"} if without else {}))
 
 
 def prepare(variant: str, shape: GPTConfig, device: torch.device) -> MicroStep:
-    """A model with weights as training leaves them, none of them zero, and its optimizer."""
+    """Return the micro-step of a model whose weights are all nonzero, as training leaves them, with its optimizer."""
     execution, _, impl = variant.partition(":")
-    model = GPT.create(replace(shape, impl=implementations(impl)), device, torch.bfloat16)
-    generator = torch.Generator(device).manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.5 * parameter.size(1) ** -0.5, generator=generator)
+    model = trained_model(replace(shape, impl=implementations(impl)), device, torch.bfloat16)
     optimizer = MuonAdamW(model)
     step = MicroStep(model, optimizer, execution, one_length=True)
     step.optimizer = optimizer
     return step
-
-
-def batch(shape: GPTConfig, rows: int) -> Batch:
-    tokens = torch.randint(shape.vocab_size, (rows, shape.context_length + 1))
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), ())
-
-
-def sample(step: MicroStep, data: Batch, count: int) -> float:
-    """Milliseconds of a micro-step, of `count` that follow each other."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(count):
-        step(data, 0.125)
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / count
 
 
 def host_milliseconds(step: MicroStep, data: Batch) -> float:
@@ -111,8 +90,8 @@ def host_milliseconds(step: MicroStep, data: Batch) -> float:
 
 
 def measure(shape: GPTConfig, rows: int, config: TrainingStepConfig, device: torch.device) -> list[dict]:
-    """A row of results for each variant. One that runs out of memory gets a row that says so."""
-    data, steps, found = batch(shape, rows), {}, {}
+    """Return a row of results for each variant; if it runs out of memory, the row has a note in place of times."""
+    data, steps, found = random_batch(shape, rows), {}, {}
     for variant in config.variants:
         torch.cuda.synchronize()
         gc.collect(), torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
@@ -134,12 +113,12 @@ def measure(shape: GPTConfig, rows: int, config: TrainingStepConfig, device: tor
         except torch.OutOfMemoryError as error:
             found[variant] = {"note": f"out of memory: {str(error).splitlines()[0][:120]}"}
             step = None
-    counts = {name: max(2, int(1e3 * config.seconds / sample(step, data, 2))) for name, step in steps.items()}
+    counts = {name: max(2, int(1e3 * config.seconds / milliseconds(step, data, 2))) for name, step in steps.items()}
     names = list(steps)
     for number in range(config.rounds):
         for turn in range(len(names)):
             name = names[(turn + number) % len(names)]
-            found[name]["samples_ms"].append(sample(steps[name], data, counts[name]))
+            found[name]["samples_ms"].append(milliseconds(steps[name], data, counts[name]))
     rows_of_results = []
     for variant, row in found.items():
         common = {
@@ -177,7 +156,7 @@ def report(rows: list[dict]) -> None:
 
 
 def first_step(config: TrainingStepConfig) -> list[dict]:
-    """Each variant at the first shape given, in a process of its own: cold, then with the caches that the first one left."""
+    """Time each variant at the first given shape in processes of its own: with empty caches, then with those that this leaves."""
     rows = []
     for variant in config.variants:
         with tempfile.TemporaryDirectory() as folder:
@@ -210,9 +189,9 @@ def first_step(config: TrainingStepConfig) -> list[dict]:
 
 
 def one_first_step(config: TrainingStepConfig, device: torch.device) -> dict:
-    """Seconds of the first micro-steps and updates of this process."""
+    """Return the seconds that the first micro-steps and updates of this process take."""
     shape = GPTConfig.from_depth(config.depth[0], config.vocab_size, config.tokens[0])
-    data, step = batch(shape, config.rows[0]), prepare(config.variants[0], shape, device)
+    data, step = random_batch(shape, config.rows[0]), prepare(config.variants[0], shape, device)
     torch.cuda.synchronize()
     times: dict[str, list[float]] = {"micro_step_s": [], "update_s": []}
     for _ in range(4):
@@ -242,7 +221,7 @@ def main(config: TrainingStepConfig) -> None:
             report(results)
             found["rows"] += results
             torch._dynamo.reset()
-            if config.json:  # after each shape: what was measured stays when the rest is cut short
+            if config.json:  # after each shape, so that an interrupted run keeps its results
                 write_json(config.json, found)
         if config.json:
             write_json(config.json, found)

@@ -1,6 +1,6 @@
-"""Fused operations of the GPT: nanochat_kernels.rms_norm and so on, one file each.
+"""Fused operations of the GPT, such as nanochat_kernels.rms_norm: one public function and one file for each.
 
-Each takes impl="auto" or a name that `nanochat kernels list` shows.
+Every function takes impl="auto" or the name of an implementation; `nanochat kernels list` prints the names.
 """
 
 from nanochat_kernels.dispatch import KernelRequestError, check_request, operations

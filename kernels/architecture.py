@@ -1,4 +1,4 @@
-"""Whose code and launch parameters a CUDA device takes: sm80 (A100) or sm90 (H100, H200)."""
+"""The architecture that a CUDA device takes its code and launch parameters from: sm80 (A100) or sm90 (H100, H200)."""
 
 from contextvars import ContextVar
 from functools import lru_cache
@@ -15,13 +15,13 @@ except ImportError:  # macOS
 
 ARCHITECTURES = ("sm80", "sm90")
 
-# what tensors that are not on a CUDA device take: the interpreter's, and those without data that inspect records launches on
+# the architecture for tensors that are not on a CUDA device: interpreted kernels run on CPU tensors, inspect uses meta tensors
 without_device: ContextVar[str] = ContextVar("architecture without a device", default=ARCHITECTURES[0])
 
 
 @lru_cache
 def architecture(device_index: int | None) -> str:
-    """The architecture of a CUDA device (None: no CUDA device, as under the interpreter): the nearest that has tables."""
+    """Return the nearest architecture with launch tables for a CUDA device. None stands for no CUDA device, as in the interpreter."""
     if device_index is None:
         return without_device.get()
     major, _ = torch.cuda.get_device_capability(device_index)
@@ -29,19 +29,19 @@ def architecture(device_index: int | None) -> str:
 
 
 def forced_architecture() -> str | None:
-    """The architecture that TRITON_OVERRIDE_ARCH or run_ptx_of compiles for in place of the device's own."""
+    """Return the architecture that TRITON_OVERRIDE_ARCH or run_ptx_of sets in place of the device's own, or None."""
     return triton.knobs.runtime.override_arch if TRITON_INSTALLED else None
 
 
 def run_ptx_of(name: str) -> None:
-    """From now on compile for `name` and hand its PTX to the driver, which translates it for the device here.
+    """Compile all kernels for the architecture `name` from now on; the driver translates the PTX for the device.
 
-    PTX runs on every newer GPU, so the code that an A100 runs is validated on an H100 or H200. Its speed is not an A100's.
-    Call it before the first kernel is launched.
+    PTX runs on every newer GPU, so that an H100 or H200 can validate the code of an A100. The timings are not an A100's.
+    Call this before the first launch.
     """
 
     def stages(backend=None, stages=None, options=None, language=None, capability=None):
-        if stages is None:  # asked for what distinguishes this pipeline in the cache
+        if stages is None:  # Triton asks for the key of this pipeline in its cache
             return f"ptx-of-{name}", f"ptx-of-{name}"
         stages["cubin"] = lambda ptx, metadata: ptx.encode() + b"\0"
         return None

@@ -9,11 +9,11 @@ from nanochat_kernels.operation import Operation
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None, *, impl: str = "auto") -> Tensor:
-    """Attention of q (B, T, H, D) over k and v (B, S, G, D), H a multiple of G; returns (B, T, H, D).
+    """Return the attention (B, T, H, D) of q (B, T, H, D) over k and v (B, S, G, D), where H is a multiple of G.
 
-    The queries are the last T tokens of each row's keys. lengths (B,), for a cache: how many of a row's S keys exist;
-    all of them when None. Raises ValueError for shapes that do not fit and TypeError for unlike dtypes, which autocast may
-    mix. Vaswani et al. 2017; grouped queries Ainslie et al. 2023.
+    The queries are the last T tokens of each row's keys. lengths (B,): the number of valid keys in each row of a key/value
+    cache; None means all S. Raises ValueError for mismatched shapes or devices and TypeError for mismatched dtypes, which
+    autocast may mix. Vaswani et al. 2017; grouped queries: Ainslie et al. 2023.
     """
     q, k, v = autocast_products(q, k, v)
     check_float("attention", q=q, k=k, v=v)
@@ -22,7 +22,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None, *,
     check_shape("attention", "k", k, batch, "S", "G", width)
     check_shape("attention", "v", v, *k.shape)
     if heads % k.size(2):
-        raise ValueError(f"attention: {heads} query heads are no multiple of {k.size(2)} key heads")
+        raise ValueError(f"attention: {heads} query heads are not a multiple of {k.size(2)} key heads")
     if k.size(1) < tokens:
         raise ValueError(f"attention: {tokens} queries need at least as many keys, got {k.size(1)}")
     if lengths is not None:

@@ -1,13 +1,15 @@
-"""What the public functions check of their arguments before any work; each message names the argument."""
+"""Checks that the public functions run on their arguments before any work; each message names the argument."""
 
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from nanochat_kernels.tracing import constant_when_traced
+
 
 def check_float(operation: str, **tensors: Tensor) -> None:
-    """All are floating-point tensors of one dtype on one device."""
+    """Raise TypeError unless all tensors are floating point with one dtype, and ValueError unless all are on one device."""
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
@@ -20,17 +22,17 @@ def check_float(operation: str, **tensors: Tensor) -> None:
 
 
 def check_device(operation: str, **tensors: Tensor) -> None:
-    """All are on the device of the first."""
+    """Raise ValueError unless all tensors are on the same device."""
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         if tensor.device != first.device:
             raise ValueError(
-                f"{operation}: {name} is on {tensor.device} but {first_name} on {first.device}; move one to the other"
+                f"{operation}: {name} is on {tensor.device} but {first_name} is on {first.device}; move one to the other"
             )
 
 
 def check_shape(operation: str, name: str, tensor: Tensor, *expected: int | str) -> None:
-    """`expected` holds a size, or the letter of a size that is free."""
+    """Raise ValueError unless the tensor has the expected shape, given as sizes, and as letters where any size is allowed."""
     wrong = tensor.dim() != len(expected) or any(
         isinstance(want, int) and want != got for want, got in zip(expected, tensor.shape, strict=False)
     )
@@ -42,7 +44,7 @@ def check_shape(operation: str, name: str, tensor: Tensor, *expected: int | str)
 def check_targets(
     operation: str, rows: Tensor, vocabulary: int, targets: Tensor, softcap: float, reduction: str
 ) -> None:
-    """What every cross entropy asks of its targets (N,), one for each of `rows`, and of its other arguments."""
+    """Check the arguments that both cross entropies share: targets (N,), one for each of `rows`, the softcap and the reduction."""
     check_shape(operation, "targets", targets, rows.size(0))
     check_device(operation, rows=rows, targets=targets)
     if targets.dtype != torch.int64:
@@ -51,12 +53,12 @@ def check_targets(
         raise ValueError(f"{operation}: reduction must be 'mean' or 'none', got {reduction!r}")
     if vocabulary == 0 and targets.numel():
         raise ValueError(f"{operation}: the vocabulary is empty, but there are {targets.numel()} targets")
-    if not softcap > 0:  # NaN is not either
+    if not softcap > 0:  # true for NaN too
         raise ValueError(f"{operation}: softcap must be positive, got {softcap}")
 
 
 def check_loss_weight(operation: str, targets: Tensor, loss_weight: Tensor | None) -> None:
-    """A float32 scalar or one weight per target, on their device."""
+    """Raise an error unless loss_weight is None, a float32 scalar or one float32 weight per target, on the targets' device."""
     if loss_weight is None:
         return
     check_device(operation, targets=targets, loss_weight=loss_weight)
@@ -68,28 +70,28 @@ def check_loss_weight(operation: str, targets: Tensor, loss_weight: Tensor | Non
 
 
 def under_autocast(x: Tensor) -> bool:
-    """Whether autocast is on for x's device; torch raises for the meta device, which has none."""
+    """Return whether autocast is on for x's device; never for the meta device, for which torch raises an error."""
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def normed_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that torch's rms_norm gives for x: x's, but float32 under autocast on CUDA with a torch that lists it so."""
+    """Return the dtype of torch's rms_norm(x): x's own, or float32 under autocast on CUDA in the versions of torch that promote it."""
     if not under_autocast(x):
         return x.dtype
     return torch.float32 if _autocast_norms_in_float32(x.device.type) else x.dtype
 
 
 @lru_cache
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _autocast_norms_in_float32(device_type: str) -> bool:
-    """Whether autocast hands 16-bit tensors to rms_norm as float32: torch 2.11 does not on CUDA, 2.13 does."""
+    """Return whether autocast casts 16-bit inputs of rms_norm to float32: on CUDA torch 2.13 does and torch 2.11 does not."""
     with torch.autocast(device_type, dtype=torch.bfloat16), torch.no_grad():
         one = torch.ones(1, 1, device=device_type, dtype=torch.bfloat16)
         return torch.nn.functional.rms_norm(one, (1,)).dtype == torch.float32
 
 
 def promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as the plain operation would add them under autocast: in the widest dtype among them. As they are without."""
+    """Under autocast, cast the tensors to the widest dtype among them, as torch's addition does; otherwise return them unchanged."""
     if all(x.dtype == tensors[0].dtype for x in tensors) or not under_autocast(tensors[0]):
         return tensors
     dtype = tensors[0].dtype
@@ -99,7 +101,7 @@ def promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def autocast_products(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as autocast hands them to a matrix product: in its dtype. As they are without autocast."""
+    """Under autocast, cast the tensors to its dtype, as torch's matrix products do; otherwise return them unchanged."""
     if not under_autocast(tensors[0]):
         return tensors
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
@@ -107,7 +109,7 @@ def autocast_products(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def check_gradient_buffer(operation: str, name: str, weight: Tensor, gradient: Tensor | None) -> None:
-    """A buffer that a weight's gradient is added to: float32, of the weight's shape, contiguous, on its device."""
+    """Raise an error unless the buffer for a weight's gradient is None or contiguous float32 of the weight's shape and device."""
     if gradient is None:
         return
     check_shape(operation, name, gradient, *weight.shape)

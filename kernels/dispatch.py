@@ -1,7 +1,8 @@
-"""Which implementation serves a call.
+"""Choose the implementation that serves a call.
 
-"auto" takes, on CUDA, what the launch table of the device names, else the first implementation that supports the call, and
-elsewhere the reference. An implementation asked for by name runs or raises; another never takes its place.
+On CUDA, impl="auto" takes the implementation that the launch table of the device names. If the table names none, it takes the
+first one that supports the call. On other devices it takes the reference. An implementation requested by name either runs or
+raises an error: it never falls back to another one.
 """
 
 import pkgutil
@@ -13,16 +14,17 @@ import torch
 
 from nanochat_kernels import configs
 from nanochat_kernels.operation import Implementation, Kernel, Operation
-from nanochat_kernels.plan import planned
+from nanochat_kernels.plan import cached_call
+from nanochat_kernels.tracing import constant_when_traced
 
 
 class KernelRequestError(ValueError):
-    """An implementation was asked for by name that does not exist or does not support the call."""
+    """The implementation requested by name does not exist or does not support the call."""
 
 
 @lru_cache(maxsize=1)
 def operations() -> Mapping[str, Operation]:
-    """Every operation by name: what the files of this package list as OPERATIONS."""
+    """Return every operation by name, collected from the OPERATIONS of the files in this package."""
     package = import_module(__package__)
     modules = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
     records = [
@@ -34,7 +36,10 @@ def operations() -> Mapping[str, Operation]:
 
 
 def choose(operation: Operation, impl: str, *arguments) -> Callable:
-    """What `impl` names for a call with these arguments, the first of them a tensor. Raises KernelRequestError."""
+    """Return the function that computes the operation for these arguments, of which the first is a tensor.
+
+    Raises KernelRequestError if `impl` names an implementation that does not exist or does not support the call.
+    """
     if impl == "auto":
         name = automatic(operation, *arguments)[0]
         return operation.reference if name == "reference" else operation.implementations[name].prepared(*arguments)
@@ -48,11 +53,12 @@ def choose(operation: Operation, impl: str, *arguments) -> Callable:
 
 
 def serve(operation: Operation, impl: str, check: Callable[..., None], *arguments):
-    """The result of an operation for these arguments, after check(*arguments) has raised for what is wrong with them.
+    """Check the arguments, choose an implementation, run it and return its result.
 
-    The check, the choice and the implementation's plan are remembered for calls that are alike.
+    check(*arguments) raises an error for invalid arguments. The check, the choice and the implementation's plan are cached for
+    calls with the same signature (see plan.cached_call).
     """
-    return planned(checked_choice, operation, impl, check, *arguments)(*arguments)
+    return cached_call(checked_choice, operation, impl, check, *arguments)(*arguments)
 
 
 def checked_choice(operation: Operation, impl: str, check: Callable[..., None], *arguments) -> Callable:
@@ -61,18 +67,18 @@ def checked_choice(operation: Operation, impl: str, check: Callable[..., None], 
 
 
 def named(operation: Operation, impl: str) -> Implementation:
-    """The implementation called `impl`. Raises KernelRequestError with those that exist."""
+    """Return the implementation called `impl`. Raises KernelRequestError, which lists the existing ones, if there is none."""
     if impl not in operation.implementations:
-        there_are = ", ".join(("auto", *operation.implementations, "reference"))
-        raise KernelRequestError(f"{operation.name}: impl={impl!r} does not exist; choose one of {there_are}")
+        choices = ", ".join(("auto", *operation.implementations, "reference"))
+        raise KernelRequestError(f"{operation.name}: impl={impl!r} does not exist; choose one of {choices}")
     return operation.implementations[impl]
 
 
 def automatic(operation: Operation, *arguments) -> tuple[str, str]:
-    """The name of what "auto" takes for these arguments, and why."""
+    """Return the name of the implementation that "auto" takes for these arguments, and the reason."""
     device = arguments[0].device
     if device.type != "cuda":
-        return "reference", "fused kernels are for CUDA"
+        return "reference", "fused kernels run on CUDA devices only"
     preferred, why = preference(operation.name, device.index)
     for name in (preferred,) if preferred else operation.implementations:
         if name == "reference":
@@ -84,29 +90,29 @@ def automatic(operation: Operation, *arguments) -> tuple[str, str]:
     return "reference", why
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def preference(operation: str, device_index: int | None) -> tuple[str | None, str]:
-    """The implementation that the launch table of the device names for the operation (None: it names none), and its reason."""
+    """Return the implementation that the launch table of the device names for the operation, or None, and the reason."""
     choice = configs.table(configs.architecture(device_index))["auto"].get(operation)
-    return (choice["impl"], choice["why"]) if choice else (None, "nothing was measured: the first implementation")
+    return (choice["impl"], choice["why"]) if choice else (None, "not measured: the first implementation")
 
 
 def describe(operation: Operation) -> tuple[str, str]:
-    """For people: the implementation that "auto" takes on this machine, and why."""
+    """Return the implementation that "auto" takes on this machine and the reason, for `kernels list` to print."""
     if not torch.cuda.is_available():
-        return "reference", "there is no CUDA device here"
+        return "reference", "there is no CUDA device"
     preferred, why = preference(operation.name, torch.cuda.current_device())
     return preferred or next(iter((*operation.implementations, "reference"))), why
 
 
 def check_request(operation: str, impl: str) -> None:
-    """Raise KernelRequestError now when every call with this `impl` would raise it later."""
+    """Raise KernelRequestError now if every call with this `impl` would raise it later."""
     if impl not in ("auto", "reference"):
         named(operations()[operation], impl)
 
 
 def tunable_kernels() -> Iterator[Kernel]:
-    """Every Triton kernel with launch parameters, each once."""
+    """Yield every Triton kernel that has launch parameters once."""
     seen: dict[str, Kernel] = {}
     for operation in operations().values():
         seen |= {kernel.name: kernel for kernel in operation.kernels}

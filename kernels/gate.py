@@ -142,10 +142,10 @@ def milliseconds(trial: Trial, implementations: Mapping[str, Callable], referenc
     return {name: median(samples) for name, samples in times.items()}
 
 
-def has_memory(trial: Trial, function: Callable) -> bool:
+def has_memory(trial: Trial, function: Callable, reference: Callable) -> bool:
     """Whether forward and backward of the trial fit on the GPU."""
     try:
-        evaluate(function, trial.inputs, upstream_of(trial, function), trial.differentiable)
+        evaluate(function, trial.inputs, upstream_of(trial, reference), trial.differentiable)
     except torch.OutOfMemoryError:
         return False
     finally:
@@ -191,7 +191,9 @@ def tried(operation: Operation, trials: Iterable[Trial]) -> tuple[dict[str, floa
         if trial.timed:
             if on_gpu and trial.differentiable:  # the model is compiled, the optimizer is not
                 able["reference"] = torch.compile(operation.reference, dynamic=False)
-                for name in [name for name, function in able.items() if not has_memory(trial, function)]:
+                for name in [
+                    name for name, function in able.items() if not has_memory(trial, function, operation.reference)
+                ]:
                     faults.setdefault(name, "out of memory at these shapes")
                     del able[name]
             for name, time in milliseconds(trial, able, operation.reference).items():

@@ -1,8 +1,8 @@
-"""What the compiler makes of every launch of every kernel, for an architecture that need not be at hand.
+"""Compile every launch of every kernel for an architecture, without a GPU, and report registers, spills and shared memory.
 
-No GPU is needed. The launches are recorded on tensors without data, with the parameters of the architecture's table, and Triton
-compiles each for a named target: its assembler reports registers and memory, and the PTX shows which instructions are used. An
-A100 (sm80) has 163 KiB of shared memory a block and neither TMA nor wgmma; an H100 (sm90) has 227 KiB and both.
+The launches are recorded on meta tensors with the parameters of the architecture's table. Triton compiles each of them for a named
+target: the assembler reports registers and memory, and the PTX shows which instructions are used. An A100 (sm80) has 163 KiB of
+shared memory per block and neither TMA nor wgmma; an H100 (sm90) has 227 KiB and both.
 """
 
 import multiprocessing
@@ -22,15 +22,15 @@ from nanochat_kernels import configs, dispatch
 from nanochat_kernels.operation import Kernel, Key
 from nanochat_kernels.triton_helpers import INTERPRETED, TRITON_INSTALLED, Launch, recorded_launches, triton
 
-SHARED_MEMORY_LIMIT = {"sm80": 163 * 1024, "sm90": 227 * 1024}  # bytes a block
-LARGE_STAGE = 48 * 1024  # bytes; of stages this large three fit on an A100
+SHARED_MEMORY_LIMIT = {"sm80": 163 * 1024, "sm90": 227 * 1024}  # bytes per block
+LARGE_STAGE = 48 * 1024  # bytes; an A100 has shared memory for three pipeline stages of this size
 INSTRUCTIONS = ("mma.sync", "wgmma", "cp.async.bulk", "cp.async.c")
 NOT_ON_SM80 = ("wgmma", "cp.async.bulk")
 META = torch.device("meta")
 
 
 class Place(NamedTuple):
-    """Where a launch comes from: the `number`-th that a flag set of a kernel makes in a dtype, at a shape class."""
+    """The origin of a launch: number `number` of those that a kernel makes with a set of flags, in a dtype, at a shape class."""
 
     kernel: str
     dtype: torch.dtype
@@ -41,7 +41,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled launch: registers a thread, spilled and shared bytes, instructions of interest, and what is wrong."""
+    """A compiled launch: registers per thread, spilled and shared bytes, instructions of interest, and faults."""
 
     kernel: str
     flags: str
@@ -56,7 +56,7 @@ class Compiled:
 
 
 def record(kernel: Kernel, key: Key, dtype: torch.dtype, parameters: dict[str, int] | None = None) -> dict[str, list]:
-    """The launches of each flag set, by its name."""
+    """Return the launches of a kernel for each set of flags, by its name."""
     found = {}
     for flags, run in kernel.launches(key, dtype, META).items():
         with recorded_launches() as launches:
@@ -66,11 +66,11 @@ def record(kernel: Kernel, key: Key, dtype: torch.dtype, parameters: dict[str, i
 
 
 def specialize(launch: Launch, architecture: str) -> tuple[Any, dict[str, Any]]:
-    """(Triton's source of a launch, options): the kernel specialised as Triton specialises it when it is launched."""
+    """Return (Triton source, options) of a launch, specialised for its arguments as Triton does for a real launch."""
     if not TRITON_INSTALLED:
         raise RuntimeError("Triton is not installed (pip install triton; it exists for Linux)")
     if INTERPRETED:
-        raise RuntimeError("TRITON_INTERPRET=1 leaves nothing to compile; unset it")
+        raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1; unset it")
     from triton.runtime.jit import create_function_from_signature
 
     kernel, backend = launch.kernel, triton.compiler.make_backend(target_of(architecture))
@@ -85,13 +85,13 @@ def target_of(architecture: str):
 
 
 def compile_launch(launch: Launch, architecture: str):
-    """Triton's compiled kernel (asm, metadata). Raises RuntimeError, or what Triton raises, where it cannot be compiled."""
+    """Return Triton's compiled kernel (asm, metadata). Raises RuntimeError or Triton's own error if it cannot be compiled."""
     source, options = specialize(launch, architecture)
     return triton.compile(source, target=target_of(architecture), options=options)
 
 
 def inspect_launch(launch: Launch, architecture: str, place: Place) -> Compiled:
-    """Compile a launch and judge what came out."""
+    """Compile a launch and check the result for spills, shared memory, instructions and pipeline stages."""
     compiled = compile_launch(launch, architecture)
     ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
     registers, spilled = resources(compiled.asm["cubin"])
@@ -99,13 +99,14 @@ def inspect_launch(launch: Launch, architecture: str, place: Place) -> Compiled:
     if spilled:
         faults.append(f"{spilled} bytes spilled")
     if shared > SHARED_MEMORY_LIMIT[architecture]:
-        faults.append(f"{shared} bytes of shared memory, {SHARED_MEMORY_LIMIT[architecture]} exist")
+        faults.append(f"{shared} bytes of shared memory; {architecture} has {SHARED_MEMORY_LIMIT[architecture]}")
     if architecture == "sm80":
         faults += [f"{name} does not exist on sm_80" for name in NOT_ON_SM80 if name in ptx]
         stages = compiled.metadata.num_stages
-        if stages > 3 and shared >= LARGE_STAGE * (stages - 1):  # one stage less than that waits in shared memory
+        buffers = stages - 1  # the pipeline keeps the tiles of all stages but one in shared memory
+        if stages > 3 and shared >= LARGE_STAGE * buffers:
             faults.append(
-                f"{stages} stages of {shared // (stages - 1)} bytes; 3 stages of {LARGE_STAGE} bytes and more fit"
+                f"{stages} stages of {shared // buffers} bytes; at most 3 fit if a stage has {LARGE_STAGE} bytes or more"
             )
     instructions = tuple(name.removesuffix(".c") for name in INSTRUCTIONS if name in ptx)
     constants = {name: value for name, value in launch.constants.items() if isinstance(value, int)}
@@ -116,7 +117,7 @@ def inspect_launch(launch: Launch, architecture: str, place: Place) -> Compiled:
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread, and bytes of its stack, which these kernels have only for spills."""
+    """Return the registers per thread and the bytes of stack per thread, which these kernels use for spills only."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -127,8 +128,10 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def places(architecture: str, only: tuple[str, ...] = ()) -> list[Place]:
-    """Every launch of every kernel (or of `only` these) at every shape class and at the kernels' further shapes; of those that
-    compile to the same code the first. Raises LaunchTableError where the architecture's table is not whole."""
+    """Return the launches of every kernel, or of those named in `only`, at its shape classes and further shapes.
+
+    Of launches that compile to the same code only the first is kept. Raises LaunchTableError if the table lacks an entry.
+    """
     found: dict[str, Place] = {}
     with configs.tables_of(architecture):
         for kernel in dispatch.tunable_kernels():
@@ -143,7 +146,7 @@ def places(architecture: str, only: tuple[str, ...] = ()) -> list[Place]:
 
 
 def inspect_place(architecture: str, place: Place) -> Compiled:
-    """Record a launch again and inspect it; what a process of inspect_all does."""
+    """Record a launch again and inspect it, in a worker process of inspect_all."""
     kernel = next(kernel for kernel in dispatch.tunable_kernels() if kernel.name == place.kernel)
     with configs.tables_of(architecture):
         launch = record(kernel, place.key, place.dtype)[place.flags][place.number]
@@ -151,7 +154,7 @@ def inspect_place(architecture: str, place: Place) -> Compiled:
 
 
 def inspect_all(architecture: str, only: tuple[str, ...] = ()) -> Iterator[Compiled]:
-    """Every launch of every kernel (or of `only` these), compiled by as many processes as there are cores."""
+    """Compile every launch of every kernel, or of those named in `only`, in one process per core, and yield the results."""
     jobs = places(architecture, only)
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(inspect_place, [architecture] * len(jobs), jobs, chunksize=4)

@@ -1,7 +1,7 @@
-"""A product with a weight, x·weightᵀ, whose weight gradient can be added in float32 where an optimizer wants it.
+"""The product x·weightᵀ, whose backward can add the weight's gradient to a float32 buffer.
 
-dx = dy·weight, and weight_gradient += dyᵀ·x: one product that reads the 16-bit operands, sums in float32 and adds to the buffer
-in place, where autograd rounds the product to 16 bits, casts it and adds it in two further passes.
+dx = dy·weight, and weight_gradient += dyᵀ·x: one product reads the 16-bit operands, sums in float32 and adds to the buffer in
+place. Autograd would round the product to 16 bits, cast it to float32 and add it in two further passes.
 """
 
 import torch
@@ -15,7 +15,7 @@ from nanochat_kernels.triton_helpers import KernelFunction, derivative, differen
 
 
 def add_product(gradient: Tensor, dy: Tensor, x: Tensor) -> None:
-    """gradient (F, C) += dyᵀ·x for dy (N, F) and x (N, C), in place; sums are float32 whatever dy and x are."""
+    """Add dyᵀ·x to gradient (F, C) in place, for dy (N, F) and x (N, C); the sums are float32 for any dtype of dy and x."""
     if x.dtype == gradient.dtype:
         gradient.addmm_(dy.t(), x)
     elif x.is_cuda:
@@ -32,7 +32,7 @@ class Linear(KernelFunction):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         ctx.set_materialize_grads(False)
-        ctx.weight_gradient = inputs[2]  # not saved_for_backward: other calls may add to it before this one's backward
+        ctx.weight_gradient = inputs[2]  # not save_for_backward: other calls may add to it before this one's backward
         ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
@@ -59,7 +59,7 @@ class InputGradient(KernelFunction):
 
 
 def plain_linear(x: Tensor, weight: Tensor, weight_gradient: Tensor | None = None) -> Tensor:
-    """F.linear; with a buffer, the same product whose backward adds to it."""
+    """Return F.linear(x, weight); with a buffer, backward adds the weight's gradient to it."""
     if weight_gradient is None:
         return F.linear(x, weight)
     x, weight = autocast_products(x, weight)
@@ -67,11 +67,11 @@ def plain_linear(x: Tensor, weight: Tensor, weight_gradient: Tensor | None = Non
 
 
 def linear(x: Tensor, weight: Tensor, weight_gradient: Tensor | None = None, *, impl: str = "auto") -> Tensor:
-    """x·weightᵀ for x (…, C) and weight (F, C); returns (…, F) in x's dtype.
+    """Return x·weightᵀ for x (…, C) and weight (F, C): a tensor (…, F) in x's dtype.
 
-    weight_gradient (F, C), contiguous float32: backward adds the weight's gradient to it, in place and in float32, and
-    gives weight none; x must require a gradient for backward to get here. Raises ValueError for shapes and devices and
-    TypeError for dtypes that do not fit.
+    weight_gradient (F, C), contiguous float32: backward adds the weight's gradient to it in place, and weight gets no `.grad`.
+    If neither x nor weight requires a gradient, the buffer stays untouched. Raises ValueError for mismatched shapes or devices
+    and TypeError for mismatched dtypes.
     """
     x, weight = autocast_products(x, weight)
     check_float("linear", x=x, weight=weight)

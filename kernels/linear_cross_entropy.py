@@ -1,11 +1,11 @@
 """Head, softcap and loss: cross entropy of softcap·tanh(x·weightᵀ/softcap) against the targets, in float32.
 
-Three products, which are torch's, and one pass over the logits z = x·weightᵀ: with G = dloss/dz for each row's own loss,
+torch computes the three matrix products, and kernels make one pass over the logits z = x·weightᵀ. With G = dloss/dz of each row,
     dx = f ⊙ (G·weight),   dweight = Gᵀ·(f ⊙ x),
-where f is all that multiplies a row's loss: its weight, one over the number of targets, and what comes from above in backward.
-bfloat16 logits that fit on the chip are replaced by G while the loss is computed; nothing passes over them again. What is known
-of f by then is in G before it is rounded, so in training, where 1 comes from above, nothing is rounded twice. Other logits stay,
-and backward makes f ⊙ G of them.
+where f is the product of all factors of a row's loss: the loss weight, one over the number of targets, the upstream gradient.
+bfloat16 logits whose rows fit on the chip are overwritten with their gradient while the loss is computed, and no kernel reads them
+again. The factors that are known by then multiply the gradient before it is rounded, so that in training, where the upstream
+gradient is 1, nothing is rounded twice. Other logits are kept, and backward computes f ⊙ G from them.
 """
 
 import torch
@@ -30,6 +30,7 @@ from nanochat_kernels.cross_entropy_kernels import (
 from nanochat_kernels.dispatch import choose
 from nanochat_kernels.linear import add_product, plain_linear
 from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
+from nanochat_kernels.reference import SOFTCAP
 from nanochat_kernels.softcap_cross_entropy import factor_of, random_logits, reduced, unsupported_reason_for
 from nanochat_kernels.triton_helpers import KernelFunction, derivative, differentiable, needs_gradient
 
@@ -39,7 +40,7 @@ class LinearCrossEntropy(KernelFunction):
     def forward(
         x, weight, targets, factor, softcap, ignore_index, weight_gradient, gradient_now
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(losses (N,), logits or in their place the gradient of Σ factor·loss (N, V), sums (N,))."""
+        """Return (losses (N,), logits (N, V), sums (N,)); if gradient_now, the gradient of Σ factor·loss replaces the logits."""
         logits = F.linear(x, weight)
         if gradient_now:
             losses, sums = launch_on_chip(logits, targets, factor, softcap, ignore_index)
@@ -51,7 +52,8 @@ class LinearCrossEntropy(KernelFunction):
     def setup_context(ctx, inputs, output) -> None:
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:])
-        ctx.options = inputs[4:]  # the buffer among them: other calls may add to it before this one's backward
+        # the gradient buffer is not in save_for_backward: other calls may add to it before this one's backward
+        ctx.options = inputs[4:]
         ctx.save_for_backward(*inputs[:4], *output[1:])
 
     @staticmethod
@@ -69,9 +71,10 @@ class Backward(KernelFunction):
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
         dx = dweight = None
         if gradient_now:
-            above = dlosses if factor is None else torch.where(factor == 0, dlosses, dlosses / factor)
-            gradient, factor = logits, torch.where(targets == ignore_index, 0.0, above)[:, None]
-        else:  # with the factor in it
+            # what is left to multiply by: the gradient of the logits contains the factor already
+            rest = dlosses if factor is None else torch.where(factor == 0, dlosses, dlosses / factor)
+            gradient, factor = logits, torch.where(targets == ignore_index, 0.0, rest)[:, None]
+        else:  # launch_gradient multiplies by the factor
             gradient, factor = launch_gradient(logits, targets, sums, dlosses, softcap, ignore_index), None
         if dx_needed:
             dx = gradient @ weight if factor is None else scaled_product(gradient, weight, factor)
@@ -85,7 +88,7 @@ class Backward(KernelFunction):
 
 
 def scaled_product(a: Tensor, b: Tensor, factor: Tensor) -> Tensor:
-    """factor ⊙ (a·b), rounded once."""
+    """Return factor ⊙ (a·b) in a's dtype, rounded once."""
     if a.is_cuda:
         return (torch.mm(a, b, out_dtype=torch.float32) * factor).to(a.dtype)
     return (a.float() @ b.float() * factor).to(a.dtype)
@@ -104,9 +107,9 @@ def run(x, weight, targets, softcap, ignore_index, reduction, loss_weight, weigh
 
 
 def run_reference(
-    x, weight, targets, softcap=15.0, ignore_index=-1, reduction="mean", loss_weight=None, weight_gradient=None
+    x, weight, targets, softcap=SOFTCAP, ignore_index=-1, reduction="mean", loss_weight=None, weight_gradient=None
 ) -> Tensor:  # fmt: skip
-    """reference.linear_cross_entropy, with a product that adds to the buffer where it is given."""
+    """reference.linear_cross_entropy, with a product that adds the weight's gradient to the buffer if there is one."""
     logits = plain_linear(x, weight, weight_gradient)
     return reference.softcap_cross_entropy(logits, targets, softcap, ignore_index, reduction, loss_weight)
 
@@ -119,7 +122,7 @@ def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
     targets: Tensor,
-    softcap: float = 15.0,
+    softcap: float = SOFTCAP,
     ignore_index: int = -1,
     reduction: str = "mean",
     loss_weight: Tensor | None = None,
@@ -127,15 +130,17 @@ def linear_cross_entropy(
     *,
     impl: str = "auto",
 ) -> Tensor:
-    """Loss in nats of x (N, C) under weight (V, C) for targets (N,), int64; ignored targets lose 0.
+    """Return the loss in nats of the logits x·weightᵀ, for x (N, C), weight (V, C) and int64 targets (N,).
 
-    reduction "mean" gives a float32 scalar, the mean over targets that are not ignored (0 when all are); "none" gives (N,).
-    loss_weight: a float32 scalar on the device, or one per row (N,), that the losses are multiplied by before they are reduced;
-    the mean still divides by the number of targets.
-    weight_gradient (V, C), contiguous float32: backward adds the weight's gradient to it in place and gives weight none.
-    Raises ValueError for shapes, devices or a reduction that do not fit, TypeError for dtypes (autocast may mix them), and
-    KernelRequestError (a ValueError) when the implementation asked for by name does not support the call. Repeated calls are
-    bitwise equal.
+    The loss of a row whose target is ignore_index is 0. reduction "mean" returns a float32 scalar, the mean over the targets that
+    are not ignored, or 0 if all are; "none" returns one loss per row (N,).
+    loss_weight: a float32 scalar on the device, or one weight per row (N,). It multiplies the losses before the reduction; the
+    mean still divides by the number of targets.
+    weight_gradient (V, C), contiguous float32: backward adds the weight's gradient to it in place, and weight gets no `.grad`. If
+    neither x nor weight requires a gradient, the buffer stays untouched.
+    Raises ValueError for mismatched shapes or devices or an unknown reduction, TypeError for mismatched dtypes (autocast may mix
+    them), and KernelRequestError (a ValueError) if the implementation named by impl does not support the call. Repeated calls
+    are bitwise equal.
     """
     x, weight = autocast_products(x, weight)
     check_float("linear_cross_entropy", x=x, weight=weight)
@@ -152,8 +157,8 @@ def on_chip_launches(key, dtype: torch.dtype, device: torch.device):
     logits, targets = random_logits(max(1, 2**30 // key[0]), key[0], dtype, device)
     factor = torch.ones((), device=device)
     return {
-        "a factor": lambda parameters: launch_on_chip(logits, targets, factor, 15.0, -1, parameters),
-        "no factor": lambda parameters: launch_on_chip(logits, targets, None, 15.0, -1, parameters),
+        "a factor": lambda parameters: launch_on_chip(logits, targets, factor, SOFTCAP, -1, parameters),
+        "no factor": lambda parameters: launch_on_chip(logits, targets, None, SOFTCAP, -1, parameters),
     }
 
 
@@ -162,7 +167,7 @@ ON_CHIP_SPACE = tuple(
     for warps in (4, 8, 16, 32)
     for ahead in (0, 2, 4)
     for programs in (1, 4, 16)
-)  # 256 columns per warp: 8 neighbours per thread, which are loaded at once
+)  # 256 columns per warp: a thread loads 8 neighbouring elements at once
 KERNELS = (
     Kernel(
         "cross_entropy_on_chip", (torch.bfloat16,),
@@ -190,14 +195,14 @@ def trials(shape, device: torch.device, dtype: torch.dtype):
 
 
 def benchmark_inputs(shape: str, dtype: torch.dtype, device: torch.device) -> tuple:
-    """As training runs it: a mean with the weight of a micro-batch of 16 rows."""
+    """The call of a training run: a mean, multiplied by the weight of a micro-batch of 16 rows."""
     width = {"d12": 768, "d20": 1280}[shape]
     inputs = head_inputs(32_768, width, 65_536, dtype, device)
-    return *inputs, 15.0, -1, "mean", torch.full((), 0.125, device=device)
+    return *inputs, SOFTCAP, -1, "mean", torch.full((), 0.125, device=device)
 
 
 def liger():
-    """Liger-Kernel's product and cross entropy in chunks."""
+    """Return Liger-Kernel's product and cross entropy, which work in chunks of rows."""
     try:
         from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction
     except ImportError:
@@ -211,7 +216,7 @@ def liger():
 
 
 def elements(arguments: tuple, part: str) -> float:
-    """Operands and results of the products, and the logits once per product that makes or takes them."""
+    """Count the operands and results of the products, and the logits once for each product that writes or reads them."""
     x, weight = arguments[:2]
     logits = x.size(0) * weight.size(0)
     return x.numel() + weight.numel() + (3 if part == "fwd" else 2) * logits

@@ -1,9 +1,9 @@
-"""Products of batched matrices with 16-bit elements: α·x·y + β·plus + γ·I, and only half of the work where it is symmetric.
+"""Batched products of 16-bit matrices, α·x·y + β·plus + γ·I, with half of the work for a symmetric result.
 
-A symmetric result (x·xᵀ, b·A + c·A², products of commuting symmetric matrices) is computed in the tiles of its lower triangle,
-enumerated one after another so that no program is idle, and each element below the diagonal is stored twice: the result
-is symmetric bit for bit. Sums are float32. x·xᵀ and xᵀ·x read x as it lies in memory.
-These are the blocks that newton_schulz is built of; this file is not an operation of the package.
+Of a symmetric result (x·xᵀ, b·A + c·A², products of commuting symmetric matrices) only the tiles of the lower triangle are computed.
+They are numbered consecutively, so that no program is idle. Each element below the diagonal is stored twice, so that the result is
+symmetric bit for bit. Sums are float32. x·xᵀ and xᵀ·x read x without copying or transposing it in memory.
+newton_schulz is built from these products; this file does not define an operation of the package.
 """
 
 import itertools
@@ -33,11 +33,11 @@ if TRITON_INSTALLED:
 
 @triton.jit
 def tile_position(t, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """First row and column of the t-th tile. A triangle goes by groups of BLOCK_N rows: group g has g + 1 tiles in each tile row."""
+    """Return the first row and column of tile t. In a triangle, each tile row of the g-th BLOCK_N rows has g + 1 tiles."""
     if SYMMETRIC:
         PER_GROUP: tl.constexpr = BLOCK_N // BLOCK_M
         group = ((tl.sqrt(8.0 * (t // PER_GROUP) + 1.0) - 1.0) * 0.5).to(tl.int32)
-        # the square root may have been rounded up or down
+        # correct the group by one, because the square root may be rounded up or down
         group = tl.where(PER_GROUP * group * (group + 1) // 2 > t, group - 1, group)
         group = tl.where(PER_GROUP * (group + 1) * (group + 2) // 2 <= t, group + 1, group)
         rest = t - PER_GROUP * group * (group + 1) // 2
@@ -54,7 +54,7 @@ def load_tile(
     x_ptr, matrix, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """ROWS × COLUMNS elements of x (batch, rows, columns), zeros outside; with TMA x is a descriptor of (batch·rows, columns)."""
+    """Load ROWS × COLUMNS elements of x (batch, rows, columns), zeros outside; with TMA x_ptr is a descriptor (batch·rows, columns)."""
     if TMA:
         tile = x_ptr.load([matrix * rows + row, column])
     else:
@@ -72,7 +72,7 @@ def store_tile(
     sums, plus_ptr, out_ptr, row, column, m, n, alpha, beta, gamma,
     SYMMETRIC: tl.constexpr, PLUS: tl.constexpr, DIAGONAL: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Store alpha·sums + beta·plus + gamma·I, and below the diagonal of a symmetric result also its mirror image."""
+    """Store alpha·sums + beta·plus + gamma·I; of a symmetric result also store the mirror image of what is below the diagonal."""
     r, c = row + tl.arange(0, sums.shape[0]), column + tl.arange(0, sums.shape[1])
     offsets = (r * n)[:, None] + c[None, :]
     mask = (r < m)[:, None] & (c < n)[None, :]
@@ -87,7 +87,7 @@ def store_tile(
     value = cast(sums, out_ptr.dtype.element_ty)
     if SYMMETRIC:
         mirrored = (c * n)[None, :] + r[:, None]
-        if WHOLE and column + sums.shape[1] <= row + 1:  # with a mask of single elements no store would be a wide one
+        if WHOLE and column + sums.shape[1] <= row + 1:  # a mask would split wide stores into single elements
             tl.store(out_ptr + offsets, value)
             tl.store(out_ptr + mirrored, value)
         else:
@@ -102,7 +102,7 @@ def store_tile(
 
 @triton.jit
 def halves(tile):
-    """The left and the right half of a tile's columns."""
+    """Split a tile into the left and the right half of its columns."""
     return tl.split(tl.permute(tl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2]), [0, 2, 1]))
 
 
@@ -113,8 +113,11 @@ def product_kernel(
     DIAGONAL: tl.constexpr, WHOLE: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """Tiles BLOCK_M × BLOCK_N of out (batch, m, n), `tiles` of each matrix and `total` of all, dealt to the programs in turn."""
-    # torch.compile may hand a float over as float64
+    """Compute out (batch, m, n) in tiles BLOCK_M × BLOCK_N; program p takes tiles p, p + num_programs, ….
+
+    There are `tiles` tiles in each matrix and `total` in the batch.
+    """
+    # torch.compile may pass a float as float64
     alpha, beta, gamma = tl.cast(alpha, tl.float32), tl.cast(beta, tl.float32), tl.cast(gamma, tl.float32)
     for index in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLATTEN):
         matrix = index // tiles
@@ -131,13 +134,13 @@ def product_kernel(
                 b = load_tile(y_ptr, matrix, start, column, k, n, BLOCK_K, BLOCK_N, TMA, WHOLE)
             sums = dot(a, b, sums)
         base = matrix.to(tl.int64) * m * n
-        parts = halves(sums)  # storing one part at a time takes fewer registers for addresses
-        if BLOCK_N > 128 or not TMA:  # as do loads from addresses
+        parts = halves(sums)  # storing one part at a time needs fewer registers for addresses
+        if BLOCK_N > 128 or not TMA:  # without TMA the loads need registers for addresses too
             parts = halves(parts[0]) + halves(parts[1])
         for i in tl.static_range(len(parts)):
             left = column + i * (BLOCK_N // len(parts))
-            below = left < row + BLOCK_M if SYMMETRIC else True  # not all of it above the diagonal
-            if below:
+            needed = left < row + BLOCK_M if SYMMETRIC else True  # false for a part wholly above the diagonal
+            if needed:
                 store_tile(
                     parts[i], plus_ptr + base, out_ptr + base, row, left, m, n, alpha, beta, gamma,
                     SYMMETRIC, PLUS, DIAGONAL, WHOLE,
@@ -145,7 +148,7 @@ def product_kernel(
 
 
 def tile_count(m: int, n: int, block_m: int, block_n: int, symmetric: bool) -> int:
-    """Tiles of one matrix."""
+    """Return the number of tiles of one matrix."""
     if symmetric:
         return sum(i // (block_n // block_m) + 1 for i in range(cdiv(m, block_m)))
     return cdiv(m, block_m) * cdiv(n, block_n)
@@ -156,11 +159,12 @@ def product(
     x_transposed: bool = False, y_transposed: bool = False, symmetric: bool = False, dtype: torch.dtype | None = None,
     parameters: dict[str, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """alpha·x·y + beta·plus + gamma·I for x (B, M, K), y (B, K, N), plus (B, M, N).
+    """Return alpha·x·y + beta·plus + gamma·I for x (B, M, K), y (B, K, N), plus (B, M, N).
 
-    x_transposed: x is given as (B, K, M); y_transposed: y as (B, N, K). symmetric: the caller knows that the result is.
-    dtype: of the result, x's by default. Matrices of up to 2³¹ elements, any number of them. Repeated calls are bitwise equal.
-    Raises ValueError for tensors that are not contiguous, or of another dtype or device than x.
+    x_transposed: x is given as (B, K, M); y_transposed: y is given as (B, N, K). symmetric: the caller guarantees that the result
+    is symmetric. dtype: the dtype of the result, by default x's. A matrix may have up to 2³¹ elements; the batch has no limit.
+    Repeated calls are bitwise equal. Raises ValueError for mismatched shapes, for tensors that are not contiguous, and for
+    tensors whose dtype or device differs from x's.
     """
     batch, m, k = x.shape if not x_transposed else (x.size(0), x.size(2), x.size(1))
     n = y.size(1) if y_transposed else y.size(2)
@@ -170,14 +174,15 @@ def product(
         return out
     name = "symmetric_product" if symmetric else "matrix_product"
     parameters = dict(parameters or launch_parameters(name, x.device, x.dtype, (m, n, k)))
-    # a descriptor sees the matrices one below the other: rows may pass into the next matrix, but not those summed over
+    # a descriptor treats the batch as one tall matrix: a tile may run into the rows of the next matrix, but only where the
+    # results are masked, not along the summed axis
     aligned = x.size(2) % 8 == y.size(2) % 8 == x.data_ptr() % 16 == y.data_ptr() % 16 == 0
-    numbered = batch * max(x.size(1), y.size(1)) <= GRID_LIMIT  # its rows are int32
-    if parameters["TMA"] and not (aligned and numbered and k % parameters["BLOCK_K"] == 0):
+    fits_int32 = batch * max(x.size(1), y.size(1)) <= GRID_LIMIT  # a descriptor's rows are int32
+    if parameters["TMA"] and not (aligned and fits_int32 and k % parameters["BLOCK_K"] == 0):
         parameters |= {"TMA": 0, "BLOCK_N": min(parameters["BLOCK_N"], 128), "BLOCK_K": min(parameters["BLOCK_K"], 32)}
     block_m, block_n, block_k = (parameters[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     whole = m % block_m == 0 and n % block_n == 0 and k % block_k == 0
-    if not parameters["TMA"] and (x_transposed or not whole):  # whose addresses and masks take registers from the sums
+    if not parameters["TMA"] and (x_transposed or not whole):  # addresses and masks take registers from the sums
         parameters["num_warps"] = max(parameters["num_warps"], block_m * block_n // 2048)
     tiles = tile_count(m, n, block_m, block_n, symmetric)
     programs, total = parameters.pop("PROGRAMS"), tiles * batch
@@ -194,7 +199,7 @@ def product(
 
 
 def check_operands(x: Tensor, y: Tensor, plus: Tensor | None, out_shape: tuple, y_shape: tuple) -> None:
-    """Raise ValueError for what the kernel would misread."""
+    """Raise ValueError for operands that the kernel would read wrongly."""
     tensors = {"x": x, "y": y} | ({} if plus is None else {"plus": plus})
     check_device("product", **tensors)
     for name, tensor, shape in (("y", y, y_shape), ("plus", plus, out_shape)):
@@ -212,7 +217,7 @@ def descriptor(x: Tensor, rows: int, columns: int):
 
 
 def launches_of(symmetric: bool):
-    """What newton_schulz launches at its shapes, and at other sizes every transposition, with and without what is added."""
+    """Return Kernel.launches: what newton_schulz launches at its shapes, and at other sizes every transposition and addend."""
 
     def launches(key, dtype: torch.dtype, device: torch.device):
         m, n, k = key
@@ -235,7 +240,7 @@ def launches_of(symmetric: bool):
         if symmetric:
             add("x transposed", True, False, False)
             add("plus, diagonal", False, True, True, 1.5)
-        elif dtype == torch.float16:  # newton_schulz computes in float16 and ends in the gradient's dtype
+        elif dtype == torch.float16:  # newton_schulz computes in float16 and returns the gradient's dtype
             add("plus, to bfloat16", False, False, True, to=torch.bfloat16)
             add("product, to bfloat16", False, False, False, to=torch.bfloat16)
         for x_transposed, y_transposed in TRANSPOSITIONS if key in MORE_KEYS else ():
@@ -248,10 +253,10 @@ def launches_of(symmetric: bool):
 
 
 TRANSPOSITIONS = tuple(itertools.product((False, True), repeat=2))
-WIDTHS = (256, 768, 1280, 2048)  # w of the model's matrices: w × w, 4w × w and w × 4w
+WIDTHS = (256, 768, 1280, 2048)  # the model's matrices are w × w, 4w × w and w × 4w
 SYMMETRIC_KEYS = tuple((w, w, k) for w in WIDTHS for k in (w, 4 * w))
 KEYS = tuple(key for w in WIDTHS for key in ((w, w, w), (w, 4 * w, w), (4 * w, w, w)))
-# whole tiles; ragged ones with descriptors; ragged ones without
+# whole tiles; ragged tiles with descriptors; ragged tiles without
 MORE_KEYS = ((1536, 1536, 1536), (1216, 1216, 1216), (1001, 1001, 1001))
 SPACE = tuple(
     {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "PROGRAMS": programs, "TMA": tma, "num_warps": w, "num_stages": stages}

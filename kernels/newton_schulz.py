@@ -1,14 +1,13 @@
-"""Newton-Schulz orthogonalisation for Muon: an odd quintic, a few times, that pushes every singular value near 1.
+"""Newton-Schulz orthogonalisation for Muon: steps of an odd quintic polynomial that move every singular value close to 1.
 
-X = G/(‖G‖ + 1e-7); then A = X·Xᵀ, X ← a·X + (b·A + c·A²)·X for each (a, b, c); the other way round where G is tall.
-Inside, 16-bit floats with 11 bits of fraction, since no number passes 4 and float16 is as fast as bfloat16; sums and the
-norm in float32 and float64. A and b·A + c·A² are symmetric: half of their tiles are computed.
+X = G/(‖G‖ + 1e-7); then A = X·Xᵀ and X ← a·X + (b·A + c·A²)·X for each (a, b, c). A tall G uses Xᵀ·X and multiplies from the right.
+X is stored in float16: no element exceeds 4, and float16 is as fast as bfloat16 with three more bits of fraction. Sums are float32,
+and the norm is float64. A and b·A + c·A² are symmetric, so that only half of their tiles are computed.
 
-"gram" iterates on the small matrix R = X·Xᵀ alone. All polynomials of R commute and are symmetric, so with
-P = a·I + b·R + c·R² the factor of X so far is Q ← P·Q, and R ← P·R·P; at the end X ← Q·X. A factor Q that is
-badly conditioned loses the small singular values, so Q is applied and R computed again from X after the steps that `restarts`
-names.
-For m × 4m matrices and 5 steps this takes 38 m³ multiply-adds where the plain algorithm takes 65 (75 without symmetry).
+The algorithm "gram" iterates on the small matrix R = X·Xᵀ only. All polynomials of R commute and are symmetric. With
+P = a·I + b·R + c·R² a step updates the accumulated factor Q ← P·Q and R ← P·R·P; at the end X ← Q·X. A badly conditioned Q would
+lose the small singular values, so that after the steps given by `restarts` Q is applied and R is computed from X again.
+For m × 4m matrices and 5 steps this takes 38 m³ multiply-adds; the standard algorithm takes 65 m³, or 75 m³ without symmetry.
 
 Jordan et al. 2024 (Muon), Amsel et al. 2025 (Polar Express), You 2025 (coefficients).
 """
@@ -40,16 +39,16 @@ from nanochat_kernels.triton_helpers import (
     triton_unsupported_reason,
 )
 
-PARTS = 64  # programs that sum the squares of a matrix, each its share
+PARTS = 64  # programs that sum the squares of one matrix
 MOST_MATRICES = 65_535  # programs on the second axis of a grid
-LARGEST_MATRIX = 2**31 - 2**20  # elements: they are numbered in int32, by loops that pass the end by one turn
-WORTH_GRAM = 1.5  # times as long as wide: from there "gram" has fewer operations
+LARGEST_MATRIX = 2**31 - 2**20  # elements: they are numbered in int32, by loops that exceed the end by one iteration
+WORTH_GRAM = 1.5  # ratio of the sides from which "gram" takes fewer operations
 ALGORITHMS = ("auto", "standard", "gram")
 
 
 @triton.jit
 def squares_kernel(x_ptr, squares_ptr, size, BLOCK: tl.constexpr):
-    """A share of the sum of the squares of one matrix, in float64: no gradient is too large or too small for it."""
+    """Sum the squares of every num_programs-th block of one matrix in float64, which no gradient overflows or underflows."""
     matrix = tl.program_id(1).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float64)
     for start in tl.range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK):
@@ -61,10 +60,12 @@ def squares_kernel(x_ptr, squares_ptr, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def scale_kernel(x_ptr, squares_ptr, out_ptr, size, EPS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of x/(‖x‖ + EPS)."""
+    """Compute one block of x/(‖x‖ + EPS)."""
     matrix = tl.program_id(1).to(tl.int64)
     norm = tl.sqrt(tl.sum(tl.load(squares_ptr + matrix * PARTS + tl.arange(0, PARTS))))
-    factor = tl.sqrt(1.0 / (norm + EPS)).to(tl.float32)  # multiplied by twice: its square may pass the range of float32
+    factor = tl.sqrt(1.0 / (norm + EPS)).to(
+        tl.float32
+    )  # x is multiplied by it twice: its square may exceed the range of float32
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     offsets, mask = matrix * size + element, element < size
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -72,7 +73,7 @@ def scale_kernel(x_ptr, squares_ptr, out_ptr, size, EPS: tl.constexpr, PARTS: tl
 
 
 def sums_of_squares(x: Tensor, parameters: dict[str, int] | None = None) -> Tensor:
-    """(B, 64) float64, which together make ‖·‖² of each matrix of x (B, m, n), contiguous."""
+    """Return (B, 64) partial sums in float64 of the squares of each matrix of a contiguous x (B, m, n)."""
     squares, size = torch.empty(x.size(0), PARTS, dtype=torch.float64, device=x.device), x.size(1) * x.size(2)
     parameters = parameters or launch_parameters("matrix_squares", x.device, x.dtype, (size,))
     launch(squares_kernel, (PARTS, x.size(0)), x.device, x, squares, size, **parameters)
@@ -80,7 +81,7 @@ def sums_of_squares(x: Tensor, parameters: dict[str, int] | None = None) -> Tens
 
 
 def normalised(x: Tensor, squares: Tensor | None = None, parameters: dict[str, int] | None = None) -> Tensor:
-    """Each matrix of x (B, m, n), contiguous, divided by its norm, in float16; squares: sums that make the square of it."""
+    """Divide each matrix of a contiguous x (B, m, n) by its norm, in float16; squares: sums_of_squares(x), if already known."""
     out, size = torch.empty(x.shape, dtype=torch.float16, device=x.device), x.size(1) * x.size(2)
     squares = sums_of_squares(x) if squares is None else squares.contiguous()
     parameters = parameters or launch_parameters("matrix_scale", x.device, x.dtype, (size,))
@@ -92,18 +93,18 @@ def normalised(x: Tensor, squares: Tensor | None = None, parameters: dict[str, i
 
 
 def gram_of(x: Tensor, tall: bool) -> Tensor:
-    """x·xᵀ, or xᵀ·x of a tall x."""
+    """Return x·xᵀ, or xᵀ·x for a tall x."""
     return product(x, x, x_transposed=tall, y_transposed=not tall, symmetric=True)
 
 
-def applied(factor: Tensor, x: Tensor, tall: bool, plus: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
-    """plus·x + factor·x, or plus·x + x·factor of a tall x; the factor is symmetric."""
+def apply_factor(factor: Tensor, x: Tensor, tall: bool, plus: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
+    """Return plus·x + factor·x, or plus·x + x·factor for a tall x; the factor is symmetric."""
     left, right = (x, factor) if tall else (factor, x)
     return product(left, right, x if plus else None, beta=plus, dtype=dtype)
 
 
-def together(x: Tensor, y: Tensor) -> Tensor:
-    """The product of symmetric matrices that commute."""
+def symmetric_product(x: Tensor, y: Tensor) -> Tensor:
+    """Return the product of two symmetric matrices that commute; it is symmetric as well."""
     return product(x, y, y_transposed=True, symmetric=True)
 
 
@@ -112,7 +113,7 @@ def standard(x: Tensor, coefficients: Coefficients, dtype: torch.dtype) -> Tenso
     for i, (a, b, c) in enumerate(coefficients):
         gram = gram_of(x, tall)
         factor = product(gram, gram, gram, alpha=c, beta=b, y_transposed=True, symmetric=True)
-        x = applied(factor, x, tall, a, dtype if i + 1 == len(coefficients) else None)
+        x = apply_factor(factor, x, tall, a, dtype if i + 1 == len(coefficients) else None)
     return x
 
 
@@ -122,15 +123,15 @@ def gram(x: Tensor, coefficients: Coefficients, dtype: torch.dtype) -> Tensor:
     factor, small = None, gram_of(x, tall)
     for i, (a, b, c) in enumerate(coefficients, 1):
         step = product(small, small, small, alpha=c, beta=b, gamma=a, y_transposed=True, symmetric=True)
-        factor = step if factor is None else together(step, factor)
+        factor = step if factor is None else symmetric_product(step, factor)
         if i == len(coefficients):
             break
         if i in ends:
-            x = applied(factor, x, tall)
+            x = apply_factor(factor, x, tall)
             factor, small = None, gram_of(x, tall)
         else:
-            small = together(together(step, small), step)
-    return applied(factor, x, tall, dtype=dtype)
+            small = symmetric_product(symmetric_product(step, small), step)
+    return apply_factor(factor, x, tall, dtype=dtype)
 
 
 def orthogonalise(
@@ -153,7 +154,7 @@ class NewtonSchulz(KernelFunction):
     @staticmethod
     def backward(ctx, *gradients):
         raise RuntimeError(
-            "newton_schulz has no derivative: call it with impl='reference', whose derivative torch knows"
+            "newton_schulz has no derivative: call it with impl='reference', which torch can differentiate"
         )
 
 
@@ -161,7 +162,7 @@ class NewtonSchulz(KernelFunction):
 def newton_schulz_op(
     gradients: Tensor, coefficients: list[float], algorithm: str, squares: Tensor | None = None
 ) -> Tensor:  # fmt: skip
-    """What torch.compile sees: products need no fusion with what surrounds them."""
+    """The operation under torch.compile. It may be opaque, because fusing its products with other operations gains nothing."""
     steps = tuple(tuple(coefficients[i : i + 3]) for i in range(0, len(coefficients), 3))
     return orthogonalise(gradients, steps, algorithm, squares)
 
@@ -178,12 +179,12 @@ def run(gradients: Tensor, coefficients: Coefficients, algorithm: str, squares: 
 
 
 def run_reference(gradients: Tensor, coefficients: Coefficients = DEFAULT_STEPS, *_) -> Tensor:
-    """The reference has one algorithm and computes the norm itself."""
+    """reference.newton_schulz, which has one algorithm and computes the norm itself."""
     return reference.newton_schulz(gradients, coefficients)
 
 
 def fastest(shape: Sequence[int], coefficients: Coefficients) -> str:
-    """The algorithm with fewer operations for matrices of this shape."""
+    """Return the algorithm with fewer operations for matrices of this shape."""
     if max(shape) < WORTH_GRAM * min(shape) or len(coefficients) < 2:
         return "standard"
     try:
@@ -201,9 +202,7 @@ def unsupported_reason(
     if gradients.size(-1) * gradients.size(-2) > LARGEST_MATRIX:
         return f"a matrix of {tuple(gradients.shape[-2:])} has more elements than one launch can number"
     if gradients.shape[:-2].numel() > MOST_MATRICES:
-        return (
-            f"{gradients.shape[:-2].numel()} matrices pass the {MOST_MATRICES} that one launch can number; split them"
-        )
+        return f"{gradients.shape[:-2].numel()} matrices exceed the {MOST_MATRICES} of one launch; split them"
     return triton_unsupported_reason(gradients)
 
 
@@ -216,16 +215,16 @@ def newton_schulz(
     *,
     impl: str = "auto",
 ) -> Tensor:
-    """Orthogonalise each matrix of gradients (…, m, n); the result has its shape and dtype.
+    """Orthogonalise each matrix of gradients (…, m, n); the result has the same shape and dtype.
 
-    coefficients: "model", "polar_express", "you", one (a, b, c) or one a step; where there are fewer than `steps`, the last
-    is repeated. algorithm: "standard", "gram" or "auto", which takes what has fewer operations for the shape.
-    squares (B, 64), float64: sums of squares that together make ‖G‖² of each matrix of (B, m, n), where they are known already.
-    With the default, singular values of at least 0.01 ‖G‖ end in [0.68, 1.14], smaller ones below 1.21. A matrix with a
-    NaN or an infinity becomes NaN and no other does; one of zeros stays zero. Repeated calls are bitwise equal.
-    Raises ValueError for fewer than two axes, negative steps, unknown coefficients or algorithm, TypeError for a dtype that
-    is not floating point, and KernelRequestError (a ValueError) when the implementation asked for by name does not support the
-    call. There is no derivative: the kernels raise when one is asked for.
+    coefficients: "model", "polar_express", "you", one (a, b, c), or one (a, b, c) per step; if there are fewer than `steps`, the
+    last is repeated. algorithm: "standard", "gram", or "auto", which takes the one with fewer operations for the shape.
+    squares (B, 64), float64: partial sums of the squares of each matrix of (B, m, n), if they are already known.
+    With the default coefficients, singular values of at least 0.01 ‖G‖ end in [0.68, 1.14] and smaller ones below 1.21. A matrix
+    with a NaN or an infinity becomes NaN and changes no other matrix; a matrix of zeros stays zero. Repeated calls are bitwise
+    equal. Raises ValueError for fewer than two axes, negative steps, unknown coefficients or an unknown algorithm, TypeError for a
+    dtype that is not floating point, and KernelRequestError (a ValueError) if the implementation named by impl does not support
+    the call. The fused kernels have no derivative and raise RuntimeError in backward.
     """
     check_float("newton_schulz", gradients=gradients)
     if gradients.dim() < 2:
@@ -279,7 +278,7 @@ def judge(gradients: Tensor, results: tuple[Tensor, ...]) -> str | None:
         for i in wrong.nonzero().flatten().tolist()[:1]:
             return (
                 f"matrix {start + i}: cosine {cosine[i]:.4f} and norm {ratio[i]:.3f} × that of float64; "
-                "wanted at least 0.999 and 0.98 to 1.02"
+                "expected at least 0.999 and 0.98 to 1.02"
             )
     return None
 
@@ -293,11 +292,11 @@ def trials(shape, device: torch.device, dtype: torch.dtype):
 
 
 def model_matrices(shape: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """All matrices of a model ("d20") by shape, or what the busiest of eight ranks orthogonalises of them ("d20/8")."""
+    """Return all matrices of a model ("d20") by shape, or those that the busiest of eight ranks orthogonalises ("d20/8")."""
     depth, _, ranks = shape[1:].partition("/")
     w, ranks = 64 * int(depth), int(ranks or 1)
     work, counts = [0] * ranks, []
-    # every rank gets as many of a shape as any other or one more, the ones more where the least is to be done
+    # the matrices of a shape are dealt out evenly; those left over go to the ranks with the least work so far
     for count, m, n in ((int(depth), w, 4 * w), (int(depth), 4 * w, w), (4 * int(depth), w, w)):
         least = sorted(range(ranks), key=lambda rank: (work[rank], rank))[: count % ranks]
         counts.append(([count // ranks + (rank in least) for rank in range(ranks)], m, n))
@@ -307,7 +306,8 @@ def model_matrices(shape: str, dtype: torch.dtype, device: torch.device) -> tupl
 
 
 def flops(groups: tuple[Tensor, ...], part: str, variant: str) -> float:
-    """Of "standard" half of what is symmetric, of "triton" and "graph" the Gram algorithm; of all others the plain products."""
+    """Count a variant's operations: "standard" computes half of the symmetric products, "triton" and "graph" take the Gram algorithm
+    for matrices that are not square, and all others compute the plain products."""
     total = 0.0
     for x in groups:
         m, n = sorted(x.shape[1:])
@@ -321,9 +321,13 @@ def flops(groups: tuple[Tensor, ...], part: str, variant: str) -> float:
 
 
 def variants(groups: tuple[Tensor, ...]):
-    """The fused operation, replayed from a CUDA graph as training does, and with the standard algorithm; the reference on one
-    matrix after the other, compiled and batched, that from a CUDA graph, and compiled on one after the other."""
-    torch._dynamo.reset()  # else the eighth shape of a function is no longer compiled
+    """Return the variants to measure.
+
+    The fused operation: "triton"; "graph", replayed from a CUDA graph as in training; "standard", with the standard algorithm. The
+    reference: "eager", one matrix after the other; "compile", compiled and batched; "compile_graph", the same from a CUDA graph;
+    "loop", compiled, one matrix after the other.
+    """
+    torch._dynamo.reset()  # else torch.compile stops compiling a function at its eighth shape
     compiled = torch.compile(reference.newton_schulz, dynamic=False)
 
     def fused(_=0):

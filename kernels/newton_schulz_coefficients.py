@@ -1,4 +1,4 @@
-"""Coefficients (a, b, c) of the steps of Newton-Schulz, and after which steps the Gram algorithm restarts with them."""
+"""Coefficients (a, b, c) of the Newton-Schulz steps, and the steps after which the Gram algorithm restarts."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -10,7 +10,7 @@ from nanochat_kernels import reference
 
 Coefficients = tuple[tuple[float, float, float], ...]
 
-# of Polar Express for the interval from 1e-3, each step made safe against a norm 5 % too large
+# Polar Express for singular values in [1e-3, 1]; below, each step is rescaled to tolerate a norm that is 5 % too large
 _POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -30,11 +30,11 @@ COEFFICIENTS: dict[str, Coefficients] = {
     ),
 }
 DEFAULT_STEPS: Coefficients = 5 * COEFFICIENTS["model"]
-LARGEST_CONDITION = 100.0  # of a factor Q, which float16 holds to 2⁻¹¹
+LARGEST_CONDITION = 100.0  # of a factor Q, which float16 represents to 2⁻¹¹
 
 
 def coefficients_of(steps: int, coefficients: str | Sequence) -> Coefficients:
-    """One triple a step."""
+    """Return one (a, b, c) per step. Raises ValueError for an unknown name or a triple that does not have three numbers."""
     if isinstance(coefficients, str):
         if coefficients not in COEFFICIENTS:
             raise ValueError(
@@ -44,13 +44,13 @@ def coefficients_of(steps: int, coefficients: str | Sequence) -> Coefficients:
     if coefficients and not isinstance(coefficients[0], Sequence):
         coefficients = (coefficients,)
     if not coefficients or any(len(step) != 3 for step in coefficients):
-        raise ValueError(f"newton_schulz: coefficients must be one (a, b, c) or one a step, got {coefficients!r}")
+        raise ValueError(f"newton_schulz: coefficients must be one (a, b, c) or one per step, got {coefficients!r}")
     triples = tuple(tuple(map(float, step)) for step in coefficients[:steps])
     return triples + (triples[-1:] * (steps - len(triples)))
 
 
 def conditions(coefficients: Coefficients, ends: Sequence[int]) -> list[float]:
-    """Largest over smallest factor that a singular value in [0, 1] can meet, for the steps up to each of `ends`."""
+    """Return, for the steps up to each of `ends`, the ratio of the largest to the smallest factor on singular values in [0, 1]."""
     x = torch.linspace(0, 1, 10_001, dtype=torch.float64)
     found, start = [], 0
     for end in ends:
@@ -65,8 +65,11 @@ def conditions(coefficients: Coefficients, ends: Sequence[int]) -> list[float]:
 
 @lru_cache
 def restarts(coefficients: Coefficients) -> tuple[int, ...]:
-    """The numbers of steps after which "gram" restarts: as few as keep every condition within LARGEST_CONDITION, and of those
-    the ones that keep it smallest. Raises ValueError for polynomials that have a zero in [0, 1]."""
+    """Return the steps after which "gram" restarts: as few as possible with every condition number within LARGEST_CONDITION.
+
+    Among equally many it takes the steps with the smallest condition number. Raises ValueError if there are none, as for
+    polynomials with a zero in [0, 1].
+    """
     steps = len(coefficients)
     for count in range(steps):
         chosen = min(
@@ -76,6 +79,6 @@ def restarts(coefficients: Coefficients) -> tuple[int, ...]:
         if max(conditions(coefficients, (*chosen, steps))) <= LARGEST_CONDITION:
             return chosen
     raise ValueError(
-        f"newton_schulz: algorithm 'gram' needs coefficients whose steps keep the condition of their factors within "
+        f"newton_schulz: algorithm 'gram' needs coefficients that keep the condition number of its factors within "
         f"{LARGEST_CONDITION}, got {coefficients}; take algorithm 'standard'"
     )

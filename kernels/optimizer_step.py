@@ -1,10 +1,10 @@
-"""What surrounds the orthogonalisation in a step of Muon, and AdamW: each one pass over its tensors, in place.
+"""The passes of Muon before and after the orthogonalisation, and AdamW: one pass over the tensors each, in place.
 
-nesterov_momentum: m ← m + (1 − μ)(g − m) with g = clip·gradient, and the direction g + μ(m − g), with the sums of its squares.
-apply_update: w ← w − factor·rate·u, and a copy of w in another dtype.
-adamw: the moments of g, their bias corrected, and w ← w − factor·rate·(m/b₁)/(√(v/b₂) + ε), without decay, copied likewise.
-Numbers that change from step to step (clip, μ, rate, b₁, b₂) are float32 scalars on the device, so that a step can be
-captured in a CUDA graph once and no step waits for the host. None of these has a derivative.
+nesterov_momentum: m ← m + (1 − μ)(g − m) with g = clip·gradient; it returns the direction g + μ(m − g) and sums of its squares.
+apply_update: w ← w − factor·rate·u, with a copy of w in another dtype.
+adamw: updates the moments m and v of g, and w ← w − factor·rate·(m/b₁)/(√(v/b₂) + ε), without decay, with a copy of w.
+Numbers that change with every step (clip, μ, rate, b₁, b₂) are float32 scalars on the device, so that one CUDA graph serves all
+steps and no step waits for the host. None of these operations has a derivative.
 Jordan et al. 2024 (Muon), Loshchilov and Hutter 2019 (AdamW).
 """
 
@@ -34,7 +34,7 @@ from nanochat_kernels.triton_helpers import (
 def momentum_kernel(
     gradient_ptr, momentum_ptr, direction_ptr, squares_ptr, clip_ptr, mu_ptr, size, BLOCK: tl.constexpr
 ):
-    """Every num_programs-th block of one matrix of `size` elements."""
+    """Update every num_programs-th block of one matrix of `size` elements."""
     matrix = tl.program_id(1).to(tl.int64)
     clip, mu = tl.load(clip_ptr), tl.load(mu_ptr)
     total = tl.zeros([BLOCK], tl.float64)
@@ -58,7 +58,7 @@ def update_kernel(weight_ptr, update_ptr, copy_ptr, rate_ptr, size, factor, COPY
     mask = offsets < size
     w = tl.load(weight_ptr + offsets, mask=mask)
     u = tl.load(update_ptr + offsets, mask=mask).to(tl.float32)
-    w -= u * (tl.cast(factor, tl.float32) * tl.load(rate_ptr))  # torch.compile may hand a float over as float64
+    w -= u * (tl.cast(factor, tl.float32) * tl.load(rate_ptr))  # torch.compile may pass a float as float64
     tl.store(weight_ptr + offsets, w, mask=mask)
     if COPY:
         tl.store(copy_ptr + offsets, cast(w, copy_ptr.dtype.element_ty), mask=mask)
@@ -69,7 +69,7 @@ def adamw_kernel(
     weight_ptr, gradient_ptr, mean_ptr, variance_ptr, copy_ptr, clip_ptr, rate_ptr, biases_ptr, biases_stride,
     size, factor, new1, new2, eps, COPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """new1 and new2 are 1 − β₁ and 1 − β₂, rounded once."""
+    """new1 and new2 are 1 − β₁ and 1 − β₂, computed in float64 on the host."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < size
     g = tl.load(gradient_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * tl.load(clip_ptr)
@@ -133,7 +133,7 @@ def run_adamw(
 
 
 def unsupported_reason(*tensors: Tensor | None) -> str | None:
-    """Why no kernel can work on these tensors of many elements, the ones it changes in place among them."""
+    """Return why no kernel can take these tensors, or None if one can. Those that it changes in place are among them."""
     tensors = [x for x in tensors if x is not None]
     if needs_gradient(*tensors):
         return "it has no derivative and no rule for torch.func; call it under torch.no_grad()"
@@ -147,7 +147,7 @@ def momentum_unsupported_reason(gradient: Tensor, momentum: Tensor, clip, mu, dt
     if dtype not in DTYPES:
         return f"the direction must be bfloat16, float16 or float32, not {dtype}"
     if gradient.size(0) > MOST_MATRICES:
-        return f"{gradient.size(0)} matrices pass the {MOST_MATRICES} that one launch can number; split them"
+        return f"{gradient.size(0)} matrices exceed the {MOST_MATRICES} of one launch; split them"
     if gradient.size(1) * gradient.size(2) > LARGEST_MATRIX:
         return f"a matrix of {tuple(gradient.shape[1:])} has more elements than one launch can number"
     return unsupported_reason(gradient, momentum)
@@ -164,11 +164,12 @@ def adamw_unsupported_reason(weight, gradient, mean, variance, clip, rate, biase
 def nesterov_momentum(
     gradient: Tensor, momentum: Tensor, clip: Tensor, mu: Tensor, dtype: torch.dtype, *, impl: str = "auto"
 ) -> tuple[Tensor, Tensor | None]:
-    """Update momentum (B, m, n), float32, in place with clip·gradient (B, m, n); returns the direction in `dtype` and, from
-    the Triton kernel, the sums of its squares (B, 64) in float64, which newton_schulz takes.
+    """Update the float32 momentum (B, m, n) in place with clip·gradient (B, m, n), and return (direction, squares).
 
-    clip, mu: float32 scalars on the device. Raises TypeError for a dtype or device and ValueError for a shape that does not
-    fit, and KernelRequestError (a ValueError) when the implementation asked for by name does not support the call.
+    The direction has the dtype `dtype`. squares (B, 64), float64, are partial sums of the direction's squares for newton_schulz;
+    the reference returns None for them. clip, mu: float32 scalars on the device. Raises TypeError for a wrong dtype or device,
+    ValueError for mismatched shapes, and KernelRequestError (a ValueError) if the implementation named by impl does not support
+    the call.
     """
     check_float("nesterov_momentum", gradient=gradient)
     check_shape("nesterov_momentum", "gradient", gradient, "B", "m", "n")
@@ -181,9 +182,10 @@ def nesterov_momentum(
 def apply_update(
     weight: Tensor, update: Tensor, rate: Tensor, factor: float, copy: Tensor | None = None, *, impl: str = "auto"
 ) -> None:
-    """Subtract factor·rate·update from a float32 weight of the same shape, in place; rate is a scalar on the device.
+    """Subtract factor·rate·update from a float32 weight of the same shape, in place.
 
-    copy: of the same shape, gets the new weight in its own dtype. Raises as nesterov_momentum does.
+    rate: a float32 scalar on the device. copy: a tensor of the same shape that receives the new weight in its own dtype. Raises as
+    nesterov_momentum does.
     """
     check_float("apply_update", update=update)
     check_state("apply_update", update, weight=weight)
@@ -197,10 +199,10 @@ def adamw(
     weight: Tensor, gradient: Tensor, mean: Tensor, variance: Tensor, clip: Tensor, rate: Tensor, biases: Tensor,
     factor: float, betas: tuple[float, float], eps: float, copy: Tensor | None = None, *, impl: str = "auto",
 ) -> None:  # fmt: skip
-    """A step of AdamW without decay, in place on float32 weight, mean and variance of the gradient's shape.
+    """Make one step of AdamW without decay, in place on float32 weight, mean and variance of the gradient's shape.
 
-    clip, rate: float32 scalars on the device; biases (2,): 1 − β₁ᵗ and 1 − β₂ᵗ there; the learning rate is factor·rate.
-    copy: of the weight's shape, gets the new weight in its own dtype. Raises as nesterov_momentum does.
+    clip, rate: float32 scalars on the device; the learning rate is factor·rate. biases (2,): 1 − β₁ᵗ and 1 − β₂ᵗ, float32 on the
+    device. copy: a tensor of the weight's shape that receives the new weight in its own dtype. Raises as nesterov_momentum does.
     """
     check_float("adamw", gradient=gradient)
     check_state("adamw", gradient, weight=weight, mean=mean, variance=variance)
@@ -282,15 +284,12 @@ def adamw_launches(key, dtype: torch.dtype, device: torch.device):
     }  # fmt: skip
 
 
-BLOCK = 2048  # elements of a program's turn; what a matrix's squares sum to depends on it in the last bits of float64
+BLOCK = 2048  # elements; the last bits of the float64 sums of squares depend on it
 MOMENTUM_KERNEL, UPDATE_KERNEL, ADAMW_KERNEL = (
     Kernel(name, (torch.float32,), ((1280 * 1280,),), ({"BLOCK": BLOCK, "num_warps": warps},), launches, ((1001,),))
     for name, launches, warps in (
-        (
-            "nesterov_momentum",
-            momentum_launches,
-            8,
-        ),  # of 4 warps sm90's compiler keeps 8 bytes of each thread in memory
+        # num_warps=8: with 4 warps each thread spills 8 bytes on sm90
+        ("nesterov_momentum", momentum_launches, 8),
         ("apply_update", update_launches, 4),
         ("adamw", adamw_launches, 4),
     )

@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 
 RATIO = 1.5
-FEWEST_ROWS, FEWEST_ELEMENTS = (
-    8,
-    64,
-)  # of a group: the size of so many errors is known well enough; those of a row may be alike
+# of a group: the size of so many errors is known well enough; those of one row may be alike
+FEWEST_ROWS, FEWEST_ELEMENTS = 8, 64
 
 
 def evaluate_each(
@@ -69,6 +67,7 @@ def over_budget(
     allowed = _rows(torch.where(finite & baseline.isfinite(), (baseline.double() - oracle).abs(), 0.0))
     size = _rows(torch.where(finite, oracle.abs(), 0.0))
     more = _rows(torch.as_tensor(epsilon, dtype=torch.float64, device=oracle.device).expand_as(oracle))
+    more = more + torch.finfo(torch.float64).eps * size.max()  # where the oracle itself rounds to 0, as 1 − tanh² does
     if apart is None:
         return _groups_over_budget("", found.dtype, error, allowed, size, more)
     for name, mask in ((", entries apart", _rows(apart)), (", other entries", ~_rows(apart))):
@@ -107,7 +106,7 @@ def _groups_over_budget(
         return values.new_zeros(groups).index_add_(0, group_of_row, values.square().sum(1)).sqrt()
 
     chance = torch.finfo(dtype).eps * largest(size.amax(1)) + torch.finfo(torch.float32).eps * largest(norms)
-    chance = chance + torch.finfo(torch.float32).tiny  # below which float32 is flushed to 0, or float64 rounded to it
+    chance = chance + torch.finfo(torch.float32).tiny  # below which float32 is flushed to 0
     for measure, of in (("error", norm), ("error of the worst element", lambda values: largest(values.amax(1)))):
         got, reference = of(error), of(allowed)
         budget = RATIO * reference + chance + of(epsilon)

@@ -1,4 +1,8 @@
-"""What calls with alike arguments have in common, worked out once: on a GPU's host it takes longer than a launch does."""
+"""Launch plans, cached by the signature of the call.
+
+Checking the arguments, choosing an implementation and computing the grid takes the host longer than the launch itself. The
+result depends only on shapes, strides, dtypes and devices, so that repeated calls look it up.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,19 +17,19 @@ from nanochat_kernels.triton_helpers import launch, recording
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A launch with everything but its tensors. Call it with the inputs; it allocates the results, launches and returns them.
+    """A kernel launch without its tensors. Calling it with the inputs allocates the results, launches the kernel and returns them.
 
-    The kernel takes pointers to the inputs and to the results, then the numbers. Where an input or a result is None, it gets
-    the pointer of the first input, which it must not use.
+    The kernel's arguments are pointers to the inputs and results, then the numbers. For an input or result that is None the
+    kernel gets the pointer of the first input, which it must not use.
     """
 
     kernel: Any
     grid: tuple[int, ...]
     device: torch.device
     layout: Callable[[Tensor], Tensor]
-    """an input → the same numbers as the kernel reads them; called for inputs that are not contiguous"""
+    """input → the same elements with strides that the kernel can read; called for inputs that are not contiguous"""
     results: tuple[tuple[tuple[int, ...], torch.dtype] | None, ...]
-    """shape and dtype of each"""
+    """shape and dtype of each, or None for a result that is not computed"""
     numbers: tuple[int | float, ...]
     constants: dict[str, Any]
 
@@ -38,11 +42,11 @@ class Plan:
         return tuple(results)
 
 
-def planned(make: Callable, *arguments):
-    """make(*arguments), remembered for arguments that are alike until the launch tables change.
+def cached_call(make: Callable, *arguments):
+    """Return make(*arguments), from the cache if `make` was called with the same signature since the launch tables last changed.
 
-    Tensors are alike in shape, strides, dtype, device and whether they require a gradient, anything else when it is equal; and
-    the modes of autograd and autocast are the same. `make` must look at nothing else, and must not keep a tensor.
+    The signature is the shape, strides, dtype, device and requires_grad of each tensor, the value of each other argument, and the
+    modes of autograd and autocast. The result of `make` must depend on nothing else and must not hold a tensor.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or recording():
         return make(*arguments)

@@ -1,8 +1,8 @@
-"""Rotary position and QK-norm in one operation: rotate q and k by −θ(position), then RMSNorm over the head.
+"""Rotary position embedding and QK-norm in one operation: rotate q and k by −θ(position), then apply RMSNorm to each head.
 
-[x1, x2] → [o1, o2] = [x1·cos + x2·sin, x2·cos − x1·sin] on the two halves of a head, with tables of one row for each position,
-then y = r·o with r = (mean(o²) + eps)^−½. The backward starts from the result, as in rms_norm: do = r·(dy − y·⟨dy, y⟩/D),
-rotated back. q, k, the tables and the results are read or written once. Saved are y, which attention saves anyway, and r.
+The two halves [x1, x2] of a head become [o1, o2] = [x1·cos + x2·sin, x2·cos − x1·sin], with one row of the tables for each
+position; then y = r·o with r = (mean(o²) + eps)^−½. Backward uses the result, as in rms_norm: do = r·(dy − y·⟨dy, y⟩/D), rotated
+back. q, k, the tables and the results are read or written once. Only y, which attention saves anyway, and r are saved.
 Su et al. 2021 (rotation), Henry et al. 2020 (norm of q and k).
 """
 
@@ -16,9 +16,9 @@ from nanochat_kernels.checks import check_device, check_float, check_shape, norm
 from nanochat_kernels.configs import launch_parameters
 from nanochat_kernels.dispatch import serve
 from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
-from nanochat_kernels.plan import Plan, planned
+from nanochat_kernels.plan import Plan, cached_call
 from nanochat_kernels.qk_norm_rope_kernels import backward_kernel, forward_kernel
-from nanochat_kernels.reference import EPS
+from nanochat_kernels.reference import EPS, ROPE_BASE
 from nanochat_kernels.triton_helpers import (
     DTYPES,
     GRID_LIMIT,
@@ -31,35 +31,38 @@ from nanochat_kernels.triton_helpers import (
     triton_unsupported_reason,
 )
 
-WIDEST = 1024  # channels of a head: one token of it in 16 warps fills half of a thread's registers
+WIDEST = 1024  # channels of a head: one token of that width in 16 warps fills half of a thread's registers
 MOST_HEADS = 65_535  # programs on the second axis of a grid
-PER_THREAD = 176  # elements of a tile and of its tables at most, in heads wider than those of the launch tables
+PER_THREAD = 176  # most elements of a tile and its tables per thread, for heads wider than those in the launch tables
 
 
 def tile(kernel: str, q: Tensor, heads: tuple[int, int], parameters: dict[str, int] | None) -> dict[str, int]:
-    """Launch parameters and the tile's sizes. Without given parameters the table's, with fewer tokens, then fewer heads, then
-    more warps where a head is so much wider than the table's class that a thread would run out of registers."""
+    """Return the launch parameters and the tile's sizes for heads of q's width.
+
+    Without given parameters they come from the table. For heads that are much wider than the table's class, fewer tokens, then
+    fewer heads, then more warps keep a thread from running out of registers.
+    """
     width = q.size(-1)
     block = 2 * power_of_2(width // 2)
     chosen = parameters or launch_parameters(kernel, q.device, q.dtype, (width,))
     tokens, warps = chosen["TOKENS"], chosen["num_warps"]
-    # the most heads a program that leave no program with fewer: 6 heads are taken by 3 where the table says 5
-    together = [n for n in range(1, chosen["HEADS"] + 1) if heads[0] % n == heads[1] % n == 0]
+    # numbers of heads per program that give all programs equally many: for 6 heads a program takes 3 if the table says 5
+    head_counts = [n for n in range(1, chosen["HEADS"] + 1) if heads[0] % n == heads[1] % n == 0]
     if parameters is None:
         limit = 32 * PER_THREAD
-        while tokens > 1 and tokens * (together[-1] + 1) * block > limit * warps:
+        while tokens > 1 and tokens * (head_counts[-1] + 1) * block > limit * warps:
             tokens //= 2
-        while len(together) > 1 and tokens * (together[-1] + 1) * block > limit * warps:
-            together.pop()
-        while warps < 16 and tokens * (together[-1] + 1) * block > limit * warps:
+        while len(head_counts) > 1 and tokens * (head_counts[-1] + 1) * block > limit * warps:
+            head_counts.pop()
+        while warps < 16 and tokens * (head_counts[-1] + 1) * block > limit * warps:
             warps *= 2
     return {
-        "HALF": width // 2, "HALF_BLOCK": block // 2, "TOKENS": tokens, "HEADS": together[-1], "num_warps": warps,
+        "HALF": width // 2, "HALF_BLOCK": block // 2, "TOKENS": tokens, "HEADS": head_counts[-1], "num_warps": warps,
     }  # fmt: skip
 
 
 def as_read(x: Tensor) -> Tensor:
-    """x as the kernels read it: neighbouring channels of a head side by side, tables contiguous, offsets at any stride."""
+    """Return x with strides that the kernels can read: stride 1 along the channels of q and k, contiguous tables, any offsets."""
     if x.dim() == 4:
         return x if x.stride(-1) == 1 or x.size(-1) <= 1 else x.contiguous()
     return x.contiguous() if x.dim() == 2 else x
@@ -69,7 +72,7 @@ def plan_of(
     kernel, name: str, q: Tensor, k: Tensor, heads: tuple[int, int], results: tuple, tables: tuple,
     parameters: dict[str, int] | None, **constants,
 ) -> Plan:  # fmt: skip
-    """Either kernel's launch: q and k give the strides, `heads` how many of each are computed, tables are (cos, offset, offsets)."""
+    """Plan a launch of either kernel, with the strides of q and k, the numbers of their heads to compute and (cos, offset, offsets)."""
     batch, tokens = q.shape[:2]
     cos, offset, offsets = tables
     constants |= tile(name, q, heads, parameters)
@@ -88,8 +91,10 @@ def forward_plan(
     q: Tensor, k: Tensor, cos: Tensor, offset: int = 0, offsets: Tensor | None = None, keep_rstd: bool = True,
     q_dtype: torch.dtype | None = None, k_dtype: torch.dtype | None = None, parameters: dict[str, int] | None = None,
 ) -> Plan:  # fmt: skip
-    """The launch that makes of (q, k, cos, sin, offsets) both rotated and normalised, in q_dtype and k_dtype, by default theirs,
-    and rstd of both (H, B, T), or None."""
+    """Plan the launch that computes the results for q and k, and the rstd of both, from (q, k, cos, sin, offsets).
+
+    The results have the dtypes q_dtype and k_dtype, by default those of q and k. rstd (H, B, T) is None unless keep_rstd.
+    """
     normed = ((tuple(q.shape), q_dtype or q.dtype), (tuple(k.shape), k_dtype or k.dtype))
     rstd = (((x.size(2), *x.shape[:2]), torch.float32) if keep_rstd else None for x in (q, k))
     return plan_of(
@@ -103,8 +108,10 @@ def backward_plan(
     offsets: Tensor | None = None, q_dtype: torch.dtype | None = None, k_dtype: torch.dtype | None = None,
     parameters: dict[str, int] | None = None,
 ) -> Plan:  # fmt: skip
-    """The launch that makes dq and dk in q_dtype and k_dtype, by default those of the results, of (q_out, k_out, dq_out, dk_out,
-    q_rstd, k_rstd, cos, sin, offsets); None in place of one of them where the gradient of its result is None."""
+    """Plan the launch that computes dq and dk from (q_out, k_out, dq_out, dk_out, q_rstd, k_rstd, cos, sin, offsets).
+
+    They have the dtypes q_dtype and k_dtype, by default those of the results. dq or dk is None if dq_out or dk_out is.
+    """
     parts = ((dq_out, q_out, q_dtype), (dk_out, k_out, k_dtype))
     heads = tuple(0 if dy is None else y.size(2) for dy, y, _ in parts)
     results = tuple(None if dy is None else (tuple(y.shape), dtype or y.dtype) for dy, y, dtype in parts)
@@ -117,7 +124,7 @@ def backward_plan(
 class Backward(KernelFunction):
     @staticmethod
     def forward(q_out, k_out, dq_out, dk_out, q_rstd, k_rstd, cos, sin, offset, offsets, q_dtype, k_dtype):
-        plan = planned(backward_plan, q_out, k_out, dq_out, dk_out, cos, offset, offsets, q_dtype, k_dtype)
+        plan = cached_call(backward_plan, q_out, k_out, dq_out, dk_out, cos, offset, offsets, q_dtype, k_dtype)
         return plan(q_out, k_out, dq_out, dk_out, q_rstd, k_rstd, cos, sin, offsets)
 
 
@@ -147,7 +154,7 @@ class QKNormRope(KernelFunction):
 
 def plan(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int | Tensor) -> Plan:
     offset, offsets = (0, offset) if isinstance(offset, Tensor) else (offset, None)
-    # tables in q's dtype rotate k, so what differs under autocast is promoted
+    # the reference casts the tables to q's dtype, so that under autocast the rotated k is promoted to it
     k_dtype = normed_dtype(k) if k.dtype == q.dtype else torch.promote_types(normed_dtype(k), q.dtype)
     return forward_plan(q, k, cos, offset, offsets, needs_gradient(q, k), normed_dtype(q), k_dtype)
 
@@ -159,13 +166,13 @@ def run(plan: Plan, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int 
 
 def unsupported_reason(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int | Tensor) -> str | None:
     if q.size(3) > WIDEST:
-        return f"a head of {q.size(3)} channels is too wide; the kernel takes {WIDEST}"
+        return f"a head of {q.size(3)} channels is too wide; the kernel takes at most {WIDEST}"
     if q.size(0) * q.size(1) > GRID_LIMIT:
-        return f"{q.size(0) * q.size(1)} tokens pass the {GRID_LIMIT} that one launch can number; split the batch"
+        return f"{q.size(0) * q.size(1)} tokens exceed the {GRID_LIMIT} of one launch; split the batch"
     if q.size(2) + k.size(2) > MOST_HEADS:
-        return f"{q.size(2)} and {k.size(2)} heads pass the {MOST_HEADS} that one launch can number"
+        return f"{q.size(2)} and {k.size(2)} heads exceed the {MOST_HEADS} of one launch"
     if (cos.requires_grad or sin.requires_grad) and torch.is_grad_enabled():
-        return "it gives cos and sin no gradient; detach them"
+        return "it computes no gradient for cos and sin; detach them"
     return triton_unsupported_reason(q) or triton_unsupported_reason(k)
 
 
@@ -174,12 +181,12 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor]:
     """Rotate and normalise q (B, T, H, D) and k (B, T, G, D); the results have their shapes and dtypes.
 
-    cos, sin: (positions, D/2). offset: position of the first token, one integer or one for each row (B,); those of a tensor are
-    not read here: a position outside of the tables is an error of the reference and gives NaN from the kernel.
-    Under autocast q and k may have different dtypes, and the results have those of the plain operations.
-    Raises ValueError for an odd D, heads that are no multiple of the key heads, tables that do not match or are too
-    short, TypeError for dtypes that differ, and KernelRequestError (a ValueError) when the implementation asked for by name
-    does not support the call. Repeated calls are bitwise equal.
+    cos, sin: (positions, D/2). offset: the position of the first token, as an integer or a tensor with one for each row (B,). The
+    values of a tensor are not checked: a position outside the tables raises an error in the reference and gives NaN from the
+    kernel. Under autocast q and k may have different dtypes, and the results have the dtypes of the plain operations.
+    Raises ValueError for an odd D, for a number of heads that is not a multiple of the key heads and for mismatched or too short
+    tables, TypeError for mismatched dtypes, and KernelRequestError (a ValueError) if the implementation named by impl does not
+    support the call. Repeated calls are bitwise equal.
     """
     return serve(QK_NORM_ROPE, impl, check, q, k, cos, sin, offset)
 
@@ -197,7 +204,7 @@ def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int | Tensor) 
     if width % 2 or width == 0:
         raise ValueError(f"qk_norm_rope: the head width must be even to be rotated in halves, got {width}")
     if k.size(2) == 0 or heads % k.size(2):
-        raise ValueError(f"qk_norm_rope: {heads} query heads are no multiple of {k.size(2)} key heads")
+        raise ValueError(f"qk_norm_rope: {heads} query heads are not a multiple of {k.size(2)} key heads")
     check_float("qk_norm_rope", cos=cos, sin=sin)
     check_shape("qk_norm_rope", "cos", cos, "positions", width // 2)
     check_shape("qk_norm_rope", "sin", sin, *cos.shape)
@@ -211,13 +218,13 @@ def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int | Tensor) 
         raise TypeError(f"qk_norm_rope: offset must be an int or a tensor of ints, got {offset}")
     elif offset < 0 or offset + tokens > cos.size(0):
         raise ValueError(
-            f"qk_norm_rope: positions {offset} to {offset + tokens - 1} pass the {cos.size(0)} rows of the tables"
+            f"qk_norm_rope: positions {offset} to {offset + tokens - 1} exceed the {cos.size(0)} rows of the tables"
         )
 
 
 def tables(positions: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin (positions, D/2) for heads of this width."""
-    frequencies = 10000.0 ** (-torch.arange(0, width, 2, device=device) / width)
+    """Return cos and sin (positions, D/2) for heads of this width."""
+    frequencies = ROPE_BASE ** (-torch.arange(0, width, 2, device=device) / width)
     angles = torch.arange(positions, device=device)[:, None] * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -293,16 +300,16 @@ def trials(shape, device: torch.device, dtype: torch.dtype):
 
 
 def liger():
-    """Liger-Kernel's rotation, which writes over its arguments and so gets copies, and its norm."""
+    """Return Liger-Kernel's rotation followed by its norm; the rotation overwrites its arguments, so that it gets copies."""
     try:
         from liger_kernel.ops import LigerRMSNormFunction, LigerRopeFunction
     except ImportError:
         return None
 
     def norm_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-        cos, sin = (torch.cat([table, table], -1)[None] for table in (cos, -sin))  # it rotates by +θ
-        turned = LigerRopeFunction.apply(q.clone().transpose(1, 2), k.clone().transpose(1, 2), cos, sin)
-        rows = (x.transpose(1, 2).contiguous() for x in turned)
+        cos, sin = (torch.cat([table, table], -1)[None] for table in (cos, -sin))  # Liger rotates by +θ
+        rotated = LigerRopeFunction.apply(q.clone().transpose(1, 2), k.clone().transpose(1, 2), cos, sin)
+        rows = (x.transpose(1, 2).contiguous() for x in rotated)
         return tuple(LigerRMSNormFunction.apply(x, None, EPS, 0.0, "llama", False, None) for x in rows)
 
     return norm_rope

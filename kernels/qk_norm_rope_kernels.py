@@ -1,4 +1,7 @@
-"""The Triton kernels of qk_norm_rope, which says what they compute. A program takes HEADS heads of TOKENS tokens of q or of k."""
+"""The Triton kernels of qk_norm_rope.py, which explains what they compute.
+
+A program computes HEADS heads of TOKENS tokens, either of q or of k.
+"""
 
 from nanochat_kernels.triton_helpers import cast, rsqrt, tl, triton
 
@@ -8,10 +11,11 @@ def load_positions(
     cos_ptr, sin_ptr, offset, offsets_ptr, offsets_stride, tokens, positions,
     HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, OFFSETS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """What all heads of this program's tokens share: the batch row, the number of tokens of the whole batch, the tokens in the
-    row (TOKENS,), the channels of half a head (HALF_BLOCK,), a mask of both, and cos and sin in float32 under that mask.
+    """Load what all heads of this program's tokens share.
 
-    A position outside of the tables gives NaN, never a stray read.
+    Returns the row of the batch, the number of tokens in the batch, the tokens' indices in the row (TOKENS,), the channels of half
+    a head (HALF_BLOCK,), the mask of tokens and channels, and cos and sin in float32 under that mask. A position outside the
+    tables gives NaN without an access outside them.
     """
     blocks = tl.cdiv(tokens, TOKENS)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
@@ -34,9 +38,9 @@ def load_heads(
     x_ptr, first, heads, batch_stride, token_stride, head_stride, batch, t, channel, mask,
     HALF: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Both halves of HEADS heads in their own dtype: (x1, x2, x1, x2, …), each (TOKENS, HALF_BLOCK).
+    """Load both halves of HEADS heads in their own dtype: (x1, x2, x1, x2, …), each (TOKENS, HALF_BLOCK).
 
-    They are loaded all at once, ahead of any store: the compiler must assume that a load after a store depends on it.
+    All loads come before any store, because the compiler must assume that a load after a store depends on the store.
     """
     loaded = ()
     row_ptr = x_ptr + batch * batch_stride
@@ -67,7 +71,9 @@ def forward_heads(
         head_mask = mask & (first + i < heads)
         tl.store(ptr, cast(o1 * r[:, None], y_ptr.dtype.element_ty), mask=head_mask)
         tl.store(ptr + HALF, cast(o2 * r[:, None], y_ptr.dtype.element_ty), mask=head_mask)
-        if KEEP_RSTD:  # (H, B, T): in y's order the 4 bytes of each token would be a memory transaction each
+        if (
+            KEEP_RSTD
+        ):  # stored as (H, B, T): in y's order the 4 bytes of each token would take a memory transaction of their own
             offsets = (first + i) * all_tokens + batch * tokens + t
             tl.store(rstd_ptr + offsets, r, mask=(t < tokens) & (first + i < heads))
 
@@ -90,9 +96,9 @@ def backward_heads(
         r = tl.load(rstd_ptr + offsets, mask=(t < tokens) & (first + i < heads), other=0.0)
         g1, g2 = gradients[2 * i].to(tl.float32), gradients[2 * i + 1].to(tl.float32)
         y1, y2 = normed[2 * i].to(tl.float32), normed[2 * i + 1].to(tl.float32)
-        along = tl.sum(g1 * y1 + g2 * y2, axis=1) / (2 * HALF)
-        o1 = r[:, None] * (g1 - y1 * along[:, None])
-        o2 = r[:, None] * (g2 - y2 * along[:, None])
+        projection = tl.sum(g1 * y1 + g2 * y2, axis=1) / (2 * HALF)
+        o1 = r[:, None] * (g1 - y1 * projection[:, None])
+        o2 = r[:, None] * (g2 - y2 * projection[:, None])
         ptr = dx_ptr + row[:, None] * (2 * HALF) + channel[None, :]
         head_mask = mask & (first + i < heads)
         tl.store(ptr, cast(o1 * c - o2 * s, dx_ptr.dtype.element_ty), mask=head_mask)

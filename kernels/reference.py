@@ -5,14 +5,19 @@ C width, H query heads, G key/value heads, D head width, F hidden width, V vocab
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 EPS = torch.finfo(torch.float32).eps
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NORM_EPS = 1e-7
+WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+SOFTCAP = 15.0  # bound of a logit's absolute value
+ROPE_BASE = 10000.0  # pair i of a head's D channels turns by position·ROPE_BASE^(−2i/D)
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -27,13 +32,13 @@ def add_rms_norm(x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-split rotation by −θ of (B, T, H, D) with tables broadcastable to (B, T, 1, D/2)."""
+    """Rotate the two halves of each head of x (B, T, H, D) by −θ; cos and sin broadcast to (B, T, 1, D/2)."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
 
 
 def qk_norm_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int | Tensor = 0) -> tuple[Tensor, Tensor]:
-    """Rotation of q (B, T, H, D) and k (B, T, G, D), then RMSNorm over the head."""
+    """Rotate q (B, T, H, D) and k (B, T, G, D), then apply RMSNorm to each head."""
     positions = torch.arange(q.size(1), device=q.device)
     if isinstance(offset, Tensor):
         positions = positions + offset[:, None]  # (B, T)
@@ -46,8 +51,8 @@ def qk_norm_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int | T
 def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
     """Causal softmax attention of q (B, T, H, D) over k, v (B, S, G, D), scale D^−½; returns (B, T, H, D).
 
-    Query t of row b sees keys up to lengths[b] − T + t, that is the queries are the last T of the row's keys.
-    Without lengths, lengths = S.
+    Query t of row b attends to the keys up to lengths[b] − T + t: the queries are the last T tokens of the row's keys.
+    lengths=None means S for every row.
     """
     queries, keys = q.size(1), k.size(1)
     mask = None
@@ -56,24 +61,26 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) ->
         t, s = torch.arange(queries, device=q.device)[:, None], torch.arange(keys, device=q.device)[None]
         mask = s <= last - queries + t
         mask = mask.unsqueeze(1) if mask.dim() == 3 else mask
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=mask is None,
-        enable_gqa=q.size(2) != k.size(2),
-    )
+    # cuDNN plans each shape anew, for 10 ms; with a cache every token has another number of keys
+    with nullcontext() if mask is None else sdpa_kernel(WITHOUT_PLANS):
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=q.size(2) != k.size(2),
+        )
     return out.transpose(1, 2)
 
 
 def relu2_mlp(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """relu(x·w1ᵀ)²·w2ᵀ with x (…, C), w1 (F, C), w2 (C, F)."""
+    """relu(x·w1ᵀ)²·w2ᵀ for x (…, C), w1 (F, C), w2 (C, F)."""
     return F.linear(F.relu(F.linear(x, w1)).square(), w2)
 
 
 def softcapped(z: Tensor, softcap: float) -> Tensor:
-    """softcap·tanh(z/softcap), at least in float32."""
+    """softcap·tanh(z/softcap), in float32 or a wider dtype."""
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     return softcap * torch.tanh(z / softcap)
 
@@ -81,15 +88,15 @@ def softcapped(z: Tensor, softcap: float) -> Tensor:
 def softcap_cross_entropy(
     logits: Tensor,
     targets: Tensor,
-    softcap: float = 15.0,
+    softcap: float = SOFTCAP,
     ignore_index: int = -1,
     reduction: str = "mean",
     loss_weight: Tensor | None = None,
 ) -> Tensor:
-    """Cross entropy of the softcapped logits (N, V) with targets (N,), at least in float32.
+    """Cross entropy of the softcapped logits (N, V) with targets (N,), in float32 or a wider dtype.
 
-    "mean" divides by the number of targets that are not ignored and is 0 when there are none. loss_weight, () or (N,),
-    multiplies the losses before they are reduced.
+    "mean" divides by the number of targets that are not ignored, and is 0 if there are none. loss_weight, () or (N,),
+    multiplies the losses before the reduction.
     """
     losses = F.cross_entropy(softcapped(logits, softcap), targets, ignore_index=ignore_index, reduction="none")
     if loss_weight is not None:
@@ -103,7 +110,7 @@ def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
     targets: Tensor,
-    softcap: float = 15.0,
+    softcap: float = SOFTCAP,
     ignore_index: int = -1,
     reduction: str = "mean",
     loss_weight: Tensor | None = None,
@@ -115,9 +122,9 @@ def linear_cross_entropy(
 def newton_schulz(
     gradients: Tensor, coefficients: Sequence[tuple[float, float, float]] = 5 * (NEWTON_SCHULZ_COEFFICIENTS,)
 ) -> Tensor:
-    """Approximate orthogonalisation U·Vᵀ of each matrix of (…, m, n), in the dtype given, a step for each (a, b, c).
+    """Approximate U·Vᵀ for each matrix U·S·Vᵀ of (…, m, n) in its own dtype, with one step for each (a, b, c).
 
-    X = G/(‖G‖ + 1e-7), transposed if tall, then A = X·Xᵀ, B = b·A + c·A², X = a·X + B·X.
+    X = G/(‖G‖ + 1e-7), transposed if it is tall; each step computes A = X·Xᵀ, B = b·A + c·A², X ← a·X + B·X.
     """
     tall = gradients.size(-2) > gradients.size(-1)
     x = gradients.mT if tall else gradients
@@ -138,7 +145,7 @@ def nesterov_momentum(
 
 
 def apply_update(weight: Tensor, update: Tensor, rate: Tensor, factor: float, copy: Tensor | None = None) -> None:
-    """weight ← weight − factor·rate·update, in place, and its copy."""
+    """weight ← weight − factor·rate·update, in place; `copy`, if given, receives the new weight in its own dtype."""
     weight.sub_(update.to(weight.dtype) * (factor * rate))
     if copy is not None:
         copy.copy_(weight)
@@ -148,7 +155,7 @@ def adamw(
     weight: Tensor, gradient: Tensor, mean: Tensor, variance: Tensor, clip: Tensor, rate: Tensor, biases: Tensor,
     factor: float, betas: tuple[float, float], eps: float, copy: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """One step of AdamW without decay, in place, and a copy of the weight."""
+    """One step of AdamW without decay, in place; `copy`, if given, receives the new weight in its own dtype."""
     gradient = gradient * clip
     mean.lerp_(gradient, 1 - betas[0])
     variance.lerp_(gradient.square(), 1 - betas[1])

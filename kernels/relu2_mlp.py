@@ -1,7 +1,7 @@
 """The two-layer perceptron with squared ReLU: y = h·w_downᵀ with h = relu(z)² and z = x·w_upᵀ.
 
-Only h is saved beside x: the derivative of the square is 2·relu(z) = 2·√h, and w_down's gradient needs h anyway. The products
-are torch's; relu² is one pass in place over z, its derivative one pass in place over the gradient of h.
+Besides x, only h is saved: the derivative of the square is 2·relu(z) = 2·√h, and w_down's gradient needs h anyway. torch computes
+the products. relu² is one pass over z in place, and its derivative one pass over the gradient of h in place.
 So et al. 2021 (Primer).
 """
 
@@ -33,7 +33,7 @@ from nanochat_kernels.triton_helpers import (
 def relu2_kernel(z_ptr, size, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     z = tl.load(z_ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32)
-    relu = tl.where(z < 0.0, 0.0, z)  # not maximum, which drops NaN on a GPU
+    relu = tl.where(z < 0.0, 0.0, z)  # tl.maximum would drop NaN on a GPU
     tl.store(z_ptr + offsets, cast(relu * relu, z_ptr.dtype.element_ty), mask=offsets < size)
 
 
@@ -42,12 +42,12 @@ def relu2_backward_kernel(dh_ptr, h_ptr, size, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     dh = tl.load(dh_ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32)
     h = tl.load(h_ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32)
-    dz = tl.where(h == 0.0, 0.0, dh * (2.0 * tl.sqrt_rn(h)))  # 0 where relu is 0, whatever dh is
+    dz = tl.where(h == 0.0, 0.0, dh * (2.0 * tl.sqrt_rn(h)))  # 0 where relu is 0, even if dh is NaN
     tl.store(dh_ptr + offsets, cast(dz, dh_ptr.dtype.element_ty), mask=offsets < size)
 
 
 def relu2_(z: Tensor, parameters: dict[str, int] | None = None) -> Tensor:
-    """relu(z)² in place of a contiguous z."""
+    """Overwrite a contiguous z with relu(z)² and return it."""
     if z.numel():
         parameters = parameters or launch_parameters("relu2", z.device, z.dtype, (z.numel(),))
         launch(relu2_kernel, (cdiv(z.numel(), parameters["BLOCK"]),), z.device, z, z.numel(), **parameters)
@@ -55,7 +55,7 @@ def relu2_(z: Tensor, parameters: dict[str, int] | None = None) -> Tensor:
 
 
 def relu2_backward_(dh: Tensor, h: Tensor, parameters: dict[str, int] | None = None) -> Tensor:
-    """The gradient of z in place of h's, both contiguous."""
+    """Overwrite dh, the gradient of h, with the gradient of z and return it; both tensors are contiguous."""
     if h.numel():
         parameters = parameters or launch_parameters("relu2_backward", h.device, h.dtype, (h.numel(),))
         grid = (cdiv(h.numel(), parameters["BLOCK"]),)
@@ -64,7 +64,7 @@ def relu2_backward_(dh: Tensor, h: Tensor, parameters: dict[str, int] | None = N
 
 
 def forward(x: Tensor, w_up: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor]:
-    """(y (…, C), h (N, F))."""
+    """Return (y (…, C), h (N, F))."""
     h = relu2_(F.linear(x.reshape(-1, x.size(-1)), w_up))
     return F.linear(h, w_down).view(*x.shape[:-1], w_down.size(0)), h
 
@@ -78,7 +78,7 @@ class RELU2MLP(KernelFunction):
     def setup_context(ctx, inputs, output) -> None:
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[1])
-        ctx.buffers = inputs[3:]  # not saved_for_backward: other calls may add to them before this one's backward
+        ctx.buffers = inputs[3:]  # not save_for_backward: other calls may add to them before this one's backward
         ctx.save_for_backward(*inputs[:3], output[1])
 
     @staticmethod
@@ -113,7 +113,7 @@ def run(x, w_up, w_down, up_gradient, down_gradient) -> Tensor:
 
 
 def run_reference(x, w_up, w_down, up_gradient=None, down_gradient=None) -> Tensor:
-    """reference.relu2_mlp, with products that add to the buffers where they are given."""
+    """reference.relu2_mlp, with products that add the weights' gradients to the buffers that are given."""
     if up_gradient is None and down_gradient is None:
         return reference.relu2_mlp(x, w_up, w_down)
     return plain_linear(F.relu(plain_linear(x, w_up, up_gradient)).square(), w_down, down_gradient)
@@ -121,7 +121,7 @@ def run_reference(x, w_up, w_down, up_gradient=None, down_gradient=None) -> Tens
 
 def unsupported_reason(x: Tensor, w_up: Tensor, *_) -> str | None:
     if x.dtype == torch.float16:
-        return "float16 cannot hold relu(z)² for small z, of which the derivative is made; use bfloat16"
+        return "float16 cannot hold relu(z)² for small z, from which the derivative is computed; use bfloat16"
     if x.numel() // max(x.size(-1), 1) * w_up.size(0) > GRID_LIMIT * 128:
         return "the hidden activations have more elements than one launch can number; split the rows"
     return triton_unsupported_reason(x)
@@ -136,12 +136,13 @@ def relu2_mlp(
     *,
     impl: str = "auto",
 ) -> Tensor:
-    """relu(x·w_upᵀ)²·w_downᵀ for x (…, C), w_up (F, C), w_down (C, F); returns (…, C) in x's dtype.
+    """Return relu(x·w_upᵀ)²·w_downᵀ for x (…, C), w_up (F, C), w_down (C, F): a tensor (…, C) in x's dtype.
 
-    up_gradient, down_gradient: contiguous float32 buffers of the weights' shapes that backward adds their gradients to, in
-    place; a weight with a buffer is given no gradient. Repeated calls are bitwise equal.
-    Raises ValueError for shapes and devices that do not fit, TypeError for unlike dtypes (autocast may mix them), and
-    KernelRequestError (a ValueError) when the implementation asked for by name does not support the call.
+    up_gradient, down_gradient: contiguous float32 buffers with the weights' shapes. Backward adds the weights' gradients to
+    them in place; a weight with a buffer gets no `.grad`. If none of x, w_up and w_down requires a gradient, there is no
+    backward and the buffers stay untouched. If w_down alone requires one, the reference leaves up_gradient untouched too.
+    Repeated calls are bitwise equal. Raises ValueError for mismatched shapes or devices, TypeError for mismatched dtypes
+    (autocast may mix them), and KernelRequestError (a ValueError) if the implementation named by impl does not support the call.
     """
     x, w_up, w_down = autocast_products(x, w_up, w_down)
     check_float("relu2_mlp", x=x, w_up=w_up, w_down=w_down)
@@ -174,7 +175,7 @@ KERNELS = (
 
 
 def inputs(tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """x, w_up and w_down at the sizes that trained weights have."""
+    """Return random x, w_up and w_down with the magnitudes of trained weights."""
     x, w_up = (torch.empty(n, width, device=device, dtype=dtype).normal_() for n in (tokens, 4 * width))
     w_down = torch.empty(width, 4 * width, device=device, dtype=dtype).normal_()
     return x, w_up.mul_(width**-0.5), w_down.mul_((4 * width) ** -0.5)

@@ -1,10 +1,10 @@
 """Root-mean-square norm over the last axis, alone or after a residual addition; no weight.
 
-y = r·x with r = (mean(x²) + eps)^−½, eps = float32's epsilon. Backward from the result: with y = r·x,
-    dx = r·(dy − y·⟨dy, y⟩/C),
-so y and one number per row are all that is saved: the product after the norm saves y anyway, and x need not live. (y is
-rounded: the part of dx along the row is right to a unit of r·dy, which in rows of 16 elements and more is no loss.)
-A row stays in registers: forward reads x and writes y, backward reads dy and y and writes dx, each once.
+y = r·x with r = (mean(x²) + eps)^−½, where eps is float32's epsilon. Backward uses the result in place of x:
+    dx = r·(dy − y·⟨dy, y⟩/C).
+Only y and one number per row are saved. The matrix product after the norm saves y anyway, and x can be freed. Because y is rounded,
+the component of dx along the row has an error of one unit of r·dy, which does not matter in rows of 16 or more elements.
+A row stays in registers: forward reads x and writes y once; backward reads dy and y and writes dx once.
 Zhang and Sennrich 2019, without the gain.
 """
 
@@ -15,11 +15,12 @@ from torch import Tensor
 
 from nanochat_kernels import reference
 from nanochat_kernels.checks import check_float, check_shape, normed_dtype, promoted
-from nanochat_kernels.configs import launch_parameters, remembered
+from nanochat_kernels.configs import launch_parameters, table_cache
 from nanochat_kernels.dispatch import serve
 from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
-from nanochat_kernels.plan import Plan, planned
+from nanochat_kernels.plan import Plan, cached_call
 from nanochat_kernels.reference import EPS
+from nanochat_kernels.tracing import constant_when_traced
 from nanochat_kernels.triton_helpers import (
     DTYPES,
     GRID_LIMIT,
@@ -38,8 +39,8 @@ from nanochat_kernels.triton_helpers import (
 )
 
 WIDEST = 16_384  # elements of a row kept in registers: 16 per thread of a block of 1024
-PER_THREAD = 128  # elements of a tile at most, of the widths between and beyond those of the launch tables
-# elements of a tile at most: backward keeps two float32 of each in the 65,536 registers of a multiprocessor, forward one
+PER_THREAD = 128  # most elements of a tile per thread, for widths that are not in the launch tables
+# most elements of a tile: of each element backward keeps two float32 in the 65,536 registers of a multiprocessor, forward one
 PER_BLOCK = {"rms_norm_forward": 32_768, "rms_norm_backward": 16_384}
 
 
@@ -77,25 +78,27 @@ def backward_kernel(
     dy = tl.load(dy_ptr + row[:, None] * dy_stride + column, mask=mask, other=0.0).to(tl.float32)
     y = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
-    along = tl.sum(dy * y, axis=1) / WIDTH
-    dx = rstd[:, None] * (dy - y * along[:, None])
+    projection = tl.sum(dy * y, axis=1) / WIDTH
+    dx = rstd[:, None] * (dy - y * projection[:, None])
     if ADD:
         dx += tl.load(dtotal_ptr + row[:, None] * dtotal_stride + column, mask=mask, other=0.0).to(tl.float32)
     tl.store(dx_ptr + offsets, cast(dx, dx_ptr.dtype.element_ty), mask=mask)
 
 
 def tile(kernel: str, x: Tensor, parameters: dict[str, int] | None) -> dict[str, int]:
-    """The tile's sizes and the launch parameters, by default the fitted ones, for rows like x's."""
+    """Return the tile's sizes and the launch parameters, by default those of `fitted`, for rows of x's width and dtype."""
     width = x.size(-1)
     parameters = fitted(kernel, x.device, x.dtype, width) if parameters is None else parameters.items()
     return {"WIDTH": width, "BLOCK": power_of_2(width), **dict(parameters)}
 
 
-@remembered
-@torch.compiler.assume_constant_result
+@table_cache
+@constant_when_traced
 def fitted(kernel: str, device: torch.device, dtype: torch.dtype, width: int) -> tuple[tuple[str, int], ...]:
-    """The table's launch parameters, with fewer rows and then more warps where a row is so much wider than the table's class
-    that a thread would run out of registers."""
+    """Return the table's launch parameters, adjusted to rows that are much wider than the table's class.
+
+    Fewer rows, and then more warps, keep a thread from running out of registers.
+    """
     block, parameters = power_of_2(width), launch_parameters(kernel, device, dtype, (width,))
     rows, warps = parameters["ROWS"], parameters["num_warps"]
     limit = 32 * PER_THREAD * 2 // max(dtype.itemsize, 2)
@@ -110,8 +113,10 @@ def forward_plan(
     x: Tensor, update: Tensor | None = None, keep_rstd: bool = True, dtype: torch.dtype | None = None,
     parameters: dict[str, int] | None = None,
 ) -> Plan:  # fmt: skip
-    """The launch that makes of x and update (x + update, or None without an update; y in `dtype`, by default x's; rstd (…), or
-    None where it is not kept)."""
+    """Plan the launch that computes (x + update, y, rstd) from x (…, C) and update.
+
+    The sum is None without an update. y has the dtype `dtype`, by default x's. rstd (…) is None unless keep_rstd.
+    """
     rows, shape = as_rows(x), tuple(x.shape)
     constants = tile("rms_norm_forward", x, parameters)
     return Plan(
@@ -129,7 +134,7 @@ def backward_plan(
     dy: Tensor, dtotal: Tensor | None, y: Tensor, rstd: Tensor, dtype: torch.dtype | None = None,
     parameters: dict[str, int] | None = None,
 ) -> Plan:  # fmt: skip
-    """The launch that makes dx in `dtype`, by default y's, of dy (…, C), the gradient dtotal of the sum, if any, y and rstd."""
+    """Plan the launch that computes dx in `dtype`, by default y's, from dy (…, C), dtotal (the sum's gradient or None), y and rstd."""
     rows = as_rows(dy)
     constants = tile("rms_norm_backward", y, parameters)
     return Plan(
@@ -142,7 +147,7 @@ def backward_plan(
 class Backward(KernelFunction):
     @staticmethod
     def forward(dy: Tensor, dtotal: Tensor | None, y: Tensor, rstd: Tensor, dtype: torch.dtype) -> Tensor:
-        return planned(backward_plan, dy, dtotal, y, rstd, dtype)(dy, dtotal, y, rstd)[0]
+        return cached_call(backward_plan, dy, dtotal, y, rstd, dtype)(dy, dtotal, y, rstd)[0]
 
 
 class RMSNorm(KernelFunction):
@@ -198,28 +203,28 @@ def run_add_rms_norm(plan: Plan, x: Tensor, update: Tensor) -> tuple[Tensor, Ten
 
 def unsupported_reason(x: Tensor, *_) -> str | None:
     if x.size(-1) > WIDEST:
-        return f"a row of {x.size(-1)} elements does not fit in registers; {WIDEST} do"
+        return f"a row of {x.size(-1)} elements does not fit in registers; the kernel takes at most {WIDEST}"
     if x.numel() // max(x.size(-1), 1) > GRID_LIMIT:
-        return f"{x.numel() // x.size(-1)} rows pass the {GRID_LIMIT} that one launch can number; split them"
+        return f"{x.numel() // x.size(-1)} rows exceed the {GRID_LIMIT} of one launch; split them"
     return triton_unsupported_reason(x)
 
 
 def rms_norm(x: Tensor, *, impl: str = "auto") -> Tensor:
-    """Normalise each row of x (…, C) by its root mean square; the result has x's shape and dtype.
+    """Divide each row of x (…, C) by its root mean square; the result has x's shape and dtype.
 
-    Under autocast the result has the dtype of torch's rms_norm, which is float32 on CUDA. Repeated calls are bitwise equal.
-    Raises TypeError when x is not floating point, ValueError when it has no axis, and KernelRequestError (a ValueError)
-    when the implementation asked for by name does not support the call.
+    Under autocast the result has the dtype of torch's rms_norm, which is float32 on CUDA from torch 2.13 on. Repeated calls are
+    bitwise equal. Raises TypeError if x is not floating point, ValueError if x has no elements along its last axis, and
+    KernelRequestError (a ValueError) if the implementation named by impl does not support the call.
     """
     return serve(RMS_NORM, impl, check_rms_norm, x)
 
 
 def add_rms_norm(x: Tensor, update: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
-    """A residual addition and the norm of its result in one pass: (x + update, rms_norm(x + update)), both (…, C).
+    """Add a residual update and normalise the sum in one pass: returns (x + update, rms_norm(x + update)), both (…, C).
 
-    The sum is rounded to x's dtype before it is normalised, as it is when stored. Under autocast x and update may have
-    different dtypes; the results have those of the plain operations. Raises as rms_norm does, and for shapes or devices of
-    x and update that differ, or dtypes outside of autocast.
+    The norm uses the sum as stored, rounded to x's dtype. Under autocast x and update may have different dtypes, and the results
+    have the dtypes of the plain operations. Raises as rms_norm does, ValueError if the shapes or devices of x and update differ,
+    and TypeError if their dtypes differ outside autocast.
     """
     return serve(ADD_RMS_NORM, impl, check_add_rms_norm, *promoted(x, update))
 
@@ -291,7 +296,7 @@ BASELINE_TOKENS, MODEL_WIDTHS = 32 * 2048, {"d12": 768, "d20": 1280, "d32": 2048
 
 
 def liger():
-    """Liger-Kernel's, which takes a weight or None."""
+    """Return Liger-Kernel's RMSNorm, called without a weight."""
     try:
         from liger_kernel.ops import LigerRMSNormFunction
     except ImportError:
@@ -300,7 +305,7 @@ def liger():
 
 
 def quack():
-    """QuACK's, in CuTe; on Hopper and newer."""
+    """Return QuACK's RMSNorm, written in CuTe for Hopper and newer GPUs."""
     try:
         from quack import rmsnorm
     except ImportError:

@@ -1,7 +1,7 @@
 """Softcap and cross entropy of given logits: loss = log Σ exp(l) − l_target with l = softcap·tanh(logits/softcap).
 
-The logits are read once for the loss, and read once and their gradient written once in backward, with every factor in it: so a
-float16 gradient is rounded after the scale of the loss. kernels/cross_entropy_kernels.py has the mathematics.
+Forward reads the logits once. Backward reads them once more and writes their gradient once, multiplied by all factors, so that a
+float16 gradient is rounded after it is multiplied by the loss scale. kernels/cross_entropy_kernels.py explains the mathematics.
 """
 
 import torch
@@ -12,6 +12,7 @@ from nanochat_kernels.checks import check_float, check_loss_weight, check_shape,
 from nanochat_kernels.cross_entropy_kernels import LARGEST_CAP, launch_gradient, launch_losses
 from nanochat_kernels.dispatch import choose
 from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
+from nanochat_kernels.reference import SOFTCAP
 from nanochat_kernels.triton_helpers import (
     DTYPES,
     GRID_LIMIT,
@@ -49,7 +50,7 @@ class Backward(KernelFunction):
 
 
 def reduced(losses: Tensor, factor: Tensor | None, mean: bool) -> Tensor:
-    """What is made of the losses (N,) with a factor () or (N,)."""
+    """Multiply the losses (N,) by a factor () or (N,), and sum them if `mean` is true; factor_of divides by the number of targets."""
     if mean and factor is not None and factor.dim() == 0:
         return losses.sum() * factor
     losses = losses if factor is None else losses * factor
@@ -57,7 +58,7 @@ def reduced(losses: Tensor, factor: Tensor | None, mean: bool) -> Tensor:
 
 
 def factor_of(targets: Tensor, ignore_index: int, mean: bool, loss_weight: Tensor | None) -> Tensor | None:
-    """What each row's loss is multiplied by, () or (N,), float32: the weight, and for a mean one over the number of targets."""
+    """Return the float32 factor of each row's loss, () or (N,): the loss weight, divided by the number of targets for a mean."""
     if not mean:
         return loss_weight
     share = (targets != ignore_index).sum().clamp(min=1).to(torch.float32).reciprocal()
@@ -71,13 +72,13 @@ def run(logits, targets, softcap, ignore_index, reduction, loss_weight) -> Tenso
 
 
 def unsupported_reason_for(x: Tensor, rows: int, columns: int, softcap: float) -> str | None:
-    """Why the kernels cannot take logits of this size, made of x."""
+    """Return why the kernels cannot take logits (rows, columns) of x's dtype and device, or None if they can."""
     if softcap > LARGEST_CAP:
         return (
-            f"it sums exp(l) without a running maximum, which takes a softcap of at most {LARGEST_CAP}, got {softcap}"
+            f"it sums exp(l) without a running maximum, which needs a softcap of at most {LARGEST_CAP}, got {softcap}"
         )
     if max(rows, columns) > GRID_LIMIT:
-        return f"{rows} × {columns} logits pass the {GRID_LIMIT} rows or columns of one launch; split them"
+        return f"{rows} × {columns} logits exceed the {GRID_LIMIT} rows or columns of one launch; split them"
     return triton_unsupported_reason(x)
 
 
@@ -88,21 +89,23 @@ def unsupported_reason(logits, targets, softcap, *_) -> str | None:
 def softcap_cross_entropy(
     logits: Tensor,
     targets: Tensor,
-    softcap: float = 15.0,
+    softcap: float = SOFTCAP,
     ignore_index: int = -1,
     reduction: str = "mean",
     loss_weight: Tensor | None = None,
     *,
     impl: str = "auto",
 ) -> Tensor:
-    """Loss in nats of softcap·tanh(logits/softcap), logits (N, V), for targets (N,), int64; ignored targets lose 0.
+    """Return the loss in nats of softcap·tanh(logits/softcap) for logits (N, V) and int64 targets (N,).
 
-    reduction "mean" gives a float32 scalar, the mean over targets that are not ignored (0 when all are); "none" gives (N,).
-    loss_weight: a float32 scalar on the device, or one per row (N,), that the losses are multiplied by before they are reduced;
-    the mean still divides by the number of targets.
-    Targets are not read here: one outside [0, V) is an error of the reference and a NaN from the kernel.
-    Raises ValueError for shapes, a softcap or a reduction that do not fit, TypeError for dtypes, and KernelRequestError (a
-    ValueError) when the implementation asked for by name does not support the call. Repeated calls are bitwise equal.
+    The loss of a row whose target is ignore_index is 0. reduction "mean" returns a float32 scalar, the mean over the targets that
+    are not ignored, or 0 if all are; "none" returns one loss per row (N,).
+    loss_weight: a float32 scalar on the device, or one weight per row (N,). It multiplies the losses before the reduction; the
+    mean still divides by the number of targets.
+    The values of targets are not checked: one outside [0, V) raises an error in the reference and gives NaN from the kernel.
+    Raises ValueError for mismatched shapes, a softcap that is not positive or an unknown reduction, TypeError for a wrong dtype, and
+    KernelRequestError (a ValueError) if the implementation named by impl does not support the call. Repeated calls are bitwise
+    equal.
     """
     check_float("softcap_cross_entropy", logits=logits)
     check_shape("softcap_cross_entropy", "logits", logits, "N", "V")
@@ -119,15 +122,15 @@ def random_logits(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.
 
 def sums_launches(key, dtype: torch.dtype, device: torch.device):
     logits, targets = random_logits(max(1, 2**30 // key[0]), *key, dtype, device)
-    return {"losses": lambda parameters: launch_losses(logits, targets, 15.0, -1, parameters)}
+    return {"losses": lambda parameters: launch_losses(logits, targets, SOFTCAP, -1, parameters)}
 
 
 def gradient_launches(key, dtype: torch.dtype, device: torch.device):
     logits, targets = random_logits(max(1, 2**30 // key[0]), *key, dtype, device)
     sums, factor = torch.ones(len(targets), device=device), torch.ones(len(targets), device=device)
     return {
-        "one factor": lambda parameters: launch_gradient(logits, targets, sums, factor[0], 15.0, -1, parameters),
-        "a factor per row": lambda parameters: launch_gradient(logits, targets, sums, factor, 15.0, -1, parameters),
+        "one factor": lambda parameters: launch_gradient(logits, targets, sums, factor[0], SOFTCAP, -1, parameters),
+        "a factor per row": lambda parameters: launch_gradient(logits, targets, sums, factor, SOFTCAP, -1, parameters),
     }
 
 
@@ -139,7 +142,7 @@ KERNELS = (
     Kernel("cross_entropy_gradient", DTYPES, VOCABULARIES, STREAMED_SPACE, gradient_launches, RAGGED),
 )
 
-LOGITS = 2**30  # elements of a trial's logits at most; a longer batch goes through the head in chunks
+LOGITS = 2**30  # logits of a trial at most, 2 GiB in bfloat16; of a larger batch the trial takes fewer rows
 
 
 def trials(shape, device: torch.device, dtype: torch.dtype):
@@ -149,14 +152,14 @@ def trials(shape, device: torch.device, dtype: torch.dtype):
 
 
 def benchmark_inputs(shape: str, dtype: torch.dtype, device: torch.device) -> tuple:
-    """As training runs it: a mean with the weight of a micro-batch."""
+    """The call of a training run: a mean, multiplied by the weight of a micro-batch."""
     rows = {"d20": 65_536, "chunk": 8192}[shape]
     weight = torch.full((), 0.125, device=device)
-    return *random_logits(rows, 65_536, dtype, device), 15.0, -1, "mean", weight
+    return *random_logits(rows, 65_536, dtype, device), SOFTCAP, -1, "mean", weight
 
 
 def liger():
-    """Liger-Kernel's, which writes the gradient over the logits."""
+    """Return Liger-Kernel's cross entropy, which overwrites the logits with their gradient."""
     try:
         from liger_kernel.ops import LigerCrossEntropyFunction
     except ImportError:

@@ -1,4 +1,4 @@
-"""Times of GPU work that can be compared: events around each call, a cold L2 cache, variants taking turns."""
+"""Comparable timings of GPU work: events around each call, a cold L2 cache, and variants that take turns."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -6,7 +6,9 @@ from statistics import median
 
 import torch
 
-FLUSH_BYTES = 2**30  # read before each call: 20 × the L2 of an H200, and long enough to hide a launch of 400 µs
+FLUSH_BYTES = (
+    2**30
+)  # bytes read before each call: 20 × the L2 cache of an H200, and long enough to hide a launch of 400 µs
 
 
 def interleaved(
@@ -14,11 +16,11 @@ def interleaved(
     rounds: int,
     prepare: Mapping[str, Callable[[int], None]] | None = None,
 ) -> dict[str, list[float]]:
-    """Milliseconds of GPU time of each variant, `rounds` samples each, after three calls that do not count.
+    """Return `rounds` samples of GPU time in milliseconds for each variant, after three warm-up calls.
 
-    A variant is called with the number of the round, so that it can take another set of inputs each time. The cache is
-    emptied by reading, which leaves nothing to be written back during the call; while that read runs the call is
-    launched, so the launch is not in the number (see launch_microseconds). `prepare` runs before, untimed.
+    A variant is called with the number of the round, so that it can use different inputs each time. Reading a large buffer
+    empties the cache: reads, unlike writes, leave nothing to write back during the call. The host launches the call while that
+    read runs, so that launch time is not included (see launch_microseconds). `prepare` runs before each call, untimed.
     """
     flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.float32, device="cuda").normal_()
     events = {name: [] for name in variants}
@@ -40,18 +42,18 @@ def interleaved(
 
 
 class Graph:
-    """A call replayed from a CUDA graph, which is captured the first time; so no launch is in its time."""
+    """A call that is captured in a CUDA graph the first time and then replayed, so that its timing contains no launches."""
 
     def __init__(self, run: Callable[[int], object]):
         self.run, self.graph = run, None
 
     def __call__(self, number: int) -> object:
         if self.graph is None:
-            side = torch.cuda.Stream()  # where autograd's accumulation may settle before it is captured
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            warm_up = torch.cuda.Stream()  # torch requires warm-up on a side stream before it captures autograd
+            warm_up.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(warm_up):
                 self.run(number), self.run(number)
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_stream(warm_up)
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.result = self.run(number)
@@ -60,7 +62,7 @@ class Graph:
 
 
 def launch_microseconds(run: Callable[[int], object], rounds: int = 30) -> float:
-    """Median time of the processor to hand one call to an idle GPU, in µs."""
+    """Return the median host time in µs to launch one call on an idle GPU."""
     times = []
     for number in range(rounds):
         torch.cuda.synchronize()
@@ -72,13 +74,13 @@ def launch_microseconds(run: Callable[[int], object], rounds: int = 30) -> float
 
 
 def transient_bytes(run: Callable[[int], object]) -> int:
-    """Memory that a call takes at its peak beyond what it returns."""
+    """Return the peak memory of a call in bytes, without the memory of its results."""
     run(0)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     result = run(1)
     torch.cuda.synchronize()
-    held = torch.cuda.memory_allocated()
+    allocated = torch.cuda.memory_allocated()  # includes the results
     peak = torch.cuda.max_memory_allocated()
     del result
-    return peak - held
+    return peak - allocated

@@ -1,7 +1,7 @@
-"""What the kernels share: Triton itself, a launch on the right device, derivatives, and a few operations in registers.
+"""Helpers for all kernels: importing Triton, launching on the right device, derivatives, and small device functions.
 
-Where Triton is not installed (it has no build for macOS) the operations still import: their kernels are then plain
-functions that nobody launches, because dispatch sees that they are unsupported.
+The operations can be imported without Triton, which has no build for macOS. Their kernels are then plain functions, which nothing
+launches because dispatch finds them unsupported.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ else:
     tl = SimpleNamespace(constexpr=object)
     INTERPRETED = False
 
-# as constants of kernels, whose globals must be constexpr
+# a kernel may read only globals that are constexpr
 LOG2E = tl.constexpr(1.4426950408889634) if TRITON_INSTALLED else 1.4426950408889634
 _INTERPRETED = tl.constexpr(INTERPRETED) if TRITON_INSTALLED else False
 
@@ -35,7 +35,7 @@ GRID_LIMIT = 2**31 - 1  # programs on the first axis of a grid
 
 
 def triton_unsupported_reason(x: Tensor) -> str | None:
-    """Why no Triton kernel can take x here, or None when one can."""
+    """Return why no Triton kernel can take x, or None if one can."""
     if not TRITON_INSTALLED:
         return "Triton is not installed (pip install triton; it exists for Linux)"
     if x.dtype not in DTYPES:
@@ -46,7 +46,7 @@ def triton_unsupported_reason(x: Tensor) -> str | None:
 
 
 class Launch(NamedTuple):
-    """A launch that was recorded: the kernel, its arguments in order, its constants and options by name, and its grid."""
+    """A recorded launch: the kernel, its positional arguments, its constants and options by name, and its grid."""
 
     kernel: Any
     arguments: tuple
@@ -59,9 +59,9 @@ _recorded: ContextVar[list[Launch] | None] = ContextVar("recorded launches", def
 
 @contextmanager
 def recorded_launches() -> Iterator[list[Launch]]:
-    """The launches on meta tensors inside of the block, which run nothing: what inspect compiles without a GPU.
+    """Record launches on meta tensors inside the block instead of running them. inspect compiles them without a GPU.
 
-    Inside of it the Triton implementations support meta tensors.
+    Inside the block the Triton implementations support meta tensors.
     """
     launches: list[Launch] = []
     token = _recorded.set(launches)
@@ -76,12 +76,12 @@ def recording() -> bool:
 
 
 def launch(kernel, grid: tuple[int, ...], device: torch.device, *arguments, **constants) -> None:
-    """kernel[grid](*arguments, **constants) on the device of its tensors, which need not be the current one.
+    """Run kernel[grid](*arguments, **constants) on the tensors' device, which need not be the current one.
 
-    On the meta device nothing runs, as for any operation there; see recorded_launches. torch.compile traces the launch, so
-    that it is not opaque to Inductor, which picks the device itself.
+    On the meta device nothing runs; see recorded_launches. torch.compile traces the launch, so that it is not opaque to Inductor,
+    which selects the device itself.
     """
-    if device.index is None and device.type == "meta":  # the index first: to ask for the type takes longer
+    if device.index is None and device.type == "meta":  # device.type takes longer than device.index
         if (launches := _recorded.get()) is not None:
             launches.append(Launch(kernel, arguments, constants, grid))
     elif torch.compiler.is_compiling() or device.index is None or device.index == torch.cuda.current_device():
@@ -92,12 +92,12 @@ def launch(kernel, grid: tuple[int, ...], device: torch.device, *arguments, **co
 
 
 class KernelFunction(torch.autograd.Function):
-    """Base of the functions with kernels in them, for torch.autograd; called through `differentiable`.
+    """Base of the autograd functions that launch kernels. Call a subclass through `differentiable`.
 
-    A subclass has forward(*arguments), which returns a tensor or a tuple of them, and unless it has no derivative also
-    setup_context and backward, as in torch; backward gets None for a result that nobody used. What a backward launches is a
-    KernelFunction as well, called through `derivative`, and has none: a second derivative raises, as does one in forward mode,
-    which no kernel has. Under vmap the kernels run for one slice after another.
+    A subclass defines forward(*arguments), which returns a tensor or a tuple of tensors. If it has a derivative, it also defines
+    setup_context and backward, as in torch; backward receives None for a result that was not used. The kernels of a backward pass
+    are in a KernelFunction of their own, called through `derivative`, which has no backward: second derivatives raise an error.
+    So do derivatives in forward mode. Under vmap the kernels run for one slice after another.
     """
 
     def __init_subclass__(cls) -> None:
@@ -108,33 +108,33 @@ class KernelFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output) -> None:
-        ctx.set_materialize_grads(False)  # a result that nobody used costs no zeros
+        ctx.set_materialize_grads(False)  # else torch allocates zeros for the gradient of an unused result
 
     @staticmethod
     def backward(ctx, *gradients):
         raise RuntimeError(
-            "a fused kernel has no second derivative: call the operation with impl='reference', whose derivatives torch knows"
+            "a fused kernel has no second derivative: call the operation with impl='reference', which torch can differentiate twice"
         )
 
 
 def differentiable(function: type[KernelFunction], *arguments):
-    """function.apply(*arguments), at the least cost to the host."""
+    """Return function.apply(*arguments), with less host overhead."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
     needed = torch.is_grad_enabled() and any([isinstance(x, Tensor) and x.requires_grad for x in arguments])
     if not needed and forward_ad._current_level < 0:
         return function.forward(*arguments)
-    # apply without binding defaults to arguments, which takes torch 25 µs
+    # Function.apply would first bind default values to arguments, which takes 25 µs
     return super(torch.autograd.Function, function).apply(*arguments)
 
 
 def derivative(function: type[KernelFunction], *arguments):
-    """What a backward launches: `differentiable`, but traced without autograd, for torch.compile has no second derivative."""
+    """Call a KernelFunction inside a backward pass. torch.compile traces it without autograd: it has no second derivatives."""
     return function.forward(*arguments) if torch.compiler.is_compiling() else differentiable(function, *arguments)
 
 
 def _one_slice_after_another(function: type[KernelFunction], batch_size: int, in_dims: tuple, arguments: tuple):
-    """The rule of torch.vmap for any KernelFunction: (results stacked along a new first axis, 0 for each of them)."""
+    """The vmap rule of every KernelFunction: returns (results stacked along a new first axis, 0 for each of them)."""
     results = []
     for index in range(batch_size):
         slices = [x.select(d, index) if isinstance(d, int) else x for x, d in zip(arguments, in_dims, strict=True)]
@@ -150,14 +150,14 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
-    """Whether a derivative of what is made of these tensors may be asked for."""
+    """Return whether autograd may need a derivative with respect to any of these tensors."""
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return True  # a tensor inside of vmap does not say whether one outside of it requires a gradient
+    return True  # inside vmap, requires_grad of the tensor outside is not visible
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """x (…, C) as (rows, C) with neighbouring elements of a row side by side; copies only where strides leave no choice."""
+    """Return x (…, C) as (rows, C) with stride 1 along a row, as a view unless the strides force a copy."""
     rows = x if x.dim() == 2 else x.reshape(-1, x.size(-1)) if x.size(-1) else x.new_empty(0, 0)
     return rows if rows.stride(-1) == 1 or rows.size(-1) <= 1 else rows.contiguous()
 
@@ -167,13 +167,13 @@ def cdiv(a: int, b: int) -> int:
 
 
 def power_of_2(n: int) -> int:
-    """The least power of two that is not below n."""
+    """Return the smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
-    """x in float32 rounded to nearest in `dtype`, also where the interpreter would cut bfloat16 off instead."""
+    """Round x from float32 to the nearest number in `dtype`. The interpreter's own cast truncates to bfloat16."""
     if _INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         rounded = (bits + (32767 + ((bits >> 16) & 1))) & -65536
@@ -183,7 +183,7 @@ def cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def dot(a, b, sums):
-    """sums + a·b; the interpreter multiplies bfloat16 only as float32."""
+    """sums + a·b. The interpreter cannot multiply bfloat16, so that it gets float32."""
     if _INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, sums)
@@ -191,7 +191,7 @@ def dot(a, b, sums):
 
 @triton.jit
 def rsqrt(x):
-    """1/√x, both operations rounded to nearest: a whole row is multiplied by it, and its error does not average out."""
+    """1/√x with both operations rounded to nearest: it scales a whole row, so that its error would not average out."""
     return tl.div_rn(1.0, tl.sqrt_rn(x))
 
 
@@ -213,7 +213,7 @@ def reciprocal(x):
 
 @triton.jit
 def prefetch(ptr):
-    """Prefetch what is at each address into the L2 cache; nothing waits for it."""
+    """Prefetch the line at each address into the L2 cache, without waiting for it."""
     if not _INTERPRETED:
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1

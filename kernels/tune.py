@@ -1,4 +1,4 @@
-"""The search for launch parameters: every configuration of a kernel's space on the GPU here, the fastest into the table."""
+"""Search for launch parameters: time every configuration of each kernel on this GPU and write the fastest to the table."""
 
 import json
 import multiprocessing
@@ -16,28 +16,29 @@ from nanochat_kernels.dispatch import tunable_kernels
 from nanochat_kernels.operation import Kernel, Key
 
 ROUNDS = 15
-COMPILERS = 8  # processes that fill Triton's cache ahead of the timing, each with its own inputs on the GPU
+COMPILERS = 8  # processes that fill Triton's cache before the timing, each with its own inputs on the GPU
 
 
 def tune(only: tuple[str, ...] = (), say: Callable[[str], None] = print) -> Iterator[tuple[str, float, dict[str, int]]]:
-    """Write the table of this GPU's architecture, kernel by kernel: (what, milliseconds, parameters) as each is found.
+    """Write the table of this GPU's architecture, kernel by kernel.
 
-    only: names of kernels; all when empty. float16 takes what bfloat16 has, because it moves the same bytes.
-    Raises RuntimeError without a CUDA device, ValueError for a name that no kernel has.
+    Yields (kernel, dtype and shape class as one text; milliseconds; parameters) for each entry when it has been found.
+    only: the names of the kernels to tune; empty for all. float16 reuses the parameters of bfloat16, because it moves as many
+    bytes. Raises RuntimeError without a CUDA device and ValueError for an unknown name.
     """
     kernels = list(tunable_kernels())
     unknown = set(only) - {kernel.name for kernel in kernels}
     if unknown:
         raise ValueError(
-            f"no kernel is called {', '.join(sorted(unknown))}; there are {', '.join(k.name for k in kernels)}"
+            f"no kernel is called {', '.join(sorted(unknown))}; choose among {', '.join(k.name for k in kernels)}"
         )
     if not torch.cuda.is_available():
-        raise RuntimeError("launch parameters are measured on a GPU, and there is none here")
+        raise RuntimeError("launch parameters are measured on a GPU, and this machine has none")
     device = torch.device("cuda", torch.cuda.current_device())
     name = architecture(device.index)
     table = configs.table(name)
     kernels = [kernel for kernel in kernels if not only or kernel.name in only]
-    works = launchable(kernels, name, say)
+    launchable = launchable_configurations(kernels, name, say)
     for kernel in kernels:
         found: dict[str, dict[str, dict[str, int]]] = {}
         for dtype in kernel.dtypes:
@@ -46,7 +47,7 @@ def tune(only: tuple[str, ...] = (), say: Callable[[str], None] = print) -> Iter
                 if dtype == torch.float16 and torch.bfloat16 in kernel.dtypes:
                     classes[format_key(key)] = found["bfloat16"][format_key(key)]
                     continue
-                milliseconds, parameters = fastest(kernel, key, dtype, device, works[kernel.name, key, dtype])
+                milliseconds, parameters = fastest(kernel, key, dtype, device, launchable[kernel.name, key, dtype])
                 classes[format_key(key)] = parameters
                 yield f"{kernel.name} {dtype_name(dtype)} {format_key(key)}", milliseconds, parameters
         table["launch"][kernel.name] = found
@@ -57,10 +58,12 @@ def tune(only: tuple[str, ...] = (), say: Callable[[str], None] = print) -> Iter
         write(name, table)
 
 
-def launchable(kernels: list[Kernel], name: str, say: Callable[[str], None]) -> dict[tuple, list[dict[str, int]]]:
-    """For each kernel, shape class and dtype the configurations that compile without a fault and can be launched.
+def launchable_configurations(
+    kernels: list[Kernel], name: str, say: Callable[[str], None]
+) -> dict[tuple, list[dict[str, int]]]:
+    """Return the configurations that compile without a fault and launch, by (kernel name, shape class, dtype).
 
-    A space of one configuration leaves nothing to search and is not tried.
+    A kernel with a single configuration is not tried, because there is nothing to choose.
     """
     cases = [
         (kernel, key, dtype)
@@ -69,7 +72,7 @@ def launchable(kernels: list[Kernel], name: str, say: Callable[[str], None]) -> 
         for key in kernel.keys
         if dtype != torch.float16 or torch.bfloat16 not in kernel.dtypes
     ]
-    works = {(k.name, key, dtype): list(k.space) if len(k.space) == 1 else [] for k, key, dtype in cases}
+    found = {(k.name, key, dtype): list(k.space) if len(k.space) == 1 else [] for k, key, dtype in cases}
     jobs = [
         (kernel.name, key, dtype, parameters, name)
         for kernel, key, dtype in cases
@@ -81,12 +84,12 @@ def launchable(kernels: list[Kernel], name: str, say: Callable[[str], None]) -> 
             if fault:
                 say(f"{kernel} {dtype_name(dtype)} {format_key(key)} {parameters}: {fault}")
             else:
-                works[kernel, key, dtype].append(parameters)
-    return works
+                found[kernel, key, dtype].append(parameters)
+    return found
 
 
 def _try(job: tuple) -> str:
-    """What is wrong with a configuration, or an empty string; in a process of its own."""
+    """Return what is wrong with a configuration, or an empty string. Runs in a process of its own."""
     name, key, dtype, parameters, target = job
     kernel = next(kernel for kernel in tunable_kernels() if kernel.name == name)
     device = torch.device("cuda", torch.cuda.current_device())
@@ -97,13 +100,13 @@ def _try(job: tuple) -> str:
                 run_ptx_of("sm80")
             timed(kernel, key, dtype, device)(parameters)
             torch.cuda.synchronize()
-    except Exception as error:  # a tile that the compiler rejects
+    except Exception as error:  # for example a tile that the compiler rejects
         return f"{type(error).__name__} {str(error)[:80]}"
     return "; ".join(faults)
 
 
 def faults_of(kernel: Kernel, key: Key, dtype: torch.dtype, parameters: dict[str, int], target: str) -> list[str]:
-    """What inspect says of every launch, in all flag sets, with these parameters: the table's entry serves them all."""
+    """Return the faults that inspect finds with these parameters in every set of flags: one entry of the table serves them all."""
     with configs.tables_of(target):
         launches = inspect.record(kernel, key, dtype, parameters)
     faults = []
@@ -115,14 +118,14 @@ def faults_of(kernel: Kernel, key: Key, dtype: torch.dtype, parameters: dict[str
 
 
 def timed(kernel: Kernel, key: Key, dtype: torch.dtype, device: torch.device) -> Callable[[dict[str, int]], Any]:
-    """The first flag set, which stands for all in the search."""
+    """Return the launch with the first set of flags, which the search times for all of them."""
     return next(iter(kernel.launches(key, dtype, device).values()))
 
 
 def fastest(
     kernel: Kernel, key: Key, dtype: torch.dtype, device: torch.device, configurations: list[dict[str, int]]
 ) -> tuple[float, dict[str, int]]:
-    """(median milliseconds, parameters) of the fastest configuration."""
+    """Return (median milliseconds, parameters) of the fastest configuration."""
     if not configurations:
         raise RuntimeError(f"{kernel.name}: no configuration for {format_key(key)} {dtype} compiles without a fault")
     run = timed(kernel, key, dtype, device)
@@ -133,7 +136,7 @@ def fastest(
 
 
 def write(architecture: str, table: dict) -> None:
-    """The table, a line for each kernel and dtype, whole or not at all."""
+    """Replace the table's file atomically; the new one has a line for each kernel and dtype."""
     entries = []
     for kernel, dtypes in table["launch"].items():
         lines = [f"   {json.dumps(dtype)}: {json.dumps(classes)}" for dtype, classes in dtypes.items()]

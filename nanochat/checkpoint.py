@@ -14,19 +14,13 @@ import errno
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
 
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
@@ -56,6 +50,8 @@ class CheckpointStore:
 
     def save(self, step: int, model: GPT, optimizer: MuonAdamW, meta: dict) -> Path:
         """Write the checkpoint of a step; all ranks call it together. Raises UserError on all of them when one cannot write."""
+        from nanochat.training_state import save_state  # slow to import
+
         final, temporary = self.path(step), self.directory / f".step_{step:06d}.tmp"
         failure = None
         if self.runtime.primary:
@@ -63,13 +59,7 @@ class CheckpointStore:
         self.runtime.barrier()  # no rank may write before an earlier, incomplete attempt is removed
         try:
             temporary.mkdir(parents=True, exist_ok=True)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch warns that there is no process group, which is intended here
-                dcp.save(
-                    _training_state(optimizer, self.runtime),
-                    checkpoint_id=temporary / "state",
-                    no_dist=self.runtime.world_size == 1,
-                )
+            save_state(temporary / "state", optimizer, self.runtime)
             if self.runtime.primary:
                 weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
                 save_file(weights, temporary / "model.safetensors")
@@ -80,7 +70,7 @@ class CheckpointStore:
                 # before the rename: after a loss of power, a renamed directory with empty files would look whole
                 for path in [*files, temporary / "meta.json", temporary / "state", temporary]:
                     flush(path)
-        except (OSError, SafetensorError, CheckpointException) as error:
+        except (OSError, SafetensorError) as error:
             failure = _reason(error)
         failures = [reason for reason in self.runtime.gather(failure) if reason]  # a rank alone must not go on or stop
         if failures:
@@ -106,6 +96,8 @@ class CheckpointStore:
 
         Raises UserError for a damaged checkpoint, another model or another tokenizer.
         """
+        from nanochat.training_state import load_state  # slow to import
+
         path = self.path(step)
         meta = read_meta(path, tokenizer)
         if meta["config"] != model.config.to_dict():
@@ -115,38 +107,10 @@ class CheckpointStore:
                 f"{path} is of another model: {different}; use the saved values, or move {self.directory} away"
             )
         load_weights(path, model)
-        state = _training_state(optimizer, self.runtime)
-        saved = dcp.FileSystemReader(path / "state").read_metadata().state_dict_metadata
-        state = {name: tensor for name, tensor in state.items() if name in saved}  # a new rank has no random state
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dcp.load(state, checkpoint_id=path / "state", no_dist=self.runtime.world_size == 1)
+        load_state(path / "state", optimizer, self.runtime)
         optimizer.steps = meta["step"]
         optimizer.refresh()  # load_weights has changed the weights, but not their copies in the compute dtype
-        if f"rng.cpu.{self.runtime.rank}" in state:
-            torch.set_rng_state(state[f"rng.cpu.{self.runtime.rank}"])
-        if f"rng.cuda.{self.runtime.rank}" in state:
-            torch.cuda.set_rng_state(state[f"rng.cuda.{self.runtime.rank}"])
         return meta
-
-
-def _training_state(optimizer: MuonAdamW, runtime: Runtime) -> dict[str, Tensor]:
-    """The tensors of state/: this rank's optimizer state and random states, by name.
-
-    A shard of a tensor is given as a DTensor, a part of the whole, so that another number of ranks can divide it differently.
-    """
-    state: dict[str, Tensor] = {}
-    mesh = init_device_mesh(runtime.device.type, (runtime.world_size,)) if runtime.world_size > 1 else None
-    for name, share, items in optimizer.named_state():
-        if mesh is not None and items is not None:
-            shape = torch.Size((items, *share.shape[1:]))
-            stride = torch.empty(shape, device="meta").stride()
-            share = DTensor.from_local(share, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
-        state[f"optimizer.{name}"] = share
-    state[f"rng.cpu.{runtime.rank}"] = torch.get_rng_state()
-    if runtime.device.type == "cuda":
-        state[f"rng.cuda.{runtime.rank}"] = torch.cuda.get_rng_state()
-    return state
 
 
 def read_meta(path: Path, tokenizer: Tokenizer | None = None) -> dict:
@@ -218,13 +182,10 @@ def load_model(
 
 def _reason(error: BaseException) -> str:
     """One line that says what went wrong: the operating system's message, if its error is in the chain of causes."""
-    first = error
-    if isinstance(error, CheckpointException) and error.failures:
-        first = next(iter(error.failures.values()))[0]
-    cause: BaseException | None = first
+    cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno is not None:
             return os.strerror(cause.errno)
         cause = cause.__cause__ or cause.__context__
-    text = str(first) or repr(first)
+    text = str(error) or repr(error)
     return os.strerror(errno.ENOSPC) if "No space left" in text else text.splitlines()[0]

@@ -1,6 +1,7 @@
 """How training uses the implementations that `nanochat kernels gate` has chosen."""
 
-from dataclasses import fields, replace
+import json
+from dataclasses import asdict, fields, replace
 
 from nanochat.gpt import GPTConfig
 from nanochat.options.model import Implementations
@@ -33,8 +34,24 @@ def take_gate(paths: Paths, model: GPTConfig, rows: int, runtime: Runtime) -> GP
     if runtime.primary:
         fused = [name for name, impl in chosen.items() if impl != "reference"]
         say(f"kernels: the gate of {paths.gate} chose fused {', '.join(fused) or 'nothing'}")
+    return with_choices(model, chosen)
+
+
+def with_choices(model: GPTConfig, chosen: dict[str, str]) -> GPTConfig:
+    """Replace every "auto" in a model's implementations by the choice for it."""
     automatic = {name: impl for name, impl in chosen.items() if getattr(model.impl, name) == "auto"}
     return replace(model, impl=replace(model.impl, **automatic))
+
+
+def measured_executions(paths: Paths, impl: Implementations) -> dict[str, float] | None:
+    """The gate's times of a micro-step, in milliseconds by execution; None if it has none for these implementations.
+
+    The gate file must be one that `take_gate` has accepted.
+    """
+    if not paths.gate.exists():
+        return None
+    measured = json.loads(paths.gate.read_text("utf-8")).get("micro_step", {})
+    return measured.get("ms") if measured.get("impl") == asdict(impl) else None
 
 
 def chosen_implementations(choices: dict[str, str]) -> dict[str, str]:

@@ -133,6 +133,36 @@ class Linear(nn.Linear):
         return kernels.linear(x, *self.operands(x.dtype))
 
 
+class RowsAddingGradient(torch.autograd.Function):
+    """Returns rows of an embedding; backward adds their gradient to a float32 buffer in place."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, tokens: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient = (
+            gradient  # not saved_for_backward, which forbids that other calls change it before this one's backward
+        )
+        ctx.save_for_backward(tokens)
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[None, None, None]:
+        # index_put_ sorts the tokens and adds in that order, repeatably; index_add_ would add in any order
+        ctx.gradient.index_put_(ctx.saved_tensors, dy.to(ctx.gradient.dtype), accumulate=True)
+        return None, None, None
+
+
+class Embedding(nn.Embedding):
+    """Rows of the weight, in its dtype, for tokens (…). The optimizer may set `gradient`, as for `Linear`."""
+
+    gradient: Tensor | None = None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.gradient is not None and self.weight.requires_grad:
+            return RowsAddingGradient.apply(self.weight, tokens, self.gradient)
+        return F.embedding(tokens, self.weight)
+
+
 class Attention(nn.Module):
     """Causal attention with rotary positions, queries and keys normalised over the head; (B, T, C) → (B, T, C)."""
 
@@ -202,7 +232,7 @@ class GPT(nn.Module):
             for operation in Implementations.operations(option.name):
                 kernels.check_request(operation, getattr(config.impl, option.name))
         self.config, self.compute_dtype = config, compute_dtype
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.embedding = Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
         self.head = Linear(config.width, config.vocab_size)
         cos, sin = rope_tables(config)
@@ -258,7 +288,7 @@ class GPT(nn.Module):
         """
         if tokens.size(1) > self.cos.size(0):
             raise UserError(f"{tokens.size(1)} tokens exceed the {self.cos.size(0)} positions of the model")
-        x = F.embedding(tokens, self.embedding.weight).to(self.compute_dtype)
+        x = self.embedding(tokens).to(self.compute_dtype)
         x = kernels.rms_norm(x, impl=self.config.impl.rms_norm)
         normed = kernels.rms_norm(x, impl=self.config.impl.rms_norm)
         for block in self.blocks:

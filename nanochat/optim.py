@@ -3,9 +3,9 @@
 **Storage.** The optimizer owns the storage of weights and gradients. It collects parameters in groups: a `MatrixGroup` holds
 the matrices of one shape, a `RowGroup` the rows of the embedding or of the head. A group has one buffer of weights and one of
 gradients, and the model's parameters and their `.grad` become views of these buffers. Two further attributes of the model's
-`Linear` layers can be views of a group's buffers: `layer.copy`, the weight in the compute dtype, and `layer.gradient`, to which
-backward adds the weight's gradient. A group is therefore one batch for each kernel and one message for each exchange between
-ranks.
+layers can be views of a group's buffers: `layer.copy` of a `Linear` layer, the weight in the compute dtype, and
+`layer.gradient`, to which backward adds the weight's gradient. A group is therefore one batch for each kernel and one message
+for each exchange between ranks.
 
 **A step.** The gradient of each group is reduce-scattered: each rank receives the mean gradient of the items (matrices or rows)
 that it owns. The gradients are clipped by their global norm, which is known once all of them have arrived. Each rank updates
@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import nanochat_kernels as kernels
-from nanochat.gpt import GPT, Linear
+from nanochat.gpt import GPT, Embedding, Linear
 from nanochat.options.train import OptimizerOptions
 from nanochat.platform.cuda_graphs import Replayed
 
@@ -102,7 +102,7 @@ class Group(ABC):
         for layer, view in zip(layers, self.views(self.copies), strict=True):
             layer.copy = view
 
-    def keep_gradients(self, layers: list[Linear]) -> None:
+    def keep_gradients(self, layers: list[Linear] | list[Embedding]) -> None:
         """Have the layers add their gradients to this group's buffer in backward, in float32, instead of returning them."""
         self.gradients_in_place = True
         for layer, view in zip(layers, self.gradient_views, strict=True):
@@ -209,9 +209,10 @@ class MuonAdamW:
         self.matrix_groups = self._make_matrix_groups(model)
         self.row_groups = self._make_row_groups(model)
         self.groups: list[Group] = [*self.matrix_groups, *self.row_groups]
-        for group, layers in self._layers(model):
-            for layer in layers:
+        for layer in model.modules():
+            if isinstance(layer, Linear | Embedding):
                 layer.gradient = None  # left by an optimizer that the model had before
+        for group, layers in self._layers(model):
             if model.compute_dtype != torch.float32:
                 group.keep_copies(layers, model.compute_dtype)
         graphs = graphs and model.device.type == "cuda" and self.impl != "reference"
@@ -251,12 +252,14 @@ class MuonAdamW:
                 yield group, [layers[parameter] for parameter in group.parameters]
 
     def keep_gradients(self, model: GPT) -> None:
-        """From now on, have the model's backward add the gradients of its `Linear` weights to the groups' buffers in float32.
+        """From now on, have the model's backward add all gradients to the groups' buffers, in float32 and in place.
 
         This saves autograd's own pass over them. For code that calls backward once for each forward, as training does.
         """
         for group, layers in self._layers(model):
             group.keep_gradients(layers)
+        embedding = next(group for group in self.row_groups if group.parameters[0] is model.embedding.weight)
+        embedding.keep_gradients([model.embedding])
 
     @torch.no_grad()
     def synchronize(self) -> Tensor:

@@ -23,6 +23,7 @@ LAYERS = (
     ("nanochat.train",),
     ("nanochat.evaluate",),
     ("nanochat.checkpoint", "nanochat.synthetic"),
+    ("nanochat.training_state",),
     ("nanochat.tasks",),
     ("nanochat.inference", "nanochat.optim", "nanochat.gate", "nanochat.data", "nanochat.tokenizer.training"),
     ("nanochat.gpt", "nanochat.tokenizer"),

@@ -1,10 +1,10 @@
-"""Launch tables: the block sizes and warps that each kernel is launched with, one file for each architecture.
+"""Launch tables: the block sizes and numbers of warps of every kernel, one file for each architecture.
 
-sm80.json (A100) and sm90.json (H100, H200), written by `nanochat kernels tune`:
-    launch: kernel → dtype → shape class → parameters; a class is its key joined by "x", as in "2048x128" or "1280xmasked"
-    auto:   operation → {impl, why}: what impl="auto" takes on that architecture
+sm80.json (A100) and sm90.json (H100, H200) are written by `nanochat kernels tune` and contain
+    launch: kernel → dtype → shape class → parameters; the name of a class is its key joined by "x": "2048x128", "1280xmasked"
+    auto:   operation → {impl, why}: the implementation that impl="auto" takes on that architecture
     measured_on, versions, command: where the numbers come from
-A device that has no table of its own takes the one of the nearest architecture below it, sm80 at least.
+A device without a table of its own uses the table of the nearest architecture below it, or sm80.
 """
 
 import json
@@ -19,6 +19,7 @@ import torch
 
 from nanochat_kernels.architecture import architecture, without_device
 from nanochat_kernels.operation import Key
+from nanochat_kernels.tracing import constant_when_traced
 
 FOLDER = Path(__file__).parent
 
@@ -26,49 +27,49 @@ FOLDER = Path(__file__).parent
 _caches: list = []
 
 
-def remembered(function: Callable) -> Callable:
-    """functools.lru_cache for what is derived from the tables: `clear` forgets it with them."""
+def table_cache(function: Callable) -> Callable:
+    """Cache a function's results as functools.lru_cache does, until `clear` is called. For values derived from the tables."""
     cached = lru_cache(maxsize=4096)(function)
     _caches.append(cached)
     return cached
 
 
 plans: dict[tuple, Any] = {}
-"""memory of plan.planned: what was derived from the tables for calls that are alike. Forgetting it changes no result."""
+"""the cache of plan.cached_call; clearing it changes no result"""
 
 
 class LaunchTableError(ValueError):
-    """A launch table cannot be read, or does not hold what was asked of it."""
+    """A launch table cannot be read, or lacks the requested entry."""
 
 
-@remembered
+@table_cache
 def table(architecture: str) -> dict[str, Any]:
-    """The committed table. Raises LaunchTableError naming the file and what is wrong in it."""
+    """Return the committed table. Raises LaunchTableError, which names the file and the fault, if it cannot be read."""
     path = FOLDER / f"{architecture}.json"
     try:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise LaunchTableError(f"{path}: {error}; write it with: nanochat kernels tune") from error
     if not isinstance(found, dict) or not {"auto", "launch"} <= found.keys():
-        raise LaunchTableError(f"{path} must hold 'auto' and 'launch'; write it with: nanochat kernels tune")
+        raise LaunchTableError(f"{path} must contain 'auto' and 'launch'; write it with: nanochat kernels tune")
     return found
 
 
 def launch_parameters(kernel: str, device: torch.device, dtype: torch.dtype, key: Key) -> dict[str, int]:
-    """The parameters of the nearest shape class: words of the key must be equal, sizes are compared by their logarithms."""
+    """Return the parameters of the nearest shape class: words in the key must be equal, sizes are compared by their logarithms."""
     return dict(_nearest(kernel, device, dtype, key))
 
 
-@remembered
-@torch.compiler.assume_constant_result
+@table_cache
+@constant_when_traced
 def _nearest(kernel: str, device: torch.device, dtype: torch.dtype, key: Key) -> tuple[tuple[str, int], ...]:
-    """As pairs, which torch.compile takes as a constant and nobody can change in the cache."""
+    """Return launch_parameters as a tuple of pairs: a constant for torch.compile, which no caller can change."""
     name = architecture(device.index if device.type == "cuda" else None)
     return tuple(parameters_in(name, kernel, dtype, key).items())
 
 
 def parameters_in(architecture: str, kernel: str, dtype: torch.dtype, key: Key) -> dict[str, int]:
-    """launch_parameters from the table of a named architecture. Raises LaunchTableError for what the table does not hold."""
+    """Return launch_parameters from the table of a named architecture. Raises LaunchTableError if the table has no such entry."""
     try:
         classes = table(architecture)["launch"][kernel][dtype_name(dtype)]
     except KeyError as error:
@@ -94,7 +95,7 @@ def _distance(known: Key, wanted: Key) -> float:
 
 
 def format_key(key: Key) -> str:
-    """A key as the tables write it."""
+    """Return a key in the form that the tables use."""
     return "x".join(map(str, key))
 
 
@@ -103,13 +104,13 @@ def parse_key(text: str) -> Key:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """bfloat16 of torch.bfloat16."""
+    """Return the name of a dtype without its module, such as "bfloat16" for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 
 @contextmanager
 def tables_of(architecture: str) -> Iterator[None]:
-    """Inside of the block, what is launched on tensors without a device takes the parameters of this architecture."""
+    """Launch kernels on meta and CPU tensors with the parameters of this architecture while the block runs."""
     token = without_device.set(architecture)
     clear()
     try:
@@ -120,7 +121,7 @@ def tables_of(architecture: str) -> Iterator[None]:
 
 
 def clear() -> None:
-    """Forget what was read of the tables, after one was written or the architecture changed."""
+    """Clear everything cached from the tables, after one was written or the architecture changed."""
     for cached in (architecture, *_caches):
         cached.cache_clear()
     plans.clear()

@@ -2,10 +2,11 @@
 and validates and times the operations."""
 
 from collections.abc import Iterable
+from dataclasses import asdict
 
 from rich.table import Table
 
-from nanochat.gate import run_shape
+from nanochat.gate import chosen_implementations, run_shape, with_choices
 from nanochat.gpt import GPTConfig
 from nanochat.options.presets import with_preset
 from nanochat.options.tools import KernelsGateOptions, KernelsInspectOptions, KernelsListOptions, KernelsTuneOptions
@@ -16,6 +17,7 @@ from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
 from nanochat.speedrun.preflight import most_rows
 from nanochat.tokenizer.bpe import Tokenizer
+from nanochat.train.timing import time_executions
 from nanochat_kernels import architecture, dispatch, gate, inspect, tune
 
 
@@ -95,7 +97,15 @@ def run_gate(options: KernelsGateOptions, paths: Paths) -> None:
         for operation, choice in gate.examine(shape, runtime.device, runtime.compute_dtype):
             operations[operation] = choice
             table.add_row(operation, choice["impl"], choice["why"])
-        gate.write(paths.gate, gate.identity(shape, runtime.device, runtime.compute_dtype), operations)
+        measured = {}
+        if runtime.device.type == "cuda":  # only CUDA has a choice of executions
+            choices = chosen_implementations({name: choice["impl"] for name, choice in operations.items()})
+            model, rows = with_choices(model, choices), shape.rows
+            times = time_executions(model, rows, runtime.device, runtime.compute_dtype)
+            measured["micro_step"] = {"impl": asdict(model.impl), "ms": times}
+            reason = ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items())
+            table.add_row("micro-step", min(times, key=times.__getitem__, default="graph"), reason)
+        gate.write(paths.gate, gate.identity(shape, runtime.device, runtime.compute_dtype), operations, **measured)
     _show(table)
     say(f"wrote {paths.gate}; training on this device and at these shapes takes it from now on")
 

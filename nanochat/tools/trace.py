@@ -55,7 +55,7 @@ class Step:
 def steps_of(config: GPTConfig, rows: int) -> list[Step]:
     """The tensors to show of a forward pass with targets, in the order in which they are computed; rows: of the batch."""
     steps = [
-        Step("", "embedding", "embedding", "each id becomes a vector of width C"),
+        Step("embedding", "embedding", "embedding", "each id becomes a vector of width C"),
         Step("", "rms_norm", "rms_norm", "every vector scaled to root mean square 1; there is no weight"),
     ]
     for i in range(config.depth):

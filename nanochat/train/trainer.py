@@ -14,6 +14,7 @@ import torch
 
 from nanochat.checkpoint import CheckpointStore
 from nanochat.data.batches import Batch, prefetched
+from nanochat.gate import measured_executions
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.options.train import RunOptions
@@ -86,7 +87,9 @@ class Trainer:
         self.plan, self.model, self.optimizer, self.tokenizer = plan, model, optimizer, tokenizer
         self.paths, self.runtime, self.options, self.settings = paths, runtime, options, settings
         self.store = CheckpointStore(paths.checkpoints(plan.stage), runtime, options.keep_checkpoints)
-        execution, reason = choose_execution(options.execution, runtime.device, model.config.impl)
+        execution, reason = choose_execution(
+            options.execution, runtime.device, model.config.impl, measured_executions(paths, model.config.impl)
+        )
         if runtime.primary:
             say(f"micro-steps: {execution} ({reason})")
         self.micro_step = MicroStep(model, optimizer, execution, one_length=plan.one_length)

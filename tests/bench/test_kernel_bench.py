@@ -60,7 +60,7 @@ def test_compare(tmp_path, after, slower):
 
 def test_compare_refuses_what_is_no_result(tmp_path):
     (tmp_path / "c.json").write_text("[]")
-    with pytest.raises(UserError, match=r"c\.json is no result of python -m bench"):
+    with pytest.raises(UserError, match=r"c\.json is not a result of python -m bench"):
         load(tmp_path / "c.json")
     one, other = result(tmp_path / "a.json", row()), result(tmp_path / "b.json", row(shape="d12"))
     with pytest.raises(UserError, match="no case in common"):
@@ -84,11 +84,11 @@ def test_report(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--op", "attention"], "--op attention is not measured here"),
+        (["--op", "attention"], "--op attention has no benchmark"),
         (["--shape", "d99"], "--shape must be among"),
         (["--mode", "sideways"], "--mode must be among fwd, bwd, both"),
         (["--dtype", "int8"], "--dtype must be bfloat16, float16 or float32"),
-        (["report", "missing.json"], "missing.json is no result"),
+        (["report", "missing.json"], "missing.json is not a result"),
     ],
 )
 def test_command_line_refuses(arguments, message):

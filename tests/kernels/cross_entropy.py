@@ -1,4 +1,4 @@
-"""What the tests of both cross entropies share."""
+"""Helpers for the tests of both cross entropies."""
 
 import torch
 
@@ -6,7 +6,7 @@ from tests.kernels.harness import DEVICE
 
 
 def target_entries(rows, vocabulary, targets):
-    """The mask of each row's own target, which is of another magnitude than the rest of its gradient."""
+    """Return the mask (rows, vocabulary) of each row's target, where the gradient has another magnitude than elsewhere."""
     mask = torch.zeros(rows, vocabulary, dtype=torch.bool, device=DEVICE)
     known = targets >= 0
     mask[known.nonzero().flatten(), targets[known]] = True
@@ -14,7 +14,7 @@ def target_entries(rows, vocabulary, targets):
 
 
 def weights(rows, kind, seed=0):
-    """None, a scalar, or a weight per row."""
+    """Return a loss weight: None, or for kind "scalar" or "row" a random scalar or one weight per row."""
     if kind is None:
         return None
     made = torch.rand(() if kind == "scalar" else (rows,), generator=torch.Generator().manual_seed(seed)) + 0.25

@@ -1,7 +1,7 @@
-"""Gradients of a real d4 training run: python -m tests.kernels.gradients writes gradients_d4.safetensors beside this.
+"""Gradients of a real d4 training run: python -m tests.kernels.gradients writes gradients_d4.safetensors next to this file.
 
-A model of depth 4 (width 256) learns the embedded world with a vocabulary of 2,048 for 40 steps of 2,048 tokens, on a CPU, as
-`nanochat train base` would; what Muon is given for three matrices of its second block at the last step is kept in bfloat16.
+A model of depth 4 (width 256) with a vocabulary of 2,048 trains on the synthetic documents for 40 steps of 2,048 tokens on a CPU,
+as in `nanochat train base`. The gradients of three matrices in its second block at the last step are saved in bfloat16.
 """
 
 import tempfile

@@ -1,5 +1,7 @@
-"""How every kernel is judged, on a GPU and, through Triton's interpreter, on a CPU: by kernels/oracle.py, for each result
-and each gradient. Memory that is handed out uninitialised holds NaN meanwhile."""
+"""Checks for every kernel, on a GPU or, through Triton's interpreter, on a CPU.
+
+kernels/oracle.py judges each result and each gradient. Uninitialised memory is filled with NaN, so that a missing store shows.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,20 +19,23 @@ from tests.kernels.int64 import narrow_offsets
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# tiles of matrix products that an interpreted small matrix has several of
+# tiles of a matrix product, so small that an interpreted small matrix has several
 SMALL_TILES = {
     "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "PROGRAMS": 1, "TMA": 0, "num_warps": 1, "num_stages": 2,
 }  # fmt: skip
 
-# a failing example is not made smaller: it is small, and an interpreted kernel takes its time
+# no shrinking of failing examples: they are small already, and interpreted kernels are slow
 property_test = settings(max_examples=100 if GPU else 15, phases=(Phase.explicit, Phase.generate))
 dtypes = st.sampled_from(DTYPES)
 seeds = st.integers(0, 2**31)
 
 
 def randn(*shape: int, dtype: torch.dtype, seed: int = 0, layout: str = "contiguous") -> Tensor:
-    """Normal numbers; layout "columns" is every second column of a wider tensor, "slice" the middle of one,
-    "transposed" has its first and last axes exchanged in memory."""
+    """Return normally distributed numbers in a memory layout.
+
+    "columns": every second column of a wider tensor; "slice": the middle columns of a wider tensor; "transposed": the axes are in
+    reverse order in memory.
+    """
     generator = torch.Generator().manual_seed(seed)
     if layout == "columns":
         made = torch.randn(*shape[:-1], 2 * shape[-1], generator=generator)[..., ::2]
@@ -41,7 +46,7 @@ def randn(*shape: int, dtype: torch.dtype, seed: int = 0, layout: str = "contigu
     else:
         made = torch.randn(shape, generator=generator)
     strides, size = made.stride(), made.untyped_storage().nbytes() // made.element_size()
-    base = torch.empty(size, dtype=dtype, device=DEVICE)  # keeps the layout on the device
+    base = torch.empty(size, dtype=dtype, device=DEVICE)  # the same layout on the device
     view = base.as_strided(made.shape, strides, made.storage_offset())
     return view.copy_(made)
 
@@ -51,7 +56,7 @@ layouts = st.sampled_from(("contiguous", "columns", "slice", "transposed"))
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """torch.empty gives NaN."""
+    """Fill the memory of torch.empty with NaN inside the block."""
     before = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -63,8 +68,11 @@ def poisoned() -> Iterator[None]:
 
 
 def in_layout(x: Tensor, layout: str, number: int = 0) -> Tensor:
-    """A copy of x with the strides that an upstream gradient may have. "strided": longer rows in memory, by an amount that
-    depends on `number`; "transposed": two axes exchanged, of which the last is one only where there are no more than two."""
+    """Return a copy of x with strides that an upstream gradient may have.
+
+    "strided": rows are padded in memory, by an amount that depends on `number`. "transposed": two axes are exchanged in memory, the
+    last two of a matrix, and those before the last of a tensor with more axes.
+    """
     if layout == "strided":
         extra = 6 + 2 * number
         wide = x.new_zeros((*x.shape[:-1], 2 * x.shape[-1] if x.dim() == 1 else x.shape[-1] + extra))
@@ -85,10 +93,11 @@ def check(
     epsilon: float = 0.0,
     apart: Mapping[int, Tensor] | None = None,
 ) -> None:
-    """The kernel against the oracle, against itself run again, and with strided and transposed upstream gradients.
+    """Compare the kernel with the oracle and with a repeated run, also for strided and transposed upstream gradients.
 
-    epsilon: error that an operation states in its docstring and may add, absolute in each result, relative in gradients.
-    apart: number of a result or, counted on, of a gradient → mask of elements that are judged apart from the others.
+    wrt: the indices of the inputs whose gradients are checked. epsilon: error that an operation documents and may add, absolute in
+    results and relative in gradients. apart: number of a result or, counting on, of a gradient → mask of elements that are judged
+    separately from the others.
     """
     inputs, apart = list(inputs), apart or {}
     shapes = as_tuple(reference(*inputs))
@@ -104,9 +113,8 @@ def check(
         again = evaluate(kernel, inputs, upstream, wrt)
     exact = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
     oracle = evaluate(reference, exact, [x.double() for x in upstream], wrt)
-    baselines = evaluate_each(
-        reference, inputs, upstreams, wrt
-    )  # a product's kernel depends on strides, and its rounding too
+    # one baseline for each layout: torch chooses a product's kernel, and with it the rounding, by the strides
+    baselines = evaluate_each(reference, inputs, upstreams, wrt)
     for number, (a, b, true, other) in enumerate(zip(found[0], again, oracle, baselines[0], strict=True)):
         name = f"result {number}" if number < len(shapes) else f"gradient {number - len(shapes)}"
         assert a.dtype == other.dtype and a.shape == other.shape, f"{name}: {a.dtype} {tuple(a.shape)}"
@@ -124,25 +132,27 @@ def as_tuple(outputs) -> tuple[Tensor, ...]:
 
 
 def upstream_of(outputs: Sequence[Tensor], seed: int = 0) -> list[Tensor]:
-    """Random upstream gradients of results."""
+    """Return random upstream gradients for results."""
     return [randn(*x.shape, dtype=x.dtype, seed=seed + 7 + i) for i, x in enumerate(outputs)]
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Bitwise equal, NaN included."""
+    """Return whether two tensors are bitwise equal, where NaN equals NaN."""
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(nan=-7.0), b.nan_to_num(nan=-7.0))
 
 
 def floating(inputs: Sequence) -> list[int]:
-    """The inputs, by number, that are floating-point tensors."""
+    """Return the indices of the inputs that are floating-point tensors."""
     return [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.is_floating_point()]
 
 
 def check_nonfinite(
     kernel: Callable, reference: Callable, inputs: Sequence, wrt: Sequence[int], only: Sequence[int] | None = None
 ) -> None:
-    """NaN and infinities in one input after the other (`only` these), and in each upstream gradient, propagate as they do in
-    the reference: to the same elements of results, and to the same rows of gradients."""
+    """Check that NaN and infinities propagate as in the reference: to the same elements of results and the same rows of gradients.
+
+    They are put into one input after the other (or those in `only`), and into each upstream gradient.
+    """
 
     def compare(what: str, inputs: Sequence, upstream: Sequence[Tensor]) -> None:
         found, expected = (evaluate(function, inputs, upstream, wrt) for function in (kernel, reference))
@@ -152,7 +162,7 @@ def check_nonfinite(
                 assert not wrong, f"{what}: result {number}: {wrong}"
             else:
                 rows = [~x.isfinite().reshape(-1, x.shape[-1]).all(1) for x in (a, b)]
-                assert torch.equal(*rows), f"{what}: gradient {number - len(upstream)}: other rows are not finite"
+                assert torch.equal(*rows), f"{what}: gradient {number - len(upstream)}: not finite in different rows"
 
     upstream = upstream_of(as_tuple(reference(*inputs)))
     for value in (float("nan"), float("inf"), float("-inf")):
@@ -165,14 +175,14 @@ def check_nonfinite(
 
 
 def planted(x: Tensor, value: float) -> Tensor:
-    """x with one element, near its middle, replaced."""
+    """Return a copy of x with one element near its middle replaced."""
     x = x.clone()
     x[tuple(size // 2 for size in x.shape)] = value
     return x
 
 
 def check_second_derivative_raises(kernel: Callable, inputs: Sequence, wrt: Sequence[int]) -> None:
-    """create_graph=True must not silently drop a term."""
+    """Check that a second derivative raises an error: create_graph=True must not silently drop a term."""
     inputs = [x.detach().requires_grad_(i in wrt) if isinstance(x, Tensor) else x for i, x in enumerate(inputs)]
     outputs = as_tuple(kernel(*inputs))
     upstream = [x.requires_grad_() for x in upstream_of(outputs)]
@@ -182,7 +192,7 @@ def check_second_derivative_raises(kernel: Callable, inputs: Sequence, wrt: Sequ
 
 
 def check_jvp_raises(kernel: Callable, inputs: Sequence, wrt: Sequence[int]) -> None:
-    """A derivative in forward mode raises; it must not be 0."""
+    """Check that a derivative in forward mode raises an error: it must not silently be 0."""
 
     def function(*changed):
         every = list(inputs)
@@ -196,7 +206,7 @@ def check_jvp_raises(kernel: Callable, inputs: Sequence, wrt: Sequence[int]) -> 
 
 
 def check_vmap(kernel: Callable, inputs: Sequence, mapped: Sequence[int], wrt: Sequence[int] = ()) -> None:
-    """torch.vmap over a new first axis of the inputs numbered in `mapped`: bit for bit what a loop gives, gradients too."""
+    """Check that torch.vmap over a new first axis of the `mapped` inputs gives bitwise the results and gradients of a loop."""
     stacked = [torch.stack([x, x.flip(0), x]) if i in mapped else x for i, x in enumerate(inputs)]
     in_dims = tuple(0 if i in mapped else None for i in range(len(inputs)))
 
@@ -213,7 +223,7 @@ def check_vmap(kernel: Callable, inputs: Sequence, mapped: Sequence[int], wrt: S
 
 
 def check_autocast(kernel: Callable, reference: Callable, inputs: Sequence, wrt: Sequence[int] = ()) -> None:
-    """Under autocast the results have the reference's dtypes and errors, also when the inputs' dtypes are mixed."""
+    """Check dtypes and errors under autocast against the reference, also for inputs of mixed dtypes."""
     numbers = floating(inputs)
     choices = [{}, dict.fromkeys(numbers, torch.float32), dict.fromkeys(numbers, torch.bfloat16)]
     choices += [{i: dtype} for i in numbers for dtype in (torch.float32, torch.bfloat16) if len(numbers) > 1]
@@ -239,13 +249,13 @@ def check_autocast(kernel: Callable, reference: Callable, inputs: Sequence, wrt:
 
 
 def assert_64_bit_offsets(kernel: Kernel) -> None:
-    """No launch of the kernel computes an address from the number of a program in 32 bits; needs no GPU."""
+    """Check, without a GPU, that no launch of the kernel computes an address from a program's number in 32 bits."""
     found = narrow_offsets(kernel.name)
     assert not found, found
 
 
 def check_other_device(kernel: Callable, inputs: Sequence, wrt: Sequence[int] = ()) -> None:
-    """Tensors on cuda:1 while cuda:0 is current: as on cuda:0. Needs two GPUs (skipped where there are not)."""
+    """Check that tensors on cuda:1 give the results of cuda:0 while cuda:0 is current. Skipped without two GPUs."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     upstream = upstream_of(as_tuple(kernel(*inputs)))
@@ -260,12 +270,11 @@ def check_other_device(kernel: Callable, inputs: Sequence, wrt: Sequence[int] = 
 
 
 def check_compiled(kernel: Callable, inputs: Sequence, wrt: Sequence[int], units: float = 0.0) -> None:
-    """Compiled without a graph break, the kernel gives what it gives eagerly, bit for bit; used twice in the graph.
+    """Check that the kernel, compiled without a graph break and used twice in the graph, gives bitwise its eager results.
 
-    units: rounding units of the largest element by which they may differ, for operations with torch's own sums and products
-    around the kernels, whose order Inductor changes.
-
-    On a GPU only: interpreted kernels cannot be traced. What Dynamo traces is checked without one by test_dispatch.py.
+    units: the allowed difference in rounding units of the largest element, for operations in which Inductor changes the order of
+    torch's own sums and products. Runs on a GPU only, because interpreted kernels cannot be traced; test_dispatch.py checks
+    without a GPU what Dynamo traces.
     """
     if not GPU:
         pytest.skip("interpreted kernels cannot be compiled")
@@ -287,22 +296,22 @@ def check_compiled(kernel: Callable, inputs: Sequence, wrt: Sequence[int], units
 
 
 def check_graph_replay(kernel: Callable, inputs: Sequence, wrt: Sequence[int]) -> None:
-    """Captured in a CUDA graph, forward and backward, and replayed on other data: as without the graph."""
-    still = [x.clone() if isinstance(x, Tensor) else x for x in inputs]
-    outputs = kernel(*still)
+    """Check that forward and backward, captured in a CUDA graph and replayed on other data, give the same as without the graph."""
+    static = [x.clone() if isinstance(x, Tensor) else x for x in inputs]
+    outputs = kernel(*static)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     upstream = [randn(*x.shape, dtype=x.dtype, seed=i) for i, x in enumerate(outputs)]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        evaluate(kernel, still, upstream, wrt)
-    torch.cuda.current_stream().wait_stream(side)
+    warm_up = torch.cuda.Stream()
+    warm_up.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm_up):
+        evaluate(kernel, static, upstream, wrt)
+    torch.cuda.current_stream().wait_stream(warm_up)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = evaluate(kernel, still, upstream, wrt)
-    for x in still:
+        captured = evaluate(kernel, static, upstream, wrt)
+    for x in static:
         if isinstance(x, Tensor) and x.is_floating_point():
             x.copy_(torch.randn_like(x))
     graph.replay()
-    for a, b in zip(captured, evaluate(kernel, still, upstream, wrt), strict=True):
+    for a, b in zip(captured, evaluate(kernel, static, upstream, wrt), strict=True):
         assert torch.equal(a, b)

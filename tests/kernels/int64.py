@@ -1,11 +1,12 @@
-"""What a CPU test cannot see by running a kernel, found in its code: `python -m tests.kernels.int64 kernel…` prints it.
+"""Find faults in a kernel's code that running it on a CPU cannot show: `python -m tests.kernels.int64 kernel…` prints them.
 
-Offsets that may pass 2³¹, since the tensors that would show the overflow take gigabytes, and minima and maxima that drop NaN, since
-NumPy's do not. Each recorded launch is compiled to Triton's intermediate representation, in which types are explicit; reported are
+These are offsets that overflow beyond 2³¹, because tensors large enough to show it take gigabytes, and minima and maxima that drop
+NaN, because NumPy's do not. Each recorded launch is compiled to Triton's intermediate representation, which has explicit types.
+Reported are
 - a floating-point minimum or maximum that returns the other operand for NaN (minnumf, maxnumf);
-- an int32 offset that depends on the number of the program or of a loop's turn;
-- a product of two numbers known only at run time, one of which depends on these, that was multiplied in int32.
-Of `matrix_product` and `symmetric_product`, whose matrices have less than 2³¹ elements, only the offsets of matrices count.
+- an int32 offset that depends on the number of the program or on a loop's index;
+- an int32 product of two run-time numbers of which one depends on these.
+In `matrix_product` and `symmetric_product`, whose matrices have less than 2³¹ elements, only the offsets of whole matrices count.
 """
 
 import os
@@ -19,7 +20,7 @@ SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "f
 
 
 def narrow_offsets(*kernels: str) -> str:
-    """What is reported for the kernels of these names, in a process of its own: here kernels may be interpreted."""
+    """Return the report for the named kernels. It runs in a process of its own, because this one may interpret kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.kernels.int64", *kernels],
@@ -40,7 +41,7 @@ def type_of(argument) -> str:
 
 
 def intermediate_representation(launch) -> str:
-    """The text of a recorded launch in Triton's intermediate representation, for an A100."""
+    """Return a recorded launch in Triton's intermediate representation for an A100, as text."""
     import triton
 
     names = launch.kernel.arg_names
@@ -54,8 +55,8 @@ def intermediate_representation(launch) -> str:
 
 
 def faults(text: str, only_scalars: bool = False) -> list[str]:
-    """The lines with an address as described above."""
-    numbers, constants, narrow, found = set(), set(), set(), []  # numbers: what depends on a program or a turn
+    """Return the lines of the intermediate representation with a fault that the top of this file describes."""
+    numbers, constants, narrow, found = set(), set(), set(), []  # numbers: values that depend on a program or a loop
     for line in map(str.strip, text.splitlines()):
         line = re.sub(r"\s*loc\(.*\)\s*\{?$", "", line)
         loop = re.match(r"(?:(%[\w:]+) = )?scf\.for (%\w+) = ", line)
@@ -86,7 +87,7 @@ def faults(text: str, only_scalars: bool = False) -> list[str]:
                 is_int32 = re.search(r"i32>?$", line)
                 if offset in numbers and (is_int32 or offset in narrow):
                     found.append(line)
-            # what was reported once is not reported again where it is added to
+            # do not report it again where something is added to it
             narrow.difference_update(results)
     return found
 

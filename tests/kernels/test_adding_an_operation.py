@@ -1,4 +1,4 @@
-"""A newcomer's operation is one file: list, inspect, the gate, the benchmark and dispatch see it, and nothing else is touched."""
+"""A new operation needs one file and no other change: list, inspect, the gate, the benchmark and dispatch find it."""
 
 import subprocess
 import sys
@@ -100,7 +100,7 @@ print(x.grad.tolist())
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
-    """A copy of the packages with the toy in it."""
+    """A copy of the packages with the toy operation in it."""
     root = tmp_path_factory.mktemp("tree")
     copy_packages(root)
     (root / "kernels" / "toy.py").write_text(TOY, "utf-8")

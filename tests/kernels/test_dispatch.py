@@ -1,4 +1,4 @@
-"""Which implementation serves a call, where launch parameters come from, and what the compiler makes of every kernel."""
+"""The choice of an implementation, the launch tables, tuning, inspection and torch.compile."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ PLANTED_FAULTS = {
         "configs/__init__",
         "abs(log2(a) - log2(max(b, 1)))",
         "abs(a - b)",
-        "test_near_means_by_ratio_and_words_must_be_equal",
+        "test_the_nearest_class_is_by_ratio_and_words_must_be_equal",
     ),
 }
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,21 +45,21 @@ def thing(**implementations: Implementation) -> Operation:
     return Operation("thing", print, lambda x: "reference", implementations)
 
 
-ABLE = thing(fast=Implementation(lambda x: "fast"))
-UNABLE = thing(fast=Implementation(lambda x: "fast", lambda x: "x is too odd"))
+SUPPORTED = thing(fast=Implementation(lambda x: "fast"))
+UNSUPPORTED = thing(fast=Implementation(lambda x: "fast", lambda x: "x is too odd"))
 
 
 def test_explicit_never_falls_back():
     x = torch.ones(1)
     with pytest.raises(KernelRequestError, match=r"thing: impl='fast' does not support this call: x is too odd"):
-        choose(UNABLE, "fast", x)
+        choose(UNSUPPORTED, "fast", x)
     with pytest.raises(KernelRequestError, match="impl='other' does not exist; choose one of auto, fast, reference"):
-        choose(UNABLE, "other", x)
-    assert choose(UNABLE, "reference", x)(x) == "reference" and choose(ABLE, "fast", x)(x) == "fast"
+        choose(UNSUPPORTED, "other", x)
+    assert choose(UNSUPPORTED, "reference", x)(x) == "reference" and choose(SUPPORTED, "fast", x)(x) == "fast"
 
 
-def test_a_repeated_call_makes_no_new_plan():
-    """Check, choice and plan are made once for calls that are alike, and again for one that is not or for other tables."""
+def test_a_repeated_call_uses_the_cached_plan():
+    """Check, choice and plan run once for calls with one signature, and again for another signature or after the tables change."""
     made = []
 
     def plan(x, factor):
@@ -98,10 +98,10 @@ def test_auto_on_cuda_follows_the_table_and_skips_what_does_not_support_the_call
         device = torch.device("cuda", 0)
 
     monkeypatch.setattr(dispatch, "preference", lambda *_: ("fast", "measured"))
-    assert dispatch.automatic(ABLE, OnCuda()) == ("fast", "measured")
-    assert dispatch.automatic(UNABLE, OnCuda()) == ("reference", "x is too odd")
+    assert dispatch.automatic(SUPPORTED, OnCuda()) == ("fast", "measured")
+    assert dispatch.automatic(UNSUPPORTED, OnCuda()) == ("reference", "x is too odd")
     monkeypatch.setattr(dispatch, "preference", lambda *_: ("reference", "the other lost"))
-    assert dispatch.automatic(ABLE, OnCuda()) == ("reference", "the other lost")
+    assert dispatch.automatic(SUPPORTED, OnCuda()) == ("reference", "the other lost")
 
 
 def test_without_triton_the_reference_serves_and_a_request_raises():
@@ -125,7 +125,7 @@ def test_a_cpu_tensor_without_the_interpreter_raises():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_tables_are_whole(architecture):
+def test_tables_are_complete(architecture):
     table = configs.table(architecture)
     for kernel in dispatch.tunable_kernels():
         for dtype in kernel.dtypes:
@@ -139,7 +139,7 @@ def test_tables_are_whole(architecture):
     assert {"measured_on", "versions", "command"} <= table.keys()
 
 
-def test_records_are_whole():
+def test_records_are_complete():
     names = [kernel.name for operation in FUSED for kernel in operation.kernels]
     assert len(set(map(id, (k for o in FUSED for k in o.kernels)))) == len(set(names)), "two kernels have one name"
     for operation in FUSED:
@@ -157,8 +157,8 @@ def test_the_nearest_shape_class_serves():
         launch_parameters("no_kernel", cpu, torch.float32, (1,))
 
 
-def test_near_means_by_ratio_and_words_must_be_equal(monkeypatch):
-    """4,400 is nearer to 2,048 than to 8,192 by the difference but nearer to 8,192 by the ratio."""
+def test_the_nearest_class_is_by_ratio_and_words_must_be_equal(monkeypatch):
+    """4,400 is nearer to 2,048 by difference and nearer to 8,192 by ratio."""
     classes = {"2048xplain": {"A": 1}, "8192xplain": {"A": 2}, "4400xmasked": {"A": 3}, "4400": {"A": 4}}
     monkeypatch.setattr(configs, "table", lambda name: {"launch": {"some": {"float32": classes}}})
     found = configs.parameters_in("sm80", "some", torch.float32, (4400, "plain"))
@@ -196,7 +196,7 @@ def test_tuning_writes_a_table_that_reads_back(tmp_path, monkeypatch):
 @pytest.mark.skipif(GPU, reason="there is a GPU to tune on")
 def test_tuning_needs_a_gpu(base):
     done = nanochat(base, "kernels", "tune")
-    assert done.returncode == 1 and "measured on a GPU, and there is none here" in done.stderr
+    assert done.returncode == 1 and "measured on a GPU, and this machine has none" in done.stderr
 
 
 def test_list(base):
@@ -209,7 +209,7 @@ def test_list(base):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_inspect(architecture):
-    """Every launch compiles without spills, within shared memory, with that architecture's instructions."""
+    """Every launch compiles without spills, fits in shared memory and uses only the architecture's instructions."""
     command = [sys.executable, "-m", "nanochat", "kernels", "inspect", "--arch", architecture]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(None))
     assert done.returncode == 0 and "without a defect" in done.stdout, done.stdout[-2000:] + done.stderr
@@ -218,7 +218,7 @@ def test_inspect(architecture):
 @linux
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_launch_is_inspected(architecture):
-    """Each kernel of the tables, in each dtype, at each of its shapes; those that compile to the same code once."""
+    """inspect covers each kernel of the tables in each of its dtypes."""
     code = (
         "from nanochat_kernels import configs, dispatch, inspect\n"
         f"places = inspect.places({architecture!r})\n"
@@ -237,7 +237,7 @@ def test_inspect_rejects_an_unknown_kernel(base):
 
 
 def inspected(architecture: str, launch: str) -> str:
-    """What inspect finds wrong with a launch, in a process that does not interpret kernels."""
+    """Inspect a launch in a process that does not interpret kernels, and return what it prints."""
     code = (
         "import torch, importlib; from nanochat_kernels import inspect\n"
         "from nanochat_kernels.triton_helpers import recorded_launches\n"
@@ -256,15 +256,15 @@ def inspected(architecture: str, launch: str) -> str:
 
 @linux
 def test_inspect_sees_spills():
-    """A tile of 16,384 columns in the registers of one warp."""
+    """A tile of 16,384 columns does not fit in the registers of one warp."""
     one_warp = "launch(16_384, {'ROWS': 1, 'num_warps': 1})"
     assert "bytes spilled" in inspected("sm80", one_warp)
     assert "faults=()" in inspected("sm80", "launch(16_384)")
 
 
 @linux
-def test_a_launch_is_specialised_as_triton_does_it():
-    """Arguments that are 1, divisible by 16, or None are so in the recorded launch as in one that runs."""
+def test_a_recorded_launch_is_specialised_like_a_real_one():
+    """A recorded launch is specialised for arguments that are 1 or divisible by 16, as a real launch is."""
     code = (
         "import torch, importlib; from nanochat_kernels import inspect\n"
         "from nanochat_kernels.triton_helpers import recorded_launches\n"
@@ -293,7 +293,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import nanochat_kernels as kernels
 from nanochat_kernels.operation import RunShape
 
-class Driver:  # torch asks it what it compiles for, to see which arguments a kernel changes
+class Driver:  # torch asks for the target when it looks for the arguments that a kernel changes
     def get_current_target(self):
         return triton.backends.compiler.GPUTarget("cuda", 80, 32)
 
@@ -311,9 +311,11 @@ def keep(graph, example):
     graphs.append(graph)
     return graph.forward
 
-# an implementation that runs on a CPU tensor: what is traced is never executed
-able = lambda *_: None
-kernels.dispatch.named = lambda operation, impl: replace(operation.implementations[impl], unsupported_reason=able)
+# accept a CPU tensor: the kernels are traced and never executed
+supported = lambda *_: None
+kernels.dispatch.named = lambda operation, impl: replace(
+    operation.implementations[impl], unsupported_reason=supported
+)
 
 def run(*inputs):
     results = operation.function(*inputs, impl="triton")
@@ -332,14 +334,14 @@ for graph in graphs:
     targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
     print("graph", sum("triton_kernel_wrapper" in x for x in targets), [x for x in targets if "nanochat" in x])
 """
-# newton_schulz may be opaque to Inductor; the optimizer's operations, which change their arguments, are not compiled
+# newton_schulz may be opaque to Inductor; the optimizer's operations change their arguments and are not compiled
 NOT_TRACED = ("newton_schulz", "nesterov_momentum", "apply_update", "adamw")
 
 
 @linux
 @pytest.mark.parametrize("name", [operation.name for operation in FUSED if operation.name not in NOT_TRACED])
 def test_torch_compile_sees_the_kernels(name):
-    """Forward and backward are traced whole, and no operation in them is opaque to Inductor; needs no GPU."""
+    """Forward and backward are traced without a graph break, and no operation in them is opaque to Inductor. Needs no GPU."""
     code = [sys.executable, "-c", TRACE, name]
     done = subprocess.run(code, cwd=ROOT, capture_output=True, text=True, env=environment(None))
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

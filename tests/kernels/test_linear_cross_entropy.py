@@ -1,4 +1,4 @@
-"""The head and its cross entropy in Triton against the reference."""
+"""linear_cross_entropy in Triton against the reference."""
 
 import importlib
 
@@ -19,116 +19,44 @@ PARTS = importlib.import_module("nanochat_kernels.cross_entropy_kernels")
 STEM = "cross_entropy_kernels"
 PLANTED_FAULTS = {
     "on-chip derivative of the cap dropped": (STEM, "pack(e * (w - w * w), f", "pack(e, f", "test_loss_and_gradients"),
-    "on-chip sum of the last chunk not masked": (
-        STEM,
-        "e = tl.where(2 * pair < width - i * CHUNK, e, 0.0)",
-        "e = e",
-        "test_loss_and_gradients",
-    ),
-    "odd column of the last chunk not masked": (
-        STEM,
-        "f = tl.where(2 * pair + 1 < width - i * CHUNK, f, 0.0)",
-        "f = f",
-        "test_loss_and_gradients",
-    ),
-    "a row's share used for the row before": (STEM, "        kept = read\n", "", "test_loss_and_gradients"),
-    "last row not written": (
-        STEM,
-        "    for i in tl.static_range(CHUNKS):\n        store",
-        "    for i in tl.static_range(0):\n        store",
-        "test_loss_and_gradients",
-    ),
-    "doubled past the first chunk": (
-        STEM,
-        "kept[i] | (new & nothing), share,",
-        "kept[i] | (new & nothing), share * (1 + (i > 0)),",
-        "test_the_gradient_of_the_logits",
-    ),
-    "last row doubled past the first chunk": (
-        STEM,
-        "kept[i], share, EVEN",
-        "kept[i], share * (1 + (i > 0)), EVEN",
-        "test_the_gradient_of_the_logits",
-    ),
-    "exponent of the packing off by one": (
-        STEM,
-        "(1 << TOP)\n        written",
-        "(2 << TOP)\n        written",
-        "test_loss_and_gradients",
-    ),
-    "packing cut off, not rounded": (
-        STEM,
-        "((64 + TOP) << 23) - (1 << 12)",
-        "((64 + TOP) << 23)",
-        "test_packed_numbers",
-    ),
-    "packing wraps for negative numbers": (
-        STEM,
-        "tl.maximum(low.to(tl.int32, bitcast=True), LEAST) - LEAST",
-        "tl.maximum(low.to(tl.int32, bitcast=True) - LEAST, 0)",
-        "test_a_slightly_negative_number_packs_to_nearly_zero",
-    ),
-    "the row before written to this row": (
-        STEM,
-        "written_ptr = logits_ptr + row * stride\n",
-        "written_ptr = logits_ptr + first * stride\n",
-        "test_loss_and_gradients",
-    ),
-    "32-bit rows on the chip": (
-        STEM,
-        "    first = tl.program_id(0).to(tl.int64)\n",
-        "    first = tl.program_id(0)\n",
-        "test_offsets_are_64_bits_wide",
-    ),
-    "min drops NaN": (
-        STEM,
-        "60.0, propagate_nan=tl.PropagateNan.ALL))\n    b",
-        "60.0))\n    b",
-        "test_offsets_are_64_bits_wide",
-    ),
-    "factor dropped on the chip": (
-        STEM,
-        "factor = tl.load(factor_ptr + row * factor_stride) if FACTOR else 1.0",
-        "factor = 1.0",
-        "test_a_weighted_mean_is_rounded_once",
-    ),
-    "factor of the row before": (
-        STEM,
-        "tl.load(factor_ptr + row * factor_stride) if",
-        "tl.load(factor_ptr + first * factor_stride) if",
-        "test_a_weighted_mean_is_rounded_once",
-    ),
-    "factor applied twice": (
-        "linear_cross_entropy",
-        "torch.where(factor == 0, dlosses, dlosses / factor)",
-        "dlosses",
-        "test_a_weighted_mean_is_rounded_once",
-    ),
-    "a weight of 0 divided by": (
-        "linear_cross_entropy",
-        "torch.where(factor == 0, dlosses, dlosses / factor)",
-        "dlosses / factor",
-        "test_a_weighted_mean_is_rounded_once",
-    ),
-    "weight's gradient without the factor": (
-        "linear_cross_entropy",
-        "(x * factor).to(x.dtype)",
-        "x",
-        "test_loss_and_gradients",
-    ),
-    "input's gradient without the factor": (
-        "linear_cross_entropy",
-        "out_dtype=torch.float32) * factor)",
-        "out_dtype=torch.float32))",
-        "test_loss_and_gradients",
-    ),
-    "logits read after they are overwritten": (
-        STEM,
-        "        target_logits = logits_of_targets(logits, targets)\n        found = on",
-        "        target_logits = sums\n        found = on",
-        "test_loss_and_gradients",
-    ),
-}
+    "on-chip sum of the last chunk not masked": (STEM, "e = tl.where(2 * pair < width - i * CHUNK, e, 0.0)",
+     "e = e", "test_loss_and_gradients"),
+    "odd column of the last chunk not masked": (STEM, "f = tl.where(2 * pair + 1 < width - i * CHUNK, f, 0.0)",
+     "f = f", "test_loss_and_gradients"),
+    "packed row not kept until it is written": (STEM, "        kept = read\n", "", "test_loss_and_gradients"),
+    "last row not written": (STEM, "    for i in tl.static_range(CHUNKS):\n        store",
+     "    for i in tl.static_range(0):\n        store", "test_loss_and_gradients"),
+    "doubled past the first chunk": (STEM, "kept[i] | (new & zero), share,",
+     "kept[i] | (new & zero), share * (1 + (i > 0)),", "test_the_gradient_of_the_logits"),
+    "last row doubled past the first chunk": (STEM, "kept[i], share, EVEN",
+     "kept[i], share * (1 + (i > 0)), EVEN", "test_the_gradient_of_the_logits"),
+    "exponent of the packing off by one": (STEM, "(1 << TOP)\n        written",
+     "(2 << TOP)\n        written", "test_loss_and_gradients"),
+    "packing cut off, not rounded": (STEM, "((64 + TOP) << 23) - (1 << 12)",
+     "((64 + TOP) << 23)", "test_packed_numbers"),
+    "packing wraps for negative numbers": (STEM, "tl.maximum(low.to(tl.int32, bitcast=True), LEAST) - LEAST",
+     "tl.maximum(low.to(tl.int32, bitcast=True) - LEAST, 0)", "test_a_slightly_negative_number_packs_to_nearly_zero"),
+    "previous row written to the wrong row": (STEM, "written_ptr = logits_ptr + row * row_stride\n",
+     "written_ptr = logits_ptr + first * row_stride\n", "test_loss_and_gradients"),
+    "32-bit rows on the chip": (STEM, "    first = tl.program_id(0).to(tl.int64)\n",
+     "    first = tl.program_id(0)\n", "test_offsets_are_64_bits_wide"),
+    "min drops NaN": (STEM, "60.0, propagate_nan=tl.PropagateNan.ALL))\n    b",
+     "60.0))\n    b", "test_offsets_are_64_bits_wide"),
+    "factor dropped on the chip": (STEM, "factor = tl.load(factor_ptr + row * factor_stride) if FACTOR else 1.0",
+     "factor = 1.0", "test_a_weighted_mean_is_rounded_once"),
+    "factor of the first row for all": (STEM, "tl.load(factor_ptr + row * factor_stride) if",
+     "tl.load(factor_ptr + first * factor_stride) if", "test_a_weighted_mean_is_rounded_once"),
+    "factor applied twice": ("linear_cross_entropy", "torch.where(factor == 0, dlosses, dlosses / factor)",
+     "dlosses", "test_a_weighted_mean_is_rounded_once"),
+    "a weight of 0 divided by": ("linear_cross_entropy", "torch.where(factor == 0, dlosses, dlosses / factor)",
+     "dlosses / factor", "test_a_weighted_mean_is_rounded_once"),
+    "weight's gradient without the factor": ("linear_cross_entropy", "(x * factor).to(x.dtype)",
+     "x", "test_loss_and_gradients"),
+    "input's gradient without the factor": ("linear_cross_entropy", "out_dtype=torch.float32) * factor)",
+     "out_dtype=torch.float32))", "test_loss_and_gradients"),
+    "logits read after they are overwritten": (STEM, "launch_targets(target_logits, targets, sums, losses, factor, logits,",
+     "launch_targets(logits_of_targets(logits, targets), targets, sums, losses, factor, logits,", "test_loss_and_gradients"),
+}  # fmt: skip
 if not GPU:
     line = "(a.float() @ b.float() * factor)"
     PLANTED_FAULTS["input's gradient without the factor"] = (
@@ -169,7 +97,7 @@ def test_loss_and_gradients(rows, width, vocabulary, dtype, reduction, ignored, 
 
 @pytest.mark.parametrize("weight", ["scalar", "row", "zeros"])
 def test_a_weighted_mean_is_rounded_once(weight):
-    """As training calls it: 1 comes from above, and the weight's gradient is in float32. Weights that are no powers of two."""
+    """The call of a training run: an upstream gradient of 1 and a float32 buffer. The loss weights are not powers of two."""
     rows, vocabulary = (300, 4000) if GPU else (60, 100)
     x, head, targets = inputs(rows, 64, vocabulary, torch.bfloat16)
     factor = (1.0 + torch.rand(() if weight == "scalar" else rows, generator=torch.Generator().manual_seed(3))).to(
@@ -195,7 +123,7 @@ def test_a_weighted_mean_is_rounded_once(weight):
 
 @pytest.mark.parametrize("vocabulary", [65_536, 50_257, 32_768, 1024, 65_535, 3, 1] if GPU else [9000, 1024, 33, 1])
 def test_the_gradient_of_the_logits(vocabulary):
-    """Entry by entry, targets apart: several rows per program, chunks that are even and ragged."""
+    """Every element is judged, those of the targets separately, with several rows per program and with even and ragged chunks."""
     rows = 700 if GPU else 7
     logits = randn(rows, vocabulary, dtype=torch.bfloat16).mul_(3.0)
     targets = torch.randint(vocabulary, (rows,), generator=torch.Generator().manual_seed(1)).to(DEVICE)
@@ -218,24 +146,24 @@ SMALL_CHUNKS = {"CHUNK": 1024, "AHEAD": 0, "PROGRAMS": 1, "num_warps": 4}
 
 
 def through_packing(x):
-    """The numbers of a tensor packed and unpacked."""
+    """Return the numbers of a tensor after packing and unpacking."""
     triton, tl = PARTS.triton, PARTS.tl
     pack, unpack = PARTS.pack, PARTS.unpack
 
     @triton.jit
-    def there_and_back(x, y, N: tl.constexpr):
-        at = tl.arange(0, N)
-        low, high = tl.split(tl.reshape(tl.load(x + at), [N // 2, 2]))
-        tl.store(y + at, unpack(pack(low, high, 22)) * 4194304.0)
+    def pack_and_unpack(x_ptr, y_ptr, N: tl.constexpr):
+        offsets = tl.arange(0, N)
+        low, high = tl.split(tl.reshape(tl.load(x_ptr + offsets), [N // 2, 2]))
+        tl.store(y_ptr + offsets, unpack(pack(low, high, 22)) * 4194304.0)
 
     y = torch.empty_like(x)
     globals().update(pack=pack, unpack=unpack, tl=tl)
-    there_and_back[(1,)](x, y, N=len(x))
+    pack_and_unpack[(1,)](x, y, N=len(x))
     return y
 
 
 def test_packed_numbers():
-    """16 bits for a number in [0, 2²²]: within 2⁻¹¹ of it down to 2⁻⁴⁰, and no more than 2⁻⁴⁰ for what is smaller."""
+    """A number in [0, 2²²] packed in 16 bits has a relative error of 2⁻¹¹ down to 2⁻⁴⁰; smaller ones become at most 2⁻³⁹."""
     x = (2.0 ** torch.linspace(-60, 22, 1024, dtype=torch.float64)).to(DEVICE, torch.float32)
     y = through_packing(x)
     large = x >= 2.0**-40
@@ -244,7 +172,7 @@ def test_packed_numbers():
 
 
 def test_a_slightly_negative_number_packs_to_nearly_zero():
-    """w − w² for a w one unit above 1, as a reciprocal may give: −1.2e-7 times an exponential, and smaller ones."""
+    """w − w² is −1.2e-7 for a w that the reciprocal rounds to one unit above 1; here times exponentials of all sizes."""
     w = torch.nextafter(torch.ones(()), torch.full((), 2.0))
     x = ((w - w * w) * 2.0 ** torch.linspace(-30, 22, 64)).to(DEVICE)
     assert (x < 0).all() and (through_packing(x) <= 2.0**-39).all()
@@ -260,7 +188,7 @@ def test_without_gradients():
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_weight_s_gradient_is_added_to_a_buffer(impl, dtype):
-    """Over two calls with two weights of the loss, in float32; the weight itself is given no gradient."""
+    """Two calls with different loss weights add their float32 gradients, and the weight itself gets no gradient."""
     buffer = torch.full((50, 24), 3.0, device=DEVICE)
     exact = buffer.double()
     weight = inputs(1, 24, 50, dtype)[1].requires_grad_()
@@ -283,6 +211,20 @@ def test_the_weight_s_gradient_is_added_to_a_buffer(impl, dtype):
     assert weight.grad is None
     moved, wanted = buffer.double() - 3.0, exact - 3.0
     assert float((moved - wanted).norm() / wanted.norm()) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_the_buffer_stays_untouched_where_no_input_requires_a_gradient(impl):
+    x, weight, targets = inputs(9, 16, 60, torch.float32)
+    buffer = torch.zeros(60, 16, device=DEVICE)
+    loss = kernels.linear_cross_entropy(x, weight, targets, weight_gradient=buffer, impl=impl)
+    assert not loss.requires_grad
+    for leaf in (x, weight):
+        buffer.zero_()
+        leaf.requires_grad_()
+        kernels.linear_cross_entropy(x, weight, targets, weight_gradient=buffer, impl=impl).backward()
+        leaf.requires_grad_(False)
+        assert buffer.any() and weight.grad is None
 
 
 @pytest.mark.parametrize("wrt", [(0,), (1,)])
@@ -309,7 +251,7 @@ def test_nan_upstream_of_an_ignored_row_goes_nowhere():
 
 
 def test_nan_in_any_place_of_the_logits_reaches_the_whole_row():
-    """Both of a pair that shares a reciprocal, the first and the last chunk; other rows stay as they are."""
+    """It is put into either element of a pair that shares a reciprocal, in the first and the last chunk; other rows do not change."""
     clean = randn(4, 4096, dtype=torch.bfloat16)
     targets = torch.tensor([5, 6, 7, 8], device=DEVICE)
     for column in (0, 1, 2047, 4095):
@@ -359,7 +301,7 @@ def test_vmap():
 
 
 def test_autocast():
-    """Whatever the dtypes: the bits of the operation on inputs of autocast's dtype, and a float32 loss."""
+    """Inputs of any dtypes give bitwise the float32 loss of inputs in autocast's dtype."""
     x, weight, targets = inputs(9, 16, 60, torch.float32)
     plain = fused(x.bfloat16(), weight.bfloat16(), targets)
     for mixed in ((x, weight), (x.bfloat16(), weight), (x, weight.bfloat16())):
@@ -369,7 +311,7 @@ def test_autocast():
 
 
 @pytest.mark.skipif(not GPU, reason="memory is measured on a GPU")
-def test_the_gradient_takes_the_logits_place():
+def test_the_gradient_overwrites_the_logits():
     x, weight, targets = inputs(2048, 64, 65_536, torch.bfloat16)
     x.requires_grad_()
     torch.cuda.synchronize()
@@ -380,7 +322,7 @@ def test_the_gradient_takes_the_logits_place():
     assert torch.cuda.max_memory_allocated() - before < 1.3 * logits
 
 
-def test_what_is_not_supported_is_named():
+def test_unsupported_arguments_are_named():
     given_ = inputs(4, 16, 30, torch.float32)
     with pytest.raises(KernelRequestError, match=r"softcap of at most 40.0, got 50"):
         fused(*given_, 50.0)

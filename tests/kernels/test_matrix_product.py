@@ -14,15 +14,13 @@ from tests.kernels.harness import DEVICE, GPU, SMALL_TILES, poisoned, property_t
 from tests.kernels.int64 import narrow_offsets
 
 FILE = importlib.import_module("nanochat_kernels.matrix_product")
-# tiles of which an interpreted small matrix has several
-fewer_examples = settings(
-    property_test, max_examples=30 if GPU else 15
-)  # nearly every one needs a compilation of its own
+# nearly every example needs its own compilation
+fewer_examples = settings(property_test, max_examples=30 if GPU else 15)
 halves = st.sampled_from((torch.bfloat16, torch.float16))
 
 
 def check_product(x, y, plus, parameters=None, **options):
-    """Not further from float64 than torch.baddbmm, whose sums are float32 too and which rounds once as well."""
+    """Check that the product is as near to float64 as a float32 product that is rounded once, as torch.baddbmm's is."""
     left = x.mT if options.get("x_transposed") else x
     right = y.mT if options.get("y_transposed") else y
     alpha, beta, gamma = (
@@ -66,7 +64,7 @@ def test_product(batch, m, n, k, dtype, x_transposed, y_transposed, gamma, seed)
 @fewer_examples
 @given(batch=st.integers(1, 3), m=sizes, k=sizes, dtype=halves, tall=st.booleans(), wide=st.booleans(), seed=seeds)
 def test_symmetric_products(batch, m, k, dtype, tall, wide, seed):
-    """x·xᵀ and xᵀ·x, and b·A + c·A² of it, symmetric bit for bit; tiles as wide as they are high, and twice as wide."""
+    """x·xᵀ, xᵀ·x and b·A + c·A² are symmetric bit for bit, with square tiles and with tiles twice as wide as high."""
     parameters = None if GPU else SMALL_TILES | {"BLOCK_M": 16 if wide else 32}
     x = randn(batch, *((k, m) if tall else (m, k)), dtype=dtype, seed=seed) / math.sqrt(k * m)
     gram = check_product(
@@ -77,7 +75,7 @@ def test_symmetric_products(batch, m, k, dtype, tall, wide, seed):
 
 @pytest.mark.parametrize(("bm", "bn"), [(16, 16), (16, 32), (32, 64), (16, 64)])
 def test_the_triangle_is_covered(bm, bn):
-    """Matrices from one tile to six to a side, with and without a ragged last tile: all of the result is written."""
+    """All of the result is written for matrices of one to six tiles per side, with and without a ragged last tile."""
     for m in sorted({1, bm, bm + 1, bn - 1, bn, bn + 1, 2 * bn + 1, 3 * bn - bm, 4 * bn, 5 * bn + 3}):
         x = randn(2, m, 16, dtype=torch.float16, seed=m)
         check_product(x, x, None, SMALL_TILES | {"BLOCK_M": bm, "BLOCK_N": bn}, y_transposed=True, symmetric=True)
@@ -102,7 +100,7 @@ def test_nan_and_infinity_reach_their_row_or_column():
     assert torch.equal(found.isnan(), expected.isnan()) and torch.equal(found.isinf(), expected.isinf())
 
 
-def test_what_the_kernel_would_misread_is_rejected():
+def test_operands_that_the_kernel_would_misread_are_rejected():
     x, square = (randn(2, 16, n, dtype=torch.float16) for n in (24, 16))
     bad = {
         "y must be contiguous": lambda: FILE.product(square, x.mT.contiguous().mT),
@@ -120,15 +118,15 @@ def test_what_the_kernel_would_misread_is_rejected():
 
 @pytest.mark.skipif(not GPU, reason="needs tensor descriptors")
 def test_a_view_that_is_not_aligned():
-    """A descriptor asks for 16 bytes: such a view takes loads."""
+    """A descriptor needs an alignment of 16 bytes; a view without it is read with ordinary loads."""
     base = torch.randn(2 * 128 * 128 + 1, device=DEVICE, dtype=torch.float16)
     x = base[1:].view(2, 128, 128)
     check_product(x, x, None, y_transposed=True, symmetric=True)
 
 
 @pytest.mark.parametrize("depth", range(2, 42, 2))
-def test_the_class_of_the_model_s_shapes(depth, monkeypatch):
-    """Of its kind (square, high, wide) and of the nearest width, whatever the classes' parameters are."""
+def test_model_shapes_take_the_nearest_class(depth, monkeypatch):
+    """Each shape of a model takes the class of its kind (square, tall, wide) with the nearest width."""
     name_of = {kernel.name: {configs.format_key(key): {"is": key} for key in kernel.keys} for kernel in FILE.KERNELS}
     table = {"launch": {name: {"float16": classes} for name, classes in name_of.items()}}
     monkeypatch.setattr(configs, "table", lambda _: table)
@@ -149,7 +147,7 @@ def test_offsets_are_int64():
 
 @pytest.mark.skipif(not GPU or torch.cuda.mem_get_info()[1] < 70e9, reason="needs 20 GB of GPU memory")
 def test_more_than_2_to_31_elements():
-    """Of all matrices together."""
+    """The batch has more than 2³¹ elements, each matrix has fewer."""
     x = torch.empty(2100, 1024, 1024, device=DEVICE, dtype=torch.float16).normal_()
     found = FILE.product(x, x, x, beta=1.0)
     assert torch.equal(found[-2:], FILE.product(x[-2:], x[-2:], x[-2:], beta=1.0))
@@ -157,7 +155,7 @@ def test_more_than_2_to_31_elements():
     assert torch.equal(found[-2:], FILE.product(x[-2:], x[-2:], x_transposed=True, symmetric=True))
 
 
-# what a test must catch: name → (file, sound text, faulty text)
+# faults that a test must catch: see test_planted_faults.py
 PLANTED_FAULTS = {
     "mirrored tile not stored": (
         "matrix_product",
@@ -179,7 +177,7 @@ PLANTED_FAULTS = {
     "base of an operand in int32": ("matrix_product", "matrix.to(tl.int64) * rows * columns", "matrix * rows * columns",
      "test_offsets_are_int64"),
     "operands taken as contiguous": ("matrix_product", "if not tensor.is_contiguous():", "if False:",
-     "test_what_the_kernel_would_misread_is_rejected"),
+     "test_operands_that_the_kernel_would_misread_are_rejected"),
     "nearest class by plain distance": ("configs/__init__", "abs(log2(a) - log2(max(b, 1)))", "abs(a - b)",
-     "test_the_class_of_the_model_s_shapes"),
+     "test_model_shapes_take_the_nearest_class"),
 }  # fmt: skip

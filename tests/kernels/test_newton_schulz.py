@@ -20,7 +20,7 @@ HALVES = (torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """The interpreter computes whole tiles: an A100's are mostly padding here."""
+    """Use small tiles in the interpreter, which computes padding too: most of an A100's tile would be padding here."""
     if not GPU:
         product = importlib.import_module("nanochat_kernels.matrix_product")
         monkeypatch.setattr(product, "launch_parameters", lambda *_: SMALL_TILES)
@@ -40,7 +40,7 @@ def cosine(a, b):
 
 
 def spectra(count):
-    """50 spectra of `count` singular values: flat, geometric, heavy-tailed, clustered, rank-deficient."""
+    """Yield 50 named spectra of `count` singular values: geometric, heavy-tailed, clustered, rank-deficient, random, flat."""
     index = torch.arange(count, dtype=torch.float64)
     for low in torch.logspace(-0.2, -3, 10):
         yield f"geometric to {low:.1e}", low ** (index / max(count - 1, 1))
@@ -72,8 +72,9 @@ SHAPES = [(128, 128), (128, 512), (512, 128), (96, 250)] if GPU else [(24, 24), 
     [(*shape, dtype) for i, shape in enumerate(SHAPES) for dtype in (HALVES if GPU else HALVES[i % 2 : i % 2 + 1])],
 )
 def test_singular_values_and_directions(m, n, dtype):
-    """50 spectra at once: the band, and the update that the standard algorithm makes in float64 of the same matrix; where
-    a rank-deficient matrix is mostly rounding, an update nearer to it than the reference in the same dtype has.
+    """Check 50 spectra: the singular values lie in their band, and the update has the direction of float64's (cosine 0.999).
+
+    A rank-deficient matrix is mostly rounding error; its update must be at least as near to float64's as the reference's is.
     """
     names, values = zip(*spectra(min(m, n)), strict=True)
     matrices = torch.stack([with_spectrum(v, m, n, i) for i, v in enumerate(values)])
@@ -86,9 +87,9 @@ def test_singular_values_and_directions(m, n, dtype):
     for algorithm in algorithms:
         out = fused(gradients, algorithm=algorithm)
         assert out.dtype == dtype and out.shape == gradients.shape
-        turned = torch.diagonal(left.mT @ out.double() @ right.mT, dim1=-2, dim2=-1)  # in G's own directions
+        projected = torch.diagonal(left.mT @ out.double() @ right.mT, dim1=-2, dim2=-1)  # in the singular vectors of G
         for name, s, ok, similar, least, size in zip(
-            names, turned, strong, cosine(out, true), wanted, torch.linalg.svdvals(out.double()), strict=True
+            names, projected, strong, cosine(out, true), wanted, torch.linalg.svdvals(out.double()), strict=True
         ):  # fmt: skip
             assert (s[ok] > 0.66).all() and (s[ok] < 1.16).all(), f"{name}, {algorithm}: {s[ok].min()} to {s[ok].max()}"
             assert size.max() < 1.24, f"{name}, {algorithm}: {size.max()}"
@@ -107,7 +108,7 @@ def test_other_coefficients(coefficients, algorithm):
     ("coefficients", "where", "bound"), [("model", (3,), 58), ("you", (2,), 53), ("polar_express", (2,), 84)]
 )
 def test_restarts_keep_the_condition(coefficients, where, bound):
-    """The condition of an accumulated factor, by its definition on a grid of its own."""
+    """The condition number of an accumulated factor, computed from its definition on another grid, is within the bound."""
     steps = FILE.coefficients_of(5, coefficients)
     assert FILE.restarts(steps) == where
     for first, last in zip((0, *where), (*where, 5), strict=True):
@@ -122,19 +123,19 @@ def test_restarts_keep_the_condition(coefficients, where, bound):
 
 
 def test_one_restart_is_better_than_none():
-    """Why there are restarts: geometric spectra lose their small directions without."""
+    """Without restarts geometric spectra lose their small singular directions."""
     values = torch.logspace(0, -2, SHAPES[1][0], dtype=torch.float64)
     gradients = with_spectrum(values, *SHAPES[1])[None].to(DEVICE, torch.float16)
     steps = FILE.coefficients_of(5, "model")
     x = FILE.normalised(gradients)
     true = oracle(gradients)
-    inside = FILE.gram(x, steps, torch.float16)
+    restarted = FILE.gram(x, steps, torch.float16)
     before, FILE.restarts = FILE.restarts, lambda _: ()
     try:
-        outside = FILE.gram(x, steps, torch.float16)
+        unrestarted = FILE.gram(x, steps, torch.float16)
     finally:
         FILE.restarts = before
-    assert (inside.double() - true).norm() < 0.5 * (outside.double() - true).norm()
+    assert (restarted.double() - true).norm() < 0.5 * (unrestarted.double() - true).norm()
 
 
 @pytest.mark.parametrize(("m", "n"), SHAPES)
@@ -154,7 +155,7 @@ def test_symmetries_of_the_operation(m, n):
 
 @pytest.mark.parametrize(("m", "n"), SHAPES)
 def test_extreme_gradients(m, n):
-    """Zeros stay, a tiny or huge matrix is finite, and a NaN or an infinity spoils its own matrix alone, visibly."""
+    """Zeros stay zeros, tiny and huge matrices give finite results, and NaN or infinity makes only its own matrix NaN."""
     good = randn(m, n, dtype=torch.bfloat16, seed=5)
     nan, inf = good.clone(), good.clone()
     nan[m // 2, 1], inf[0, 0] = float("nan"), float("inf")
@@ -164,7 +165,7 @@ def test_extreme_gradients(m, n):
     )
     assert torch.equal(out[0], out[8]) and out[1].isnan().all() and out[7].isnan().all()
     assert (out[2] == 0).all()
-    assert out[3].isfinite().all() and out[3].abs().max() < 1e-15  # as ‖G‖ + 1e-7 has it
+    assert out[3].isfinite().all() and out[3].abs().max() < 1e-15  # because of the 1e-7 in ‖G‖ + 1e-7
     for i in (4, 5):
         assert cosine(out[i], out[0]) > 0.9999
     assert 0.68 < torch.linalg.svdvals(out[6].double())[0] < 1.16
@@ -178,20 +179,20 @@ def test_steps_and_coefficients():
     assert FILE.coefficients_of(7, "you")[4:] == 3 * FILE.coefficients_of(5, "you")[4:]
     assert fused(gradients[:0]).shape == (0, 24, 40)
     assert FILE.fastest((64, 64), 5 * (triple,)) == "standard" and FILE.fastest((256, 64), 5 * (triple,)) == "gram"
-    assert FILE.fastest((256, 64), 5 * ((1.0, -2.0, 0.5),)) == "standard"  # whose polynomial has a zero
+    assert FILE.fastest((256, 64), 5 * ((1.0, -2.0, 0.5),)) == "standard"  # this polynomial has a zero
 
 
 def test_bad_input_is_named():
     x = randn(2, 8, 8, dtype=torch.float16)
     cases = [
         ("coefficients must be one of model", lambda: fused(x, 5, "mine")),
-        ("one .a, b, c. or one a step", lambda: fused(x, 5, (1.0, 2.0))),
+        ("one .a, b, c. or one per step", lambda: fused(x, 5, (1.0, 2.0))),
         ("algorithm must be one of auto, standard, gram", lambda: fused(x, 5, "model", "fast")),
         ("take algorithm 'standard'", lambda: fused(x, 5, (1.0, -2.0, 0.5), "gram")),
         ("matrix units take bfloat16 or float16, got torch.float32", lambda: fused(x.float())),
         ("squares must have shape .2, 64.", lambda: fused(x, squares=torch.ones(2, 63, dtype=torch.float64))),
         ("squares is on meta", lambda: fused(x, squares=torch.ones(2, 64, dtype=torch.float64, device="meta"))),
-        ("65536 matrices pass the 65535", lambda: fused(x[:1].expand(2**16, 8, 8))),
+        ("65536 matrices exceed the 65535", lambda: fused(x[:1].expand(2**16, 8, 8))),
         ("more elements than", lambda: fused(x[:1, :1, :1].expand(1, 2**16, 2**15))),
     ]
     for message, call in cases:
@@ -202,8 +203,8 @@ def test_bad_input_is_named():
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_squares_that_are_known(stride):
-    """And need not be contiguous; every matrix has its own."""
+def test_known_squares(stride):
+    """Each matrix is divided by its own norm, and the squares need not be contiguous."""
     gradients = randn(3, 24, 40, dtype=torch.float16)
     squares = torch.full((3, 64 * stride), float("nan"), dtype=torch.float64, device=DEVICE)[:, ::stride]
     squares.copy_(torch.rand(3, 64, generator=torch.Generator().manual_seed(0)))
@@ -218,7 +219,7 @@ def test_strided_gradients(layout):
 
 
 def test_the_norm_beyond_one_pass():
-    """Of matrices with more elements than 64 programs take in one turn of their loop."""
+    """The norm is right for matrices with more elements than 64 programs sum in one iteration of their loop."""
     x = randn(2, 300, 260, dtype=torch.float16)
     assert x[0].numel() > FILE.PARTS * FILE.KERNELS[0].space[0]["BLOCK"]
     with poisoned():
@@ -252,8 +253,8 @@ def test_the_gate_judges_every_matrix():
                 assert f"matrix {i}: cosine" in trial.judge((changed,))
 
 
-def test_what_one_of_eight_ranks_has():
-    """As nanochat/optim.py deals: the work of the busiest is near an eighth."""
+def test_the_share_of_one_of_eight_ranks():
+    """The matrices are dealt out as in nanochat/optim.py: the busiest of eight ranks has about an eighth of the work."""
 
     def work(groups):
         return sum(len(x) * min(x.shape[1:]) ** 2 * max(x.shape[1:]) for x in groups)
@@ -292,42 +293,42 @@ def test_compiled():
 
 @pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
 def test_graph_replay():
-    still = randn(4, 256, 1024, dtype=torch.bfloat16)
-    fused(still)
+    static = randn(4, 256, 1024, dtype=torch.bfloat16)
+    fused(static)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = fused(still)
-    still.copy_(randn(4, 256, 1024, dtype=torch.bfloat16, seed=9))
+        out = fused(static)
+    static.copy_(randn(4, 256, 1024, dtype=torch.bfloat16, seed=9))
     graph.replay()
-    assert torch.equal(out, fused(still))
+    assert torch.equal(out, fused(static))
 
 
 @pytest.mark.parametrize("name", ["query", "expand", "project"])
 def test_gradients_of_a_real_run(name):
-    """Of a d4 model's training (gradients.py says how): the band, and the direction that float64 gives."""
+    """Gradients of a d4 model (see gradients.py): singular values lie in their band, and the direction is float64's."""
     gradients = saved()[name].to(DEVICE)
     assert gradients.dtype == torch.bfloat16 and gradients.shape[0] * gradients.shape[1] >= 256**2
-    if not GPU:  # of every eighth row and column, for the interpreter; the spectrum stays as uneven
+    if not GPU:  # every eighth row and column for the slow interpreter; the spectrum stays as uneven
         gradients = gradients[::8, ::8]
     left, before, right = torch.linalg.svd(gradients.double(), full_matrices=False)
     strong = before >= 1e-2 * before.norm()
     true = oracle(gradients)
     for algorithm in ("standard", "gram"):
         out = fused(gradients, algorithm=algorithm)
-        turned = torch.diagonal(left.mT @ out.double() @ right.mT)[strong]
-        assert strong.sum() > 5 and turned.min() > 0.66 and turned.max() < 1.16
+        projected = torch.diagonal(left.mT @ out.double() @ right.mT)[strong]
+        assert strong.sum() > 5 and projected.min() > 0.66 and projected.max() < 1.16
         assert cosine(out, true) >= 0.999
 
 
-# what a test must catch: name → (file, sound text, faulty text)
+# faults that a test must catch: see test_planted_faults.py
 PLANTED_FAULTS = {
     "coefficients exchanged": ("newton_schulz", "alpha=c, beta=b, y_transposed", "alpha=b, beta=c, y_transposed",
      "test_other_coefficients"),
     "no step's own factor": (
         "newton_schulz",
-        "small = together(together(step, small), step)",
-        "small = together(step, small)", "test_other_coefficients",
+        "small = symmetric_product(symmetric_product(step, small), step)",
+        "small = symmetric_product(step, small)", "test_other_coefficients",
     ),
     "restart forgotten": (
         "newton_schulz",
@@ -343,7 +344,7 @@ PLANTED_FAULTS = {
      "test_the_norm_beyond_one_pass",
     ),
     "squares taken as contiguous": ("newton_schulz", "else squares.contiguous()", "else squares",
-     "test_squares_that_are_known"),
+     "test_known_squares"),
     "dtype of the squares unchecked": ("newton_schulz", "if squares.dtype != torch.float64:", "if False:",
      "test_bad_input_is_named"),
     "device of the squares unchecked": (

@@ -1,4 +1,4 @@
-"""The passes around the orthogonalisation against their formulas in float64."""
+"""nesterov_momentum, apply_update and adamw against their formulas in float64."""
 
 import importlib
 
@@ -24,8 +24,10 @@ def scalar(value):
 
 
 def agree(operation, in_place, others, results=()):
-    """Both implementations change copies of the same tensors; the fused one is as near to float64 as the reference, give or
-    take a rounding of the largest number that enters: where terms nearly cancel, one of them may be lucky."""
+    """Run both implementations on copies and check that the fused one is as near to float64 as the reference.
+
+    One rounding of the largest input is allowed on top: where terms nearly cancel, the reference may be more exact by chance.
+    """
 
     def changed(impl, cast):
         copies = [cast(x.clone()) for x in in_place]
@@ -72,7 +74,7 @@ def check_momentum(gradient, momentum, dtype, clip=0.3):
 
 
 def test_momentum_beyond_one_pass():
-    """Matrices of more elements than 64 programs take in one turn of their loop."""
+    """The result is right for matrices with more elements than 64 programs take in one iteration of their loop."""
     size = 520, 300
     assert size[0] * size[1] > FILE.PARTS * FILE.BLOCK
     gradient, momentum = (randn(2, *size, dtype=torch.float32, seed=i) for i in (0, 1))
@@ -110,7 +112,7 @@ def test_apply_update(rows, columns, dtype, copied, seed):
     stride=st.integers(1, 3),
 )
 def test_adamw(rows, columns, clip, step, seed, stride):
-    """stride: of the biases, the only argument whose elements need not lie side by side."""
+    """stride: the stride of the biases, the only argument that need not be contiguous."""
     state = [randn(rows, columns, dtype=torch.float32, seed=seed + i) for i in range(3)]
     gradient = randn(rows, columns, dtype=torch.float32, seed=seed + 3)
     state[2].abs_()
@@ -139,7 +141,7 @@ def adamw(weight, gradient, mean, variance, copy=None, impl="triton"):
 
 
 def test_rows_that_were_never_seen_stay():
-    """An embedding's row without a gradient so far: 0/(√0 + eps) is 0, and without eps NaN."""
+    """For a row of an embedding that had no gradient yet, 0/(√0 + eps) is 0; without eps it would be NaN."""
     weight, zeros = randn(5, 40, dtype=torch.float32), [torch.zeros(5, 40, device=DEVICE) for _ in range(3)]
     zeros[0][0] = 1.0
     before = weight.clone()
@@ -172,7 +174,7 @@ def test_nan_and_infinity(operation, count):
 
 
 def test_momentum_feeds_newton_schulz():
-    """With the sums of squares handed over the result is that without."""
+    """newton_schulz gives the same result with momentum's sums of squares as without them."""
     gradient, momentum = (randn(2, 24, 40, dtype=torch.float32, seed=i) for i in (0, 1))
     direction, squares = kernels.nesterov_momentum(
         gradient, momentum, scalar(1.0), scalar(0.9), torch.bfloat16, impl="triton"
@@ -199,21 +201,21 @@ def test_bad_input_is_named():
         (ValueError, "direction must be bfloat16", lambda: nesterov(dtype=torch.float64, impl="triton")),
         (TypeError, "weight must be float32", lambda: kernels.apply_update(x.half(), x.half(), one, 1.0)),
         (ValueError, "copy must have shape", lambda: kernels.apply_update(x, x, one, 1.0, x[:1])),
-        (ValueError, "copy is on meta but weight on", lambda: kernels.apply_update(x, x, one, 1.0, meta)),
+        (ValueError, "copy is on meta but weight is on", lambda: kernels.apply_update(x, x, one, 1.0, meta)),
         (TypeError, "copy must be floating point", lambda: kernels.apply_update(x, x, one, 1.0, x.int())),
         (ValueError, "float64", lambda: kernels.apply_update(x, x, one, 1.0, x.double(), impl="triton")),
         (ValueError, "float64", lambda: kernels.apply_update(x, x.double(), one, 1.0, impl="triton")),
         (ValueError, "biases must have shape", lambda: step(x)),
         (TypeError, "biases must be float32 on", lambda: step(two.double())),
         (TypeError, "biases must be float32 on", lambda: step(two.to("meta"))),
-        (ValueError, "copy is on meta but weight on", lambda: step(copy=meta)),
+        (ValueError, "copy is on meta but weight is on", lambda: step(copy=meta)),
         (TypeError, "copy must be floating point", lambda: step(copy=x.int())),
     ]
     for kind, message, call in cases:
         with pytest.raises(kind, match=message):
             call()
     many = torch.zeros(1, 1, 1, device=DEVICE).expand(2**16, 1, 1)
-    with pytest.raises(kernels.KernelRequestError, match="matrices pass the 65535"):
+    with pytest.raises(kernels.KernelRequestError, match="matrices exceed the 65535"):
         nesterov(many, many, impl="triton")
     large = torch.zeros(1, 1, 1, device=DEVICE).expand(1, 2**16, 2**15)
     with pytest.raises(kernels.KernelRequestError, match="more elements than"):
@@ -223,7 +225,7 @@ def test_bad_input_is_named():
 @pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 4, 6)])
 @pytest.mark.parametrize("layout", ["columns", "transposed", "expanded"])
 def test_strided_tensors_are_rejected(shape, layout):
-    """Whichever argument it is; they are changed in place, and so not copied."""
+    """Every argument must be contiguous: the kernels change tensors in place and cannot work on copies."""
     one = scalar(1.0)
     x = randn(*shape, dtype=torch.float32)
     odd = x.new_zeros(()).expand(shape) if layout == "expanded" else randn(*shape, dtype=x.dtype, layout=layout)
@@ -265,7 +267,7 @@ def test_repeats_bit_for_bit(dtype):
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
 
-def test_the_gate_judges_all_that_momentum_makes():
+def test_the_gate_judges_all_results_of_momentum():
     shape = RunShape(rows=1, tokens=1, width=24, heads=1, kv_heads=1, vocab=8, depth=3)
     (trial,) = FILE.momentum_trials(shape, torch.device(DEVICE), torch.bfloat16)
     gradient, momentum, *rest = trial.inputs
@@ -313,7 +315,7 @@ def test_on_another_device():
     assert all(torch.equal(a, b.to(a.device)) for a, b in zip((*here, *given_), (*other, *there), strict=True))
 
 
-# what a test must catch: name → (file, sound text, faulty text)
+# faults that a test must catch: see test_planted_faults.py
 PLANTED_FAULTS = {
     "momentum not stored": ("optimizer_step", "        tl.store(momentum_ptr + offsets, m, mask=mask)\n", "",
      "test_nesterov_momentum"),
@@ -354,5 +356,5 @@ PLANTED_FAULTS = {
     "number of a matrix in int32": ("optimizer_step", "tl.program_id(1).to(tl.int64)", "tl.program_id(1)",
      "test_offsets_are_int64"),
     "the gate skips the squares": ("optimizer_step", "if squares is not None:", "if False:",
-     "test_the_gate_judges_all_that_momentum_makes"),
+     "test_the_gate_judges_all_results_of_momentum"),
 }  # fmt: skip

@@ -123,6 +123,15 @@ def test_what_is_exactly_zero_stays_zero():
     assert "rows of norm up to 0" in over_budget(found, true, true.float())
 
 
+def test_what_the_oracle_rounds_to_zero_may_be_tiny():
+    """1 − tanh² is 0 in float64 where a kernel that does not subtract has 1e-26."""
+    true = normal(4, 64)
+    true[2] = 0.0
+    found = true.float()
+    found[2, 5] = 1e-26
+    assert over_budget(found, true, true.float()) is None
+
+
 def test_empty_and_scalar_results():
     assert over_budget(torch.empty(0, 3), torch.empty(0, 3).double(), torch.empty(0, 3)) is None
     one = torch.tensor(1.0)

@@ -1,7 +1,7 @@
-"""The tests are tested: each planted fault, in a copy of the kernels, must make a test of its file fail (pytest --plant).
+"""Test the tests: each planted fault in a copy of the kernels must make a test fail. Run with pytest --plant.
 
-Every tests/kernels/test_*.py may list PLANTED_FAULTS: name → (file of kernels/ without its ending, sound text, faulty text,
-the test of that file which must fail).
+Every tests/kernels/test_*.py may list PLANTED_FAULTS: name → (file of kernels/ without its suffix, correct text, faulty text,
+the test in that module which must fail).
 """
 
 import importlib
@@ -16,7 +16,7 @@ from tests.conftest import copy_packages, environment
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 MODULES = [path.stem for path in sorted(HERE.glob("test_*.py")) if path.stem != Path(__file__).stem]
-# (test module, name) → what is planted
+# (test module, name) → fault
 FAULTS = {
     (module, name): fault
     for module in MODULES
@@ -35,12 +35,12 @@ def test_fault_is_caught(planted, tmp_path):
     copy_packages(tmp_path)
     path = tmp_path / "kernels" / f"{file}.py"
     path.write_text(path.read_text("utf-8").replace(sound, faulty), "utf-8")
-    # what tests run in processes of their own is looked for in the copy too
+    # the copy must also serve the processes that tests start
     env = environment(None, PYTHONPATH=str(tmp_path))
     node = f"tests/kernels/{planted[0]}.py::{test}"
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "", node]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
-    # 1: tests failed; negative: a stray access killed the process, which nobody overlooks either
+    # 1: tests failed; negative: a stray memory access killed the process, which counts as well
     assert done.returncode == 1 or done.returncode < 0, (
         f"{node} does not fail with: {planted[1]}\n{done.stdout[-1500:]}{done.stderr[-500:]}"
     )
@@ -48,14 +48,14 @@ def test_fault_is_caught(planted, tmp_path):
 
 @pytest.mark.parametrize("key", FAULTS, ids=lambda key: f"{key[0]}: {key[1]}")
 def test_fault_can_be_planted(key):
-    """What a fault replaces still exists, and so does the test that must notice: otherwise --plant would test nothing."""
+    """The text that a fault replaces exists, and so does the test that must fail; otherwise --plant would test nothing."""
     file, sound, faulty, test = FAULTS[key]
     assert sound in (ROOT / "kernels" / f"{file}.py").read_text("utf-8") and faulty != sound
     assert hasattr(importlib.import_module(f"tests.kernels.{key[0]}"), test)
 
 
 def test_every_kernel_file_has_planted_faults():
-    """Each file with an operation of its own kernels."""
+    """Every file with an operation and kernels is the target of a planted fault."""
     from nanochat_kernels.dispatch import operations
 
     files = {o.function.__module__.removeprefix("nanochat_kernels.") for o in operations().values() if o.kernels}

@@ -51,7 +51,7 @@ def test_qk_norm_rope(batch, tokens, groups, share, width, dtype, layouts, offse
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [2, 6])
 def test_narrow_heads(width, dtype):
-    """Forward alone: see test_narrow_rows of rms_norm."""
+    """Only forward is checked; see test_narrow_rows of test_rms_norm.py."""
     check(rope, reference.qk_norm_rope, inputs(2, 3, 1, 2, width, dtype))
 
 
@@ -65,14 +65,14 @@ def test_model_widths(width, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [256, 1024])
 def test_wide_heads(width, dtype):
-    """Their tiles are smaller than those of the launch tables."""
+    """Heads wider than those in the launch tables take smaller tiles."""
     check(rope, reference.qk_norm_rope, inputs(1, 5, 2, 2, width, dtype), [0, 1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
 def test_offset_of_each_row(dtype, index):
-    """Decoding: one token in each row, each row at its own position."""
+    """The call of decoding: one token in each row, at the row's own position."""
     given_ = inputs(3, 1, 1, 2, 16, dtype, more=40)
     given_[-1] = torch.tensor([0, 40, 7], device=DEVICE, dtype=index)
     check(rope, reference.qk_norm_rope, given_, [0, 1])
@@ -96,7 +96,7 @@ def test_tables_that_are_not_contiguous():
 
 
 def test_views_of_one_projection():
-    """q and k as slices of (B, T, 3, H, D): read where they lie."""
+    """q and k may be slices of one tensor (B, T, 3, H, D)."""
     both = randn(2, 5, 3, 2, 16, dtype=torch.float32)
     check(rope, reference.qk_norm_rope, [both[:, :, 0], both[:, :, 1], *tables(5, 16), 0], [0, 1])
 
@@ -106,9 +106,9 @@ def test_rotation_keeps_norms_and_depends_on_distance():
     cos, sin = tables(100, 32)
 
     def score(at, back):
-        turned_q, _ = rope(q, k, cos, sin, at)
-        _, turned_k = rope(q, k, cos, sin, at - back)
-        return float((turned_q * turned_k).sum())
+        rotated_q, _ = rope(q, k, cos, sin, at)
+        _, rotated_k = rope(q, k, cos, sin, at - back)
+        return float((rotated_q * rotated_k).sum())
 
     assert abs(score(10, 7) - score(80, 7)) < 1e-4
     assert abs(score(10, 7) - score(10, 3)) > 1e-3
@@ -123,7 +123,7 @@ def test_empty_batch(shape):
 
 def test_a_position_outside_of_the_tables_gives_nan_and_no_stray_read():
     q, k, *_ = inputs(4, 1, 1, 1, 8, torch.float32)
-    cos, sin = (table[20:25] for table in tables(200, 8))  # numbers lie before and behind
+    cos, sin = (table[20:25] for table in tables(200, 8))  # with other rows in memory before and after them
     out, _ = rope(q, k, cos, sin, torch.tensor([4, 5, 99, -3], device=DEVICE))
     assert out[0].isfinite().all() and out[1:].isnan().all()
 
@@ -147,7 +147,7 @@ def test_autocast():
 
 @pytest.mark.parametrize("needed", [0, 1])
 def test_only_the_gradient_that_is_needed(needed, monkeypatch):
-    """Neither where one input needs none, nor where one result is not used, are the other's heads computed."""
+    """Backward computes only q's or k's heads if the other input needs no gradient or the other result is not used."""
     both = inputs(2, 3, 1, 4, 16, torch.float32)
     grids, launch = [], plan.launch
     monkeypatch.setattr(
@@ -157,9 +157,8 @@ def test_only_the_gradient_that_is_needed(needed, monkeypatch):
     def gradient(function, requires, uses):
         leaves = [x.clone().requires_grad_(i in requires) if i < 2 else x for i, x in enumerate(both)]
         results = function(*leaves)
-        outputs = [
-            results[i] for i in uses if results[i].requires_grad
-        ]  # k's result does not, in the reference, where only q does
+        # in the reference k's result requires no gradient if only q does
+        outputs = [results[i] for i in uses if results[i].requires_grad]
         grids.clear()
         upstream = [torch.full_like(x, 0.5) + x.detach().flip(-1) for x in outputs]
         return torch.autograd.grad(outputs, [leaves[i] for i in requires if requires == uses or i == needed], upstream)
@@ -205,7 +204,7 @@ def test_every_launch_configuration(kernel):
 
 @pytest.mark.parametrize("width", [64, 96, 128, 256, 512, 1024])
 def test_tiles_fit_in_registers(width):
-    """And no program has fewer heads than another."""
+    """Wide heads take smaller tiles, and every program has equally many heads."""
     q = torch.empty(1, 1, 10, width, device=DEVICE, dtype=torch.bfloat16)
     for kernel in FILE.KERNELS:
         tile = FILE.tile(kernel.name, q, (10, 5), None)
@@ -219,7 +218,7 @@ def test_offsets_are_int64():
 
 @pytest.mark.skipif(not GPU or torch.cuda.mem_get_info()[1] < 70e9, reason="needs 40 GB of GPU memory")
 def test_more_than_2_to_31_elements():
-    """In each of two rows of the batch, so that the offset of the second passes 2³¹ too."""
+    """Each of the batch's two rows has more, so that the offset of the second row exceeds 2³¹ too."""
     tokens, last = 70_000, 64
     q, k = (torch.empty(2, tokens, n, 128, device=DEVICE, dtype=torch.bfloat16).normal_() for n in (256, 1))
     cos, sin = tables(tokens, 128, torch.bfloat16)
@@ -255,15 +254,15 @@ def test_bad_input():
 
     rejected(TypeError, "q must be floating point", q.int(), k.int(), cos, sin)
     rejected(TypeError, "k is torch.float16 but q is torch.float32", q, k.half(), cos, sin)
-    rejected(ValueError, "k is on meta but q on", q, k.to("meta"), cos, sin)
-    rejected(ValueError, "cos is on meta but q on", q, k, cos.to("meta"), sin.to("meta"))
+    rejected(ValueError, "k is on meta but q is on", q, k.to("meta"), cos, sin)
+    rejected(ValueError, "cos is on meta but q is on", q, k, cos.to("meta"), sin.to("meta"))
     rejected(ValueError, r"q must have shape \(B, T, H, D\)", q[0], k, cos, sin)
     rejected(ValueError, "k must have shape", q, k[:, :2], cos, sin)
-    rejected(ValueError, "4 query heads are no multiple of 3 key heads", q, torch.cat([k, k[:, :, :1]], 2), cos, sin)
+    rejected(ValueError, "4 query heads are not a multiple of 3 key heads", q, torch.cat([k, k[:, :, :1]], 2), cos, sin)
     rejected(ValueError, "the head width must be even", q[..., :7], k[..., :7], cos, sin)
     rejected(ValueError, r"cos must have shape \(positions, 4\)", q, k, cos[:, :3], sin)
     rejected(ValueError, "sin must have shape", q, k, cos, sin[:2])
-    rejected(ValueError, "positions 1 to 3 pass the 3 rows", q, k, cos, sin, 1)
+    rejected(ValueError, "positions 1 to 3 exceed the 3 rows", q, k, cos, sin, 1)
     for offset in (1.5, True, None):
         rejected(TypeError, f"offset must be an int or a tensor of ints, got {offset}", q, k, cos, sin, offset)
     rejected(ValueError, "offset must have shape", q, k, cos, sin, torch.zeros(3, dtype=torch.int64, device=DEVICE))
@@ -273,12 +272,12 @@ def test_bad_input():
     wide = torch.zeros(1, 1, 1, 2048, device=DEVICE)
     rejected(kernels.KernelRequestError, "too wide", wide, wide, *tables(1, 2048), impl="triton")
     many = torch.zeros(1, 1, 1, 2, device=DEVICE).expand(2**31, 1, 1, 2)
-    rejected(kernels.KernelRequestError, "tokens pass the", many, many, *tables(1, 2), impl="triton")
+    rejected(kernels.KernelRequestError, "tokens exceed the", many, many, *tables(1, 2), impl="triton")
     many = torch.zeros(1, 1, 1, 2, device=DEVICE).expand(1, 1, 2**16, 2)
-    rejected(kernels.KernelRequestError, "heads pass the", many, many, *tables(1, 2), impl="triton")
+    rejected(kernels.KernelRequestError, "heads exceed the", many, many, *tables(1, 2), impl="triton")
 
 
-# what a test must catch: name → (file, sound text, faulty text)
+# faults that a test must catch: see test_planted_faults.py
 PLANTED_FAULTS = {
     "wrong sign in the rotation": ("qk_norm_rope_kernels", "x1 * c + x2 * s", "x1 * c - x2 * s", "test_qk_norm_rope"),
     "turned back the wrong way": ("qk_norm_rope_kernels", "cast(o1 * c - o2 * s", "cast(o1 * c + o2 * s",

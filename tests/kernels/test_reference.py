@@ -1,4 +1,4 @@
-"""The specification itself: against formulas written out in float64, and by properties that must hold."""
+"""The reference itself, against formulas written out in float64 and by properties that must hold."""
 
 import math
 
@@ -43,9 +43,9 @@ def test_qk_norm_rope_rotates_by_minus_theta(batch, tokens, groups, share, half,
     cos, sin = tables(tokens + 5, 2 * half)
     out_q, out_k = kernels.qk_norm_rope(q, k, cos, sin, 5)
     for x, out in ((q, out_q), (k, out_k)):
-        # the pair (x1, x2) as a complex number turned by −θ
-        turned = torch.complex(x[..., :half], x[..., half:]) * torch.complex(cos, -sin)[5:, None]
-        expected = torch.cat([turned.real, turned.imag], dim=-1)
+        # rotate the pair (x1, x2), as a complex number, by −θ
+        rotated = torch.complex(x[..., :half], x[..., half:]) * torch.complex(cos, -sin)[5:, None]
+        expected = torch.cat([rotated.real, rotated.imag], dim=-1)
         torch.testing.assert_close(expected.norm(dim=-1), x.norm(dim=-1))
         torch.testing.assert_close(out, kernels.rms_norm(expected))
 
@@ -60,14 +60,14 @@ def test_qk_norm_rope_offset_of_each_row():
             torch.testing.assert_close(a[row : row + 1], b)
 
 
-def test_scores_depend_on_the_distance_alone():
+def test_scores_depend_only_on_the_distance():
     q, k = randn(1, 1, 1, 16), randn(1, 1, 1, 16, seed=1)
     cos, sin = tables(100, 16)
 
     def score(at: int, back: int) -> float:
-        turned_q, _ = kernels.qk_norm_rope(q, k, cos, sin, at)
-        _, turned_k = kernels.qk_norm_rope(q, k, cos, sin, at - back)
-        return float((turned_q * turned_k).sum())
+        rotated_q, _ = kernels.qk_norm_rope(q, k, cos, sin, at)
+        _, rotated_k = kernels.qk_norm_rope(q, k, cos, sin, at - back)
+        return float((rotated_q * rotated_k).sum())
 
     assert math.isclose(score(10, 7), score(80, 7), rel_tol=1e-6)
     assert not math.isclose(score(10, 7), score(10, 3), rel_tol=1e-3)
@@ -104,7 +104,7 @@ def test_attention_is_causal():
     assert not torch.equal(before[:, 4:], after[:, 4:])
 
 
-def test_attention_lengths_ignore_what_lies_beyond():
+def test_attention_ignores_keys_beyond_lengths():
     q, k, v = randn(2, 1, 2, 4), randn(2, 7, 2, 4, seed=1), randn(2, 7, 2, 4, seed=2)
     both = kernels.attention(q, k, v, torch.tensor([3, 7]))
     torch.testing.assert_close(both[:1], kernels.attention(q[:1], k[:1, :3], v[:1, :3]))
@@ -164,10 +164,10 @@ def test_bad_input_is_named():
         (ValueError, "C at least 1, got shape", lambda: kernels.rms_norm(torch.tensor(1.0))),
         (ValueError, r"k must have shape \(1, 4, G, 6\)", lambda: kernels.qk_norm_rope(randn(1, 4, 2, 6), x, cos, sin)),
         (ValueError, "even", lambda: kernels.qk_norm_rope(randn(1, 4, 2, 5), randn(1, 4, 2, 5), cos, sin)),
-        (ValueError, "no multiple", lambda: kernels.qk_norm_rope(randn(1, 4, 3, 6), randn(1, 4, 2, 6), cos, sin)),
+        (ValueError, "not a multiple", lambda: kernels.qk_norm_rope(randn(1, 4, 3, 6), randn(1, 4, 2, 6), cos, sin)),
         (
             ValueError,
-            "pass the 8 rows",
+            "exceed the 8 rows",
             lambda: kernels.qk_norm_rope(randn(1, 4, 2, 6), randn(1, 4, 2, 6), cos, sin, 5),
         ),
         (TypeError, "cast one", lambda: kernels.relu2_mlp(x, randn(5, 6).float(), randn(6, 5))),
@@ -188,7 +188,7 @@ def test_bad_input_is_named():
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_an_unknown_implementation_is_refused_with_those_there_are(operation):
+def test_the_error_for_an_unknown_implementation_lists_the_existing_ones(operation):
     kernels.check_request(operation, "auto"), kernels.check_request(operation, "reference")
     with pytest.raises(ValueError, match=f"{operation}: impl='fast' does not exist; choose one of auto, .*reference"):
         kernels.check_request(operation, "fast")

@@ -78,7 +78,7 @@ def test_relu2_mlp(rows, width, hidden, dtype, layouts, seed):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("width", "hidden"), [(1, 1), (1, 9), (5, 1), (3, 7)])
 def test_narrow_layers(width, hidden, dtype):
-    """To some units of the largest term: in so few elements the reference's own roundings may happen to cancel."""
+    """The error is within a few units of the largest element: in so few elements the reference's own errors may cancel by chance."""
     given_ = inputs((7,), width, hidden, dtype)
     dy = randn(7, width, dtype=dtype, seed=9)
     found = harness.evaluate(mlp, given_, [dy], [0, 1, 2])
@@ -103,7 +103,7 @@ def test_nan_and_infinity():
     harness.check_nonfinite(mlp, reference.relu2_mlp, inputs((5,), 12, 20, torch.float32), [0, 1, 2])
 
 
-def test_a_zero_activation_gives_no_gradient_whatever_comes_from_above():
+def test_a_zero_activation_gives_no_gradient_for_any_upstream_gradient():
     x, w_up, w_down = inputs((6,), 8, 16, torch.float32)
     (dx,) = torch.autograd.grad(
         mlp(x.requires_grad_(), -w_up.abs() * x.detach().sign()[0], w_down), x, torch.ones(6, 8, device=DEVICE)
@@ -114,7 +114,7 @@ def test_a_zero_activation_gives_no_gradient_whatever_comes_from_above():
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_are_added_to_buffers(impl, dtype):
-    """Two calls, in float32: the sum of both gradients on top of what was there, and no gradient for the weights."""
+    """Two calls add both gradients to the buffers' contents in float32, and the weights themselves get no gradient."""
     x, w_up, w_down = inputs((40,), 24, 56, dtype)
     up, down = torch.ones(56, 24, device=DEVICE), torch.full((24, 56), -2.0, device=DEVICE)
     exact_up, exact_down = up.double(), down.double()
@@ -133,15 +133,28 @@ def test_gradients_are_added_to_buffers(impl, dtype):
         assert float((found - true).norm() / true.norm()) < tolerance
 
 
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_buffers_stay_untouched_where_no_input_requires_a_gradient(impl):
+    x, w_up, w_down = inputs((5,), 12, 20, torch.float32)
+    up, down = torch.zeros(20, 12, device=DEVICE), torch.zeros(12, 20, device=DEVICE)
+    assert not kernels.relu2_mlp(x, w_up, w_down, up, down, impl=impl).requires_grad
+    for i in range(3):
+        leaves = [t.clone().requires_grad_(i == j) for j, t in enumerate((x, w_up, w_down))]
+        up.zero_(), down.zero_()
+        kernels.relu2_mlp(*leaves, up, down, impl=impl).sum().backward()
+        # the reference's first product has no backward where its operands require no gradient
+        assert down.any() and (up.any() or (impl == "reference" and i == 2))
+
+
 def test_a_weight_gradient_is_summed_in_float32():
-    """Neither the products' sum, 1023/1024, nor what it is added to is a bfloat16 number; each product is far below a unit of them."""
+    """Neither the sum of the products, 1023/1024, nor 4096 plus it is a bfloat16 number, and each product is far below its unit."""
     x = torch.ones(1023, 8, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
     weight, buffer = torch.ones(8, 8, device=DEVICE, dtype=torch.bfloat16), torch.full((8, 8), 4096.0, device=DEVICE)
     kernels.linear(x, weight, buffer).backward(torch.full((1023, 8), 2.0**-10, device=DEVICE, dtype=torch.bfloat16))
     assert (buffer == 4096 + 1023 / 1024).all()
 
 
-def test_linear_is_torch_s():
+def test_linear_equals_torch_s():
     x, w, _ = inputs((2, 5), 12, 20, torch.float32)
     assert torch.equal(kernels.linear(x, w), torch.nn.functional.linear(x, w))
     buffer = torch.zeros(20, 12, device=DEVICE)
@@ -175,7 +188,7 @@ def test_vmap():
 
 @pytest.mark.parametrize("mixed", [0, 1, 2, None])
 def test_autocast(mixed):
-    """The plain operation's result dtype, and the bits of the operation on inputs of autocast's dtype."""
+    """The result has the plain operation's dtype and is bitwise that of inputs in autocast's dtype."""
     given_ = inputs((5,), 12, 20, torch.float32)
     given_ = [x.bfloat16() if i == mixed else x for i, x in enumerate(given_)]
     with torch.autocast(DEVICE, dtype=torch.bfloat16):

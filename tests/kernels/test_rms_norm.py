@@ -52,10 +52,10 @@ PLANTED_FAULTS = {
         "rms_norm",
         "x = cast(x.to(tl.float32) + update.to(tl.float32), x.dtype)",
         "x = x.to(tl.float32) + update.to(tl.float32)",
-        "test_the_stored_sum_is_what_is_normalised",
+        "test_the_stored_sum_is_normalised",
     ),
     "rstd dropped in backward": ("rms_norm", "dx = rstd[:, None] * (dy", "dx = (dy", "test_rms_norm"),
-    "projection dropped": ("rms_norm", "(dy - y * along[:, None])", "dy", "test_rms_norm"),
+    "projection dropped": ("rms_norm", "(dy - y * projection[:, None])", "dy", "test_rms_norm"),
     "gradient of the sum dropped": (
         "rms_norm",
         "derivative(Backward, dy, dtotal, *ctx",
@@ -127,7 +127,7 @@ def test_add_rms_norm(rows, width, dtype, layouts, seed):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 2, 3, 15])
 def test_narrow_rows(width, dtype):
-    """Forward in full; backward to a unit of dy, for most of dy can lie along so short a row (see the top of rms_norm.py)."""
+    """Backward has an error of some units of dy only, because most of dy may lie along so short a row (see the top of rms_norm.py)."""
     x = randn(7, width, dtype=dtype)
     check(norm, reference.rms_norm, [x])
     dy = randn(7, width, dtype=dtype, seed=1)
@@ -149,7 +149,7 @@ def test_model_widths(width, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3])
 def test_small_and_large_rows(scale, dtype):
-    """Where eps counts, and where squares come near the end of a dtype that is not computed in."""
+    """Small rows, for which eps matters, and rows whose squares are near the limit of float16, in which nothing is computed."""
     x = randn(5, 96, dtype=torch.float32).mul(scale).to(dtype)
     check(norm, reference.rms_norm, [x], [0])
 
@@ -163,7 +163,7 @@ def test_ignores_scale_and_gives_no_gradient_along_the_row():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_stored_sum_is_what_is_normalised(dtype):
+def test_the_stored_sum_is_normalised(dtype):
     x, update = (randn(5, 96, dtype=dtype, seed=i) for i in range(2))
     total, y = add_norm(x, update)
     assert torch.equal(total, x + update) and torch.equal(y, norm(total))
@@ -197,7 +197,7 @@ def test_only_one_result_of_the_addition_is_used(used):
 
 @pytest.mark.parametrize("kernel", FILE.KERNELS, ids=lambda kernel: kernel.name)
 def test_every_launch_configuration(kernel):
-    """Not only what the table holds: a row tile that is ragged, and one that is not."""
+    """All configurations that tune tries give the right results, with whole and ragged tiles of rows."""
     x, dy = (randn(8 if GPU else 5, 100, dtype=torch.float32, seed=i) for i in range(2))
     _, y, rstd = FILE.forward_plan(x)(x, None)
     _, (expected,) = evaluate_reference(x, dy)
@@ -248,7 +248,7 @@ def test_autocast(dtype):
 
 
 def test_expanded_upstream_gradient():
-    """What .sum() hands down has strides of 0."""
+    """The gradient that .sum() passes down has strides of 0."""
     x = randn(5, 96, dtype=torch.float32).requires_grad_()
     grads = [torch.autograd.grad(operation(x).sum(), x)[0] for operation in (norm, reference.rms_norm)]
     torch.testing.assert_close(*grads)
@@ -299,7 +299,7 @@ def test_no_grad():
 
 
 @pytest.mark.skipif(not GPU, reason="memory is measured on a GPU")
-def test_keeps_only_results_and_a_number_a_row():
+def test_keeps_only_the_result_and_one_number_per_row():
     x = randn(4096, 1280, dtype=torch.bfloat16).requires_grad_()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -318,7 +318,7 @@ def test_bad_input():
         kernels.add_rms_norm(x, torch.zeros(2, 9, device=DEVICE))
     with pytest.raises(TypeError, match="update is torch.float16 but x is torch.float32"):
         kernels.add_rms_norm(x, x.half())
-    with pytest.raises(ValueError, match="update is on meta but x on"):
+    with pytest.raises(ValueError, match="update is on meta but x is on"):
         kernels.add_rms_norm(x, torch.zeros(2, 8, device="meta"))
     with pytest.raises(kernels.KernelRequestError, match="float64"):
         kernels.rms_norm(x.double(), impl="triton")
@@ -326,5 +326,5 @@ def test_bad_input():
         kernels.rms_norm(torch.zeros(2, 8, device="meta"), impl="triton")
     with pytest.raises(kernels.KernelRequestError, match="20000 elements does not fit"):
         kernels.rms_norm(torch.zeros(1, 20_000, device=DEVICE), impl="triton")
-    with pytest.raises(kernels.KernelRequestError, match="rows pass the"):
+    with pytest.raises(kernels.KernelRequestError, match="rows exceed the"):
         kernels.rms_norm(torch.zeros(1, device=DEVICE).expand(2**31, 1), impl="triton")

@@ -1,4 +1,4 @@
-"""softcap_cross_entropy in Triton against the reference, and the pieces that both cross entropies are made of."""
+"""softcap_cross_entropy in Triton against the reference, and the kernels that both cross entropies share."""
 
 import importlib
 
@@ -52,9 +52,9 @@ PLANTED_FAULTS = {
     "factor missing at the target": (STEM, "        if FACTOR:\n", "        if False:\n", "test_softcap_cross_entropy"),
     "row stride ignored": (
         STEM,
-        "logits_ptr + (row * stride + start) + column, mask=mask, other=0.0).to(tl.float32)\n        w, rest",
+        "logits_ptr + (row * row_stride + start) + column, mask=mask, other=0.0).to(tl.float32)\n        w, rest",
         "logits_ptr + (row * width + start) + column, mask=mask, other=0.0).to(tl.float32)\n        w, rest",
-        "test_logits_are_read_as_they_lie",
+        "test_logits_of_any_strides",
     ),
     "32-bit rows": (
         STEM,
@@ -110,7 +110,9 @@ def inputs(rows, vocabulary, dtype, seed=0, layout="contiguous", scale=4.0, igno
 def test_softcap_cross_entropy(rows, vocabulary, dtype, layout, softcap, reduction, scale, weight, seed):
     logits, targets = inputs(rows, vocabulary, dtype, seed, layout, scale)
     given_ = [logits, targets, softcap, -1, reduction, weights(rows, weight, seed)]
-    resolution = softcap * 2.0**-23  # of l, as the file's heading says: counts where few logits make the sum
+    resolution = (
+        softcap * 2.0**-23
+    )  # rounding error of l (see cross_entropy_kernels.py), which few logits do not average out
     apart = {1: target_entries(rows, vocabulary, targets)}
     check(loss, reference.softcap_cross_entropy, given_, [0], seed, resolution, apart)
 
@@ -127,13 +129,13 @@ def test_production_vocabularies(vocabulary, dtype, reduction):
 
 
 @pytest.mark.parametrize("layout", ["columns", "slice", "transposed"])
-def test_logits_are_read_as_they_lie(layout):
+def test_logits_of_any_strides(layout):
     check(loss, reference.softcap_cross_entropy, inputs(5, 300, torch.float32, layout=layout), [0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_saturated_logits(dtype):
-    """At ±softcap a sum of exp(l) is all it can be, large or small."""
+    """With logits at ±softcap the sum of exp(l) reaches its largest and smallest values."""
     logits = torch.tensor([[200.0, -200.0, -200.0], [-200.0, -200.0, -200.0], [60.0, 40.0, -60.0]], device=DEVICE)
     targets = torch.tensor([0, 1, 1], device=DEVICE)
     check(loss, reference.softcap_cross_entropy, [logits.to(dtype), targets, 15.0, -1, "none"], [0])
@@ -141,7 +143,7 @@ def test_saturated_logits(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_derivative_where_tanh_is_nearly_minus_one(dtype):
-    """Where w = (1 − tanh)/2 is nearly 1, 1 − w from its difference would have few digits left, or none."""
+    """Where w = (1 − tanh)/2 is nearly 1, computing 1 − w as a difference would cancel most or all digits."""
     logits = torch.linspace(-60.0, -90.0, 40, device=DEVICE).to(dtype)[None].repeat(2, 1)
     targets = torch.tensor([3, 20], device=DEVICE)
     (found,), (exact,) = (
@@ -156,7 +158,7 @@ def test_the_derivative_where_tanh_is_nearly_minus_one(dtype):
 
 
 def test_a_float16_gradient_is_rounded_after_the_scale_of_the_loss():
-    """A loss scale is there so that small gradients are not 0: of entries far above float16's smallest number none may be."""
+    """A loss scale keeps small gradients from rounding to 0: no entry far above float16's smallest number may be 0."""
     rows, vocabulary = 4, 4096
     logits, targets = inputs(rows, vocabulary, torch.float16, ignored=0.0, scale=1.0)
     (found,) = torch.autograd.grad(loss(logits.requires_grad_(), targets) * 65536.0, logits)
@@ -191,8 +193,8 @@ def test_nan_and_infinity(dtype):
     harness.check_nonfinite(loss, reference.softcap_cross_entropy, [logits, targets, 15.0, -1, "mean"], [0])
 
 
-def test_gradient_sums_to_zero_where_the_cap_does_not_bend():
-    """Σ_j dloss/dl_j = 0; with a huge softcap l = z."""
+def test_the_gradient_sums_to_zero_if_the_cap_does_not_matter():
+    """Σ_j dloss/dl_j = 0, and l ≈ z for logits much smaller than the softcap."""
     logits, targets = inputs(4, 50, torch.float32, scale=0.5, ignored=0.0)
     _, grad = harness.evaluate(lambda z, t: loss(z, t, 40.0), [logits, targets], [torch.ones((), device=DEVICE)], [0])
     assert grad.sum(1).abs().max() < 1e-3 * grad.abs().max()
@@ -200,7 +202,7 @@ def test_gradient_sums_to_zero_where_the_cap_does_not_bend():
 
 @pytest.mark.parametrize("factor", [1.0, 0.0, -2.5])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_what_multiplies_the_loss_multiplies_the_gradient(factor, reduction):
+def test_a_factor_of_the_loss_multiplies_the_gradient(factor, reduction):
     def scaled(operation):
         return lambda z, t: operation(z, t, reduction=reduction) * factor
 
@@ -214,7 +216,7 @@ def test_backward_twice_gives_the_same():
     assert torch.equal(first, second)
 
 
-def test_logits_are_left_alone():
+def test_logits_are_not_changed():
     logits, targets = inputs(3, 40, torch.bfloat16)
     before = logits.clone()
     loss(logits.requires_grad_(), targets).backward()
@@ -317,6 +319,6 @@ def test_bad_input():
     raises(kernels.KernelRequestError, "float64", logits.double(), targets, impl="triton")
     many = torch.zeros(1, 1, device=DEVICE).expand(2**31, 1)
     raises(
-        kernels.KernelRequestError, "pass the", many, torch.zeros(1, dtype=torch.int64, device=DEVICE).expand(2**31),
+        kernels.KernelRequestError, "exceed the", many, torch.zeros(1, dtype=torch.int64, device=DEVICE).expand(2**31),
         impl="triton",
     )  # fmt: skip

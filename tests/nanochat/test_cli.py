@@ -45,6 +45,15 @@ def test_help_and_errors_need_no_torch(arguments):
     assert "AssertionError" not in done.stderr and (done.stdout or "nanochat: error:" in done.stderr)
 
 
+@pytest.mark.parametrize("module", ["evaluate.chat", "evaluate.base", "chat.terminal", "inference.engine"])
+def test_modules_that_do_not_train_import_nothing_slow(module):
+    """torch._dynamo and torch.distributed.checkpoint took longer to import than torch itself, in every stage."""
+    slow = "'torch._dynamo', 'sympy', 'torch.distributed.checkpoint'"
+    script = f"import sys, nanochat.{module}; print([name for name in ({slow}) if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr + done.stdout
+
+
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_help_explains_every_option_with_its_default(name):
     kind = COMMANDS[name].load_options()

@@ -1,9 +1,9 @@
 """Training takes the gate's choice, says so, and refuses one that was made for something else."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
-from nanochat.gate import chosen_implementations, run_shape, take_gate
+from nanochat.gate import chosen_implementations, measured_executions, run_shape, take_gate
 from nanochat.gpt import GPTConfig
 from nanochat.options.model import Implementations
 from nanochat_kernels import gate
@@ -45,3 +45,14 @@ def test_only_what_was_left_to_auto_is_replaced(world, tmp_path, cpu):
     gate.write(paths.gate, valid_for, {name: {"impl": "triton"} for name in choices})
     taken = take_gate(paths, model, 4, cpu)
     assert taken.impl == Implementations("triton", "reference", "auto", "triton") and model.impl.rms_norm == "auto"
+
+
+def test_the_times_of_micro_steps_are_of_the_same_implementations(world, tmp_path):
+    paths = replace(world, base=tmp_path)
+    measured, times = Implementations(rms_norm="triton"), {"graph": 1.5, "compile": 2.0}
+    assert measured_executions(paths, measured) is None
+    gate.write(paths.gate, {}, {})
+    assert measured_executions(paths, measured) is None
+    gate.write(paths.gate, {}, {}, micro_step={"impl": asdict(measured), "ms": times})
+    assert measured_executions(paths, measured) == times
+    assert measured_executions(paths, Implementations()) is None

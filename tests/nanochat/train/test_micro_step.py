@@ -153,6 +153,10 @@ def test_execution():
     plain = choose_execution("auto", torch.device("cuda", 0), Implementations(relu2_mlp="reference"))
     assert plain[0] == "compile" and "relu2_mlp" in plain[1]
     assert choose_execution("auto", torch.device("cpu"), Implementations())[0] == "eager"
+    measured = {"graph": 2.0, "compile": 1.5}
+    fastest, why = choose_execution("auto", torch.device("cuda", 0), Implementations(), measured)
+    assert fastest == "compile" and why == "the gate measured compile 1.50 ms, graph 2.00 ms"
+    assert choose_execution("graph", torch.device("cuda", 0), Implementations(), measured)[0] == "graph"
     assert choose_execution("compile", torch.device("cuda", 0), Implementations())[0] == "compile"
     with pytest.raises(UserError, match="--execution graph replays CUDA graphs, and the device is cpu"):
         choose_execution("graph", torch.device("cpu"), Implementations())

@@ -1,0 +1,65 @@
+"""Saves and loads the part of a checkpoint besides the weights: optimizer state and the random states of every rank.
+
+torch.distributed.checkpoint takes 1.3 s to import. Evaluation and chat do not need it, so that nanochat/checkpoint.py imports this
+module only when it saves or loads such state.
+"""
+
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from nanochat.optim import MuonAdamW
+from nanochat.platform.distributed import Runtime
+
+
+def save_state(folder: Path, optimizer: MuonAdamW, runtime: Runtime) -> None:
+    """Write the state of all ranks to a new folder; all ranks call it together. Raises OSError when one of them cannot write."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # torch warns that there is no process group, which is intended for one process
+            dcp.save(_tensors(optimizer, runtime), checkpoint_id=folder, no_dist=runtime.world_size == 1)
+    except CheckpointException as error:  # a BaseException, with the exceptions of the ranks
+        first = next(iter(error.failures.values()))[0] if error.failures else error
+        raise OSError(str(first) or repr(first)) from first
+
+
+def load_state(folder: Path, optimizer: MuonAdamW, runtime: Runtime) -> None:
+    """Load this rank's part of the state into the optimizer and the random number generators."""
+    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    state = {
+        name: tensor for name, tensor in _tensors(optimizer, runtime).items() if name in saved
+    }  # a new rank has none
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(state, checkpoint_id=folder, no_dist=runtime.world_size == 1)
+    if f"rng.cpu.{runtime.rank}" in state:
+        torch.set_rng_state(state[f"rng.cpu.{runtime.rank}"])
+    if f"rng.cuda.{runtime.rank}" in state:
+        torch.cuda.set_rng_state(state[f"rng.cuda.{runtime.rank}"])
+
+
+def _tensors(optimizer: MuonAdamW, runtime: Runtime) -> dict[str, Tensor]:
+    """This rank's optimizer state and random states, by name.
+
+    A shard of a tensor is a DTensor, a part of the whole, so that another number of ranks can divide it differently.
+    """
+    state: dict[str, Tensor] = {}
+    mesh = init_device_mesh(runtime.device.type, (runtime.world_size,)) if runtime.world_size > 1 else None
+    for name, share, items in optimizer.named_state():
+        if mesh is not None and items is not None:
+            shape = torch.Size((items, *share.shape[1:]))
+            stride = torch.empty(shape, device="meta").stride()
+            share = DTensor.from_local(share, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+        state[f"optimizer.{name}"] = share
+    state[f"rng.cpu.{runtime.rank}"] = torch.get_rng_state()
+    if runtime.device.type == "cuda":
+        state[f"rng.cuda.{runtime.rank}"] = torch.cuda.get_rng_state()
+    return state
