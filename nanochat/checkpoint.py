@@ -1,9 +1,13 @@
-"""Checkpoints that a kill at any instant cannot spoil.
+"""Saving and loading checkpoints, which stay whole when a process is killed at any instant.
 
-checkpoints/<stage>/step_000123/ holds model.safetensors (float32 weights), state/ (optimizer shards and random states of
-every rank, by torch.distributed.checkpoint, loadable on another number of ranks) and meta.json (step, configuration,
-tokenizer hash, loader positions, and the size of every other file). The directory is written under a temporary name,
-flushed, and renamed.
+checkpoints/<stage>/step_000123/ holds
+
+    model.safetensors  the weights, in float32
+    state/             optimizer shards and random states of every rank, written by torch.distributed.checkpoint, so that
+                       another number of ranks can load them
+    meta.json          step, configuration, hash of the tokenizer, positions of the loaders, and the size of every other file
+
+The directory is written under a temporary name, flushed to the disk, and renamed.
 """
 
 import errno
@@ -30,28 +34,29 @@ from nanochat.tokenizer.bpe import Tokenizer
 
 @dataclass(frozen=True)
 class CheckpointStore:
-    """The checkpoints of one stage; the newest `keep` stay."""
+    """The checkpoints of one training stage, of which the newest `keep` are kept."""
 
     directory: Path
     runtime: Runtime
     keep: int = 2
 
     def steps(self) -> list[int]:
-        found = self.directory.glob("step_*/meta.json")
-        return sorted(int(path.parent.name.removeprefix("step_")) for path in found)
+        """The steps that have a checkpoint, in ascending order."""
+        written = self.directory.glob("step_*/meta.json")
+        return sorted(int(path.parent.name.removeprefix("step_")) for path in written)
 
     def path(self, step: int) -> Path:
         return self.directory / f"step_{step:06d}"
 
     def save(self, step: int, model: GPT, optimizer: MuonAdamW, meta: dict) -> Path:
-        """Write the checkpoint of a step on all ranks together. Raises UserError, on all of them, when it cannot."""
+        """Write the checkpoint of a step; all ranks call it together. Raises UserError on all of them when one cannot write."""
         from nanochat.training_state import save_state  # slow to import
 
         final, temporary = self.path(step), self.directory / f".step_{step:06d}.tmp"
         failure = None
         if self.runtime.primary:
             shutil.rmtree(temporary, ignore_errors=True)
-        self.runtime.barrier()
+        self.runtime.barrier()  # no rank may write before an earlier, incomplete attempt is removed
         try:
             temporary.mkdir(parents=True, exist_ok=True)
             save_state(temporary / "state", optimizer, self.runtime)
@@ -62,16 +67,17 @@ class CheckpointStore:
                 sizes = {str(path.relative_to(temporary)): path.stat().st_size for path in sorted(files)}
                 content = {"step": step, "config": model.config.to_dict(), **meta, "files": sizes}
                 (temporary / "meta.json").write_text(json.dumps(content, indent=1), "utf-8")
+                # before the rename: after a loss of power, a renamed directory with empty files would look whole
                 for path in [*files, temporary / "meta.json", temporary / "state", temporary]:
                     flush(path)
         except (OSError, SafetensorError) as error:
             failure = _reason(error)
-        failures = [reason for reason in self.runtime.gather(failure) if reason]
+        failures = [reason for reason in self.runtime.gather(failure) if reason]  # a rank alone must not go on or stop
         if failures:
             if self.runtime.primary:
                 shutil.rmtree(temporary, ignore_errors=True)
-            kept = self.steps()
-            last = f"the last whole checkpoint is {self.path(kept[-1])}" if kept else "there is none before it"
+            steps = self.steps()
+            last = f"the last whole checkpoint is {self.path(steps[-1])}" if steps else "there is none before it"
             raise UserError(
                 f"cannot save the checkpoint of step {step} in {self.directory} ({failures[0]}); {last}; "
                 "free space and run the same command again"
@@ -79,14 +85,17 @@ class CheckpointStore:
         if self.runtime.primary:
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
-            flush(self.directory)
+            flush(self.directory)  # the new name, before older checkpoints are deleted
             for old in self.steps()[: -self.keep]:
                 shutil.rmtree(self.path(old), ignore_errors=True)
         self.runtime.barrier()
         return final
 
     def load(self, step: int, model: GPT, optimizer: MuonAdamW, tokenizer: Tokenizer) -> dict:
-        """Put a checkpoint's weights and training state into model and optimizer; returns its meta data."""
+        """Load the weights and the training state of a step into model and optimizer; returns the content of meta.json.
+
+        Raises UserError for a damaged checkpoint, another model or another tokenizer.
+        """
         from nanochat.training_state import load_state  # slow to import
 
         path = self.path(step)
@@ -95,27 +104,33 @@ class CheckpointStore:
             different = {k: (v, meta["config"].get(k)) for k, v in model.config.to_dict().items()}
             different = ", ".join(f"{k} {a} (saved {b})" for k, (a, b) in different.items() if a != b)
             raise UserError(
-                f"{path} is of another model: {different}; give the saved values, or move {self.directory} away"
+                f"{path} is of another model: {different}; use the saved values, or move {self.directory} away"
             )
         load_weights(path, model)
         load_state(path / "state", optimizer, self.runtime)
         optimizer.steps = meta["step"]
-        optimizer.refresh()
+        optimizer.refresh()  # load_weights has changed the weights, but not their copies in the compute dtype
         return meta
 
 
 def read_meta(path: Path, tokenizer: Tokenizer | None = None) -> dict:
-    """meta.json of a checkpoint, after checking that every file is whole and that the tokenizer is the one it had."""
+    """The content of meta.json, after checking that every file has its size and that the tokenizer is the one of the checkpoint.
+
+    Raises UserError when one of them is not.
+    """
     try:
         meta = json.loads((path / "meta.json").read_text("utf-8"))
         sizes = meta["files"]
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is no whole checkpoint ({error}); remove it and run the same command again") from error
+        raise UserError(
+            f"{path} is not a whole checkpoint ({error}); remove it and run the same command again"
+        ) from error
+    # sizes, not hashes: to hash a checkpoint of d20 would read 5.2 GB at every start
     for name, size in sizes.items():
-        found = (path / name).stat().st_size if (path / name).exists() else None
-        if found != size:
-            state = "missing" if found is None else f"{found} bytes, not {size}"
-            raise UserError(f"{path / name} is {state}; remove {path} and run the same command again")
+        actual = (path / name).stat().st_size if (path / name).exists() else None
+        if actual != size:
+            problem = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
+            raise UserError(f"{path / name} {problem}; remove {path} and run the same command again")
     if tokenizer is not None and meta["tokenizer"] != tokenizer.hash:
         raise UserError(
             f"{path} was trained with another tokenizer ({meta['tokenizer'][:12]}, now {tokenizer.hash[:12]}); "
@@ -125,7 +140,7 @@ def read_meta(path: Path, tokenizer: Tokenizer | None = None) -> dict:
 
 
 def load_weights(path: Path, model: GPT) -> None:
-    """Copy model.safetensors into a model of the same shape."""
+    """Copy the weights of a checkpoint into a model of the same shape. Raises UserError when they cannot be read."""
     try:
         weights = load_file(path / "model.safetensors", device=str(model.device))
     except (SafetensorError, OSError) as error:
@@ -143,17 +158,18 @@ def load_model(
     step: int | None = None,
     adapt: Callable[[GPTConfig], GPTConfig] = lambda config: config,
 ) -> tuple[GPT, Tokenizer, dict]:
-    """The newest (or a given) checkpoint of a stage with its tokenizer. Raises UserError naming the stages there are.
+    """Load the model of a stage, without the state of its training; returns it with its tokenizer and the content of meta.json.
 
-    adapt: changes the configuration before the model is made of it, as the gate does with its implementations.
+    step: the step of the checkpoint, by default the newest. adapt: changes the configuration before the model is made, for
+    example to the gate's implementations. Raises UserError, with the stages that have checkpoints, when there is none.
     """
     store = CheckpointStore(paths.checkpoints(stage), runtime)
     steps = store.steps()
     if not steps or (step is not None and step not in steps):
-        there = [name for name in TRAINING_STAGES if CheckpointStore(paths.checkpoints(name), runtime).steps()]
+        trained = [name for name in TRAINING_STAGES if CheckpointStore(paths.checkpoints(name), runtime).steps()]
         wanted = f"step {step} of {stage}" if steps else stage
         remedy = f"steps: {', '.join(map(str, steps))}" if steps else f"train it with: nanochat train {stage}"
-        raise UserError(f"no checkpoint of {wanted}; there are: {', '.join(there) or 'none'}; {remedy}")
+        raise UserError(f"no checkpoint of {wanted}; there are: {', '.join(trained) or 'none'}; {remedy}")
     path = store.path(steps[-1] if step is None else step)
     tokenizer = Tokenizer.load(paths.tokenizer)
     meta = read_meta(path, tokenizer)
@@ -165,11 +181,11 @@ def load_model(
 
 
 def _reason(error: BaseException) -> str:
-    """The first line that says what went wrong: of the operating system's error inside, when there is one."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno is not None:
-            return os.strerror(seen.errno)
-        seen = seen.__cause__ or seen.__context__
+    """One line that says what went wrong: the operating system's message, if its error is in the chain of causes."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return os.strerror(cause.errno)
+        cause = cause.__cause__ or cause.__context__
     text = str(error) or repr(error)
     return os.strerror(errno.ENOSPC) if "No space left" in text else text.splitlines()[0]

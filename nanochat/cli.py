@@ -1,8 +1,12 @@
-"""The command line: `nanochat <command> [options]`. Options come from nanochat/options, and a command's code is imported
-only when it runs, so that help and errors need no torch."""
+"""The command line: `nanochat <command> [options]`.
+
+The options of a command are a class in nanochat/options. Its code is imported only when it runs, so that help and errors do
+not wait for torch.
+"""
 
 import contextlib
 import difflib
+import errno
 import inspect
 import io
 import os
@@ -26,11 +30,11 @@ from nanochat.platform.paths import base_paths
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its options and its function, each as "module:name" under nanochat, and a line about it.
+    """A command: its options and its function, each as "module:name" under nanochat, and a one-line summary.
 
-    The function takes the options, and `paths` and `runtime` when it names them; with a runtime torchrun may start many
-    processes of the command. section: the name under which the report shows the settings and the results it returns;
-    {stage} in it is an option.
+    The function takes the options, and `paths` and `runtime` if it has parameters of these names; with a runtime, torchrun may
+    start several processes of the command. section: the name of the report's section for the settings and for the results that
+    the function returns; {stage} in it stands for the option.
     """
 
     options: str
@@ -52,9 +56,7 @@ def _load(name: str) -> Any:
 
 COMMANDS = {
     "speedrun": Command("speedrun:SpeedrunOptions", "speedrun.run:speedrun", "run every stage, from text to chat"),
-    "fetch": Command(
-        "speedrun:FetchOptions", "speedrun.fetch:fetch", "fetch the data of a preset, where there is internet"
-    ),
+    "fetch": Command("speedrun:FetchOptions", "speedrun.fetch:fetch", "download the data of a preset; needs internet"),
     "preflight": Command(
         "speedrun:PreflightOptions", "speedrun.preflight:preflight", "check data, GPUs, disk and time before a run"
     ),
@@ -70,35 +72,40 @@ COMMANDS = {
     "tokenizer eval": Command(
         "tokenizer:TokenizerEvalOptions",
         "evaluate.compression:evaluate_tokenizer",
-        "bytes per token on several kinds of text",
+        "measure bytes per token on several kinds of text",
         section="tokenizer-eval",
     ),
     "train base": Command("train:TrainBaseOptions", "train.pretrain:pretrain", "pretrain on text", section="base"),
     "train mid": Command(
         "train:TrainMidOptions",
         "train.midtrain:midtrain",
-        "midtrain on conversations, tools and choices",
+        "midtrain on conversations, tools and multiple choice",
         section="mid",
     ),
     "train sft": Command(
         "train:TrainSftOptions", "train.finetune:finetune", "fine-tune on conversations", section="sft"
     ),
     "evaluate base": Command(
-        "evaluate:EvaluateBaseOptions", "evaluate.base:evaluate_base", "bits per byte and CORE", section="base-eval"
+        "evaluate:EvaluateBaseOptions",
+        "evaluate.base:evaluate_base",
+        "measure bits per byte and CORE",
+        section="base-eval",
     ),
     "evaluate chat": Command(
         "evaluate:EvaluateChatOptions",
         "evaluate.chat:evaluate_chat",
-        "multiple choice, word problems, code, spelling",
+        "evaluate multiple choice, word problems, code, spelling",
         section="{stage}-eval",
     ),
-    "chat": Command("chat:ChatOptions", "chat.terminal:chat", "talk with the model"),
-    "report": Command("report:ReportOptions", "report.build:build_report", "write the report of what has run"),
+    "chat": Command("chat:ChatOptions", "chat.terminal:chat", "chat with the model"),
+    "report": Command(
+        "report:ReportOptions", "report.build:build_report", "write the report of the stages that have run"
+    ),
     "trace": Command("tools:TraceOptions", "tools.trace:trace", "show the tensors of a forward pass"),
     "kernels list": Command(
         "tools:KernelsListOptions",
         "tools.kernels:list_kernels",
-        "operations, implementations, and what auto takes here",
+        "list operations, implementations, and the choice of auto on this machine",
     ),
     "kernels inspect": Command(
         "tools:KernelsInspectOptions",
@@ -113,29 +120,29 @@ COMMANDS = {
     "kernels tune": Command(
         "tools:KernelsTuneOptions",
         "tools.kernels:tune_kernels",
-        "search launch parameters on the GPU here and write its table",
+        "search launch parameters on this GPU and write its table",
     ),
     "cluster submit": Command("cluster:SubmitOptions", "cluster.submit:submit", "submit a job to Slurm"),
-    "cluster status": Command("cluster:StatusOptions", "cluster.status:status", "how far the run is"),
+    "cluster status": Command("cluster:StatusOptions", "cluster.status:status", "show the progress of a run"),
 }
 
 
 def run(name: str, options: Any) -> None:
-    """Call a command's function with what it asks for, and tell the report what it returned."""
+    """Call a command's function with the arguments that it takes, and write its section of the report."""
     command = COMMANDS[name]
     function = command.load_function()
-    wanted = inspect.signature(function).parameters
-    paths = base_paths() if "paths" in wanted or command.section else None
-    given = {"paths": paths} if "paths" in wanted else {}
+    parameters = inspect.signature(function).parameters
+    paths = base_paths() if "paths" in parameters or command.section else None
+    arguments = {"paths": paths} if "paths" in parameters else {}
     started, primary, processes = time.perf_counter(), True, 1
-    if "runtime" in wanted:
+    if "runtime" in parameters:
         from nanochat.platform.distributed import start_runtime
 
         with start_runtime(options.device) as runtime:
-            results = function(options, **given, runtime=runtime)
+            results = function(options, **arguments, runtime=runtime)
             primary, processes = runtime.primary, runtime.world_size
     else:
-        results = function(options, **given)
+        results = function(options, **arguments)
     if command.section and primary:
         from nanochat.report.sections import write_section
 
@@ -158,10 +165,12 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         if error.errno is None:
             raise
-        where = f": {error.filename}" if error.filename else ""
-        _fail(f"{error.strerror}{where}; free some space or correct the path", 1)
+        path = f": {error.filename}" if error.filename else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "; free some space" if full else "; check the path and its permissions" if path else ""
+        _fail(f"{error.strerror}{path}{remedy}", 1)
     except ValueError as error:
-        kernels = sys.modules.get("nanochat_kernels")  # whatever raises one of its errors has imported it
+        kernels = sys.modules.get("nanochat_kernels")  # code that raises one of its errors has imported it
         if kernels is None or not isinstance(error, kernels.KernelRequestError):
             raise
         _fail(f"{error} (options --impl.<operation>)", 1)
@@ -179,10 +188,10 @@ def _dispatch(arguments: list[str]) -> None:
                 raise UserError(f"wanted a command{f', got {arguments[0]}' if arguments else ''}")
             return
         if len(words) == 1 and any(command.startswith(f"{words[0]} ") for command in COMMANDS):
-            of_it = [command for command in COMMANDS if command.startswith(f"{words[0]} ")]
+            subcommands = [command for command in COMMANDS if command.startswith(f"{words[0]} ")]
             if "--help" in arguments or "-h" in arguments:
-                return _overview(of_it)
-            raise UserError(f"wanted one of: {', '.join(of_it)}")
+                return _overview(subcommands)
+            raise UserError(f"wanted one of: {', '.join(subcommands)}")
         near = difflib.get_close_matches(" ".join(words), COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}" if near else f"there are: {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {' '.join(words)!r}; {hint}")
@@ -190,7 +199,10 @@ def _dispatch(arguments: list[str]) -> None:
 
 
 def parse(kind: type, name: str, arguments: list[str]):
-    """The configuration that a command's arguments give, over the preset's values, over the defaults."""
+    """The options of a command: its arguments override the preset's values, which override the defaults.
+
+    Raises UserError for arguments that cannot be parsed or are out of range.
+    """
     default = kind()
     if isinstance(default, PresetOptions):
         preset = _option(arguments, "--preset")
@@ -199,13 +211,13 @@ def parse(kind: type, name: str, arguments: list[str]):
         default = with_preset(default, name, preset or "")
     if {"-h", "--help"} & set(arguments):
         return tyro.cli(kind, args=arguments, default=default, prog=f"nanochat {name}")
-    complaint = io.StringIO()
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(complaint):
+        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
             options = tyro.cli(kind, args=arguments, default=default, prog=f"nanochat {name}")
     except SystemExit as exit:
-        # tyro draws a box; its words fit a line
-        text = re.sub(r"\x1b\[[0-9;]*m", "", complaint.getvalue())
+        # tyro prints a box over several lines: keep its words
+        text = re.sub(r"\x1b\[[0-9;]*m", "", output.getvalue())
         text = " ".join(re.sub(r"\s|[─-╿]|-{3,}", " ", text).split())
         error = UserError(f"{text or 'bad options'} (nanochat {name} --help lists the options)")
         error.exit_status = exit.code if isinstance(exit.code, int) else 2
@@ -232,7 +244,7 @@ def _overview(names: list[str] | None = None) -> None:
 def _fail(message: str, status: int) -> NoReturn:
     sys.stdout.flush()
     print(f"nanochat: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    # torchrun's other processes may wait in a collective: leave at once, without their farewell
+    # the other processes may wait in a collective, and a regular exit would wait for them: exit at once
     if "torch" in sys.modules and _distributed():
         os._exit(status)
     sys.exit(status)

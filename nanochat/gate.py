@@ -1,4 +1,4 @@
-"""The choice of `nanochat kernels gate`, and how training takes it."""
+"""How training uses the implementations that `nanochat kernels gate` has chosen."""
 
 import json
 from dataclasses import asdict, fields, replace
@@ -13,13 +13,14 @@ from nanochat_kernels import gate
 
 
 def run_shape(model: GPTConfig, rows: int) -> gate.RunShape:
+    """The sizes that the gate validates and times operations at; rows: of a micro-batch."""
     return gate.RunShape(
         rows, model.context_length, model.width, model.n_head, model.n_kv_head, model.vocab_size, model.depth
     )  # fmt: skip
 
 
 def take_gate(paths: Paths, model: GPTConfig, rows: int, runtime: Runtime) -> GPTConfig:
-    """The model with the gate's choice in place of every "auto", where there is a gate file; says so.
+    """Replace every "auto" in a model's implementations by the gate's choice, if there is a gate file, and print the choice.
 
     Raises UserError when the file was made on another device, with other versions or kernels, or for another shape.
     """
@@ -37,26 +38,31 @@ def take_gate(paths: Paths, model: GPTConfig, rows: int, runtime: Runtime) -> GP
 
 
 def with_choices(model: GPTConfig, chosen: dict[str, str]) -> GPTConfig:
-    """The model with a choice in place of every "auto"."""
-    taken = {name: impl for name, impl in chosen.items() if getattr(model.impl, name) == "auto"}
-    return replace(model, impl=replace(model.impl, **taken))
+    """Replace every "auto" in a model's implementations by the choice for it."""
+    automatic = {name: impl for name, impl in chosen.items() if getattr(model.impl, name) == "auto"}
+    return replace(model, impl=replace(model.impl, **automatic))
 
 
 def measured_executions(paths: Paths, impl: Implementations) -> dict[str, float] | None:
-    """Milliseconds of a micro-step by execution, where the gate measured it with these implementations. For a gate file that
-    `take_gate` has accepted."""
+    """The gate's times of a micro-step, in milliseconds by execution; None if it has none for these implementations.
+
+    The gate file must be one that `take_gate` has accepted.
+    """
     if not paths.gate.exists():
         return None
-    found = json.loads(paths.gate.read_text("utf-8")).get("micro_step", {})
-    return found.get("ms") if found.get("impl") == asdict(impl) else None
+    measured = json.loads(paths.gate.read_text("utf-8")).get("micro_step", {})
+    return measured.get("ms") if measured.get("impl") == asdict(impl) else None
 
 
 def chosen_implementations(choices: dict[str, str]) -> dict[str, str]:
-    """A choice for each field of Implementations. One that serves several operations takes a fused implementation only where the
-    gate chose it for all of them; a field of which the gate says nothing is left out."""
+    """The gate's choices by operation, as choices for the fields of Implementations.
+
+    A field that stands for several operations gets a fused implementation only when the gate chose the same one for all of them,
+    else the reference. A field with an operation that the gate did not judge is left out.
+    """
     chosen = {}
     for field in fields(Implementations):
-        of_field = {choices.get(operation) for operation in Implementations.operations(field.name)}
-        if None not in of_field:
-            chosen[field.name] = of_field.pop() if len(of_field) == 1 else "reference"
+        names = {choices.get(operation) for operation in Implementations.operations(field.name)}
+        if None not in names:
+            chosen[field.name] = names.pop() if len(names) == 1 else "reference"
     return chosen

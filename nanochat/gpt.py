@@ -1,7 +1,7 @@
 """The GPT: RoPE + QK-norm attention, squared-ReLU MLP, RMSNorm without weights, softcapped logits, no biases.
 
-Notation: B batch, T tokens, C width, H query heads, G key/value heads, D head width, V vocabulary.
-Weights are float32; each operation computes in `compute_dtype`.
+Notation: B batch, T tokens, C width, H query heads, G key/value heads, D head width, V vocabulary, S positions of a cache.
+Weights are float32, and every operation computes in `compute_dtype`. Vaswani et al. 2017, Radford et al. 2019 (GPT-2).
 """
 
 from dataclasses import dataclass, field, fields
@@ -16,14 +16,16 @@ import nanochat_kernels as kernels
 from nanochat.options.model import Implementations
 from nanochat.platform.errors import UserError
 
-SOFTCAP = 15.0
+SOFTCAP = 15.0  # bound of the logits; Gemma Team 2024 (Gemma 2) uses 30
 ROPE_BASE = 10000.0
-ROPE_CONTEXTS = 10  # the tables reach this many contexts, so that a chat can outgrow the training context
+ROPE_CONTEXTS = (
+    10  # the tables cover this many context lengths, so that a chat can grow longer than the training context
+)
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a model; `from_depth` derives it. Raises UserError for heads that do not fit."""
+    """The sizes of a model and the implementation of each operation. Raises UserError for sizes that do not fit together."""
 
     depth: int
     width: int
@@ -46,14 +48,18 @@ class GPTConfig:
 
     @classmethod
     def from_depth(
-        cls, depth: int, vocab_size: int, context_length: int = 2048, n_kv_head: int | None = None, **rest
+        cls, depth: int, vocab_size: int, context_length: int = 2048, n_kv_head: int | None = None, **options
     ) -> "GPTConfig":
-        """Width 64·depth; the fewest heads of at most 128 that divide it; as many key/value heads unless given."""
+        """Derive the sizes of a model from its depth; `options` are further fields of the configuration.
+
+        The width is 64·depth. The number of heads is the smallest that divides the width into heads of at most 128. Without
+        n_kv_head there are as many key/value heads as query heads.
+        """
         if depth < 1:
             raise UserError(f"the depth of a model must be at least 1, got {depth}")
         width = 64 * depth
         n_head = next(n for n in range(max(1, -(-width // 128)), width + 1) if width % n == 0)
-        return cls(depth, width, n_head, n_kv_head or n_head, vocab_size, context_length, **rest)
+        return cls(depth, width, n_head, n_kv_head or n_head, vocab_size, context_length, **options)
 
     @property
     def head_width(self) -> int:
@@ -61,32 +67,38 @@ class GPTConfig:
 
     @property
     def num_parameters(self) -> int:
+        """All weights, with the embedding and the head."""
         kv_share = self.n_kv_head / self.n_head
-        block = self.width**2 * (2 + 2 * kv_share + 8)  # q and projection, k and v, the MLP's two matrices
+        block = self.width**2 * (
+            2 + 2 * kv_share + 8
+        )  # query and projection; key and value; the two matrices of the MLP
         return int(self.depth * block) + 2 * self.vocab_size * self.width
 
     @property
     def flops_per_token(self) -> float:
-        """Of forward and backward: 6 a parameter but for the embedding, and 12·L·H·D·T for attention."""
+        """FLOPs of forward and backward for one token: 6 per parameter outside of the embedding, and 12·L·H·D·T for attention.
+
+        Chowdhery et al. 2022 (PaLM), appendix B.
+        """
         products = 6 * (self.num_parameters - self.vocab_size * self.width)
         return products + 12 * self.depth * self.width * self.context_length
 
     def to_dict(self) -> dict[str, int]:
-        """What a checkpoint keeps: the shape, without the choice of implementations."""
+        """The sizes, as a checkpoint stores them; implementations are chosen anew when it is loaded."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "impl"}
 
 
 class Cache(Protocol):
-    """What the model asks of a key/value cache; the engine has one."""
+    """What the model needs from a key/value cache; nanochat/inference/cache.py implements it."""
 
     lengths: Tensor  # (B,) tokens of each row before this forward pass
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store k, v (B, T, G, D); return the row's keys, values (B, S, G, D) and how many of them exist (B,)."""
+        """Store k and v (B, T, G, D) of a layer; return all keys and values (B, S, G, D) and each row's number of them (B,)."""
 
 
-class FromCopy(torch.autograd.Function):
-    """The copy of a weight in its place; the gradient goes to the weight."""
+class ComputeWithCopy(torch.autograd.Function):
+    """Returns the copy of a weight in another dtype; backward gives the gradient to the weight."""
 
     @staticmethod
     def forward(ctx, weight: Tensor, copy: Tensor) -> Tensor:
@@ -99,10 +111,10 @@ class FromCopy(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """x·weightᵀ in x's dtype.
+    """x·weightᵀ in x's dtype, for x (…, width).
 
-    The optimizer owns the storage of the weight. It may also set `copy`, the weight in the dtype of computation, so that no pass
-    has to cast it, and `gradient`, a float32 buffer that backward adds the weight's gradient to instead of returning it.
+    The optimizer owns the storage of the weight. It may also set `copy`, the weight in the compute dtype, which saves a cast in
+    every pass, and `gradient`, a float32 buffer to which backward adds the weight's gradient instead of returning it.
     """
 
     def __init__(self, width: int, out: int):
@@ -111,35 +123,37 @@ class Linear(nn.Linear):
         self.gradient: Tensor | None = None
 
     def operands(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """The weight to compute with, and the buffer that its gradient is added to (None: autograd takes the gradient)."""
+        """The weight in `dtype`, and the buffer that backward adds its gradient to (None: autograd handles the gradient)."""
         has_copy = self.copy is not None and self.copy.dtype == dtype
         if self.gradient is not None and self.weight.requires_grad:
             return self.copy if has_copy else self.weight.detach().to(dtype), self.gradient
-        return FromCopy.apply(self.weight, self.copy) if has_copy else self.weight.to(dtype), None
+        return ComputeWithCopy.apply(self.weight, self.copy) if has_copy else self.weight.to(dtype), None
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.linear(x, *self.operands(x.dtype))
 
 
 class RowsAddingGradient(torch.autograd.Function):
-    """Rows of an embedding, whose gradient is added to a float32 buffer in place."""
+    """Returns rows of an embedding; backward adds their gradient to a float32 buffer in place."""
 
     @staticmethod
     def forward(ctx, weight: Tensor, tokens: Tensor, gradient: Tensor) -> Tensor:
-        ctx.gradient = gradient  # not saved_for_backward: other calls may add to it before this one's backward
+        ctx.gradient = (
+            gradient  # not saved_for_backward, which forbids that other calls change it before this one's backward
+        )
         ctx.save_for_backward(tokens)
         return F.embedding(tokens, weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[None, None, None]:
-        # index_put_ sorts the tokens and sums in their order; index_add_ would add in any order
+        # index_put_ sorts the tokens and adds in that order, repeatably; index_add_ would add in any order
         ctx.gradient.index_put_(ctx.saved_tensors, dy.to(ctx.gradient.dtype), accumulate=True)
         return None, None, None
 
 
 class Embedding(nn.Embedding):
-    """Rows of the weight in its dtype. The optimizer may set `gradient`, as it does for `Linear`."""
+    """Rows of the weight, in its dtype, for tokens (…). The optimizer may set `gradient`, as for `Linear`."""
 
     gradient: Tensor | None = None
 
@@ -150,6 +164,8 @@ class Embedding(nn.Embedding):
 
 
 class Attention(nn.Module):
+    """Causal attention with rotary positions, queries and keys normalised over the head; (B, T, C) → (B, T, C)."""
+
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.config, self.layer = config, layer
@@ -173,6 +189,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """relu(x·W₁ᵀ)²·W₂ᵀ with a hidden width of 4·C. So et al. 2021 (Primer)."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.impl = config.impl.relu2_mlp
@@ -180,11 +198,14 @@ class MLP(nn.Module):
         self.project = Linear(4 * config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
+        # one operation for both products, because its backward needs relu(z)² but not z, which is therefore not stored
         (w_up, up_gradient), (w_down, down_gradient) = self.expand.operands(x.dtype), self.project.operands(x.dtype)
         return kernels.relu2_mlp(x, w_up, w_down, up_gradient, down_gradient, impl=self.impl)
 
 
 class Block(nn.Module):
+    """Attention and MLP, each added to the residual stream."""
+
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.impl = config.impl.rms_norm
@@ -193,13 +214,17 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, normed: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream and its norm, before and after: each addition and the norm that follows are one operation."""
+        """Take the residual stream x (B, T, C) and its norm, and return both after the block.
+
+        The norm is passed along because each addition and the norm that follows it are one operation: add_rms_norm reads and
+        writes the stream once.
+        """
         x, normed = kernels.add_rms_norm(x, self.attention(normed, cos, sin, cache), impl=self.impl)
         return kernels.add_rms_norm(x, self.mlp(normed), impl=self.impl)
 
 
 class GPT(nn.Module):
-    """tokens → embedding → blocks → head. Make one with `GPT.create`, which initialises it."""
+    """The language model: tokens → embedding → blocks → head. `GPT.create` makes one with initial weights."""
 
     def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -222,12 +247,16 @@ class GPT(nn.Module):
         compute_dtype: torch.dtype = torch.float32,
         seed: int = 42,
     ) -> "GPT":
-        """A freshly initialised model on the device: head and output projections zero, so the first loss is ln V."""
-        with torch.device("meta"):
+        """A model on the device with initial weights, which the seed determines.
+
+        Head and output projections start at zero, so that the first loss is ln V. The others are normal with standard deviation
+        √(1/fan_in)·min(1, √(fan_out/fan_in)), and 1 for the embedding. Yang et al. 2023 (spectral condition).
+        """
+        with torch.device("meta"):  # weights are allocated once, on the device
             model = cls(config, compute_dtype)
         model.to_empty(device=device)
         cos, sin = rope_tables(config)
-        model.cos.copy_(cos)
+        model.cos.copy_(cos)  # buffers too were made on the meta device
         model.sin.copy_(sin)
         generator = torch.Generator(device=device).manual_seed(seed)
         zero = {"head.weight"} | {
@@ -243,17 +272,22 @@ class GPT(nn.Module):
         return model
 
     def keep_copies(self) -> None:
-        """Have a copy of the matrices in the compute dtype, so that no forward pass casts them. For a model that is not trained:
-        an optimizer makes and updates its own."""
+        """Store a copy of each matrix in the compute dtype, so that no forward pass has to cast it.
+
+        For a model that is not trained: an optimizer makes copies of its own and updates them.
+        """
         if self.compute_dtype != torch.float32:
             for layer in self.modules():
                 if isinstance(layer, Linear):
                     layer.copy = layer.weight.detach().to(self.compute_dtype)
 
     def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """tokens (B, T) int64 → the normalised last hidden state (B, T, C) in the compute dtype."""
+        """The normalised last hidden state (B, T, C), in the compute dtype, for tokens (B, T) int64.
+
+        With a cache, the tokens continue its rows. Raises UserError for more tokens than the model has positions.
+        """
         if tokens.size(1) > self.cos.size(0):
-            raise UserError(f"{tokens.size(1)} tokens pass the {self.cos.size(0)} positions of the model")
+            raise UserError(f"{tokens.size(1)} tokens exceed the {self.cos.size(0)} positions of the model")
         x = self.embedding(tokens).to(self.compute_dtype)
         x = kernels.rms_norm(x, impl=self.config.impl.rms_norm)
         normed = kernels.rms_norm(x, impl=self.config.impl.rms_norm)
@@ -262,7 +296,7 @@ class GPT(nn.Module):
         return normed
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Softcapped float32 logits (…, V) of hidden states (…, C)."""
+        """The softcapped logits (…, V), in float32, for hidden states (…, C)."""
         return SOFTCAP * torch.tanh(self.head(hidden).float() / SOFTCAP)
 
     def forward(
@@ -273,9 +307,10 @@ class GPT(nn.Module):
         cache: Cache | None = None,
         loss_weight: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, T, V) without targets; with targets (B, T), −1 ignored, the loss in nats: a mean, or (B, T).
+        """The loss in nats for tokens and targets (B, T); without targets, the logits (B, T, V).
 
-        loss_weight: a float32 scalar that loss and gradients are multiplied by.
+        Targets of −1 are ignored. reduction: "mean" gives a scalar, "none" the loss of each token (B, T). loss_weight: a float32
+        scalar on the device that multiplies the loss, and so the gradients.
         """
         hidden = self.hidden(tokens, cache)
         if targets is None:
@@ -299,7 +334,7 @@ class GPT(nn.Module):
 
 
 def rope_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin (10·context, D/2) of position·10000^(−2i/D), in float32."""
+    """cos and sin (10·context, D/2) of position·10000^(−2i/D), in float32 on the CPU. Su et al. 2021 (RoFormer)."""
     channels = torch.arange(0, config.head_width, 2, dtype=torch.float32, device="cpu")
     positions = torch.arange(ROPE_CONTEXTS * config.context_length, dtype=torch.float32, device="cpu")
     angles = torch.outer(positions, ROPE_BASE ** (-channels / config.head_width))

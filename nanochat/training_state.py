@@ -1,7 +1,7 @@
-"""What a checkpoint holds besides the weights: optimizer state and the random states of every rank.
+"""Saves and loads the part of a checkpoint besides the weights: optimizer state and the random states of every rank.
 
-It is written by torch.distributed.checkpoint, whose import takes 1.3 s: nanochat/checkpoint.py imports this module only where it
-saves or loads such state, which evaluation and chat never do.
+torch.distributed.checkpoint takes 1.3 s to import. Evaluation and chat do not need it, so that nanochat/checkpoint.py imports this
+module only when it saves or loads such state.
 """
 
 import warnings
@@ -19,20 +19,24 @@ from nanochat.platform.distributed import Runtime
 
 
 def save_state(folder: Path, optimizer: MuonAdamW, runtime: Runtime) -> None:
-    """Write the state of all ranks into a new folder. Raises OSError when any rank cannot."""
+    """Write the state of all ranks to a new folder; all ranks call it together. Raises OSError when one of them cannot write."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a single process saves without a process group, and is warned of it
+            warnings.simplefilter(
+                "ignore"
+            )  # torch warns that there is no process group, which is intended for one process
             dcp.save(_tensors(optimizer, runtime), checkpoint_id=folder, no_dist=runtime.world_size == 1)
-    except CheckpointException as error:  # which is no Exception, and holds those of the ranks
+    except CheckpointException as error:  # a BaseException, with the exceptions of the ranks
         first = next(iter(error.failures.values()))[0] if error.failures else error
         raise OSError(str(first) or repr(first)) from first
 
 
 def load_state(folder: Path, optimizer: MuonAdamW, runtime: Runtime) -> None:
-    """Put this rank's part of the state into the optimizer and the random generators."""
+    """Load this rank's part of the state into the optimizer and the random number generators."""
     saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    state = {name: tensor for name, tensor in _tensors(optimizer, runtime).items() if name in saved}
+    state = {
+        name: tensor for name, tensor in _tensors(optimizer, runtime).items() if name in saved
+    }  # a new rank has none
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.load(state, checkpoint_id=folder, no_dist=runtime.world_size == 1)
@@ -43,7 +47,10 @@ def load_state(folder: Path, optimizer: MuonAdamW, runtime: Runtime) -> None:
 
 
 def _tensors(optimizer: MuonAdamW, runtime: Runtime) -> dict[str, Tensor]:
-    """Optimizer shards (as parts of whole tensors, so that another number of ranks can divide them differently) and random states."""
+    """This rank's optimizer state and random states, by name.
+
+    A shard of a tensor is a DTensor, a part of the whole, so that another number of ranks can divide it differently.
+    """
     state: dict[str, Tensor] = {}
     mesh = init_device_mesh(runtime.device.type, (runtime.world_size,)) if runtime.world_size > 1 else None
     for name, share, items in optimizer.named_state():

@@ -58,7 +58,7 @@ def reference() -> str:
     lines = [
         "# Every option of every command",
         "",
-        "Defaults are those without a preset; a preset's values and what is given win.",
+        "The defaults are those without a preset. A preset overrides defaults, and an option on the command line overrides both.",
         "",
     ]
     for name, command in COMMANDS.items():

@@ -1,1 +1,1 @@
-"""Talking with a trained model."""
+"""Chat with a trained model in the terminal."""

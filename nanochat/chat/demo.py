@@ -20,7 +20,7 @@ DEFAULT_PROMPTS = ("Hello! Who are you?", "Why is the sky blue?", "How many 'r' 
 
 
 def show_conversation(paths: Paths, preset: str, device: str) -> None:
-    """A few prompts with the model's answers, each in a conversation of its own, and how to chat on."""
+    """Print the model's answers to a few prompts, each in a conversation of its own, and the command to chat on."""
     with start_runtime(device) as runtime:
         model, tokenizer, _ = load_model(paths, "sft", runtime)
     session = Session(Engine(model, tokenizer), max_tokens=128, temperature=0.0)

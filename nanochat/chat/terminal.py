@@ -1,4 +1,4 @@
-"""Chat in the terminal, or one prompt and its answer."""
+"""`nanochat chat`: a chat in the terminal, or the answer to one prompt."""
 
 from collections.abc import Iterable, Iterator
 
@@ -13,7 +13,7 @@ from nanochat.platform.paths import Paths
 
 
 def chat(options: ChatOptions, paths: Paths) -> None:
-    """`nanochat chat`: talk until the user leaves, or answer the one prompt of --prompt."""
+    """Chat with the newest model of a stage until the user leaves, or answer the prompt of --prompt."""
     with start_runtime(options.device) as runtime:
         model, tokenizer, _ = load_model(paths, options.source, runtime, options.impl)
     sampling = {"temperature": options.temperature, "top_k": options.top_k, "seed": options.seed}
@@ -41,7 +41,7 @@ def chat(options: ChatOptions, paths: Paths) -> None:
 
 
 def print_answer(session: Session, text: str) -> None:
-    """Stream the answer to a message to the terminal."""
+    """Print the answer to a message while it is generated."""
     console.print("[bold]nanochat:[/bold] ", end="")
     for piece in shown(session.ask(text)):
         console.print(piece, end="", markup=False)
@@ -49,8 +49,8 @@ def print_answer(session: Session, text: str) -> None:
 
 
 def shown(events: Iterable[Event]) -> Iterator[str]:
-    """Events as text; a tool call and its result as [expression → result]."""
-    call = None  # not shown yet: its result may follow
+    """The text to print for each event; a calculator call and its result become [expression → result]."""
+    call = None  # an expression that is not shown yet, because its result may follow
     for event in events:
         if isinstance(event, ToolResult):
             yield f" [{call} → {event.text}] " if call is not None else f" [→ {event.text}] "

@@ -1,1 +1,1 @@
-"""Slurm: site profiles, the sbatch call of a job, how processes start inside one, and the state of a run."""
+"""Slurm: site profiles, the sbatch call of a job, the launch of processes inside a job, and the state of a run."""

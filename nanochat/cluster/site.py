@@ -1,4 +1,4 @@
-"""Site profiles: what is particular to a cluster, in slurm/<name>.env, which the scripts read too."""
+"""Site profiles: the settings of a cluster, in slurm/<name>.env, which the scripts in slurm/ read too."""
 
 import getpass
 import re
@@ -11,17 +11,12 @@ from nanochat.platform import environment
 from nanochat.platform.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS_READ = (
-    "venv",
-    "timeout",
-    "base_dir",
-    "mail_user",
-)  # further names that a profile may set, for the scripts in slurm/
+SCRIPTS_READ = ("venv", "timeout", "base_dir", "mail_user")  # further names of a profile, which only the scripts read
 
 
 @dataclass(frozen=True)
 class Site:
-    """The profile of a cluster: NANOCHAT_ACCOUNT is `account`, and so on. An empty value leaves Slurm's default."""
+    """The profile of a cluster: NANOCHAT_ACCOUNT becomes `account`, and so on. An empty value leaves Slurm's default."""
 
     name: str
     modules: str = ""
@@ -36,7 +31,7 @@ class Site:
 
 
 def load_site(name: str, folder: Path = ROOT / "slurm") -> Site:
-    """The profile slurm/<name>.env, or the file that `name` is a path of.
+    """Read the profile slurm/<name>.env, or the file with the path `name`.
 
     Raises UserError for a missing profile (and lists the existing ones), a line that is not NAME=value, or an unknown name.
     """
@@ -58,11 +53,11 @@ def load_site(name: str, folder: Path = ROOT / "slurm") -> Site:
             raise UserError(f"{path}:{number}: expected NAME=value with one of {names}, got {line!r}")
         try:
             value = " ".join(shlex.split(match[2], comments=True))
-        except ValueError as error:  # an open quotation
+        except ValueError as error:  # a quotation mark without its pair
             raise UserError(f"{path}:{number}: {match[2]!r} cannot be read ({error})") from error
         value = Template(value).safe_substitute({"USER": getpass.getuser(), **environment.all_variables()})
         if "$" in value:
-            raise UserError(f"{path}:{number}: {value!r} refers to a variable that is not set here")
+            raise UserError(f"{path}:{number}: {value!r} refers to a variable that is not set")
         if match[1] == "GPUS" and value and not value.isdigit():
             raise UserError(f"{path}:{number}: NANOCHAT_GPUS must be a whole number, got {value!r}")
         values[match[1].lower()] = value
@@ -71,7 +66,7 @@ def load_site(name: str, folder: Path = ROOT / "slurm") -> Site:
 
 
 def base_directory(site: Site) -> str:
-    """Where a job keeps its files: NANOCHAT_BASE_DIR if it is set here, else the site's scratch, else the default."""
+    """The base directory of a job: NANOCHAT_BASE_DIR if it is set, else in the site's scratch, else the default."""
     configured = environment.configured_base_directory()
     if configured:
         return str(configured)
@@ -79,15 +74,19 @@ def base_directory(site: Site) -> str:
 
 
 def mail_user(option: str, folder: Path = ROOT) -> str:
-    """The address that Slurm writes to: the option, else MAIL_USER or NANOCHAT_MAIL_USER (in any case) of the environment
-    or of .env.local. Raises UserError for something that is not an address."""
-    found = option or _mail_variable(environment.all_variables())
-    if not found and (folder / ".env.local").is_file():
+    """The address for Slurm's mail: the option, else MAIL_USER or NANOCHAT_MAIL_USER of the environment or of .env.local.
+
+    The case of the variables' names does not matter. Raises UserError for something that is not an address.
+    """
+    address = option or _mail_variable(environment.all_variables())
+    if not address and (folder / ".env.local").is_file():
         pairs = (line.partition("=") for line in (folder / ".env.local").read_text("utf-8").splitlines())
-        found = _mail_variable({name.strip().removeprefix("export "): value.strip(" \"'") for name, _, value in pairs})
-    if found and not re.fullmatch(r"[^\s@,]+@[^\s@,]+", found):
-        raise UserError(f"--mail-user {found!r} is not an address; expected name@host")
-    return found
+        address = _mail_variable(
+            {name.strip().removeprefix("export "): value.strip(" \"'") for name, _, value in pairs}
+        )
+    if address and not re.fullmatch(r"[^\s@,]+@[^\s@,]+", address):
+        raise UserError(f"--mail-user {address!r} is not an address; expected name@host")
+    return address
 
 
 def _mail_variable(values: dict[str, str]) -> str:

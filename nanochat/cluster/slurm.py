@@ -1,4 +1,4 @@
-"""What nanochat asks of Slurm: the sbatch call of a job, and how the processes of a stage start inside one."""
+"""The sbatch call of a job, and the command that starts the processes of a stage inside a job."""
 
 import re
 import socket
@@ -13,7 +13,7 @@ from nanochat.platform.errors import UserError
 
 @dataclass(frozen=True)
 class Job:
-    """A job to submit. gpus: of each node; time: Slurm's notation, empty for the site's."""
+    """A job to submit. gpus: of each node; time: in Slurm's notation, empty for the site's; after: id of a job to wait for."""
 
     name: str
     preset: str
@@ -28,7 +28,10 @@ class Job:
 
 
 def sbatch_command(job: Job, site: Site, base: str) -> list[str]:
-    """The sbatch call. A profile's empty values leave their option out."""
+    """The sbatch call of a job, without the options whose value is empty. base: the base directory.
+
+    Raises UserError when a value has a comma, which separates variables in sbatch's --export.
+    """
     options = {
         "job-name": f"nanochat-{job.name}",
         "account": site.account,
@@ -58,16 +61,16 @@ def sbatch_command(job: Job, site: Site, base: str) -> list[str]:
 
 
 def distributed_launcher(processes: int) -> list[str]:
-    """How the processes of a stage are started, before `-m nanochat …`: python itself for one, torchrun for more.
+    """The words in front of `-m nanochat …` that start the processes of a stage: python for one process, torchrun for more.
 
-    In a Slurm job of several tasks every task starts a torchrun of its own, and they meet at the first node.
+    In a Slurm job of several tasks each task starts a torchrun, and they meet at the first node.
     """
     tasks = environment.slurm_tasks()
     if tasks == 1:
         alone = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         return alone if processes > 1 else [sys.executable]
     job, nodes, attempt = environment.slurm_job()
-    host, port = _first_host(nodes), 20_000 + job % 20_000
+    host, port = _first_host(nodes), 20_000 + job % 20_000  # jobs that share a node get different ports
     per_task = max(1, processes)
     return [
         "srun", f"--ntasks={tasks}", "--kill-on-bad-exit=1", "--export=ALL", sys.executable, "-m", "torch.distributed.run",
@@ -77,14 +80,15 @@ def distributed_launcher(processes: int) -> list[str]:
 
 
 def seconds_of(limit: str) -> int:
-    """Of a time limit in Slurm's notation: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
+    """The seconds of a time limit in Slurm's notation.
 
-    Raises UserError for another."""
-    days, dash, rest = limit.rpartition("-")
-    parts = rest.split(":")
+    It is minutes, minutes:seconds, hours:minutes:seconds or days-hours[:minutes[:seconds]]. Raises UserError for anything else.
+    """
+    days, dash, clock = limit.rpartition("-")
+    parts = clock.split(":")
     if not all(part.isdigit() for part in (*parts, days or "0")) or len(parts) > 3:
         raise UserError(
-            f"--time {limit!r} is no time limit; wanted minutes, hours:minutes:seconds or days-hours:minutes:seconds"
+            f"--time {limit!r} is not a time limit; wanted minutes, hours:minutes:seconds or days-hours:minutes:seconds"
         )
     units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
     return 86400 * int(days or 0) + sum(unit * int(part) for unit, part in zip(units, parts, strict=False))

@@ -1,4 +1,4 @@
-"""`nanochat cluster status`: how far a run is, from the files it writes, and its jobs where Slurm is installed."""
+"""`nanochat cluster status`: the progress of a run, from the files that it writes, and its jobs if Slurm is installed."""
 
 import json
 import shutil
@@ -15,10 +15,11 @@ from nanochat.speedrun.records import record_path
 from nanochat.speedrun.stages import STAGES, Stage
 from nanochat.train.metrics import read_metrics
 
-STALE_SECONDS = 300  # without a new line in its metrics a stage is not called running
+STALE_SECONDS = 300  # a stage whose metrics have no new line for so long is not shown as running
 
 
 def status(options: StatusOptions, paths: Paths) -> None:
+    """Print a table of the stages, and the run's last eight jobs."""
     table = Table("stage", "state", "step", "loss", "tokens/s", "left", box=None)
     for stage in STAGES:
         table.add_row(stage.name, *_state(paths, stage))
@@ -34,6 +35,7 @@ def status(options: StatusOptions, paths: Paths) -> None:
 
 
 def _state(paths: Paths, stage: Stage) -> tuple[str, ...]:
+    """State, step, loss, tokens per second and time left of a stage, as text."""
     record = read_json(record_path(paths, stage))
     metrics = [line for line in read_metrics(paths.metrics(stage.name)) if "tokens_per_second" in line]
     numbers = ("", "", "", "")
@@ -45,6 +47,6 @@ def _state(paths: Paths, stage: Stage) -> tuple[str, ...]:
     if not metrics:
         return ("to come", *numbers)
     age = time.time() - paths.metrics(stage.name).stat().st_mtime
-    remaining = metrics[-1].get("remaining")  # None in the first steps, whose pace says nothing
+    remaining = metrics[-1].get("remaining")  # None in the first steps, which compile and capture
     left = "not known yet" if remaining is None else f"{remaining / 60:.1f} min"
     return ("running" if age < STALE_SECONDS else f"no news for {age / 60:.0f} min", *numbers[:3], left)

@@ -1,4 +1,4 @@
-"""The commands about a cluster: submit a job to Slurm, and tell how a run stands from the files it writes."""
+"""`nanochat cluster submit`: submits a job to Slurm, or shows the sbatch calls."""
 
 import json
 import shlex
@@ -16,25 +16,28 @@ from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
 from nanochat.speedrun.stages import NAMES
 
-SHORTEST_RUN = 35  # seconds, in which a start gets somewhere
+SHORTEST_RUN = 35  # seconds that a job needs to start and to make some progress
 
 
 def submit(options: SubmitOptions) -> None:
-    """Raises UserError when Slurm is not there or refuses."""
+    """Submit a job, with the gate's job in front of it if the user asks for it, and note it for `cluster status`.
+
+    Raises UserError when Slurm is not installed or rejects the job.
+    """
     site = load_site(options.site)
     base = base_directory(site)
-    plain = options.preset in EMBEDDED
-    gpus = options.gpus if options.gpus >= 0 else 0 if plain else int(site.gpus or 8)
+    for_cpu = options.preset in EMBEDDED
+    gpus = options.gpus if options.gpus >= 0 else 0 if for_cpu else int(site.gpus or 8)
     if gpus and options.tasks_per_node > 1:
-        raise UserError("one task a node serves all of its GPUs; --tasks-per-node is for runs without")
+        raise UserError("one task per node serves all of its GPUs; --tasks-per-node is for runs without GPUs")
     for option, name in (("--from", options.first), ("--to", options.last)):
         if name and name not in NAMES:
             raise UserError(f"{option} {name}: no such stage; there are: {', '.join(NAMES)}")
     limit = options.time or site.time
     if limit and seconds_of(limit) < options.signal_seconds + SHORTEST_RUN:
         raise UserError(
-            f"--time {limit} leaves less than {SHORTEST_RUN} s before the signal to save, {options.signal_seconds} s ahead of its "
-            "end: the job would be queued again and again; give more time, or a smaller --signal-seconds"
+            f"--time {limit} leaves less than {SHORTEST_RUN} s before the signal to save, {options.signal_seconds} s before the "
+            "end: the job would be queued again and again; raise --time or lower --signal-seconds"
         )
     stages = " ".join(
         f"{option} {name}" for option, name in (("--from", options.first), ("--to", options.last)) if name
@@ -43,10 +46,10 @@ def submit(options: SubmitOptions) -> None:
     names = ["gate", "speedrun"] if options.job == "speedrun" and options.after_gate else [options.job]
     submitted = ""
     for name in names:
-        whole = name == "speedrun"
+        is_speedrun = name == "speedrun"
         job = Job(
-            name, options.preset, options.nodes if whole else 1, gpus if whole else min(gpus, 1),
-            options.tasks_per_node if whole else 1, options.time, mail, submitted, options.signal_seconds, stages,
+            name, options.preset, options.nodes if is_speedrun else 1, gpus if is_speedrun else min(gpus, 1),
+            options.tasks_per_node if is_speedrun else 1, options.time, mail, submitted, options.signal_seconds, stages,
         )  # fmt: skip
         command = sbatch_command(job, site, base)
         if options.dry_run:
@@ -66,12 +69,12 @@ def submit(options: SubmitOptions) -> None:
 
 
 def _call(command: list[str]) -> str:
-    """The id of the job that sbatch queued."""
+    """Run an sbatch call; returns the id of the job that it queued."""
     if shutil.which("sbatch") is None:
         raise UserError(
-            "sbatch is not on the PATH; run this on a login node of a Slurm cluster, or look with --dry-run"
+            "sbatch is not on the PATH; run this on a login node of a Slurm cluster, or see the call with --dry-run"
         )
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"Slurm refused: {done.stderr.strip()}; the call was: {shlex.join(command)}")
+        raise UserError(f"Slurm rejected the job: {done.stderr.strip()}; the call was: {shlex.join(command)}")
     return done.stdout.strip().split(";")[0]

@@ -1,1 +1,1 @@
-"""Text and conversations: where they come from and how they become batches."""
+"""Reads text and conversations, and makes batches of tokens from them."""

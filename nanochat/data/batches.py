@@ -1,4 +1,4 @@
-"""Batches of tokens, and a thread that makes them ahead of training."""
+"""Batches of tokens, and a thread that prepares them while training runs."""
 
 import queue
 import threading
@@ -12,9 +12,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """inputs and targets (B, T) int64, with target −1 where nothing is to be learned.
+    """Inputs and targets (B, T), int64 on the CPU; a target of −1 is ignored by the loss.
 
-    position: where the next batch of this rank begins, which a checkpoint keeps (nanochat/data/positions.py).
+    position: where this rank's next batch begins; a checkpoint stores it (nanochat/data/positions.py).
     """
 
     inputs: Tensor
@@ -23,7 +23,7 @@ class Batch:
     progress: float = 0.0  # share of the data consumed, for streams that end
 
     def to(self, device: torch.device) -> "Batch":
-        """On the device; asynchronously from pinned memory on CUDA."""
+        """The batch on a device; to CUDA it is copied asynchronously, from pinned memory."""
         if device.type == "cuda":
             moved = [t.pin_memory().to(device, non_blocking=True) for t in (self.inputs, self.targets)]
         else:
@@ -33,14 +33,17 @@ class Batch:
 
 @contextmanager
 def prefetched(batches: Iterator[Batch], depth: int = 4) -> Iterator[Iterator[Batch]]:
-    """The same batches, made ahead by a thread. An error there is raised here; leaving the block ends the thread."""
+    """Give the block the same batches, prepared by a thread that is up to `depth` batches ahead.
+
+    An error of the thread is raised in the block where the failing batch would have come. Leaving the block ends the thread.
+    """
     ready: queue.Queue = queue.Queue(maxsize=depth)
     stop = threading.Event()
 
     def put(item: object) -> None:
         while not stop.is_set():
             try:
-                return ready.put(item, timeout=0.1)
+                return ready.put(item, timeout=0.1)  # then look at `stop`: nobody may be taking batches any more
             except queue.Full:
                 continue
 
@@ -51,7 +54,7 @@ def prefetched(batches: Iterator[Batch], depth: int = 4) -> Iterator[Iterator[Ba
                 if stop.is_set():
                     return
             put(None)
-        except BaseException as error:  # handed over, whatever it is
+        except BaseException as error:  # the consumer raises it, whatever it is
             put(error)
 
     def consume() -> Iterator[Batch]:

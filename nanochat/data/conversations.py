@@ -1,4 +1,4 @@
-"""Conversations as batches: mixtures of tasks, packed into one stream or padded one a row."""
+"""Conversations as batches: mixtures of tasks, packed into one stream or padded to one conversation per row."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ SHUFFLE_SEED = 42
 
 
 class Mixture:
-    """Tasks in one shuffled order; a task listed twice comes twice."""
+    """The rows of several tasks in one shuffled order, the same in every run; a task that is listed twice comes twice."""
 
     def __init__(self, tasks: Sequence[Sequence[dict]]):
         self.tasks = list(tasks)
@@ -28,14 +28,14 @@ class Mixture:
         return self.tasks[task][row]
 
     def sizes(self) -> dict[str, int]:
-        """Rows by the name of their task."""
+        """The number of rows of each task, by its name."""
         sizes: dict[str, int] = {}
         for task in self.tasks:
             sizes[task.name] = sizes.get(task.name, 0) + len(task)
         return sizes
 
 
-class First:
+class Limited:
     """The first `limit` rows of a task; all of them when it has fewer or the limit is negative."""
 
     def __init__(self, task: Sequence[dict], limit: int):
@@ -58,20 +58,22 @@ def packed_batches(
     world_size: int = 1,
     position: tuple[int, int] = (0, 0),
 ) -> Iterator[Batch]:
-    """One epoch as one stream of tokens cut into (rows, length), loss on all of them; the tail is dropped.
+    """One epoch as a stream of tokens that is cut into batches (rows, length), with loss on every token.
 
-    position: (conversations this rank has used up, first token wanted of the next one).
+    Rank r takes conversations r, r + world_size, … of the mixture, each cut to `length` tokens; tokens at the end that do not
+    fill a batch are dropped. position: (conversations that this rank has used up, first unused token of the next one).
     """
     used, skip = position
     needed = rows * length
     buffer: list[int] = []
-    pieces: list[int] = []  # tokens left of each conversation in the buffer
+    pieces: list[int] = []  # how many tokens of each conversation are in the buffer
+    # conversations are dealt out one by one, so that the ranks get about equally many tokens
     for index in range(used * world_size + rank, len(mixture), world_size):
         ids, _ = render(tokenizer, mixture[index], length)
         ids, skip = ids[skip:], 0
         buffer += ids
         pieces.append(len(ids))
-        while len(buffer) > needed:
+        while len(buffer) > needed:  # one token more than the inputs: the last target
             flat = torch.tensor(buffer[: needed + 1])
             buffer, consumed = buffer[needed:], needed
             while pieces[0] <= consumed:
@@ -92,10 +94,10 @@ def padded_batches(
     world_size: int = 1,
     position: tuple[int] = (0,),
 ) -> Iterator[Batch]:
-    """One epoch, one conversation a row, padded with assistant_end to the longest; loss where the mask is 1.
+    """One epoch with one conversation per row, padded with assistant_end to the longest; loss where the mask of `render` is 1.
 
-    A rank takes rows rank, rank + W, …; what does not fill a batch on every rank is dropped. position:
-    (conversations this rank has used up,).
+    Rank r takes conversations r, r + world_size, … of the mixture, each cut to length + 1 tokens; those at the end that do not
+    fill a batch on every rank are dropped. position: (conversations that this rank has used up,).
     """
     for used in range(position[0], len(mixture) // world_size - rows + 1, rows):
         numbers = range(used, used + rows)

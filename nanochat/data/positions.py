@@ -1,7 +1,7 @@
-"""Where a rank continues reading, from the positions that a checkpoint keeps for every rank.
+"""Where a rank continues to read, from the positions of all ranks that a checkpoint stores.
 
-With the same number of ranks each continues at its own position. With another number, reading continues after everything
-that any rank has read: what the others had not read of it is skipped, so that nothing is trained on twice.
+With the same number of ranks, each continues at its own position. With another number, all continue behind the furthest
+position: data before it that some rank had not read yet are skipped, so that no data are trained on twice.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,10 @@ START: TextPosition = (0, -1, 0, 0)  # row group −1: the rank's first
 
 
 def text_position(positions: Sequence[TextPosition], rank: int, world_size: int, row_groups: int) -> TextPosition:
-    """Of a TokenStream over `row_groups` row groups. With another number of ranks, row groups read in part are skipped."""
+    """This rank's position in a TokenStream over `row_groups` row groups.
+
+    With another number of ranks, row groups that were partly read are skipped.
+    """
     if len(positions) == world_size:
         return positions[rank]
     epoch, furthest = max((p[0], p[1]) for p in positions)
@@ -22,7 +25,10 @@ def text_position(positions: Sequence[TextPosition], rank: int, world_size: int,
 
 
 def conversation_position(positions: Sequence[tuple[int, ...]], rank: int, world_size: int) -> tuple[int, ...]:
-    """Of packed_batches, (conversations read, tokens of the next one), or of padded_batches, (conversations read,)."""
+    """This rank's position in packed_batches or padded_batches.
+
+    It is (conversations read, tokens read of the next one) for packed batches and (conversations read,) for padded ones.
+    """
     if len(positions) == world_size:
         return tuple(positions[rank])
     furthest = max(p[0] + (len(p) > 1 and p[1] > 0) for p in positions)

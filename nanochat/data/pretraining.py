@@ -1,8 +1,8 @@
-"""The stream of pretraining tokens, with a position from which the same batches come again.
+"""The stream of pretraining tokens, which can be resumed at any batch.
 
 Threads tokenize the documents of a rank's row groups. Each document begins with bos, and together they form one endless
-stream. A batch is B rows of T + 1 of its tokens, and each row begins with the last token of the row before. A position (epoch,
-row group, document, token) names the first token of the next batch, so that resuming needs no saved buffer.
+stream. A batch is B rows of T + 1 tokens of the stream, and each row begins with the last token of the row before. A position
+(epoch, row group, document, token) names the first token of the next batch; a checkpoint stores it instead of a buffer.
 """
 
 from collections import deque
@@ -18,11 +18,14 @@ from nanochat.data.shards import Shards
 from nanochat.platform.errors import UserError
 from nanochat.tokenizer.bpe import Tokenizer
 
-DOCUMENTS_AT_ONCE = 64
+DOCUMENTS_AT_ONCE = 64  # given to the threads together
 
 
 class TokenStream:
-    """A rank's endless stream of tokens."""
+    """A rank's endless stream of tokens: row groups rank, rank + world_size, … of the shards, again in every epoch.
+
+    Raises UserError when there are fewer row groups than ranks.
+    """
 
     def __init__(self, shards: Shards, tokenizer: Tokenizer, rank: int, world_size: int, pool: ThreadPoolExecutor):
         if world_size > len(shards.row_groups):
@@ -33,14 +36,14 @@ class TokenStream:
         self.shards, self.tokenizer, self.rank, self.world_size, self.pool = shards, tokenizer, rank, world_size, pool
 
     def documents(self, position: TextPosition) -> Iterator[tuple[TextPosition, np.ndarray]]:
-        """(position of its first token, tokens) of each document from a position on, for ever."""
+        """The documents from a position on, without end, as (position of the first token, tokens)."""
         epoch, row_group, document, token = position
         row_group = self.rank if row_group < 0 else row_group
         while True:
             texts = self.shards.read(row_group)
             for first in range(document, len(texts), DOCUMENTS_AT_ONCE):
-                some = texts[first : first + DOCUMENTS_AT_ONCE]
-                for index, tokens in enumerate(self.tokenizer.encode_batch(some, self.pool), first):
+                chunk = texts[first : first + DOCUMENTS_AT_ONCE]
+                for index, tokens in enumerate(self.tokenizer.encode_batch(chunk, self.pool), first):
                     tokens = np.concatenate([[self.tokenizer.bos], tokens]).astype(np.int64)
                     yield (epoch, row_group, index, token), tokens[token:]
                     token = 0
@@ -50,20 +53,20 @@ class TokenStream:
                 epoch, row_group = epoch + 1, self.rank
 
     def batches(self, rows: int, length: int, position: TextPosition = START) -> Iterator[Batch]:
-        """Batches of `rows` × `length` tokens from a position on, for ever."""
+        """Batches of (rows, length) tokens from a position on, without end."""
         needed = rows * length
         waiting: deque[tuple[TextPosition, np.ndarray]] = deque()
-        held = 0
-        for where, tokens in self.documents(position):
-            waiting.append((where, tokens))
-            held += len(tokens)
-            while held > needed:  # one token beyond: the last target, and the first input of the next batch
+        available = 0  # tokens in `waiting`
+        for start, tokens in self.documents(position):
+            waiting.append((start, tokens))
+            available += len(tokens)
+            while available > needed:  # one token more: the last target, which is the first input of the next batch
                 flat = np.concatenate([tokens for _, tokens in waiting])[: needed + 1]
                 consumed = needed
                 while len(waiting[0][1]) <= consumed:
                     consumed -= len(waiting.popleft()[1])
                 (epoch, row_group, document, token), tokens = waiting[0]
                 waiting[0] = ((epoch, row_group, document, token + consumed), tokens[consumed:])
-                held -= needed
+                available -= needed
                 flat = torch.from_numpy(flat)
                 yield Batch(flat[:-1].view(rows, length), flat[1:].view(rows, length), waiting[0][0])

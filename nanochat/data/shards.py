@@ -1,4 +1,4 @@
-"""Parquet shards of pretraining text: which there are, and their row groups."""
+"""Reads the parquet shards of pretraining text by row groups."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,22 +14,22 @@ from nanochat.platform.paths import Paths
 
 @dataclass(frozen=True)
 class Shards:
-    """The row groups of a split, numbered through all of its shards."""
+    """The row groups of a split, numbered across its shards."""
 
     files: tuple[Path, ...]
     row_groups: tuple[tuple[int, int], ...]  # (file, row group in it)
 
     @classmethod
     def of(cls, paths: Paths, split: str) -> "Shards":
-        """split "train" or "val"; the last shard is validation. Opens every file, so that a bad one is found now.
+        """The shards of a split: "val" is the last shard, "train" all others. Opens every file, to find a bad one at once.
 
-        Raises UserError when fewer than two shards are there or one is missing from the sequence, is truncated, is not
-        parquet, has no column `text` or no rows.
+        Raises UserError for fewer than two shards, a gap in their numbers, and a shard that is truncated, is not parquet, or
+        has no column `text` or no rows.
         """
         files = sorted(paths.text.glob("*.parquet"))
         if len(files) < 2:
             raise UserError(
-                f"{paths.text} holds {len(files)} parquet shards, wanted two or more (the last is for validation); "
+                f"{paths.text} has {len(files)} parquet shards, wanted two or more (the last is for validation); "
                 f"{GET_DATA}"
             )
         missing = _first_gap(files[:-1])  # the validation shard is the last of the whole set, far from the others
@@ -40,7 +40,7 @@ class Shards:
         return cls(chosen, tuple(row_groups))
 
     def read(self, index: int) -> list[str]:
-        """The documents of a row group."""
+        """The documents of row group number `index`."""
         file, row_group = self.row_groups[index]
         path = self.files[file]
         try:
@@ -50,6 +50,7 @@ class Shards:
         return [text for text in column.to_pylist() if text is not None]
 
     def documents(self) -> Iterator[str]:
+        """All documents, in order."""
         for index in range(len(self.row_groups)):
             yield from self.read(index)
 
@@ -62,7 +63,7 @@ def _first_gap(files: list[Path]) -> str | None:
     return None
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=8)  # consecutive row groups are in the same file, whose footer need not be read again
 def _open(path: Path) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(path)

@@ -1,1 +1,1 @@
-"""Measures models and the tokenizer: bits per byte, CORE, chat tasks, compression."""
+"""Evaluation of models and of the tokenizer: bits per byte, CORE, chat tasks, compression."""

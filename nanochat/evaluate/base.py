@@ -16,6 +16,7 @@ from nanochat.platform.paths import Paths
 
 
 def evaluate_base(options: EvaluateBaseOptions, paths: Paths, runtime: Runtime) -> dict[str, float]:
+    """Evaluate the newest base checkpoint: bits per byte of both splits, those of a unigram model, and CORE with its tasks."""
     model, tokenizer, _ = load_model(paths, "base", runtime, options.impl)
     rows, length = options.batch_size, model.config.context_length
     count = max(1, options.tokens // (rows * length * runtime.world_size))

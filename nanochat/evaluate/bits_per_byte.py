@@ -1,4 +1,4 @@
-"""Bits per byte: a loss that does not depend on the tokenizer. Σ nats / (ln 2 · Σ bytes) over targets that have bytes."""
+"""Bits per byte, a loss that is comparable across tokenizers: Σ nats / (ln 2 · Σ bytes) over targets that stand for text."""
 
 import math
 from collections.abc import Iterable
@@ -13,7 +13,10 @@ from nanochat.platform.distributed import Runtime
 
 @torch.inference_mode()
 def bits_per_byte(model: GPT, batches: Iterable[Batch], token_bytes: np.ndarray, runtime: Runtime) -> float:
-    """Over the batches of all ranks. Special tokens and ignored targets (−1) do not count."""
+    """Bits per byte of a model over the batches of all ranks. Special tokens and ignored targets (−1) do not count.
+
+    token_bytes: int32 (V,), the length of each token in bytes, 0 for special tokens.
+    """
     lengths = torch.from_numpy(token_bytes).to(runtime.device)
     nats, count = 0.0, 0
     for batch in batches:
@@ -27,11 +30,11 @@ def bits_per_byte(model: GPT, batches: Iterable[Batch], token_bytes: np.ndarray,
 
 
 def unigram_bits_per_byte(train: Iterable[Batch], val: Iterable[Batch], token_bytes: np.ndarray) -> float:
-    """Of the model that knows only how often each token is (add-one), counted on train and measured on val."""
+    """Bits per byte on `val` of a model that knows only token frequencies, counted on `train` with one added to each count."""
     counts = np.ones(len(token_bytes))
     for batch in train:
         counts += np.bincount(batch.targets.numpy().ravel(), minlength=len(counts))
     nats = -np.log(counts / counts.sum())
-    seen = np.concatenate([batch.targets.numpy().ravel() for batch in val])
-    seen = seen[token_bytes[seen] > 0]
-    return float(nats[seen].sum() / (math.log(2) * token_bytes[seen].sum()))
+    targets = np.concatenate([batch.targets.numpy().ravel() for batch in val])
+    targets = targets[token_bytes[targets] > 0]
+    return float(nats[targets].sum() / (math.log(2) * token_bytes[targets].sum()))

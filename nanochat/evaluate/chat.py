@@ -1,4 +1,4 @@
-"""Chat tasks: multiple choice by the letters' logits, the others by generating at temperature 0; ChatCORE over all."""
+"""Chat tasks: multiple choice by the logits of the letters, all others by generating at temperature 0; ChatCORE over all tasks."""
 
 from collections.abc import Callable
 
@@ -34,7 +34,7 @@ def chat_accuracies(
     options: ChatTaskOptions,
     names: tuple[str, ...] = tuple(TASKS),
 ) -> dict[str, float]:
-    """Accuracy of each task, and "ChatCORE", the mean of accuracies centred on guessing."""
+    """The accuracy of each task by its name, and "ChatCORE": the mean of (accuracy − baseline) / (1 − baseline)."""
     results, centred = {}, []
     for name in names:
         task = TASKS[name](paths)
@@ -74,7 +74,7 @@ def _generative(model: GPT, tokenizer: Tokenizer, task, indices: range, options:
 
 
 def evaluate_chat(options: EvaluateChatOptions, paths: Paths, runtime: Runtime) -> dict[str, float]:
-    """`nanochat evaluate chat`: the accuracies of the newest checkpoint of a stage."""
+    """`nanochat evaluate chat`: evaluate the newest checkpoint of a stage; returns accuracies. Raises UserError for unknown tasks."""
     unknown = [name for name in options.tasks if name not in TASKS]
     if unknown:
         raise UserError(f"unknown task {unknown[0]!r}; choose from: {', '.join(TASKS)}")
@@ -85,7 +85,7 @@ def evaluate_chat(options: EvaluateChatOptions, paths: Paths, runtime: Runtime) 
 
 
 def say_accuracies(results: dict[str, float], runtime: Runtime, skip: tuple[str, ...] = ()) -> None:
-    """Print a line per result on the first rank."""
+    """Print a line for each result, on the first rank only."""
     if runtime.primary:
         for name, value in results.items():
             if name not in skip:

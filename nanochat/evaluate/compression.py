@@ -1,7 +1,8 @@
-"""Bytes per token of the tokenizer on several kinds of text, beside gpt2 and cl100k when their files are there."""
+"""Bytes per token of the tokenizer on several kinds of text, compared with gpt2 and cl100k_base if their files are there."""
 
 import hashlib
 import os
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 import tiktoken
@@ -39,7 +40,7 @@ TEXTS = {
         "membrane leaks, the same gradient only warms the cell, which is how brown fat heats a hibernating animal."
     ),
 }
-# the files tiktoken keeps, by the SHA-1 of the address they come from
+# tiktoken stores each file under the SHA-1 of its address
 _ORIGIN = "https://openaipublic.blob.core.windows.net/"
 ENCODINGS = {
     "gpt2": ("gpt-2/encodings/main/vocab.bpe", "gpt-2/encodings/main/encoder.json"),
@@ -48,12 +49,12 @@ ENCODINGS = {
 
 
 def evaluate_tokenizer(options: TokenizerEvalOptions, paths: Paths) -> dict[str, float]:
-    """UTF-8 bytes per token for each text and encoding, as "text" and "text (gpt2)"; printed as a table."""
+    """`nanochat tokenizer eval`: print UTF-8 bytes per token for each text and encoding; returns them as "text", "text (gpt2)"."""
     tokenizer = Tokenizer.load(paths.tokenizer)
     texts = dict(TEXTS)
     for split in ("train", "val"):
         texts[split] = "\n".join(islice(Shards.of(paths, split).documents(), 200))
-    encoders = {"": tokenizer.encode} | {f" ({name})": encode for name, encode in _others(paths)}
+    encoders = {"": tokenizer.encode} | {f" ({name})": encode for name, encode in _other_encodings(paths)}
     results = {}
     for kind, text in texts.items():
         size = len(text.encode("utf-8"))
@@ -61,12 +62,12 @@ def evaluate_tokenizer(options: TokenizerEvalOptions, paths: Paths) -> dict[str,
         results |= ratios
         say(
             f"{kind:8} {size:7,} bytes | "
-            + " | ".join(f"{v:.2f} bytes a token{k[len(kind) :]}" for k, v in ratios.items())
+            + " | ".join(f"{v:.2f} bytes per token{k[len(kind) :]}" for k, v in ratios.items())
         )
     return results
 
 
-def _others(paths: Paths):
+def _other_encodings(paths: Paths) -> Iterator[tuple[str, Callable[[str], list[int]]]]:
     for name, files in ENCODINGS.items():
         missing = [
             path

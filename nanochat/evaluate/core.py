@@ -1,8 +1,11 @@
 """CORE: the in-context tasks of an evaluation bundle (core.yaml, eval_meta_data.csv, eval_data/*.jsonl).
 
-multiple_choice: the choice with the least mean loss; schema: the context under which the common continuation has the
-least mean loss; language_modeling: every token of the continuation is the most likely one. A task's score is its accuracy
-centred on guessing, CORE is their mean. Li et al. 2024 (DCLM).
+An item is right when
+  multiple_choice    the right choice has the smallest mean loss,
+  schema             the common continuation has the smallest mean loss after the right context,
+  language_modeling  every token of the continuation is the most likely one.
+A task's score is (accuracy − baseline) / (1 − baseline), with the accuracy of guessing as its baseline. CORE is the mean of
+the scores. Li et al. 2024 (DCLM).
 """
 
 import csv
@@ -31,6 +34,8 @@ KEYS = {
 
 @dataclass(frozen=True)
 class CoreTask:
+    """A task of the bundle, with its items and the number of solved examples (shots) in front of each."""
+
     label: str
     kind: str
     shots: int
@@ -40,7 +45,7 @@ class CoreTask:
 
 
 def load_bundle(directory: Path) -> list[CoreTask]:
-    """The tasks of a bundle. Raises UserError when the bundle or one of its files is missing or malformed."""
+    """The tasks of a bundle. Raises UserError when one of its files is missing or malformed."""
     listing, meta = directory / "core.yaml", directory / "eval_meta_data.csv"
     for path in (listing, meta):
         if not path.exists():
@@ -69,7 +74,7 @@ def load_bundle(directory: Path) -> list[CoreTask]:
 def evaluate_core(
     model: GPT, tokenizer: Tokenizer, directory: Path, runtime: Runtime, max_per_task: int = -1
 ) -> dict[str, float]:
-    """Accuracy of each task under its label, and "CORE"."""
+    """The accuracy of each task by its label, and "CORE". max_per_task: items of each task, negative for all."""
     results, centred = {}, []
     for task in load_bundle(directory):
         accuracy = evaluate_task(model, tokenizer, task, runtime, max_per_task)
@@ -79,7 +84,7 @@ def evaluate_core(
 
 
 def evaluate_task(model: GPT, tokenizer: Tokenizer, task: CoreTask, runtime: Runtime, max_per_task: int = -1) -> float:
-    """Accuracy over the (first max_per_task shuffled) items, dealt out to ranks."""
+    """The accuracy on a task, whose items the ranks share; with max_per_task > 0, on that many items, chosen by a fixed shuffle."""
     items = list(task.items)
     random.Random(1337).shuffle(items)
     if max_per_task > 0:
@@ -106,7 +111,7 @@ def evaluate_task(model: GPT, tokenizer: Tokenizer, task: CoreTask, runtime: Run
 
 
 def _score(logits: Tensor, tokens: list[int]) -> tuple[float, bool]:
-    """Mean loss of the tokens, and whether each is the most likely one."""
+    """The mean loss of the tokens in nats, and whether each of them is the most likely one."""
     targets = tensor(tokens[-logits.size(0) :], device=logits.device)
     return F.cross_entropy(logits, targets).item(), bool((logits.argmax(-1) == targets).all())
 
@@ -114,7 +119,7 @@ def _score(logits: Tensor, tokens: list[int]) -> tuple[float, bool]:
 def _sequences(
     task: CoreTask, items: list[dict], index: int, tokenizer: Tokenizer
 ) -> tuple[list[list[int]], list[tuple[int, int]]]:
-    """The token sequences of an item and the span of each that is scored."""
+    """The token sequences of an item, with its shots in front, and the span of each sequence that is scored."""
     others = [i for i in range(len(items)) if i != index]
     chosen = random.Random(1234 + index).sample(others, min(task.shots, len(others)))
     shots = "".join(f"{_solved(task, items[i])}\n\n" for i in chosen)
@@ -125,7 +130,7 @@ def _sequences(
 
     if task.kind == "multiple_choice":
         sequences = [encode(f"{shots}{item['query']}{task.delimiter}{choice}") for choice in item["choices"]]
-        start = _common_prefix(sequences)
+        start = _common_prefix(sequences)  # the choices may share their first tokens
         return sequences, [(min(start, len(s) - 1), len(s)) for s in sequences]
     if task.kind == "schema":
         tail = f"{task.delimiter}{item['continuation']}"
@@ -139,6 +144,7 @@ def _sequences(
 
 
 def _solved(task: CoreTask, item: dict) -> str:
+    """The text of an item with its right answer."""
     if task.kind == "multiple_choice":
         return f"{item['query']}{task.delimiter}{item['choices'][item['gold']]}"
     context = item["context_options"][item["gold"]] if task.kind == "schema" else item["context"].strip()
@@ -146,6 +152,7 @@ def _solved(task: CoreTask, item: dict) -> str:
 
 
 def _common_prefix(sequences: list[list[int]]) -> int:
+    """The number of tokens that all sequences begin with."""
     length = 0
     for column in zip(*sequences, strict=False):
         if len(set(column)) > 1:

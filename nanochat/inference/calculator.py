@@ -1,18 +1,17 @@
-"""The tool of the model: sums, and counting in a string. Parsed and computed here; nothing is ever evaluated as Python."""
+"""The calculator that the model calls: arithmetic, and counting a part of a string. Nothing is evaluated as Python."""
 
 import ast
 import operator
 
-# Bounds what an expression can cost: without powers, numbers grow no longer than the expression, so even the worst
-# one takes milliseconds, far under the 3 s a tool may take.
+# Without powers, numbers grow no longer than the expression, so that the worst one of this length takes milliseconds.
 MAX_LENGTH = 256
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
 def calculate(expression: str) -> str | None:
-    """The result of a sum over digits and + - * / . ( ), or of 'text'.count('part'); None when it is neither.
+    """The result of an expression of numbers and + - * / ( ), or of 'text'.count('part'); None for anything else.
 
-    Whole results are written without a decimal point, others with at most ten digits.
+    Whole results are written without a decimal point, others with at most ten digits. Commas in numbers are ignored.
     """
     expression = expression.replace(",", "") if not set("'\"") & set(expression) else expression
     if len(expression) > MAX_LENGTH:

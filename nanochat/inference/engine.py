@@ -1,6 +1,6 @@
-"""The engine: batched decoding of prompts of unequal length, with the calculator tool.
+"""The engine: batched decoding of prompts of different lengths, with calls of the calculator.
 
-B rows are decoded together. Each has its own length, so that prompts need no alignment.
+The rows of a batch are decoded together. The cache keeps a length for each row, so that prompts need no left padding.
 """
 
 from collections import deque
@@ -19,15 +19,15 @@ from nanochat.tokenizer.bpe import Tokenizer
 
 @dataclass
 class _Row:
-    """What the engine knows of a row while it decodes."""
+    """The state of a row while it is decoded."""
 
     done: bool = False
     expression: list[int] | None = None  # tokens since python_start
-    forced: deque[int] = field(default_factory=deque)  # a tool's answer, still to be fed
+    forced: deque[int] = field(default_factory=deque)  # tokens of the calculator's answer, which come next
 
 
 class Engine:
-    """Generates from a model with its tokenizer."""
+    """Generates text with a model and its tokenizer."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer
@@ -43,46 +43,51 @@ class Engine:
         samples: int = 1,
         seed: int = 42,
     ) -> Iterator[tuple[list[int | None], list[bool]]]:
-        """One column of tokens at a time for len(prompts)·samples rows (a prompt's samples are neighbours).
+        """Generate up to max_tokens tokens for len(prompts)·samples rows, one token of every row at a time.
 
-        A column holds for each row its token, None once it has ended (by assistant_end or bos, which are not given), and
-        whether the token was sampled (False: forced by the tool). temperature 0 takes the most likely token.
+        Each item is (tokens, sampled), with an entry for every row; the samples of a prompt are adjacent rows. A token is None
+        once its row has ended with assistant_end or bos, which are not returned. sampled is False for a token that the calculator
+        forced. temperature 0 takes the most likely token; top_k None samples from the whole vocabulary.
+        Raises UserError for arguments that cannot be sampled from and for a prompt that fills the model's positions.
         """
         check_sampling(prompts, max_tokens, temperature, top_k, samples)
         device, model = self.model.device, self.model
+        # torch takes seeds below 2**64; the upper half stands for negative ones
         generator = torch.Generator(device=device).manual_seed(seed % 2**63 if seed >= 0 else 2**63 + seed % 2**63)
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         longest = int(lengths.max())
-        room = min(longest + max_tokens, model.cos.size(0))
-        if longest >= room:
-            raise UserError(f"a prompt of {longest} tokens leaves no room in the {room} positions of the model")
+        capacity = min(longest + max_tokens, model.cos.size(0))
+        if longest >= capacity:
+            raise UserError(
+                f"a prompt of {longest} tokens leaves none of the model's {capacity} positions for an answer; shorten it"
+            )
         padded = torch.zeros(len(prompts), longest, dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             padded[row, : len(prompt)] = torch.tensor(prompt)
-        cache = KVCache(model.config, len(prompts), room, device, model.compute_dtype)
-        # Right-padded: what a row's padding writes into its cache lies beyond its length and is overwritten later.
+        cache = KVCache(model.config, len(prompts), capacity, device, model.compute_dtype)
+        # Padding is on the right: its keys and values lie beyond the row's length in the cache and are overwritten later.
         hidden = model.hidden(padded.to(device), cache)
         cache.advance(lengths.to(device), longest)
         last = hidden[torch.arange(len(prompts), device=device), lengths.to(device) - 1]
         logits = model.logits(last).repeat_interleave(samples, dim=0)
-        cache.repeat(samples)
+        cache.repeat(samples)  # the prompt is computed once for all of its samples
         rows = [_Row() for _ in range(len(prompts) * samples)]
-        for step in range(room - longest):
+        for step in range(capacity - longest):
             sampled = sample(logits, temperature, top_k, generator).tolist()
             column = [self._next(row, token) for row, token in zip(rows, sampled, strict=True)]
             yield (
                 [None if row.done else token for row, (token, _) in zip(rows, column, strict=True)],
                 [not forced for _, forced in column],
             )
-            if all(row.done for row in rows) or step == room - longest - 1:
+            if all(row.done for row in rows) or step == capacity - longest - 1:
                 return
             tokens = torch.tensor([[token] for token, _ in column], device=device)
             hidden = model.hidden(tokens, cache)
-            cache.advance(1, cache.used + 1)
+            cache.advance(1, cache.longest + 1)
             logits = model.logits(hidden[:, -1])
 
     def generate(self, prompts: list[list[int]], max_tokens: int, **sampling) -> list[list[int]]:
-        """The generated tokens of each row, ends and prompts left out; `sampling` as in stream."""
+        """The generated tokens of each row, without its prompt and the token that ended it; `sampling` as in `stream`."""
         rows: list[list[int]] = [[] for _ in range(len(prompts) * sampling.get("samples", 1))]
         for tokens, _ in self.stream(prompts, max_tokens, **sampling):
             for row, token in zip(rows, tokens, strict=True):
@@ -91,7 +96,7 @@ class Engine:
         return rows
 
     def _next(self, row: _Row, sampled: int) -> tuple[int, bool]:
-        """The row's next token and whether it was forced; keeps the state of the tool."""
+        """The row's next token and whether it was forced; calls the calculator at the end of an expression."""
         special = self.tokenizer.special
         if row.forced:
             return row.forced.popleft(), True

@@ -7,7 +7,7 @@ from nanochat.platform.errors import UserError
 
 
 def sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
-    """One token a row (B,) from logits (B, V); the most likely when the temperature is 0."""
+    """One token per row (B,) for logits (B, V); temperature 0 takes the most likely one."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     if top_k is not None and top_k < logits.size(-1):

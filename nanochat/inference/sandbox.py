@@ -1,6 +1,6 @@
-"""Runs generated code in a process of its own: no network, a temporary directory, limits of time and memory, killed whole.
+"""Runs generated code in a process of its own: without network, in a temporary directory, with limits of time and memory.
 
-It guards against the accidents of a model's code, not against an attacker: the process runs as the same user.
+It protects against accidents of generated code, not against an attacker: the process runs as the same user.
 """
 
 import os
@@ -11,16 +11,16 @@ import sys
 import tempfile
 from dataclasses import dataclass
 
-# An audit hook cannot be removed once set. It refuses what could reach outside the process or outlive it.
+# An audit hook cannot be removed once it is set. This one forbids everything that could reach outside of the process or outlive it.
 _GUARD = """
 import os, sys
 home = os.getcwd()
 writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-refused = ("socket.", "subprocess.", "os.fork", "os.exec", "os.spawn", "os.posix_spawn", "os.system", "os.kill", "pty.",
+forbidden = ("socket.", "subprocess.", "os.fork", "os.exec", "os.spawn", "os.posix_spawn", "os.system", "os.kill", "pty.",
            "ctypes.", "os.putenv", "os.chdir", "signal.")
 changing = ("os.remove", "os.rmdir", "os.rename", "os.truncate", "os.chmod", "os.chown", "os.link", "os.symlink", "os.mkdir")
 def guard(event, args, join=os.path.join, normal=os.path.normpath):
-    if event.startswith(refused):
+    if event.startswith(forbidden):
         raise PermissionError(f"{event} is not allowed here")
     if event == "open":
         paths = args[:1] if (args[2] or 0) & writing or set(args[1] or "") & set("wax+") else ()
@@ -36,7 +36,7 @@ exec(compile(sys.stdin.read(), "<generated>", "exec"), {"__name__": "__main__"})
 
 @dataclass(frozen=True)
 class Outcome:
-    """ok: the program ended by itself with status 0. reason: why not. output: the end of what it printed."""
+    """The result of a program. ok: it ended by itself with status 0. reason: why not. output: the last 4 KiB it printed."""
 
     ok: bool
     reason: str
@@ -44,7 +44,7 @@ class Outcome:
 
 
 def run_python(program: str, timeout: float = 5.0, memory: int = 256 * 2**20) -> Outcome:
-    """Run a program for at most `timeout` seconds in `memory` bytes of address space."""
+    """Run a Python program for at most `timeout` seconds, with at most `memory` bytes of address space."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))

@@ -1,7 +1,7 @@
-"""A chat session: the conversation as token ids, and its answers as events.
+"""A chat session: keeps the conversation as token ids, and gives answers as events.
 
-The ids are the conversation. What the model has said, its tool calls and their results stay in it exactly as the model saw
-them; text is made from ids for display only, and never turned back into ids.
+Answers, calculator calls and their results stay in the conversation exactly as the model saw them. Text is made from ids for
+display only and never turned back into ids, because the tokenizer may split the same text into other tokens.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from nanochat.tokenizer.chat_format import user_turn
 
 @dataclass(frozen=True)
 class Text:
-    """A piece of the answer, of whole characters."""
+    """A piece of the answer; it consists of whole characters."""
 
     text: str
 
@@ -36,7 +36,7 @@ class ToolResult:
 
 @dataclass(frozen=True)
 class Forgotten:
-    """The conversation passed the positions of the model, so that its oldest turns were dropped."""
+    """The conversation no longer fitted into the positions of the model, so that its oldest turns were dropped."""
 
     turns: int
 
@@ -45,20 +45,21 @@ Event = Text | ToolCall | ToolResult | Forgotten
 
 
 class Session:
-    """A conversation with a model. temperature, top_k, seed: as in Engine.stream; max_tokens: of an answer."""
+    """A conversation with a model. sampling: temperature, top_k and seed as in Engine.stream; max_tokens: of an answer."""
 
     def __init__(self, engine: Engine, max_tokens: int = 512, **sampling) -> None:
         self.engine, self.max_tokens, self.sampling = engine, max_tokens, sampling
-        self.turns: list[list[int]] = []  # the ids of a question and its answer each
+        self.turns: list[list[int]] = []  # each has the ids of a question and its answer
 
     def clear(self) -> None:
+        """Start a new conversation."""
         self.turns = []
 
     def ask(self, text: str) -> Iterator[Event]:
-        """The answer to a message, as it is generated.
+        """Answer a message; the events come while the answer is generated.
 
-        The conversation changes only when the answer has been read to its end. Raises UserError when the message alone does not
-        fit into the model's positions.
+        The message and its answer join the conversation only when the answer has been read to its end. Raises UserError when the
+        message alone does not fit into the model's positions.
         """
         tokenizer = self.engine.tokenizer
         question = [*user_turn(tokenizer, text), tokenizer.special("assistant_start")]
@@ -78,12 +79,15 @@ class Session:
         self.turns = [*kept, [*question, *answer, tokenizer.special("assistant_end")]]
 
     def _newest_turns(self, question: int) -> list[list[int]]:
-        """The turns that fit before a question of so many tokens and an answer. Raises UserError when the question does not fit."""
+        """The newest turns that fit before a question of `question` tokens and its answer.
+
+        An answer gets max_tokens, but no more than a quarter of the positions. Raises UserError when the question does not fit.
+        """
         positions = self.engine.model.cos.size(0)
         if 1 + question >= positions:
             raise UserError(f"the message has {question} tokens and the model {positions} positions; shorten it")
-        kept, room = list(self.turns), positions - 1 - question - min(self.max_tokens, positions // 4)
-        while kept and sum(map(len, kept)) > room:
+        kept, available = list(self.turns), positions - 1 - question - min(self.max_tokens, positions // 4)
+        while kept and sum(map(len, kept)) > available:
             kept.pop(0)
         return kept
 
@@ -92,7 +96,7 @@ def events(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[Event]:
     """Generated tokens as events: text in pieces of whole characters, each tool call and each result in one piece."""
     kinds = {tokenizer.special("python_start"): ToolCall, tokenizer.special("output_start"): ToolResult}
     ends = {tokenizer.special("python_end"), tokenizer.special("output_end")}
-    kind, waiting = Text, []  # waiting: tokens not yet shown
+    kind, waiting = Text, []  # waiting: tokens that are not in an event yet
     for token in tokens:
         if token in kinds or token in ends:
             if waiting or kind is not Text:
@@ -100,7 +104,7 @@ def events(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[Event]:
             kind, waiting = kinds.get(token, Text), []
             continue
         waiting.append(token)
-        # a character has up to four bytes: what is not whole after eight tokens is not UTF-8
+        # a character has at most four bytes, so that an incomplete one of more than eight tokens is not UTF-8
         if kind is Text and (not tokenizer.decode(waiting).endswith("\ufffd") or len(waiting) > 8):
             yield Text(tokenizer.decode(waiting))
             waiting = []

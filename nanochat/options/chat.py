@@ -14,15 +14,15 @@ class ChatOptions:
     """Chat with a model: type to talk, `clear` to start a new conversation, `quit` to leave."""
 
     prompt: Annotated[str, tyro.conf.arg(aliases=["-p"])] = ""
-    """one prompt; its answer is printed and the command ends"""
+    """answer only this prompt, without a chat"""
     source: Literal["base", "mid", "sft"] = "sft"
-    """whose newest checkpoint"""
+    """training stage whose newest checkpoint is used"""
     temperature: Annotated[float, AtLeast(0)] = 0.6
-    """0 takes the most likely token"""
+    """temperature of the sampling; 0 takes the most likely token"""
     top_k: Annotated[int, AtLeast(1)] = 50
-    """sample from this many likeliest tokens"""
+    """sample from this many of the most likely tokens"""
     max_tokens: Annotated[int, AtLeast(1)] = 512
-    """tokens of an answer at most"""
+    """maximum number of tokens in an answer"""
     seed: int = 42
     """seed of the sampling"""
     device: str = "auto"

@@ -8,15 +8,15 @@ import tyro
 from nanochat.options.presets import PresetName
 from nanochat.options.ranges import AtLeast
 
-SIGNAL_SECONDS = 600  # before the time limit: a running evaluation must end before the run can save
+SIGNAL_SECONDS = 600  # an evaluation that is running must end before training can save
 
 
 @dataclass(frozen=True)
 class SubmitOptions:
-    """Submit a job to Slurm. The same submission after any end goes on where the run stopped."""
+    """Submit a job to Slurm. However a run ended, submitting it again continues it."""
 
     job: Annotated[Literal["speedrun", "gate", "bench", "profile"], tyro.conf.Positional] = "speedrun"
-    """speedrun: the whole run; gate: choose kernels; bench: measure them; profile: record them"""
+    """speedrun: the whole run; gate: choose kernels; bench: time them; profile: trace them"""
     site: str = "generic"
     """site profile: slurm/<site>.env, or the path of such a file"""
     preset: PresetName = "d20"
@@ -26,23 +26,23 @@ class SubmitOptions:
     last: Annotated[str, tyro.conf.arg(name="to")] = ""
     """stage of the speedrun to end with"""
     after_gate: bool = False
-    """submit the gate too, and begin only when it has succeeded"""
+    """submit the gate's job too, and begin only after it has succeeded"""
     nodes: Annotated[int, AtLeast(1)] = 1
-    """nodes of the speedrun"""
+    """number of nodes for the speedrun"""
     gpus: int = -1
-    """GPUs of each node; negative: the site's number, and none for the presets of a CPU"""
+    """GPUs per node; negative: the site's number, and none for the presets tiny and cpu"""
     tasks_per_node: Annotated[int, AtLeast(1)] = 1
-    """torchrun launchers of a node; more than one only without GPUs"""
+    """torchrun launchers per node; more than one only without GPUs"""
     time: str = ""
-    """time limit in Slurm's notation; the site's when not given. A run that does not fit is queued again until it is done"""
+    """time limit in Slurm's notation, by default the site's. A run that does not finish in time is queued again until it is done"""
     signal_seconds: Annotated[int, AtLeast(0)] = SIGNAL_SECONDS
-    """how long before the time limit the run is asked to save"""
+    """seconds before the time limit at which the run is told to save"""
     mail_user: str = ""
-    """address that Slurm writes to at begin, end and failure; else MAIL_USER of the environment or of .env.local"""
+    """address for Slurm's mail at begin, end and failure; by default MAIL_USER of the environment or of .env.local"""
     dry_run: bool = False
-    """show the sbatch calls and do nothing"""
+    """print the sbatch calls without submitting anything"""
 
 
 @dataclass(frozen=True)
 class StatusOptions:
-    """Show how far a run is, from the files it writes: stages, step, tokens/s, time left; and its jobs where Slurm is there."""
+    """Show the progress of a run (stages, step, tokens/s, time left) and, if Slurm is installed, its jobs."""

@@ -11,11 +11,11 @@ class GenerateOptions:
     """Generate the embedded data: a small closed world as text, conversations and tests."""
 
     seed: int = 1
-    """seed of everything generated"""
+    """seed of all generated data"""
     shards: Annotated[int, AtLeast(1)] = 4
-    """pretraining shards for training; one more is validation"""
+    """shards of pretraining text to train on; one more is for validation"""
     documents: Annotated[int, AtLeast(1)] = 4096
-    """documents a shard"""
+    """documents per shard"""
     chats: Annotated[int, AtLeast(1)] = 3000
     """general conversations (SmolTalk's layout)"""
     questions: Annotated[int, AtLeast(1)] = 10000
@@ -25,6 +25,6 @@ class GenerateOptions:
     identity: Annotated[int, AtLeast(1)] = 300
     """conversations about the model itself"""
     words: Annotated[int, AtLeast(1)] = 4000
-    """words of the word list"""
+    """words in the word list"""
     tests: Annotated[int, AtLeast(1)] = 200
-    """items of each test at most"""
+    """maximum number of items in each test"""

@@ -15,11 +15,11 @@ class EvaluateBaseOptions(PresetOptions):
     """Measure bits per byte and CORE of a base model."""
 
     tokens: Annotated[int, AtLeast(1)] = 20 * 524288
-    """tokens of each split that bits per byte are measured on"""
+    """tokens of each split on which bits per byte are measured"""
     batch_size: Annotated[int, AtLeast(1)] = 32
-    """rows a process takes at once"""
+    """rows per batch and process"""
     core_max_per_task: int = 500
-    """items of each CORE task at most; negative: all"""
+    """maximum number of items of each CORE task; negative: all"""
     device: str = "auto"
     """auto, cuda, cpu or mps"""
     impl: Implementations = field(default_factory=Implementations)
@@ -30,11 +30,11 @@ class ChatTaskOptions:
     """How chat tasks are evaluated."""
 
     max_per_task: int = -1
-    """items of each task at most; negative: all"""
+    """maximum number of items of each task; negative: all"""
     max_tokens: Annotated[int, AtLeast(1)] = 512
-    """tokens generated for an answer at most"""
+    """maximum number of tokens in an answer"""
     rows: Annotated[int, AtLeast(1)] = 64
-    """answers generated at once"""
+    """answers generated at the same time"""
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class EvaluateChatOptions(PresetOptions):
     """Measure a chat model on multiple choice, word problems, code and spelling."""
 
     stage: Literal["mid", "sft"] = "sft"
-    """whose newest checkpoint"""
+    """training stage whose newest checkpoint is evaluated"""
     tasks: tuple[str, ...] = ()
-    """which tasks; all of them when none is given"""
+    """tasks to evaluate; without any, all"""
     device: str = "auto"
     """auto, cuda, cpu or mps"""
     options: Annotated[ChatTaskOptions, tyro.conf.arg(name="")] = field(default_factory=ChatTaskOptions)

@@ -1,4 +1,4 @@
-"""Which implementation of each fused operation a model and its optimizer take."""
+"""The choice of an implementation for each fused operation of a model and its optimizer."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -6,7 +6,7 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class Implementations:
-    """Which implementation of each fused operation to use: auto, reference, or another that the operation has."""
+    """The implementation of each fused operation: auto, reference, or another that `nanochat kernels list` shows."""
 
     rms_norm: str = "auto"
     """RMSNorm, alone and after the residual addition"""
@@ -21,8 +21,8 @@ class Implementations:
     optimizer: str = "auto"
     """Muon's momentum, orthogonalisation and update, and AdamW"""
 
-    # the operations that an option stands for, where it is not the one of its name
-    SERVES: ClassVar[dict[str, tuple[str, ...]]] = {
+    # the operations that an option stands for, if it is not the one of the same name
+    OPERATIONS: ClassVar[dict[str, tuple[str, ...]]] = {
         "rms_norm": ("rms_norm", "add_rms_norm"),
         "optimizer": ("newton_schulz", "nesterov_momentum", "apply_update", "adamw"),
     }
@@ -30,4 +30,4 @@ class Implementations:
     @classmethod
     def operations(cls, option: str) -> tuple[str, ...]:
         """The names of the operations whose implementation an option chooses."""
-        return cls.SERVES.get(option, (option,))
+        return cls.OPERATIONS.get(option, (option,))

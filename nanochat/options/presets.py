@@ -1,6 +1,6 @@
-"""Presets: which values each command takes for a laptop, and for models of depth 20, 26 and 32 on a GPU node.
+"""Presets: the values of each command's options for a laptop, and for models of depth 20, 26 and 32 on a GPU node.
 
-A preset lists only what differs from a command's defaults; an option given on the command line wins over both.
+A preset lists only values that differ from a command's defaults. An option on the command line overrides both.
 """
 
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -12,16 +12,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PresetOptions:
-    """What every command with presets has."""
+    """The options that all commands with presets share."""
 
     preset: PresetName = ""
-    """values for all options below: tiny (embedded data, a minute), cpu (minutes), d20, d26, d32; options given besides win"""
+    """values for all options below: tiny (embedded data, a minute), cpu (minutes), d20, d26 or d32; other options override it"""
 
 
 _CPU_RUN = {"save_every": 100, "loader_threads": 1}
 _TINY_RUN = {"save_every": 20, "loader_threads": 1}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "tiny": {  # to try a machine or a cluster: every stage in a minute, learning little
+    "tiny": {  # to try out a machine or a cluster: all stages take a minute, and the model learns little
         "tokenizer train": {"vocab_size": 512},
         "train base": {
             "depth": 1,
@@ -113,8 +113,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "d26": {"train base": {"depth": 26, "device_batch_size": 16}, "train mid": {"device_batch_size": 16}},
     "d32": {"train base": {"depth": 32, "device_batch_size": 8}, "train mid": {"device_batch_size": 8}},
 }
-EMBEDDED = ("tiny", "cpu")  # presets that make their data themselves
-SHARDS = {"d20": 240, "d26": 450, "d32": 800}  # of pretraining text, at 20 tokens a parameter and 4.8 bytes a token
+EMBEDDED = ("tiny", "cpu")  # presets that generate their data
+SHARDS = {"d20": 240, "d26": 450, "d32": 800}  # of pretraining text, at 20 tokens per parameter and 4.8 bytes per token
 
 
 def with_preset(config: T, command: str, preset: str) -> T:

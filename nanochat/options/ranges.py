@@ -1,4 +1,4 @@
-"""The allowed range of an option, written beside it: `depth: Annotated[int, AtLeast(1)] = 20`."""
+"""The allowed range of an option, which is written in its type: `depth: Annotated[int, AtLeast(1)] = 20`."""
 
 import math
 from dataclasses import dataclass, fields, is_dataclass
@@ -9,7 +9,7 @@ from nanochat.platform.errors import UserError
 
 @dataclass(frozen=True)
 class Between:
-    """A number from `low` to `high`, both included; None, where the option allows it, is not checked."""
+    """The numbers from `low` to `high`, both included. None, if the option allows it, is in every range."""
 
     low: float
     high: float = float("inf")
@@ -22,11 +22,12 @@ class Between:
 
 
 def AtLeast(low: float) -> Between:
+    """The numbers from `low` on."""
     return Between(low)
 
 
 def check_ranges(options: Any) -> None:
-    """Raises UserError for the first option, in nested dataclasses too, that is outside its range or not a finite number."""
+    """Raise UserError for the first option, also in nested dataclasses, that is out of its range or not a finite number."""
     hints = get_type_hints(type(options), include_extras=True)
     for field in fields(options):
         value = getattr(options, field.name)

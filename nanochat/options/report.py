@@ -8,7 +8,7 @@ from nanochat.options.ranges import AtLeast
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Write report.md and report.html from what the stages have told so far."""
+    """Write report.md and report.html about the stages that have finished so far."""
 
     price_per_hour: Annotated[float, AtLeast(0)] = 0.0
-    """what an hour of the machine costs, in any currency; 0: left out"""
+    """price of the machine per hour, in any currency; 0: the report has no cost"""

@@ -11,41 +11,41 @@ from nanochat.options.ranges import AtLeast
 
 @dataclass(frozen=True)
 class SpeedrunOptions:
-    """Run the whole pipeline, from text to chat. The same command again goes on where the last one stopped."""
+    """Run the whole pipeline, from text to chat. Repeating the command continues where the last run stopped."""
 
     preset: PresetName = "cpu"
-    """cpu (embedded data, minutes on two cores), tiny (a minute, to try a machine), d20, d26 or d32"""
+    """cpu (embedded data, minutes on two cores), tiny (a minute, to try out a machine), d20, d26 or d32"""
     first: Annotated[str, tyro.conf.arg(name="from")] = "data"
     """stage to begin with; earlier ones must have finished"""
     last: Annotated[str, tyro.conf.arg(name="to")] = "report"
     """stage to end with"""
     processes: Annotated[int, AtLeast(0)] = 0
-    """training processes; 0: one a GPU, or one on a machine without"""
+    """training processes; 0: one per GPU, or one on a machine without GPUs"""
     device: str = "auto"
     """auto, cuda, cpu or mps"""
 
 
 @dataclass(frozen=True)
 class FetchOptions:
-    """Fetch the data of a preset from the hub and the web. Run it where there is internet; it resumes and verifies."""
+    """Download the data of a preset. Run it on a machine with internet; it resumes, and verifies every file."""
 
     preset: PresetName = "d20"
-    """d20, d26 or d32: how much pretraining text"""
+    """d20, d26 or d32: it determines the amount of pretraining text"""
     shards: Annotated[int, AtLeast(0)] = 0
-    """shards of pretraining text besides the one for validation; 0: the preset's number"""
+    """shards of pretraining text, not counting the one for validation; 0: the preset's number"""
     only: tuple[str, ...] = ()
     """fetch only these assets"""
     workers: Annotated[int, AtLeast(1)] = 8
-    """files at once"""
+    """files that are downloaded at the same time"""
 
 
 @dataclass(frozen=True)
 class PreflightOptions:
-    """Check data, GPUs, disk space, time and gate file before a run. Every fault is named, with the stage and the remedy."""
+    """Check data, GPUs, disk space, time and gate file before a run. Names every problem, the stages it affects and the remedy."""
 
     preset: PresetName = "d20"
     """tiny, cpu, d20, d26 or d32"""
     shards: Annotated[int, AtLeast(0)] = 0
     """shards of pretraining text; 0: the preset's number"""
     data_only: bool = False
-    """check the data alone, as on the node that fetches"""
+    """check only the data, as on the node that fetches them"""

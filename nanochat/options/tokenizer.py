@@ -12,11 +12,11 @@ class TokenizerTrainOptions(PresetOptions):
     """Train the tokenizer on the pretraining text."""
 
     vocab_size: int = 65536
-    """tokens, the nine special ones included"""
+    """size of the vocabulary, with the nine special tokens"""
     max_chars: Annotated[int, AtLeast(1)] = 2_000_000_000
-    """characters of text to train on at most"""
+    """maximum number of characters to train on"""
     doc_cap: Annotated[int, AtLeast(1)] = 10_000
-    """characters of each document at most"""
+    """maximum number of characters of each document"""
 
 
 @dataclass(frozen=True)

@@ -10,65 +10,65 @@ from nanochat.options.ranges import AtLeast
 
 @dataclass(frozen=True)
 class TraceOptions:
-    """Run a few training steps of a small model and show the tensors of a forward pass after every operation."""
+    """Train a small model for a few steps, then show the result of every operation in a forward pass."""
 
     depth: Annotated[int, AtLeast(1)] = 2
     """blocks"""
     vocab_size: Annotated[int, AtLeast(1)] = 512
-    """tokens"""
+    """tokens in the vocabulary"""
     tokens: Annotated[int, AtLeast(1)] = 32
     """length of each row"""
     rows: Annotated[int, AtLeast(1)] = 4
     """rows of the batch"""
     steps: Annotated[int, AtLeast(0)] = 3
-    """steps of training before the pass that is shown; 0 shows the model as initialised"""
+    """training steps before the pass that is shown; 0 shows the model as initialised"""
     markdown: Path | None = None
-    """also write the table to this file, as markdown"""
+    """also write the table to this markdown file"""
 
 
 @dataclass(frozen=True)
 class KernelsListOptions:
-    """List the fused operations, their implementations, and which of them impl=auto takes on this machine, and why."""
+    """List the fused operations, their implementations, and the one that impl=auto takes on this machine, with the reason."""
 
 
 @dataclass(frozen=True)
 class KernelsInspectOptions:
-    """Compile every kernel with every committed configuration and flag set for an architecture; no GPU is needed.
+    """Compile every kernel for an architecture, with every committed configuration and flag set; needs no GPU.
 
-    Fails on spilled registers, on more shared memory than a block can have, and on TMA or wgmma for sm80.
+    Fails for spilled registers, for more shared memory than a block can have, and for TMA or wgmma on sm80.
     """
 
     arch: Literal["sm80", "sm90"] = "sm80"
     """sm80: A100; sm90: H100 and H200"""
     kernel: tuple[str, ...] = ()
-    """only these kernels, by their names in the launch tables"""
+    """inspect only these kernels, by their names in the launch tables"""
 
 
 @dataclass(frozen=True)
 class KernelsTuneOptions:
-    """Time every configuration of every kernel on the GPU here and write the fastest to its architecture's table."""
+    """Time every configuration of every kernel on this GPU and write the fastest to its architecture's table."""
 
     kernel: tuple[str, ...] = ()
-    """only these kernels, by the names that inspect prints"""
+    """tune only these kernels, by the names that inspect prints"""
     arch: Literal["here", "sm80"] = "here"
-    """sm80: tune the PTX that an A100 would get, on a newer GPU, as the next best thing to an A100"""
+    """sm80: on a newer GPU, tune the PTX that an A100 would get, if no A100 is available"""
 
 
 @dataclass(frozen=True)
 class KernelsGateOptions:
-    """Validate and time every operation on the device that will train, at its shapes, and keep what training takes."""
+    """Validate and time every operation on the device and at the shapes of training, and write the choice to gate.json."""
 
     preset: PresetName = "d20"
-    """whose depth, context and most rows of a stage; options given besides win"""
+    """preset with the depth, the context and the largest micro-batch; the options below override it"""
     depth: Annotated[int, AtLeast(0)] = 0
-    """blocks; 0: the preset's, as with the options below"""
+    """blocks; 0: the preset's number, as for the options below"""
     context_length: Annotated[int, AtLeast(0)] = 0
     """tokens per row"""
     device_batch_size: Annotated[int, AtLeast(0)] = 0
-    """rows a process takes at once; training may take fewer"""
+    """rows per micro-batch and process; training may use fewer"""
     n_kv_head: Annotated[int, AtLeast(0)] = 0
     """key/value heads"""
     vocab_size: Annotated[int, AtLeast(0)] = 0
-    """tokens; 0: those of the trained tokenizer, else 65536"""
+    """tokens in the vocabulary; 0: those of the trained tokenizer, else 65536"""
     device: str = "auto"
     """auto, cuda or cpu"""

@@ -1,4 +1,4 @@
-"""The options of `nanochat train base|mid|sft`: what is learned, by which optimizer, and how the stage runs."""
+"""The options of `nanochat train base|mid|sft`: the model and its data, the optimizer, and how the stage runs."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -23,7 +23,7 @@ SAMPLE_PROMPTS = (
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """Learning rates of the three kinds of weights and the gradient's limit."""
+    """Learning rates of the three kinds of weights, and the limit of the gradient norm."""
 
     matrix_lr: Annotated[float, AtLeast(0)] = 0.02
     """learning rate of Muon, for the matrices of the blocks"""
@@ -32,23 +32,23 @@ class OptimizerOptions:
     head_lr: Annotated[float, AtLeast(0)] = 0.004
     """learning rate of AdamW for the head, at width 768 (scaled by (width/768)^-1/2)"""
     grad_clip: Annotated[float, AtLeast(0)] = 1.0
-    """largest global norm of the gradient; 0 leaves it as it is"""
+    """maximum global norm of the gradient; 0 does not clip"""
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a training stage runs; none of it changes what is learned."""
+    """How a training stage runs. None of these options changes what is learned."""
 
     device: str = "auto"
-    """auto (cuda when there, else cpu), cuda, cpu or mps"""
+    """auto (cuda if available, else cpu), cuda, cpu or mps"""
     execution: Execution = "auto"
     """how a micro-step runs: graph (replayed from a CUDA graph), compile (torch.compile) or eager; auto takes graph on CUDA"""
     save_every: Annotated[int, AtLeast(0)] = 1000
     """steps between checkpoints; 0 saves only at the end and on a signal"""
     keep_checkpoints: Annotated[int, AtLeast(1)] = 2
-    """how many of the newest checkpoints stay"""
+    """number of newest checkpoints to keep"""
     deterministic: bool = False
-    """on CUDA, use only operations that repeat bit for bit, at some cost in speed; a CPU repeats anyway"""
+    """on CUDA, use only operations that repeat bit for bit, which is slower; a CPU always repeats"""
     loader_threads: Annotated[int, AtLeast(1)] = 4
     """threads that tokenise"""
     wandb_run: str = ""
@@ -59,7 +59,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class TrainOptions(PresetOptions):
-    """What all training stages have."""
+    """The options that all training stages share."""
 
     optimizer: Annotated[OptimizerOptions, tyro.conf.arg(name="")] = field(default_factory=OptimizerOptions)
     impl: Implementations = field(default_factory=Implementations)
@@ -75,19 +75,19 @@ class TrainBaseOptions(TrainOptions):
     """Pretrain a model on text."""
 
     depth: Annotated[int, AtLeast(1)] = 20
-    """blocks; the width is 64 times as much"""
+    """number of blocks; the width is 64 times as large"""
     context_length: Annotated[int, AtLeast(1)] = 2048
     """tokens per row"""
     n_kv_head: Annotated[int | None, AtLeast(1)] = None
-    """key/value heads; as many as query heads when not given"""
+    """key/value heads; by default as many as query heads"""
     num_iterations: int = -1
-    """steps; the first of num_iterations, target_flops and target_param_data_ratio that is positive sets the horizon"""
+    """training steps; the first positive one of num_iterations, target_flops and target_param_data_ratio sets their number"""
     target_flops: float = -1.0
-    """FLOPs of the whole training"""
+    """FLOPs of the whole training stage"""
     target_param_data_ratio: float = 20.0
-    """tokens trained on per parameter of the model"""
+    """tokens to train on per parameter of the model"""
     device_batch_size: Annotated[int, AtLeast(1)] = 32
-    """rows a process takes at once"""
+    """rows per micro-batch and process"""
     total_batch_size: Annotated[int, AtLeast(1)] = 524288
     """tokens per step, over all processes and accumulation"""
     warmdown_ratio: Annotated[float, Between(0, 1)] = 0.2
@@ -95,17 +95,17 @@ class TrainBaseOptions(TrainOptions):
     eval_every: int = 250
     """steps between measurements of validation bits per byte"""
     eval_tokens: Annotated[int, AtLeast(1)] = 20 * 524288
-    """tokens of such a measurement"""
+    """tokens for each of these measurements"""
     core_metric_every: int = 2000
     """steps between evaluations of CORE; negative: never"""
     core_metric_max_per_task: int = 500
-    """items of each CORE task at most"""
+    """maximum number of items of each CORE task"""
     sample_every: int = 2000
     """steps between samples of text; negative: never"""
     sample_prompts: tuple[str, ...] = SAMPLE_PROMPTS
-    """texts that the samples continue"""
+    """texts for the samples to continue"""
     seed: int = 42
-    """seed of the weights"""
+    """seed of the initial weights"""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class TrainMidOptions(TrainOptions):
     """Midtrain the base model on conversations."""
 
     device_batch_size: Annotated[int, AtLeast(1)] = 32
-    """rows a process takes at once"""
+    """rows per micro-batch and process"""
     total_batch_size: Annotated[int, AtLeast(1)] = 524288
     """tokens per step, over all processes and accumulation"""
     smoltalk: int = -1
@@ -123,7 +123,7 @@ class TrainMidOptions(TrainOptions):
     gsm8k: int = -1
     """word problems; negative: all"""
     identity_repeats: Annotated[int, AtLeast(0)] = 2
-    """times the identity conversations come"""
+    """number of times that the identity conversations are used"""
     simple_spelling: Annotated[int, AtLeast(0)] = 200_000
     """words to spell"""
     spelling_bee: Annotated[int, AtLeast(0)] = 80_000
@@ -133,7 +133,7 @@ class TrainMidOptions(TrainOptions):
     eval_every: int = 150
     """steps between measurements of bits per byte on held-out conversations"""
     eval_rows: Annotated[int, AtLeast(1)] = 2048
-    """held-out conversations of such a measurement"""
+    """held-out conversations for each of these measurements"""
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class TrainSftOptions(TrainOptions):
     """Fine-tune the midtrained model on conversations."""
 
     device_batch_size: Annotated[int, AtLeast(1)] = 4
-    """conversations a process takes at once"""
+    """conversations per micro-batch and process"""
     examples_per_step: Annotated[int, AtLeast(1)] = 32
     """conversations per step, over all processes and accumulation"""
     arc_easy: int = -1

@@ -1,1 +1,1 @@
-"""What everything else stands on: paths, files, the environment, processes and devices, the console, errors."""
+"""The base of all other packages: paths, files, the environment, processes and devices, the console, errors."""

@@ -1,4 +1,4 @@
-"""What the user sees while something runs: lines, and a progress bar with the time left."""
+"""Output to the user while a command runs: lines, and a progress bar with the time left."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,12 +10,13 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def say(line: str) -> None:
+    """Print a line as it is, without markup."""
     console.print(line, markup=False)
 
 
 @contextmanager
 def progress_bar(description: str, total: float | None, quiet: bool = False) -> Iterator:
-    """A function advance(amount=1, completed=None, total=None) under a bar; nothing to see when quiet or no terminal."""
+    """Show a progress bar in a terminal, unless quiet; gives the block advance(amount=1, completed=None, total=None)."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),
@@ -28,8 +29,8 @@ def progress_bar(description: str, total: float | None, quiet: bool = False) -> 
         task = progress.add_task(description, total=total)
 
         def advance(amount: float = 1, completed: float | None = None, total: float | None = None) -> None:
-            known = {"completed": completed, "total": total}
-            update = {key: value for key, value in known.items() if value is not None}
+            values = {"completed": completed, "total": total}
+            update = {key: value for key, value in values.items() if value is not None}
             progress.update(task, **(update if completed is not None else {**update, "advance": amount}))
 
         yield advance

@@ -1,4 +1,4 @@
-"""Work on tensors that stay where they are, replayed from a CUDA graph: the host hands over one graph, not every kernel."""
+"""Replays work on tensors at fixed addresses from a CUDA graph: the host launches one graph instead of every kernel."""
 
 from collections.abc import Callable
 
@@ -7,11 +7,12 @@ from torch import Tensor
 
 
 class Replayed:
-    """Calls of `work`: the first `warm_up` run it, for kernels are compiled and libraries loaded then; the next one captures
-    a CUDA graph in `pool`, and from there on the graph is replayed. Without a pool every call runs the work.
+    """A function that runs `work`, from a CUDA graph if possible; it returns what the work returns.
 
-    Inside of another capture the work is run, so that it becomes part of that. Graphs with one pool share their memory: what
-    one returns is valid until the next is replayed.
+    The first `warm_up` calls run the work itself, because kernels are compiled and libraries are loaded then. The next call
+    captures a CUDA graph with memory from `pool`, and from then on the graph is replayed. Without a pool every call runs the work.
+    Inside of another capture the work is run, and becomes part of that graph. Graphs with the same pool share their memory: the
+    result of one is valid until the next one is replayed.
     """
 
     def __init__(self, work: Callable[[], Tensor | None], pool: tuple | None, warm_up: int = 2):
@@ -27,9 +28,9 @@ class Replayed:
             return result
         if self.graph is None:
             graph = torch.cuda.CUDAGraph()
-            # thread_local: NCCL's watchdog and the loader's threads may call CUDA meanwhile
+            # thread_local: NCCL's watchdog and the loader's threads may call CUDA during the capture
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 self.result = self.work()
-            self.graph = graph  # only when whole: a capture that ran out of memory is tried again
+            self.graph = graph  # only when complete: a capture that runs out of memory is repeated by the next call
         self.graph.replay()
         return self.result

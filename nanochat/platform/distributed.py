@@ -1,4 +1,4 @@
-"""Where a command runs: device, dtype, rank among processes. One process by itself, or many started by torchrun."""
+"""The device, the dtype and the rank of a process, which runs alone or is one of many that torchrun has started."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ from torch import Tensor
 from nanochat.platform.environment import collective_timeout
 from nanochat.platform.errors import UserError
 
-# dense bf16 FLOP/s by the vendors' datasheets, by a part of the device's name; the first that fits counts
+# dense bf16 FLOP/s from the vendors' datasheets, by a part of the device's name; the first match counts
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 NVL": 835e12,
@@ -29,22 +29,27 @@ PEAK_FLOPS = {
     "RTX 3090": 71e12,
 }
 
-# what gloo and NCCL say when a process does not answer
-LOST = ("timed out", "timeout", "connection closed", "connection reset", "broken pipe", "connection refused", "peer")
+# parts of the messages of gloo and NCCL when a process does not answer
+LOST_PROCESS = (
+    "timed out", "timeout", "connection closed", "connection reset", "broken pipe", "connection refused", "peer",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """rank of world_size processes, on a device, computing in a dtype."""
+    """A process: its rank among world_size processes, its device, and the dtype that it computes in."""
 
     rank: int
     world_size: int
     device: torch.device
     compute_dtype: torch.dtype
-    control: dist.ProcessGroup | None = None  # of messages that never wait for a GPU; None: torch's own
+    control: dist.ProcessGroup | None = (
+        None  # for exchanges between hosts, which do not wait for a GPU; None: torch's default
+    )
 
     @property
     def primary(self) -> bool:
+        """Whether this is the process that prints and writes files."""
         return self.rank == 0
 
     @property
@@ -53,16 +58,17 @@ class Runtime:
 
     @property
     def peak_flops(self) -> float | None:
-        """Of this process's device, None when not known."""
+        """Dense bf16 FLOP/s of this process's device, or None when they are not known."""
         name = self.device_name
         return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
 
     def barrier(self) -> None:
+        """Wait until every rank has called it."""
         if self.world_size > 1:
             dist.barrier(self.control)
 
     def sum(self, values: list[float]) -> list[float]:
-        """Sums over ranks of a few numbers, without touching the device."""
+        """The sum over ranks of each of a few numbers, without using the device."""
         if self.world_size == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64)
@@ -70,7 +76,7 @@ class Runtime:
         return tensor.tolist()
 
     def gather(self, value: object) -> list:
-        """One small object from every rank, on every rank."""
+        """The objects of all ranks, in order of rank, on every rank; for small objects."""
         if self.world_size == 1:
             return [value]
         gathered = [None] * self.world_size
@@ -78,8 +84,8 @@ class Runtime:
         return gathered
 
     def read(self, tensor: Tensor) -> list[float]:
-        """The numbers of a tensor that may wait on the device for other ranks. Raises TimeoutError when one does not come."""
-        if self.world_size > 1 and self.device.type == "cuda":  # a copy alone would wait for ever
+        """The numbers of a tensor whose computation may wait for other ranks. Raises TimeoutError when one does not answer."""
+        if self.world_size > 1 and self.device.type == "cuda":  # a plain copy would wait for ever
             tensor = tensor.to("cpu", non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
@@ -93,14 +99,15 @@ class Runtime:
 
 @contextmanager
 def start_runtime(device: str = "auto") -> Iterator[Runtime]:
-    """The runtime of this process; joins the others when torchrun started it.
+    """Give the block the runtime of this process, which joins the others if torchrun has started it.
 
-    device: auto (cuda, else cpu), cuda, cpu or mps. Raises UserError when it is not there.
+    device: auto (cuda, else cpu), cuda, cpu or mps. Raises UserError when the device is not available, and when the block fails
+    because another process is lost.
     """
     kind = pick_device(device)
     if kind == "cuda":
         torch.set_float32_matmul_precision("high")
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to repeat bit for bit
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to repeat results bit for bit
     if not dist.is_torchelastic_launched():
         yield Runtime(0, 1, torch.device(kind), compute_dtype(kind))
         return
@@ -109,12 +116,14 @@ def start_runtime(device: str = "auto") -> Iterator[Runtime]:
     local = dist.get_node_local_rank(fallback_rank=0)
     if kind == "cuda":
         if local >= torch.cuda.device_count():
-            raise UserError(f"process {local} of this node has no GPU ({torch.cuda.device_count()} there); start fewer")
+            raise UserError(
+                f"process {local} of this node has no GPU (there are {torch.cuda.device_count()}); start fewer"
+            )
         torch.cuda.set_device(local)
     index = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     timeout, control = collective_timeout(), None
     if kind == "cuda":
-        # NCCL's own watchdog aborts the process without a word that helps: it comes last
+        # 1.5: NCCL's own watchdog aborts the process without a helpful message, so it must come after our timeout
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=1.5 * timeout)
         control = dist.new_group(backend="gloo", timeout=timeout)
     else:
@@ -122,12 +131,12 @@ def start_runtime(device: str = "auto") -> Iterator[Runtime]:
     try:
         yield Runtime(dist.get_rank(), dist.get_world_size(), index, compute_dtype(kind), control)
     except (RuntimeError, TimeoutError) as error:  # torch.distributed's are RuntimeErrors
-        if not any(words in str(error).lower() for words in LOST):
+        if not any(words in str(error).lower() for words in LOST_PROCESS):
             raise
         raise UserError(
-            f"process {dist.get_rank()} of {dist.get_world_size()} lost another one: it died, or hangs for more than "
-            f"{timeout.total_seconds():.0f} s ({str(error).splitlines()[0]}); see the other processes' last lines; the same "
-            "command goes on from the last checkpoint"
+            f"process {dist.get_rank()} of {dist.get_world_size()} lost another one, which died or did not answer for "
+            f"{timeout.total_seconds():.0f} s ({str(error).splitlines()[0]}); see the last lines of the other processes; the "
+            "same command resumes from the last checkpoint"
         ) from error
     finally:
         # waiting for the others after an error would hang until the timeout: they may never arrive
@@ -136,16 +145,16 @@ def start_runtime(device: str = "auto") -> Iterator[Runtime]:
 
 
 def pick_device(device: str) -> str:
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    """The kind of device that an option names: cuda, cpu or mps. Raises UserError when it is not available."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
-        return "cuda" if there["cuda"] else "cpu"
-    if not there.get(device):
-        raise UserError(
-            f"device {device!r} is not there; choose one of auto, {', '.join(d for d in there if there[d])}"
-        )
+        return "cuda" if available["cuda"] else "cpu"
+    if not available.get(device):
+        choices = ", ".join(name for name in available if available[name])
+        raise UserError(f"device {device!r} is not available; choose one of auto, {choices}")
     return device
 
 
 def compute_dtype(kind: str) -> torch.dtype:
-    """bf16 on CUDA, float32 elsewhere."""
+    """The dtype of computation on a kind of device: bf16 on CUDA, float32 elsewhere."""
     return torch.bfloat16 if kind == "cuda" else torch.float32

@@ -21,7 +21,10 @@ def home_directory() -> Path | None:
 
 
 def collective_timeout() -> timedelta:
-    """How long a process waits for the others before it reports one as lost: NANOCHAT_TIMEOUT seconds, else ten minutes."""
+    """How long a process waits for others before it reports one as lost: NANOCHAT_TIMEOUT in seconds, ten minutes by default.
+
+    Raises UserError when the variable is not a whole number of seconds.
+    """
     value = os.environ.get("NANOCHAT_TIMEOUT", "600")
     if not value.isdigit() or int(value) < 1:
         raise UserError(f"NANOCHAT_TIMEOUT must be a whole number of seconds, got {value!r}")
@@ -29,7 +32,7 @@ def collective_timeout() -> timedelta:
 
 
 def all_variables() -> dict[str, str]:
-    """The whole environment: what a site profile may refer to."""
+    """The whole environment, for the variables that a site profile refers to."""
     return dict(os.environ)
 
 
@@ -39,7 +42,7 @@ def slurm_tasks() -> int:
 
 
 def slurm_job() -> tuple[int, str, int]:
-    """The Slurm job's id, its compressed list of nodes, and how often it was requeued."""
+    """The Slurm job's id, its compressed list of nodes, and the number of times it was requeued."""
     return (
         int(os.environ["SLURM_JOB_ID"]),
         os.environ.get("SLURM_JOB_NODELIST", ""),

@@ -1,4 +1,4 @@
-"""Writing files so that a kill at any instant leaves the old content or the new one, and hashing them."""
+"""Writes files so that a kill at any instant leaves either the old content or the new one; and hashes them."""
 
 import hashlib
 import json
@@ -12,9 +12,9 @@ from nanochat.platform.errors import UserError
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace the content of a file (text is written as UTF-8); its directory is created when missing."""
+    """Replace the content of a file, or make the file with its directory; text is written as UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes may write the same file
     try:
         temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
         temporary.replace(path)
@@ -23,12 +23,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Replace the content of a file by JSON; what JSON does not know is written as its str."""
+    """Replace the content of a file by a dictionary as JSON; values that JSON does not know are written as their str."""
     write_atomically(path, json.dumps(content, indent=1, default=str) + "\n")
 
 
 def read_json(path: Path) -> dict | None:
-    """What write_json wrote; None when the file is missing or unreadable."""
+    """The dictionary that write_json wrote; None when the file is missing or damaged."""
     try:
         return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
@@ -37,23 +37,31 @@ def read_json(path: Path) -> dict | None:
 
 @contextmanager
 def fresh_directory(final: Path) -> Iterator[Path]:
-    """An empty temporary directory, which replaces `final` only when the block ends without an error.
+    """Give the block an empty temporary directory, which replaces `final` when the block ends without an error.
 
-    Raises UserError when the disk cannot take what is written.
+    Raises UserError when the directory cannot be made or put in place. An error of the block is raised as it is.
     """
     temporary = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
+        with _reported_as_unwritable(final):
+            temporary.mkdir(parents=True)
         yield temporary
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {final} ({error.strerror or error}); free some space, then run the command again"
-        ) from error
+        with _reported_as_unwritable(final):  # not around the block, whose errors may be about other files
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _reported_as_unwritable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path} ({error.strerror or error}); free some space, then run the command again"
+        ) from error
 
 
 def flush(path: Path) -> None:

@@ -7,11 +7,13 @@ from pathlib import Path
 from nanochat.platform.environment import configured_base_directory, home_directory
 from nanochat.platform.errors import UserError
 
-TRAINING_STAGES = ("base", "mid", "sft")  # what has checkpoints, in order
+TRAINING_STAGES = ("base", "mid", "sft")  # the stages that write checkpoints, in order
 
 
 @dataclass(frozen=True)
 class Paths:
+    """The path of everything that nanochat reads or writes."""
+
     base: Path
 
     @property
@@ -40,32 +42,32 @@ class Paths:
 
     @property
     def encodings(self) -> Path:
-        """tiktoken's own files of gpt2 and cl100k, for comparison; optional."""
+        """tiktoken's own files of gpt2 and cl100k_base, for comparison; optional."""
         return self.base / "encodings"
 
     @property
     def gate(self) -> Path:
-        """Which implementation of each operation was found best on the GPU that trains, by `nanochat kernels gate`."""
+        """The best implementation of each operation on the GPU that trains, as `nanochat kernels gate` measured it."""
         return self.base / "gate.json"
 
     @property
     def assets(self) -> Path:
-        """What was fetched, with sizes and hashes."""
+        """The files that were fetched, with sizes and hashes."""
         return self.base / "assets.json"
 
     @property
     def stop(self) -> Path:
-        """While it exists, training saves and ends at its next step; the speedrun makes it on a signal, for all nodes to see."""
+        """While this file exists, training saves and ends after its step. The speedrun makes it on a signal, for all nodes."""
         return self.base / "stop"
 
     @property
     def logs(self) -> Path:
-        """What jobs of a cluster print."""
+        """The output of the jobs of a cluster."""
         return self.base / "logs"
 
     @property
     def jobs(self) -> Path:
-        """The jobs that were submitted, a line of JSON each."""
+        """The jobs that were submitted, one line of JSON each."""
         return self.base / "jobs.jsonl"
 
     @property
@@ -84,14 +86,14 @@ class Paths:
         return self.base / "metrics" / f"{stage}.jsonl"
 
     def section(self, stage: str) -> Path:
-        """What a stage tells the report."""
+        """The settings and results of a stage, for the report."""
         return self.report / "sections" / f"{stage}.json"
 
 
 def base_paths() -> Paths:
-    """The paths under the base directory, which is made when missing.
+    """The paths under the base directory, which is made if it does not exist.
 
-    Raises UserError when neither NANOCHAT_BASE_DIR nor HOME says where it is, or when it cannot be written.
+    Raises UserError when neither NANOCHAT_BASE_DIR nor HOME is set, or when the directory cannot be written to.
     """
     home = home_directory()
     base = configured_base_directory() or (home and home / ".cache" / "nanochat")

@@ -1,1 +1,1 @@
-"""The report of a run: what each stage was given and gave, as markdown and as one self-contained HTML file."""
+"""The report of a run: the settings and results of each stage, as markdown and as one self-contained HTML file."""

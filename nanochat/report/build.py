@@ -1,4 +1,4 @@
-"""Puts the report together from the stages' sections and metrics."""
+"""Builds the report from the sections and metrics that the stages have written."""
 
 import os
 import platform
@@ -23,7 +23,7 @@ CHANCE = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25}
 
 
 def build_report(options: ReportOptions, paths: Paths) -> dict[str, str]:
-    """Write both files under report/. Raises UserError when no stage has told anything."""
+    """`nanochat report`: write report.md and report.html; returns their paths. Raises UserError when no stage has finished."""
     sections = {stage: read_section(paths, stage) for stage in TITLES}
     if not any(sections.values()):
         raise UserError(f"nothing to report in {paths.report}; run stages first: nanochat speedrun --preset cpu")
@@ -119,17 +119,16 @@ def _flat(values: dict, prefix: str = ""):
 
 
 def _commit() -> str:
-    here = Path(__file__).parent
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
-    return found.stdout.strip() or "unknown"
+    return result.stdout.strip() or "unknown"
 
 
 def hardware() -> str:
-    """The GPUs, or the processor with its cores."""
+    """The names of the GPUs with their number, or the name of the processor with its number of cores."""
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))

@@ -1,4 +1,4 @@
-"""A markdown text as one self-contained HTML page, with its pictures inside."""
+"""Turns markdown into one self-contained HTML page, with its pictures embedded."""
 
 import base64
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ td:not(:first-child) { font-variant-numeric: tabular-nums } code { background: #
 
 
 def html_page(title: str, markdown: str, pictures: Iterable[Path]) -> str:
-    """The page; a picture that the text refers to by its file name is embedded."""
+    """The HTML of a page; the pictures, to which the markdown refers by their file names, are embedded."""
     body = MarkdownIt("commonmark").enable("table").render(markdown)
     for picture in pictures:
         data = base64.b64encode(picture.read_bytes()).decode("ascii")

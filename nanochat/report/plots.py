@@ -1,10 +1,10 @@
-"""Plots of the metrics that training writes."""
+"""Plots of the metrics that training writes: loss, validation bits per byte and throughput."""
 
 from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # no display is needed or looked for
+matplotlib.use("Agg")  # draws to files and needs no display
 
 from matplotlib import pyplot as plt
 
@@ -16,7 +16,7 @@ BLUE, PALE, RED = "#1f4e8c", "#b9cde8", "#c0392b"
 
 
 def plot_metrics(paths: Paths, directory: Path) -> dict[str, Path]:
-    """Write loss.png and throughput.png of the stages that have metrics; returns title → file."""
+    """Write loss.png and throughput.png for the stages that have metrics; returns their paths by title."""
     metrics = {stage: [r for r in read_metrics(paths.metrics(stage)) if "loss" in r] for stage in STAGES}
     metrics = {stage: records for stage, records in metrics.items() if records}
     if not metrics:

@@ -1,4 +1,4 @@
-"""What the stages tell the report: a JSON file each, written whole."""
+"""The sections of the report: each stage writes its settings and results to a JSON file."""
 
 import time
 
@@ -19,6 +19,7 @@ TITLES = {
 
 
 def write_section(paths: Paths, stage: str, settings: dict, results: dict, seconds: float, processes: int) -> None:
+    """Write the section of a stage that has finished after `seconds`."""
     section = {
         "stage": stage,
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -31,5 +32,5 @@ def write_section(paths: Paths, stage: str, settings: dict, results: dict, secon
 
 
 def read_section(paths: Paths, stage: str) -> dict | None:
-    """None when the stage has not written one, or one that cannot be read."""
+    """The section of a stage; None when it is missing or damaged."""
     return read_json(paths.section(stage))

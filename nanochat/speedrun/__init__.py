@@ -1,1 +1,1 @@
-"""The speedrun: its stages, the records of finished ones, and the data that it reads."""
+"""The speedrun: its stages, the records of finished stages, and the data that it reads."""

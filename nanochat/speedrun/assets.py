@@ -1,4 +1,4 @@
-"""Everything that a run reads and does not make: one list for fetch, preflight and the loaders, and how each is verified."""
+"""The data that a run needs from outside, as one list for fetch, preflight and the speedrun, and their verification."""
 
 import json
 from collections.abc import Iterator
@@ -14,21 +14,24 @@ from nanochat.platform.errors import UserError
 from nanochat.platform.files import read_json, write_json
 from nanochat.platform.paths import Paths
 
-VALIDATION_SHARD = 1822  # the last of the whole set
-SLACK = 1.05  # rows that a data set may have gained since it was counted
+VALIDATION_SHARD = 1822  # the last shard of the whole data set
+MAX_GROWTH = 1.05  # a data set may have this many times the rows that were counted, since data sets grow
 CORE_TASKS = 22
 ALL_EVALUATIONS = ("mid-eval", "sft-eval")
 
 
 @dataclass(frozen=True)
 class Asset:
-    """A data set, or a split of one. With `repo`, `files` are patterns of its files on the hub, which go into the directory
-    `target`; with `url`, what lies there becomes `target`; with neither, nanochat makes it."""
+    """A data set, or a split of one.
+
+    With `repo`, it is downloaded from the hub: `files` are patterns of its files, and `target` is a directory for them. With
+    `url`, the file at that address becomes `target`, or an archive is unpacked to it. With neither, nanochat generates it.
+    """
 
     name: str
-    stages: tuple[str, ...]  # that read it
-    target: str  # under the base directory
-    rows: int  # that it had when it was counted
+    stages: tuple[str, ...]  # the stages that read it
+    target: str  # path under the base directory
+    rows: int  # the rows that were counted in it
     megabytes: float
     columns: tuple[str, ...] = ()
     repo: str = ""
@@ -36,7 +39,7 @@ class Asset:
     url: str = ""
 
     def present(self, paths: Paths) -> list[Path]:
-        """Its files that are there."""
+        """Those of its files that exist."""
         target = paths.base / self.target
         if self.files:
             patterns = [pattern.rpartition("/")[2] for pattern in self.files]
@@ -47,6 +50,7 @@ class Asset:
 
     @property
     def remedy(self) -> str:
+        """The command that gets the asset, for error messages."""
         return f"fetch it on a node with internet: nanochat fetch --only {self.name}"
 
 
@@ -82,7 +86,7 @@ _ASSETS = (
 
 
 def text_asset(shards: int) -> Asset:
-    """The first `shards` of FineWeb-Edu and the one for validation."""
+    """The pretraining text: the first `shards` shards of FineWeb-Edu, and the shard for validation."""
     numbers = [*range(shards), VALIDATION_SHARD]
     return Asset(
         "text", ("tokenizer", "tokenizer-eval", "base", "base-eval"), "text", len(numbers), 100.0 * len(numbers), ("text",),
@@ -91,24 +95,23 @@ def text_asset(shards: int) -> Asset:
 
 
 def assets(preset: str, shards: int = 0) -> tuple[Asset, ...]:
-    """What a preset's stages read. shards: of pretraining text, 0 for the preset's number."""
+    """The assets that a preset's stages read. shards: of pretraining text, 0 for the preset's number."""
     return () if preset in EMBEDDED else (text_asset(shards or SHARDS[preset]), *_ASSETS)
 
 
 def verify(asset: Asset, paths: Paths) -> int:
-    """Open every file of an asset and count its rows, which are returned. Raises UserError naming what is wrong."""
+    """Open every file of an asset; returns its number of rows (of shards, for text). Raises UserError that names the problem."""
     files = asset.present(paths)
     record = read_fetched(paths).get(asset.name, {})
     for name, (size, _) in record.items():
-        found = (paths.base / name).stat().st_size if (paths.base / name).exists() else None
-        if found != size:
-            raise _wrong(
-                asset, f"{paths.base / name} {'is missing' if found is None else f'has {found} of {size} bytes'}"
-            )
+        actual = (paths.base / name).stat().st_size if (paths.base / name).exists() else None
+        if actual != size:
+            problem = "is missing" if actual is None else f"has {actual} of {size} bytes"
+            raise _asset_error(asset, f"{paths.base / name} {problem}")
     if asset.name == "text":
         missing = set(asset.files) - {path.name for path in files}
         if missing:
-            raise _wrong(
+            raise _asset_error(
                 asset,
                 f"of {len(asset.files)} shards of FineWeb-Edu {len(missing)} are missing, the first {min(missing)}",
             )
@@ -116,10 +119,12 @@ def verify(asset: Asset, paths: Paths) -> int:
             _rows(asset, path)
         return len(files)
     if not files:
-        raise _wrong(asset, f"there is nothing at {paths.base / asset.target}")
+        raise _asset_error(asset, f"there is nothing at {paths.base / asset.target}")
     rows = sum(_rows(asset, path) for path in files) if asset.name != "eval_bundle" else _bundle_tasks(asset, paths)
-    if not asset.rows <= rows <= asset.rows * SLACK:
-        raise _wrong(asset, f"it has {rows:,} rows, wanted {asset.rows:,}: another configuration, or not all of it")
+    if not asset.rows <= rows <= asset.rows * MAX_GROWTH:
+        raise _asset_error(
+            asset, f"it has {rows:,} rows, wanted {asset.rows:,}: it is another configuration, or incomplete"
+        )
     return rows
 
 
@@ -133,10 +138,10 @@ def _rows(asset: Asset, path: Path) -> int:
         with pq.ParquetFile(path) as file:
             names, rows = file.schema_arrow.names, file.metadata.num_rows
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise _wrong(asset, f"{path} is truncated or of another format ({str(error).splitlines()[0]})") from error
+        raise _asset_error(asset, f"{path} is truncated or of another format ({str(error).splitlines()[0]})") from error
     absent = [column for column in asset.columns if column not in names]
     if absent or not rows:
-        raise _wrong(asset, f"{path} has {rows} rows of {', '.join(names)}; wanted {', '.join(asset.columns)}")
+        raise _asset_error(asset, f"{path} has {rows} rows of {', '.join(names)}; wanted {', '.join(asset.columns)}")
     return rows
 
 
@@ -144,15 +149,15 @@ def _bundle_tasks(asset: Asset, paths: Paths) -> int:
     try:
         return len(load_bundle(paths.eval_bundle))
     except (UserError, OSError, KeyError, ValueError) as error:
-        raise _wrong(asset, str(error).partition(";")[0]) from error
+        raise _asset_error(asset, str(error).partition(";")[0]) from error
 
 
-def _wrong(asset: Asset, what: str) -> UserError:
-    return UserError(f"{asset.name}, which the stages {', '.join(asset.stages)} read: {what}; {asset.remedy}")
+def _asset_error(asset: Asset, problem: str) -> UserError:
+    return UserError(f"{asset.name}, which the stages {', '.join(asset.stages)} read: {problem}; {asset.remedy}")
 
 
 def problems(preset: str, paths: Paths, shards: int = 0) -> Iterator[tuple[Asset, int, str]]:
-    """(asset, rows, what is wrong with it or an empty string), one by one."""
+    """Verify every asset of a preset; yields (asset, rows, problem) with an empty string for no problem."""
     for asset in assets(preset, shards):
         try:
             yield asset, verify(asset, paths), ""
@@ -161,10 +166,10 @@ def problems(preset: str, paths: Paths, shards: int = 0) -> Iterator[tuple[Asset
 
 
 def read_fetched(paths: Paths) -> dict[str, dict[str, list]]:
-    """What was fetched: asset → file under the base directory → [bytes, SHA-256]."""
+    """The files that were fetched: asset → path under the base directory → [bytes, SHA-256]."""
     return read_json(paths.assets) or {}
 
 
 def note_fetched(paths: Paths, asset: Asset, files: dict[str, list]) -> None:
-    """Note an asset as complete: the last thing that fetching it does."""
+    """Record an asset as complete, with its files; this is the last step of fetching it."""
     write_json(paths.assets, read_fetched(paths) | {asset.name: files})

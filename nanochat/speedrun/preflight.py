@@ -1,4 +1,7 @@
-"""Before a run: is everything there that its stages will read, and will it fit? No GPU work, no network."""
+"""`nanochat preflight`: checks before a run that its data are complete and that disk, GPUs and time suffice.
+
+It needs no network and starts no work on a GPU.
+"""
 
 import shutil
 
@@ -18,46 +21,49 @@ from nanochat.speedrun.assets import problems
 from nanochat.tokenizer.bpe import Tokenizer
 from nanochat.train.plan import horizon
 
-MFU = 0.5  # of a compiled model; what the estimate assumes
-REST = 0.35  # of pretraining's time that the other stages take
+MFU = 0.5  # model FLOPs utilization that the estimate of time assumes
+OTHER_STAGES = 0.35  # the time of all other stages, as a share of pretraining's
 
 
 def preflight(options: PreflightOptions, paths: Paths) -> None:
-    """Raises UserError when anything is missing, after everything has been looked at."""
-    wrong = []
+    """Check everything and print a line for each check. Raises UserError at the end when a check failed."""
+    failures = []
     for asset, rows, problem in problems(options.preset, paths, options.shards):
         if problem:
-            wrong.append(problem)
+            failures.append(problem)
         else:
             say(f"ok   {asset.name}: {rows:,} {'shards' if asset.name == 'text' else 'rows'}")
     if options.preset in EMBEDDED:
-        say("ok   data: the run makes them itself")
+        say("ok   data: the run generates them")
     if not options.data_only:
-        wrong += _machine(options, paths)
-    for problem in wrong:
-        say(f"BAD  {problem}")
-    if wrong:
-        more = f" and {len(wrong) - 1} more, see above" if len(wrong) > 1 else ""
-        raise UserError(f"preflight of {options.preset}: {wrong[0]}{more}")
-    say(f"preflight of {options.preset}: all is there")
+        failures += _check_machine(options, paths)
+    for failure in failures:
+        say(f"BAD  {failure}")
+    if failures:
+        more = f" and {len(failures) - 1} more, see above" if len(failures) > 1 else ""
+        raise UserError(f"preflight of {options.preset}: {failures[0]}{more}")
+    say(f"preflight of {options.preset}: everything is there")
 
 
-def _machine(options: PreflightOptions, paths: Paths) -> list[str]:
-    wrong = []
+def _check_machine(options: PreflightOptions, paths: Paths) -> list[str]:
+    """Check GPUs, disk, time and gate file; returns the failures."""
+    failures = []
     device = pick_device("auto")
     if options.preset not in EMBEDDED and device != "cuda":
-        wrong.append("there is no GPU here, and the preset needs one; ask for them: nanochat cluster submit, --gpus")
+        failures.append(
+            "there is no GPU here, and the preset needs one; request GPUs with: nanochat cluster submit --gpus"
+        )
     base = with_preset(TrainBaseOptions(), "train base", options.preset)
     vocabulary = Tokenizer.load(paths.tokenizer).vocab_size if paths.tokenizer.exists() else 65536
     model = GPTConfig.from_depth(base.depth, vocabulary, base.context_length, base.n_kv_head)
-    # a checkpoint has float32 weights, a momentum of every matrix, mean and variance of both embeddings
+    # a checkpoint has 4 bytes for each weight, each momentum of a matrix, and each mean and variance of embedding and head
     embeddings = 2 * model.vocab_size * model.width
     checkpoint = 8 * (model.num_parameters - embeddings) + 12 * embeddings
     kept = sum(len(list(paths.checkpoints(stage).glob("step_*"))) for stage in TRAINING_STAGES)
-    need, free = checkpoint * max(1, 2 * len(TRAINING_STAGES) + 1 - kept), shutil.disk_usage(paths.base).free
-    line = f"disk: {free / 1e9:.1f} GB free, checkpoints take up to {need / 1e9:.1f} more"
-    if free < need:
-        wrong.append(f"{line}; free space in {paths.base}, or set NANOCHAT_BASE_DIR")
+    needed, free = checkpoint * max(1, 2 * len(TRAINING_STAGES) + 1 - kept), shutil.disk_usage(paths.base).free
+    line = f"disk: {free / 1e9:.1f} GB free, checkpoints take up to {needed / 1e9:.1f} more"
+    if free < needed:
+        failures.append(f"{line}; free space in {paths.base}, or set NANOCHAT_BASE_DIR")
     else:
         say(f"ok   {line}")
     if device == "cuda":
@@ -68,24 +74,26 @@ def _machine(options: PreflightOptions, paths: Paths) -> list[str]:
         try:
             take_gate(paths, model, most_rows(options.preset), runtime)
         except UserError as error:
-            wrong.append(str(error))
+            failures.append(str(error))
     if not paths.gate.exists():
-        say("ok   no gate file: the launch tables choose the kernels (nanochat kernels gate measures here)")
-    return wrong
+        say(
+            "ok   no gate file: the launch tables choose the kernels (nanochat kernels gate would measure them on this device)"
+        )
+    return failures
 
 
 def most_rows(preset: str) -> int:
-    """Of a stage of training: what a gate must have judged so that it serves them all."""
+    """The largest micro-batch of a preset's training stages, in rows; a gate at this size serves all of them."""
     stages = {"train base": TrainBaseOptions, "train mid": TrainMidOptions, "train sft": TrainSftOptions}
     return max(with_preset(kind(), name, preset).device_batch_size for name, kind in stages.items())
 
 
 def _estimate(base: TrainBaseOptions, model: GPTConfig, runtime: Runtime, count: int) -> None:
-    """How long the run takes, and whether the job's time limit lets it."""
+    """Print how long the run takes, and whether the Slurm job ends before it is done."""
     if not runtime.peak_flops:
         return
     flops = horizon(base, model) * base.total_batch_size * model.flops_per_token
-    hours = flops / (runtime.peak_flops * count * MFU) * (1 + REST) / 3600
+    hours = flops / (runtime.peak_flops * count * MFU) * (1 + OTHER_STAGES) / 3600
     left = slurm_seconds_left()
     say(f"ok   time: about {hours:.1f} h from the beginning, at {100 * MFU:.0f} % of the peak")
     if left is not None and left / 3600 < hours:

@@ -1,6 +1,6 @@
-"""The records of finished stages: by which command, from what, and what they made.
+"""The records of finished stages: their commands, and hashes of the files that they read and wrote.
 
-A record holds while the same command would run on the same inputs and the files that the stage made are unchanged.
+A record is valid as long as the same command would run on the same inputs, and the files that the stage wrote are unchanged.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ def record_path(paths: Paths, stage: Stage) -> Path:
 
 
 def write_record(paths: Paths, stage: Stage, command: list[str], made_from: str, seconds: float) -> dict:
-    """Note a stage as finished; returns the record. made_from: the hash of everything that earlier stages made."""
+    """Record a stage as finished after `seconds`; returns the record. made_from: the hash of all files of earlier stages."""
     record = {
         "stage": stage.name,
         "command": command,
@@ -31,7 +31,7 @@ def write_record(paths: Paths, stage: Stage, command: list[str], made_from: str,
 
 
 def valid_record(paths: Paths, stage: Stage, command: list[str], made_from: str) -> dict | None:
-    """The record of a stage that still holds, or None."""
+    """The record of a stage if it is still valid, else None."""
     record = read_json(record_path(paths, stage))
     if record is None or record.get("command") != command or record.get("made_from") != made_from:
         return None
@@ -39,7 +39,7 @@ def valid_record(paths: Paths, stage: Stage, command: list[str], made_from: str)
 
 
 def hash_of(files: list[Path]) -> str:
-    """SHA-256 over the names and contents of files and of everything in directories; a missing file counts as such."""
+    """SHA-256 over the names and contents of files, and of all files in directories; a missing file has a hash of its own."""
     total = hashlib.sha256()
     for path in files:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:

@@ -1,7 +1,7 @@
-"""The speedrun: every stage in order, each in processes of its own, each finished once.
+"""`nanochat speedrun`: runs every stage in order, each in processes of its own.
 
-The same command again skips the stages whose records still hold, and starts an unfinished one again, which then resumes from
-its newest checkpoint.
+The same command skips stages whose records are still valid. A training stage that was interrupted resumes from its newest
+checkpoint; any other stage starts again.
 """
 
 import hashlib
@@ -28,9 +28,9 @@ from nanochat.speedrun.stages import NAMES, STAGES, Stage, command_of
 
 
 def speedrun(options: SpeedrunOptions, paths: Paths) -> None:
-    """Run those of the chosen stages that are not finished, then show a conversation.
+    """Run the stages that are not finished; after the last one, show a conversation.
 
-    Raises UserError with the exit status of a stage that failed.
+    Raises UserError, with its exit status, when a stage fails, and TrainingStopped after a signal.
     """
     run_stages(options, paths)
     if options.last == NAMES[-1]:
@@ -38,8 +38,8 @@ def speedrun(options: SpeedrunOptions, paths: Paths) -> None:
 
 
 def run_stages(options: SpeedrunOptions, paths: Paths, stages: Sequence[Stage] = STAGES) -> None:
-    """Run those of the stages from options.first to options.last that are not finished."""
-    first, last = _chosen(options)
+    """Run the stages from options.first to options.last that are not finished."""
+    first, last = _chosen_range(options)
     preset = options.preset or "cpu"
     embedded = preset in EMBEDDED
     stages = [stage for stage in stages if embedded or stage.name != "data"]
@@ -49,31 +49,29 @@ def run_stages(options: SpeedrunOptions, paths: Paths, stages: Sequence[Stage] =
         missing = next((problem for _, _, problem in problems(preset, paths) if problem), None)
         if missing:
             raise UserError(f"{missing}; nanochat preflight names everything that is missing")
-        made = ""  # hash of everything that earlier stages made
+        made_from = ""  # hash of all files that earlier stages wrote
         for number, stage in enumerate(stages, 1):
             command = command_of(stage, preset, options.device)
-            record = valid_record(paths, stage, command, made)
+            record = valid_record(paths, stage, command, made_from)
             title = f"[{number}/{len(stages)}] {stage.name}"
             if first <= NAMES.index(stage.name) <= last:
                 if record is None:
                     say(f"{title}: nanochat {' '.join(command)}")
-                    record = _run(stage, command, processes, paths, made, stop)
+                    record = _run(stage, command, processes, paths, made_from, stop)
                     say(f"{title}: done in {record['seconds']:.0f} s")
                 else:
                     say(f"{title}: finished before, skipped")
             elif NAMES.index(stage.name) > last:
                 break
             elif record is None:
-                raise UserError(
-                    f"stage {stage.name} has not finished (or what it made has changed); run without --from"
-                )
-            made = hashlib.sha256((made + record["made"]).encode()).hexdigest()
+                raise UserError(f"stage {stage.name} has not finished (or its files have changed); run without --from")
+            made_from = hashlib.sha256((made_from + record["made"]).encode()).hexdigest()
     console.rule()
     say(f"all stages up to {options.last} are done; this command took {time.perf_counter() - started:.0f} s")
 
 
-def _chosen(options: SpeedrunOptions) -> tuple[int, int]:
-    """The numbers of the first and the last stage. Raises UserError for names and orders that do not exist."""
+def _chosen_range(options: SpeedrunOptions) -> tuple[int, int]:
+    """The indices of the first and the last stage to run. Raises UserError for an unknown name and for a wrong order."""
     for option, name in (("--from", options.first), ("--to", options.last)):
         if name not in NAMES:
             raise UserError(f"{option} {name}: no such stage; choose from: {', '.join(NAMES)}")
@@ -84,7 +82,11 @@ def _chosen(options: SpeedrunOptions) -> tuple[int, int]:
 
 
 class Stop:
-    """What USR1 and SIGTERM do: a training stage saves and ends, any other stage is ended, and no further one starts."""
+    """Handles SIGUSR1 and SIGTERM: a training stage saves and ends, any other stage is terminated, and no further stage starts.
+
+    The signal is passed on to training through a file under the base directory, because the processes of a stage may run on
+    other nodes.
+    """
 
     def __init__(self, paths: Paths):
         self.file, self.received, self.process = paths.stop, 0, None
@@ -107,7 +109,7 @@ class Stop:
 
     @contextmanager
     def watching(self, stage: Stage, process: subprocess.Popen) -> Iterator[None]:
-        """While a stage runs. A training stage looks for the file, on whichever node it runs; the process of another is ended."""
+        """While the block waits for a stage: a signal terminates its process, unless it is a training stage, which sees the file."""
         self.process = None if stage.trains else process
         if self.received and not stage.trains:
             process.terminate()
@@ -115,7 +117,7 @@ class Stop:
         self.process = None
 
     def check(self, stage: Stage) -> None:
-        """Raises TrainingStopped when a signal has come."""
+        """Raise TrainingStopped if a signal has been received."""
         if self.received:
             name = signal.Signals(self.received).name
             message = f"stopped by {name} in stage {stage.name}; training is saved, and the same command resumes it"
@@ -123,11 +125,11 @@ class Stop:
 
 
 def _run(stage: Stage, command: list[str], processes: int, paths: Paths, made_from: str, stop: Stop) -> dict:
-    """Run a stage in processes of its own; returns its record. Raises UserError when it fails."""
+    """Run a stage in processes of its own; returns its record. Raises UserError with its exit status when it fails."""
     stop.check(stage)
     launcher = distributed_launcher(processes) if stage.distributed else [sys.executable]
     started = time.perf_counter()
-    # stderr is read, so that the cause of a failure can be repeated at the end of a long run
+    # stderr goes through this process, so that the error of a failed stage can be repeated at the end of a long run
     process = subprocess.Popen(
         [*launcher, "-m", "nanochat", *command], stderr=subprocess.PIPE, text=True, errors="replace"
     )
@@ -140,7 +142,7 @@ def _run(stage: Stage, command: list[str], processes: int, paths: Paths, made_fr
                 if line.startswith("nanochat: error:") or not cause.startswith("nanochat: error:"):
                     cause = line.strip()
             status = process.wait()
-    except KeyboardInterrupt:  # the terminal sent it to the stage too, which saves and ends
+    except KeyboardInterrupt:  # the terminal has sent SIGINT to the stage too, which saves and ends
         status = process.wait()
     if status:
         stop.check(stage)
@@ -156,12 +158,12 @@ def _run(stage: Stage, command: list[str], processes: int, paths: Paths, made_fr
 
 @contextmanager
 def _lock(paths: Paths) -> Iterator[None]:
-    """Raises UserError while another speedrun holds the base directory."""
-    lock = FileLock(paths.base / ".speedrun.lock")
+    """Lock the base directory against other speedruns. Raises UserError when one is running there."""
     try:
-        with lock.acquire(timeout=0):
-            yield
+        lock = FileLock(paths.base / ".speedrun.lock").acquire(timeout=0)
     except Timeout:
         raise UserError(
             f"another speedrun is running in {paths.base}; wait for it or set another NANOCHAT_BASE_DIR"
         ) from None
+    with lock:
+        yield

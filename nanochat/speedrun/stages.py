@@ -1,4 +1,4 @@
-"""The stages of the speedrun, in order: a new one is a line here."""
+"""The stages of the speedrun, in order. A new stage is one line here."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,20 +9,20 @@ from nanochat.platform.paths import Paths
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage: the command that runs it and the files it makes."""
+    """A stage: the command that runs it, and the files that it writes."""
 
     name: str
     command: tuple[str, ...]
     outputs: Callable[[Paths], list[Path]]
-    distributed: bool = False  # takes --device, and is run by as many processes as there are GPUs
-    trains: bool = False  # resumes from its own checkpoint and saves on a signal; other stages start again
+    distributed: bool = False  # takes --device, and runs in one process per GPU
+    trains: bool = False  # saves on a signal and resumes from its checkpoint; other stages start again
     has_preset: bool = True  # takes --preset
 
 
 def _newest_checkpoint(stage: str) -> Callable[[Paths], list[Path]]:
     def files(paths: Paths) -> list[Path]:
-        found = sorted(paths.checkpoints(stage).glob("step_*/meta.json"))
-        return [found[-1], found[-1].with_name("model.safetensors")] if found else [paths.checkpoints(stage) / "none"]
+        metas = sorted(paths.checkpoints(stage).glob("step_*/meta.json"))
+        return [metas[-1], metas[-1].with_name("model.safetensors")] if metas else [paths.checkpoints(stage) / "none"]
 
     return files
 

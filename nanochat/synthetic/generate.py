@@ -1,6 +1,6 @@
-"""The embedded data set: generated text, conversations and tests in the very file layouts of the real ones.
+"""Generates the embedded data: text, conversations and tests, in the same file layouts as the real data sets.
 
-Written into a temporary directory each and renamed, so that a half-made set is never taken for a whole one.
+Each directory is written under a temporary name and renamed, so that an incomplete set is never taken for a complete one.
 """
 
 import csv
@@ -27,7 +27,7 @@ ROW_GROUP = 1024  # documents, as in the real shards
 
 
 def generate(options: GenerateOptions, paths: Paths) -> dict[str, int]:
-    """Write the whole set under the base directory; returns how many items of each kind."""
+    """`nanochat data generate`: write all embedded data under the base directory; returns the number of items of each kind."""
     rng = random.Random(digest("generate", options.seed))
     people = _by_name(world.facts(options.seed))
     word_list = world.words(options.seed, options.words)
@@ -86,25 +86,25 @@ def _documents(
 
 
 def _portrait(rng: random.Random, people: dict, word_list: list[str]) -> str:
-    """All that is known of one person."""
+    """All facts about one person."""
     known = people[rng.choice(world.NAMES)]
     return " ".join(rng.choice(fact.sentences()) for fact in rng.sample(known, len(known)))
 
 
 def _village(rng: random.Random, people: dict, word_list: list[str]) -> str:
-    """Some of what is known, about several people who share it."""
+    """One fact that several people share."""
     topic = rng.choice(list(world.VALUES))
     value = rng.choice(world.VALUES[topic])
-    same = [f for known in people.values() for f in known if (f.topic, f.value) == (topic, value)]
+    same = [f for facts in people.values() for f in facts if (f.topic, f.value) == (topic, value)]
     chosen = rng.sample(same, min(len(same), 4))
     return " ".join([f"About {value}."] + [rng.choice(fact.sentences()) for fact in chosen])
 
 
 def _visit(rng: random.Random, people: dict, word_list: list[str]) -> str:
-    """A little story of two people."""
+    """A short story about two people."""
     host, guest = rng.sample(world.NAMES, 2)
     home = next(fact for fact in people[host] if fact.topic == "home")
-    told = rng.sample(people[host], 2) + rng.sample(people[guest], 2)
+    facts = rng.sample(people[host], 2) + rng.sample(people[guest], 2)
     opening = rng.choice(
         (
             f"One day {guest} went to {home.value} to see {host}.",
@@ -113,13 +113,13 @@ def _visit(rng: random.Random, people: dict, word_list: list[str]) -> str:
         )
     )
     ending = rng.choice(("They talked until dark.", "They laughed and sang.", "Then both went home happy."))
-    return " ".join([opening, *(rng.choice(fact.sentences()) for fact in told), ending])
+    return " ".join([opening, *(rng.choice(fact.sentences()) for fact in facts), ending])
 
 
 def _quiz(rng: random.Random, people: dict, word_list: list[str]) -> str:
     """Questions and answers, some with choices."""
-    asked = []
-    for fact in rng.sample([f for known in people.values() for f in known], 6):
+    items = []
+    for fact in rng.sample([f for facts in people.values() for f in facts], 6):
         questions = fact.questions("train")
         if not questions:
             continue
@@ -127,10 +127,10 @@ def _quiz(rng: random.Random, people: dict, word_list: list[str]) -> str:
         if rng.random() < 0.5:
             choices, answer = fact.choices(rng)
             question += "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, "ABCD", strict=True))
-            asked.append(f"{question}Answer: {'ABCD'[answer]}")
+            items.append(f"{question}Answer: {'ABCD'[answer]}")
         else:
-            asked.append(f"{question}Answer: {fact.value}")
-    return "\n\n".join(asked)
+            items.append(f"{question}Answer: {fact.value}")
+    return "\n\n".join(items)
 
 
 def _sums(rng: random.Random, people: dict, word_list: list[str]) -> str:
@@ -145,7 +145,7 @@ def _sums(rng: random.Random, people: dict, word_list: list[str]) -> str:
 
 
 def _letters(rng: random.Random, people: dict, word_list: list[str]) -> str:
-    """Words, their letters, and how often one of them comes; tested words are not among them."""
+    """Words with their letters and the count of one letter; words of the test split are left out."""
     chosen = [word for word in rng.sample(word_list, 6) if not in_test("word", word)]
     lines = []
     for word in chosen:
@@ -159,12 +159,12 @@ def _letters(rng: random.Random, people: dict, word_list: list[str]) -> str:
 
 
 def _chat_sources(options: GenerateOptions, rng: random.Random, people: dict) -> dict[str, list[dict]]:
-    facts = [fact for known in people.values() for fact in known]
+    facts = [fact for facts in people.values() for fact in facts]
     train = [question for fact in facts for question in _pairs(fact, "train")]
     easy, hard = ([q for f in facts for q in _pairs(f, split)] for split in ("test", "challenge"))
     arc_easy, arc_hard = (rng.sample(pool, min(options.tests, len(pool))) for pool in (easy, hard))
     mixed = rng.sample(easy, min(options.tests // 2, len(easy))) + rng.sample(hard, min(options.tests // 2, len(hard)))
-    some = options.questions // 4
+    arc_rows = options.questions // 4
     functions = [(kind, k) for kind in world.FUNCTIONS for k in range(2, 60)]
     code_test = [pair for pair in functions if in_test("function", *pair)]
     code_train = [pair for pair in functions if not in_test("function", *pair)]
@@ -173,9 +173,9 @@ def _chat_sources(options: GenerateOptions, rng: random.Random, people: dict) ->
         "smoltalk/test": [{"messages": _talk(rng, people, code_train)} for _ in range(options.tests)],
         "mmlu/auxiliary_train": [_mmlu_row(rng, *rng.choice(train)) for _ in range(options.questions)],
         "mmlu/test": [_mmlu_row(rng, *pair) for pair in mixed],
-        "arc-easy/train": [_arc_row(rng, *rng.choice(train)) for _ in range(some)],
+        "arc-easy/train": [_arc_row(rng, *rng.choice(train)) for _ in range(arc_rows)],
         "arc-easy/test": [_arc_row(rng, *pair) for pair in arc_easy],
-        "arc-challenge/train": [_arc_row(rng, *rng.choice(train)) for _ in range(some)],
+        "arc-challenge/train": [_arc_row(rng, *rng.choice(train)) for _ in range(arc_rows)],
         "arc-challenge/test": [_arc_row(rng, *pair) for pair in arc_hard],
         "gsm8k/train": _problems(rng, "train", options.problems),
         "gsm8k/test": _problems(rng, "test", options.tests),
@@ -193,8 +193,8 @@ def _mmlu_row(rng: random.Random, fact: world.Fact, question: str) -> dict:
 
 
 def _arc_row(rng: random.Random, fact: world.Fact, question: str) -> dict:
-    # Labelled by initials: a model of this size recalls a value within minutes, but to look its letter up among the
-    # choices, as MMLU's rows ask, takes far longer.
+    # Choices are labelled by their initials: a small model learns to recall a value within minutes, but needs far longer to
+    # look up its letter among the choices, as in MMLU's rows.
     choices, answer = fact.choices(rng, initials=True)
     labels = [choice[0].upper() for choice in choices]
     identity = f"{digest(fact, question, *choices):016x}"
@@ -242,19 +242,22 @@ def _talk(rng: random.Random, people: dict, functions: list[tuple[str, int]]) ->
 
 
 def _write_bundle(directory: Path, rng: random.Random, people: dict, size: int) -> dict[str, int]:
-    facts = [fact for known in people.values() for fact in known]
-    asked = [pair for fact in facts for split in ("test", "challenge") for pair in _pairs(fact, split)]
-    rng.shuffle(asked)
+    facts = [fact for facts in people.values() for fact in facts]
+    held_out_questions = [pair for fact in facts for split in ("test", "challenge") for pair in _pairs(fact, split)]
+    rng.shuffle(held_out_questions)
     choice = []
-    for fact, question in asked[:size]:
+    for fact, question in held_out_questions[:size]:
         choices, gold = fact.choices(rng)
         choice.append({"query": f"Question: {question}\nAnswer:", "choices": choices, "gold": gold})
-    told = [(fact, sentence) for fact in facts for sentence in fact.sentences(held_out=True)]
-    told = [(fact, s.split(fact.value)[0].rstrip(), s) for fact, s in told if s.rstrip(".").endswith(fact.value)]
-    rng.shuffle(told)
-    completion = [{"context": context, "continuation": fact.value} for fact, context, _ in told[:size]]
+    held_out = [(fact, sentence) for fact in facts for sentence in fact.sentences(held_out=True)]
+    # only sentences that end with the value, which is what the model has to supply
+    held_out = [
+        (fact, s.split(fact.value)[0].rstrip(), s) for fact, s in held_out if s.rstrip(".").endswith(fact.value)
+    ]
+    rng.shuffle(held_out)
+    completion = [{"context": context, "continuation": fact.value} for fact, context, _ in held_out[:size]]
     schema = []
-    for fact, _, sentence in told[:size]:
+    for fact, _, sentence in held_out[:size]:
         others = [name for name in world.NAMES if name != fact.name and not _shares(people, name, fact)]
         options = [fact.name, rng.choice(others)]
         rng.shuffle(options)

@@ -1,4 +1,4 @@
-"""Conversations about the model itself, generated: who it is, what it can do, what it cannot."""
+"""Generates conversations about the model itself: who it is, what it can do and what it cannot."""
 
 import random
 

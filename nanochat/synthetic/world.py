@@ -1,8 +1,8 @@
-"""The closed world of the embedded data: people and their facts, sums, words to spell; all from one seed, none of it real.
+"""The closed world of the embedded data: people with their facts, word problems, words to spell. One seed determines all of it.
 
-What a test asks is held out by construction: a way of saying a fact is withheld from training for one fact in five
-(`Fact.held_out`), all questions about a fact in four are (`Fact.challenge`), and sums and words are dealt to train or
-test by the hash of their text (`in_test`).
+What the tests ask is held out of training data by construction. Each wording of a fact is withheld for one fact in five
+(`Fact.held_out`). All questions about one fact in four are withheld (`Fact.challenge`). Word problems and words belong to train
+or test by the hash of their text (`in_test`).
 """
 
 import random
@@ -23,7 +23,7 @@ VALUES = {
     "colour": "red blue green yellow purple brown white black".split(),
     "music": "violin flute drum harp trumpet banjo cello piano".split(),
 }
-# {n} the name, {v} the value. Each way of saying is withheld for one fact in five.
+# {n} is the name, {v} the value. Each wording is withheld for one fact in five.
 SENTENCES = {
     "home": (
         "{n} lives in {v}.",
@@ -110,46 +110,48 @@ QUESTIONS = {
 
 @dataclass(frozen=True)
 class Fact:
+    """A value of one topic for one person: Tilda, home, Dunmere."""
+
     name: str
     topic: str
     value: str
 
     @property
     def challenge(self) -> bool:
-        """No question about this fact is ever trained on; only the text tells it."""
+        """Whether training data have no question about this fact; the pretraining text still tells it."""
         return in_test("challenge", self.name, self.topic, share=4)
 
     def held_out(self, template: str) -> bool:
-        """This way of putting the fact never stands in training data."""
+        """Whether training data never use this wording for this fact."""
         return in_test("template", self.name, self.topic, template, share=5)
 
     def say(self, template: str) -> str:
         return template.format(n=self.name, v=self.value)
 
     def sentences(self, held_out: bool = False) -> list[str]:
-        """The sentences training text may use, or those withheld from it."""
+        """The sentences that training data may use for this fact, or those that are held out."""
         return [self.say(t) for t in SENTENCES[self.topic] if self.held_out(t) == held_out]
 
     def questions(self, split: str) -> list[str]:
-        """Questions of a split: train, test (same fact, withheld wording) or challenge (fact never asked)."""
+        """The questions of a split: train, test (the wording is held out) or challenge (the fact is never asked in training)."""
         if self.challenge != (split == "challenge"):
             return []
-        held = {"train": (False,), "test": (True,), "challenge": (False, True)}[split]
-        return [self.say(t) for t in QUESTIONS[self.topic] if self.held_out(t) in held]
+        wanted = {"train": (False,), "test": (True,), "challenge": (False, True)}[split]
+        return [self.say(t) for t in QUESTIONS[self.topic] if self.held_out(t) in wanted]
 
     def choices(self, rng: random.Random, initials: bool = False) -> tuple[list[str], int]:
-        """Four values, one of them right, and where it stands; with `initials`, no two begin with the same letter."""
+        """Four values and the index of the right one; with `initials`, all begin with different letters."""
         options = [self.value]
         for value in rng.sample(VALUES[self.topic], len(VALUES[self.topic])):
-            taken = {option[0] for option in options} if initials else set(options)
-            if len(options) < 4 and (value[0] if initials else value) not in taken:
+            used = {option[0] for option in options} if initials else set(options)
+            if len(options) < 4 and (value[0] if initials else value) not in used:
                 options.append(value)
         rng.shuffle(options)
         return options, options.index(self.value)
 
 
 def facts(seed: int) -> list[Fact]:
-    """One value a topic for each person."""
+    """The facts of the world: for each person, one value for each topic."""
     rng = random.Random(digest("facts", seed))
     return [Fact(name, topic, rng.choice(values)) for name in NAMES for topic, values in VALUES.items()]
 
@@ -163,24 +165,24 @@ CODAS = "b ck d g l ll m n nd ng nt p r rn rt s sh st t tt x".split()
 
 
 def words(seed: int, count: int) -> list[str]:
-    """Invented words of one to three syllables, sorted, no two alike."""
-    rng, found = random.Random(digest("words", seed)), set()
-    while len(found) < count:
+    """`count` different invented words of one to three syllables, sorted."""
+    rng, invented = random.Random(digest("words", seed)), set()
+    while len(invented) < count:
         syllables = rng.choices((1, 2, 3), weights=(1, 4, 2))[0]
         word = "".join(rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(syllables)) + rng.choice(CODAS)
         if 4 <= len(word) <= 11:
-            found.add(word)
-    return sorted(found)
+            invented.add(word)
+    return sorted(invented)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sums in words, in the notation of GSM8K: <<expression=result>>result, the answer after ####
+# Word problems, in the notation of GSM8K: <<expression=result>>result, the answer after ####
 
 THINGS = "apples nuts pears shells stones candles buttons eggs plums coins".split()
 
 
 def problem(rng: random.Random) -> tuple[str, str]:
-    """A word problem of one or two steps and its worked answer."""
+    """A word problem of one or two steps, and its worked answer."""
     name, other = rng.sample(NAMES, 2)
     thing = rng.choice(THINGS)
     a, b, c = rng.randint(3, 49), rng.randint(2, 9), rng.randint(3, 12)
@@ -223,7 +225,7 @@ FUNCTIONS = {
 
 
 def function(kind: str, k: int) -> dict[str, str]:
-    """A row of HumanEval's layout: signature and docstring, the solution, and a check of it."""
+    """A row in HumanEval's layout: signature with docstring, solution, and a check of the solution."""
     text, body, compute = FUNCTIONS[kind]
     name = f"{kind}_{k}"
     checks = "\n".join(f"    assert candidate({x}) == {compute(x, k)}" for x in (0, 3, k, 100))

@@ -1,4 +1,4 @@
-"""Tasks: each a sequence of conversations for training, and a judge of completions for evaluation.
+"""Tasks: each is a sequence of conversations to train on; those that can be evaluated also judge completions.
 
 A task has `name`, `__len__` and `__getitem__(i) → conversation`. One that can be evaluated also has `kind` ("categorical" or
 "generative"), `baseline` (the accuracy of guessing) and `judge(conversation, completion) → bool`.

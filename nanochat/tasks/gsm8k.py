@@ -1,4 +1,4 @@
-"""GSM8K: word problems whose answers call the calculator; right when the number after #### is."""
+"""GSM8K: word problems whose answers call the calculator; an answer is right if the number after #### is."""
 
 import re
 
@@ -10,7 +10,7 @@ _ANSWER = re.compile(r"#### *(-?[\d.,]+)")
 
 
 def final_number(text: str) -> str | None:
-    """The number after ####, without commas and a closing full stop; None when there is none."""
+    """The number after ####, without commas and a full stop at its end; None when there is no such number."""
     match = _ANSWER.search(text)
     return match.group(1).replace(",", "").rstrip(".") if match else None
 

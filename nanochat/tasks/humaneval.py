@@ -1,4 +1,4 @@
-"""HumanEval: complete a function; right when its tests pass in the sandbox."""
+"""HumanEval: complete a function; an answer is right if the function's tests pass in the sandbox."""
 
 import re
 
@@ -11,7 +11,7 @@ _IMPORT = re.compile(r"^(?:import|from)\s.*$", re.MULTILINE)
 
 
 def extract_code(completion: str) -> str:
-    """The first fenced block, else all of the text."""
+    """The first fenced code block of a completion, or the whole text without one."""
     match = _FENCE.search(completion)
     return match.group(1) if match else completion
 
@@ -34,12 +34,13 @@ class HumanEval:
 
     def judge(self, conversation: dict, completion: str) -> bool:
         row = conversation["row"]
+        # the prompt's imports come first: a completion often repeats the function without them
         imports = "\n".join(_IMPORT.findall(row["prompt"]))
         program = f"{imports}\n\n{extract_code(completion)}\n\n{row['test']}\ncheck({row['entry_point']})\n"
         return run_python(program).ok
 
 
 def code_messages(row: dict[str, str]) -> list[dict[str, str]]:
-    """The prompt, and the whole function as a fenced block."""
+    """The messages of a row: the prompt, and the whole function in a fenced code block."""
     answer = f"```python\n{row['prompt']}{row['canonical_solution']}```"
     return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": answer}]

@@ -1,10 +1,13 @@
-"""Multiple choice: the question as a conversation whose answer is one letter, and how an answer is judged."""
+"""Multiple choice: questions as conversations whose answer is one letter."""
 
 LETTERS = "ABCDEFGHIJ"
 
 
 def multiple_choice(question: str, choices: list[str], letters: list[str], answer: str) -> dict:
-    """A conversation whose answer is one letter. Letters follow the choices, so that recalling a choice leads to its letter."""
+    """A conversation that asks for the letter of the right choice.
+
+    Each letter stands behind its choice, so that a model that recalls the choice sees the letter next.
+    """
     lines = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, letters, strict=True))
     prompt = f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
@@ -12,7 +15,7 @@ def multiple_choice(question: str, choices: list[str], letters: list[str], answe
 
 
 class Categorical:
-    """A task over rows, judged by the letter."""
+    """A multiple-choice task over a table of rows; a completion is right if it is the letter of the answer."""
 
     kind, baseline = "categorical", 0.25
 

@@ -1,4 +1,4 @@
-"""Rows of a chat source: parquet or JSONL files under chat/<source>/<split>*."""
+"""Loads the rows of a chat source: parquet or JSONL files chat/<source>/<split>*."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from nanochat.platform.paths import Paths
 
 
 def load_rows(paths: Paths, source: str, split: str, columns: tuple[str, ...]) -> pa.Table:
-    """The rows of a split. Raises UserError for a source, split or column that is not there, or a damaged file."""
+    """The rows of a split. Raises UserError for a missing source, split or column, and for a damaged file."""
     directory = paths.chat_data / source
     files = sorted([*directory.glob(f"{split}*.parquet"), *directory.glob(f"{split}*.jsonl")])
     if not files:
@@ -34,7 +34,7 @@ def _read(path: Path) -> pa.Table:
         if path.suffix == ".parquet":
             return pq.read_table(path)
         lines = path.read_text("utf-8").splitlines()
-        # a line is one array of messages: the layout of the identity conversations
+        # each line is an array of messages, as in the identity conversations
         return pa.table({"messages": [json.loads(line) for line in lines if line.strip()]})
     except (pa.ArrowException, ValueError) as error:
         reason = str(error).splitlines()[0]

@@ -1,4 +1,4 @@
-"""SpellingBee: count a letter in a word by spelling it and asking the calculator."""
+"""SpellingBee: count a letter in a word, by spelling the word and calling the calculator."""
 
 from nanochat.tasks.gsm8k import final_number
 from nanochat.tasks.words import WordTask, spell
@@ -13,13 +13,13 @@ COUNT_QUESTIONS = (
 
 
 class SpellingBee(WordTask):
-    """Count a letter: spell the word, ask Python, answer after ####."""
+    """Count a letter in a word; the answer is the number after ####."""
 
     name, kind, baseline = "SpellingBee", "generative", 0.0
 
     def __getitem__(self, index: int) -> dict:
         rng, word = self.draw(index)
-        # nine in ten letters come from the word, so that the answer is rarely zero
+        # nine of ten letters are from the word, so that the answer is rarely zero
         letter = rng.choice(word if rng.random() < 0.9 else "abcdefghijklmnopqrstuvwxyz")
         count = str(word.count(letter))
         parts = [

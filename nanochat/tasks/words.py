@@ -1,5 +1,5 @@
-"""The word list of the spelling tasks. Words are dealt to train or test by their hash, so that no tested word was ever
-spelled in training."""
+"""The word list of the spelling tasks. The hash of a word assigns it to train or test, so that training never spells a tested
+word."""
 
 import random
 
@@ -14,13 +14,16 @@ def spell(word: str) -> str:
 
 
 class WordTask:
-    """`size` rows made from the word list; row i depends only on the split and on i."""
+    """A task of `size` rows, generated from the word list; row i depends only on the split and on i.
+
+    Raises UserError when there is no word list, or when it has no words for the split.
+    """
 
     def __init__(self, paths: Paths, split: str, size: int):
         if not paths.words.exists():
             raise UserError(f"the word list {paths.words} does not exist; make it with: nanochat data generate")
-        listed = paths.words.read_text("utf-8").split()
-        self._words = [word for word in listed if in_test("word", word) == (split == "test")]
+        words = paths.words.read_text("utf-8").split()
+        self._words = [word for word in words if in_test("word", word) == (split == "test")]
         if not self._words:
             raise UserError(f"{paths.words} has no words for the {split} split; it needs some dozens of words")
         self._split, self._size = split, size
@@ -29,6 +32,6 @@ class WordTask:
         return self._size
 
     def draw(self, index: int) -> tuple[random.Random, str]:
-        """The random numbers of a row, and its word."""
+        """The random number generator of a row, and the row's word."""
         rng = random.Random(digest(self.name, self._split, index))
         return rng, rng.choice(self._words)

@@ -1,4 +1,4 @@
-"""The byte-pair tokenizer: trained by rustbpe, run by tiktoken, stored as JSON."""
+"""The byte-pair tokenizer: rustbpe trains it, tiktoken encodes with it, and JSON stores it."""
 
 import base64
 import hashlib
@@ -36,7 +36,10 @@ SPECIALS = tuple(
 
 
 class Tokenizer:
-    """ids 0 … are merges by rank, then the nine specials. Ordinary text never encodes to a special."""
+    """Encodes text as token ids. The ids of bytes and merges come first, by rank, then those of the nine special tokens.
+
+    Text never encodes to a special token, even if it spells one.
+    """
 
     def __init__(self, ranks: Sequence[bytes], pattern: str = PATTERN, specials: Sequence[str] = SPECIALS):
         self.ranks, self.pattern, self.specials = list(ranks), pattern, tuple(specials)
@@ -52,7 +55,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learn vocab_size − 9 − 256 merges from texts. Raises UserError for too small a vocabulary or no text."""
+        """Learn vocab_size − 9 − 256 merges from texts. Raises UserError when the vocabulary or the text is too small."""
         smallest = 256 + len(SPECIALS)
         if vocab_size < smallest:
             raise UserError(
@@ -70,7 +73,7 @@ class Tokenizer:
         return cls([bytes(token) for token, _ in ranks])
 
     def save(self, directory: Path) -> None:
-        """Write tokenizer.json (ranks in base64, pattern, specials) and token_bytes.npy, each whole or not at all."""
+        """Write tokenizer.json (ranks in base64, pattern, special tokens) and token_bytes.npy, each atomically."""
         write_atomically(directory / "tokenizer.json", self._serialised)
         lengths = io.BytesIO()
         np.save(lengths, self.token_bytes, allow_pickle=False)
@@ -78,6 +81,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: Path) -> "Tokenizer":
+        """The tokenizer that `save` wrote. Raises UserError when it is missing or damaged."""
         path = directory / "tokenizer.json"
         if not path.exists():
             raise UserError(f"no tokenizer in {directory}; make one with: nanochat tokenizer train")
@@ -96,7 +100,7 @@ class Tokenizer:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the stored form; checkpoints carry it."""
+        """SHA-256 of tokenizer.json, which checkpoints store."""
         return hashlib.sha256(self._serialised).hexdigest()
 
     @property
@@ -105,32 +109,33 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """int32 (V,): how many bytes of text each id stands for; 0 for specials."""
+        """The number of bytes of text of each token, int32 (V,); 0 for special tokens."""
         return np.array([len(token) for token in self.ranks] + [0] * len(self.specials), dtype=np.int32)
 
     def special(self, name: str) -> int:
+        """The id of a special token, such as "bos"."""
         return self._special_ids[name]
 
     def encode(self, text: str) -> list[int]:
-        """ids of ordinary text. Raises UserError when it holds a lone surrogate, which no UTF-8 text can."""
+        """The ids of a text. Raises UserError when it has a lone surrogate, which cannot be written in UTF-8."""
         return self.encode_numpy(text).tolist()
 
     def encode_numpy(self, text: str) -> np.ndarray:
-        """As encode, as an array, without holding the interpreter's lock."""
+        """The ids of a text as an array; other threads can run meanwhile."""
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError as error:
             raise UserError(
-                f"the text holds a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}; "
+                f"the text has a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}; "
                 "remove it, it cannot be written in UTF-8"
             ) from error
 
     def encode_batch(self, texts: Sequence[str], pool: ThreadPoolExecutor) -> Iterator[np.ndarray]:
-        """As encode_numpy for each text, on the pool's threads, in order."""
+        """The ids of each text as an array, in order, computed by the pool's threads."""
         return pool.map(self.encode_numpy, texts)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; bytes that are no UTF-8 become U+FFFD."""
+        """The text of ids; bytes that are not UTF-8 become U+FFFD."""
         return self._encoding.decode(list(ids))
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:

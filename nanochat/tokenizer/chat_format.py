@@ -1,8 +1,8 @@
-"""The format of conversations: how messages become tokens, and which of them the assistant has to produce.
+"""The format of conversations: how messages become tokens, and which tokens the assistant has to produce.
 
 A conversation is {"messages": [{"role", "content"}, …]}: an optional system message, then user and assistant in turn.
-The assistant's content is text, or a list of parts {"type": "text" | "python" | "python_output", "text"}: a python part is a
-call of the calculator, and python_output is its result.
+The assistant's content is text, or a list of parts {"type": "text" | "python" | "python_output", "text"}. A python part calls
+the calculator, and a python_output part is the calculator's result.
 """
 
 from nanochat.platform.errors import UserError
@@ -12,7 +12,7 @@ PART_TYPES = {"text": None, "python": ("python_start", "python_end"), "python_ou
 
 
 def render(tokenizer: Tokenizer, conversation: dict, max_tokens: int | None = None) -> tuple[list[int], list[int]]:
-    """The ids and the mask of a conversation, cut at max_tokens. Mask 1 marks what the assistant has to produce itself."""
+    """The ids and the mask of a conversation, cut to max_tokens. Mask 1 marks the tokens that the assistant has to produce."""
     ids, mask = [tokenizer.bos], [0]
 
     def add(tokens: list[int], trained: int) -> None:
@@ -35,7 +35,7 @@ def render(tokenizer: Tokenizer, conversation: dict, max_tokens: int | None = No
 
 
 def render_prompt(tokenizer: Tokenizer, conversation: dict) -> list[int]:
-    """The ids up to where the assistant's last answer begins: an assistant message at the end is dropped."""
+    """The ids up to the beginning of the assistant's last answer; an assistant message at the end is dropped."""
     messages = conversation["messages"]
     if messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
@@ -44,12 +44,15 @@ def render_prompt(tokenizer: Tokenizer, conversation: dict) -> list[int]:
 
 
 def user_turn(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a user's message between its two marks."""
+    """The ids of a user's message, with user_start and user_end around it."""
     return [tokenizer.special("user_start"), *tokenizer.encode(text), tokenizer.special("user_end")]
 
 
 def check_conversation(conversation: dict) -> list[dict]:
-    """The messages with a system message merged into the first user message. Raises UserError when malformed."""
+    """The messages of a conversation, with a system message merged into the first user message.
+
+    Raises UserError when the conversation is malformed.
+    """
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not messages:
         raise UserError(

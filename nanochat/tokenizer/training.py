@@ -11,7 +11,10 @@ from nanochat.tokenizer.bpe import Tokenizer
 
 
 def train_tokenizer(options: TokenizerTrainOptions, paths: Paths) -> dict:
-    """Train and store; refuses to replace a tokenizer that checkpoints depend on by a different one."""
+    """`nanochat tokenizer train`: train a tokenizer and store it; returns its size and the characters that it was trained on.
+
+    Raises UserError when checkpoints depend on a stored tokenizer and the new one differs from it.
+    """
     shards = Shards.of(paths, "train")
     total = 0
 

@@ -1,4 +1,5 @@
-"""The commands about kernels: what there is, what the compiler makes of it, the search for launch parameters, the gate."""
+"""`nanochat kernels list`, `inspect`, `tune` and `gate`: lists operations, checks the compiled code, searches launch parameters,
+and validates and times the operations."""
 
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -21,17 +22,19 @@ from nanochat_kernels import architecture, dispatch, gate, inspect, tune
 
 
 def list_kernels(options: KernelsListOptions) -> None:
-    table = Table("operation", "implementations", "auto takes here", "because", box=None)
+    """Print every operation with its implementations, and the one that "auto" takes on this machine."""
+    table = Table("operation", "implementations", "auto takes", "because", box=None)
     for name, operation in sorted(dispatch.operations().items()):
-        taken, why = dispatch.describe(operation)
-        table.add_row(name, ", ".join((*operation.implementations, "reference")), taken, why)
+        chosen, reason = dispatch.describe(operation)
+        table.add_row(name, ", ".join((*operation.implementations, "reference")), chosen, reason)
     _show(table)
 
 
 def inspect_kernels(options: KernelsInspectOptions) -> None:
+    """Compile every launch for an architecture and print what the compiler made of it. Raises UserError for defects."""
     _check_names(options.kernel)
     try:
-        found = list(inspect.inspect_all(options.arch, options.kernel))
+        launches = list(inspect.inspect_all(options.arch, options.kernel))
     except (RuntimeError, ValueError) as error:
         raise UserError(str(error)) from error
     table = Table(box=None)
@@ -40,24 +43,26 @@ def inspect_kernels(options: KernelsInspectOptions) -> None:
     for name in ("registers", "spilled B", "shared B"):
         table.add_column(name, justify="right")
     table.add_column("matrix and copy instructions")
-    table.add_column("wrong")
-    for one in found:
-        constants = " ".join(f"{key}={int(value)}" for key, value in one.constants.items())
-        numbers = (str(one.registers), str(one.spilled), str(one.shared))
-        words = (one.kernel, one.flags, one.dtype, one.key, constants)
-        table.add_row(*words, *numbers, _join(one.instructions), _join(one.faults))
+    table.add_column("defects")
+    for launch in launches:
+        constants = " ".join(f"{key}={int(value)}" for key, value in launch.constants.items())
+        numbers = (str(launch.registers), str(launch.spilled), str(launch.shared))
+        words = (launch.kernel, launch.flags, launch.dtype, launch.key, constants)
+        table.add_row(*words, *numbers, _join(launch.instructions), _join(launch.faults))
     _show(table)
-    faulty = [one for one in found if one.faults]
-    if faulty:
-        first = faulty[0]
+    defective = [launch for launch in launches if launch.faults]
+    if defective:
+        first = defective[0]
         raise UserError(
-            f"{len(faulty)} of {len(found)} launches for {options.arch} are faulty, the first {first.kernel} ({first.flags}) "
-            f"{first.dtype} {first.key}: {_join(first.faults)}; change kernels/configs/{options.arch}.json, or tune again"
+            f"{len(defective)} of {len(launches)} launches for {options.arch} have defects, the first is {first.kernel} "
+            f"({first.flags}) {first.dtype} {first.key}: {_join(first.faults)}; "
+            f"change kernels/configs/{options.arch}.json, or tune again"
         )
-    say(f"{len(found)} launches compile for {options.arch} without a fault")
+    say(f"{len(launches)} launches compile for {options.arch} without a defect")
 
 
 def _check_names(names: tuple[str, ...]) -> None:
+    """Raise UserError for the name of a kernel that does not exist."""
     known = [kernel.name for kernel in dispatch.tunable_kernels()]
     unknown = sorted(set(names) - set(known))
     if unknown:
@@ -65,17 +70,18 @@ def _check_names(names: tuple[str, ...]) -> None:
 
 
 def tune_kernels(options: KernelsTuneOptions) -> None:
+    """Time the launch parameters of the kernels on this GPU and write the fastest to its table. Raises UserError without one."""
     try:
         if options.arch == "sm80":
             architecture.run_ptx_of("sm80")
-        for what, milliseconds, parameters in tune.tune(options.kernel, say):
-            say(f"{what}: {milliseconds:.4f} ms with {parameters}")
+        for kernel, milliseconds, parameters in tune.tune(options.kernel, say):
+            say(f"{kernel}: {milliseconds:.4f} ms with {parameters}")
     except (RuntimeError, ValueError) as error:
         raise UserError(str(error)) from error
 
 
 def run_gate(options: KernelsGateOptions, paths: Paths) -> None:
-    """Write gate.json under the base directory."""
+    """Validate and time every operation at the shapes of a preset, and write the choices to gate.json."""
     base = with_preset(TrainBaseOptions(), "train base", options.preset)
     vocabulary = options.vocab_size or (
         Tokenizer.load(paths.tokenizer).vocab_size if paths.tokenizer.exists() else 65536
@@ -91,7 +97,7 @@ def run_gate(options: KernelsGateOptions, paths: Paths) -> None:
         for operation, choice in gate.examine(shape, runtime.device, runtime.compute_dtype):
             operations[operation] = choice
         more = {}
-        if runtime.device.type == "cuda":  # nothing else replays graphs
+        if runtime.device.type == "cuda":  # only CUDA has a choice of executions
             more["micro_step"] = choose_by_micro_step(operations, model, shape.rows, runtime)
             times = more["micro_step"]["ms"]
             why = ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items())
@@ -129,5 +135,5 @@ def _join(words: Iterable[str]) -> str:
 
 def _show(table: Table) -> None:
     if not console.is_terminal:
-        console.width = 200  # into a pipe or a file whole lines, not a terminal's width of 80
+        console.width = 200  # a pipe or a file gets whole lines, not lines that are cut to a terminal's 80 columns
     console.print(table)

@@ -1,20 +1,28 @@
-"""`nanochat trace`: what flows through the model, operation by operation, for people who study the architecture."""
+"""`nanochat trace`: the tensors of a forward pass, operation by operation, for people who study the architecture."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 
 import torch
 from rich.table import Table
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-import nanochat_kernels as kernels
 from nanochat.gpt import GPT, SOFTCAP, GPTConfig
 from nanochat.optim import MuonAdamW
+from nanochat.options.model import Implementations
 from nanochat.options.tools import TraceOptions
 from nanochat.platform.console import console, say
+
+# the references are plain PyTorch, whose every step can be observed; a fused kernel keeps its intermediate results on the chip
+REFERENCES = Implementations(**{field.name: "reference" for field in fields(Implementations)})
 
 
 @dataclass(frozen=True)
 class Row:
+    """A row of the table: a tensor's shape, dtype and statistics, and what it means."""
+
     operation: str
     shape: str
     dtype: str
@@ -24,75 +32,131 @@ class Row:
     high: float
     meaning: str
 
-
-class Tracer:
-    """Collects one row an operation."""
-
-    def __init__(self):
-        self.rows: list[Row] = []
-
-    def __call__(self, operation: str, tensor: Tensor, meaning: str) -> Tensor:
+    @classmethod
+    def of(cls, operation: str, tensor: Tensor, meaning: str) -> "Row":
         x = tensor.detach().float()
-        std = x.std(correction=0).item()
         shape = "×".join(map(str, tensor.shape)) or "scalar"
         dtype = str(tensor.dtype).removeprefix("torch.")
-        self.rows.append(Row(operation, shape, dtype, x.mean().item(), std, x.min().item(), x.max().item(), meaning))
-        return tensor
+        std = x.std(correction=0).item()
+        return cls(operation, shape, dtype, x.mean().item(), std, x.min().item(), x.max().item(), meaning)
 
 
-def traced_forward(model: GPT, tokens: Tensor, targets: Tensor, note: Tracer) -> Tensor:
-    """The forward pass of `GPT`, written out; returns the loss. A test keeps it equal to the model's own."""
-    note("tokens", tokens, "ids of the text, B rows of T")
-    x = model.embedding.weight[tokens].to(model.compute_dtype)
-    note("embedding", x, "each id becomes a vector of width C")
-    x = note("rms_norm", kernels.rms_norm(x), "every vector scaled to root mean square 1; there is no weight")
-    for i, block in enumerate(model.blocks):
-        x = _traced_block(model, block, i, x, note)
-    x = note("final rms_norm", kernels.rms_norm(x), "what the head reads")
-    logits = model.head(x).float()
-    note("head", logits, "a score for each token of the vocabulary; zero before the first step")
-    logits = SOFTCAP * torch.tanh(logits / SOFTCAP)
-    note("softcap", logits, f"{SOFTCAP:g}·tanh(z/{SOFTCAP:g}) keeps every score within ±{SOFTCAP:g}")
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-    return note(
-        "cross entropy", loss, f"mean nats a token; guessing costs ln V = {torch.tensor(logits.size(-1)).log():.3f}"
-    )
+@dataclass(frozen=True)
+class Step:
+    """A tensor to show: what the torch function `function` returns when the forward method of `module` calls it."""
+
+    module: str  # its name in the model; empty: the model itself
+    function: str
+    operation: str
+    meaning: str
+    layout: Callable[[Tensor], Tensor] = lambda tensor: tensor  # for the table
 
 
-def _traced_block(model: GPT, block, i: int, x: Tensor, note: Tracer) -> Tensor:
-    name, attention, mlp = f"block {i}", block.attention, block.mlp
-    batch, count, _ = x.shape
-    h = note(f"{name} rms_norm", kernels.rms_norm(x), "the residual stream, normalised for attention")
-    q, k, v = (
-        note(
-            f"{name} {part}",
-            getattr(attention, part)(h).view(batch, count, -1, attention.config.head_width),
-            meaning,
-        )
-        for part, meaning in (
-            ("query", "what each position looks for, cut into heads of width D"),
-            ("key", "what each position offers"),
-            ("value", "what each position hands over"),
-        )
-    )
-    q, k = kernels.qk_norm_rope(q, k, model.cos, model.sin)
-    note(f"{name} qk_norm_rope q", q, "rotated by an angle that grows with the position, then normalised over the head")
-    note(f"{name} qk_norm_rope k", k, "the same, so that |q·k|/√D never passes √D")
-    y = kernels.attention(q, k, v)
-    note(f"{name} attention", y, "softmax(q·kᵀ/√D)·v over this position and those before it")
-    y = attention.project(y.reshape(batch, count, -1))
-    note(f"{name} projection", y, "heads mixed; the matrix is zero before the first step")
-    x = note(f"{name} residual", x + y, "added to the residual stream")
-    h = note(f"{name} rms_norm 2", kernels.rms_norm(x), "the residual stream, normalised for the MLP")
-    hidden = mlp.expand(h).relu().square()
-    note(f"{name} relu²", hidden, "4·C hidden units, negative ones cut, the rest squared; about half are zero")
-    y = note(f"{name} MLP output", mlp.project(hidden), "back to width C")
-    return note(f"{name} residual 2", x + y, "added to the residual stream")
+def steps_of(config: GPTConfig, rows: int) -> list[Step]:
+    """The tensors to show of a forward pass with targets, in the order in which they are computed; rows: of the batch."""
+    steps = [
+        Step("embedding", "embedding", "embedding", "each id becomes a vector of width C"),
+        Step("", "rms_norm", "rms_norm", "every vector scaled to root mean square 1; there is no weight"),
+    ]
+    for i in range(config.depth):
+        steps += _steps_of_block(i)
+    guessing = torch.tensor(config.vocab_size).log()
+    by_row = lambda logits: logits.unflatten(0, (rows, -1))  # noqa: E731
+    return [
+        *steps,
+        Step(f"blocks.{config.depth - 1}", "rms_norm", "final rms_norm", "what the head reads"),
+        Step("", "linear", "head", "a score for each token of the vocabulary; zero before the first step", by_row),
+        Step("", "mul", "softcap", f"{SOFTCAP:g}·tanh(z/{SOFTCAP:g}) keeps every score within ±{SOFTCAP:g}", by_row),
+        Step("", "div", "cross entropy", f"mean nats a token; guessing costs ln V = {guessing:.3f}"),
+    ]
+
+
+def _steps_of_block(i: int) -> list[Step]:
+    block, name = f"blocks.{i}", f"block {i}"
+    attention, mlp, before = f"{block}.attention", f"{block}.mlp", "" if i == 0 else f"blocks.{i - 1}"
+    rotated = "rotated by an angle that grows with the position, then normalised over the head"
+    squared = "4·C hidden units, negative ones set to zero, the others squared; about half are zero"
+    attended = "softmax(q·kᵀ/√D)·v over this position and those before it"
+    by_token = lambda heads: heads.transpose(1, 2)  # noqa: E731
+    return [
+        Step(before, "rms_norm", f"{name} rms_norm", "the residual stream, normalised for attention"),
+        Step(attention, "view", f"{name} query", "what each position looks for, cut into heads of width D"),
+        Step(attention, "view", f"{name} key", "what each position offers"),
+        Step(attention, "view", f"{name} value", "what each position passes on"),
+        Step(attention, "rms_norm", f"{name} qk_norm_rope q", rotated),
+        Step(attention, "rms_norm", f"{name} qk_norm_rope k", "the same, so that |q·k|/√D never passes √D"),
+        Step(attention, "scaled_dot_product_attention", f"{name} attention", attended, by_token),
+        Step(
+            f"{attention}.project",
+            "linear",
+            f"{name} projection",
+            "heads mixed; the matrix is zero before the first step",
+        ),
+        Step(block, "add", f"{name} residual", "added to the residual stream"),
+        Step(block, "rms_norm", f"{name} rms_norm 2", "the residual stream, normalised for the MLP"),
+        Step(mlp, "square", f"{name} relu²", squared),
+        Step(mlp, "linear", f"{name} MLP output", "back to width C"),
+        Step(block, "add", f"{name} residual 2", "added to the residual stream"),
+    ]
+
+
+class Observer(TorchFunctionMode):
+    """While it is active, collects a row for each step that a model's own forward pass takes.
+
+    It sees every torch function that is called, and nothing of the model is changed for it. `running`: the names of the
+    modules whose forward method is running, the innermost last.
+    """
+
+    def __init__(self, steps: list[Step], running: list[str]):
+        super().__init__()
+        self.rows: list[Row] = []
+        self._steps, self._running = steps, running
+
+    @property
+    def missing(self) -> list[Step]:
+        """The steps that were not observed."""
+        return self._steps[len(self.rows) :]
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        step = self.missing[0] if self.missing else None
+        if step and self._running and (self._running[-1], function.__name__) == (step.module, step.function):
+            self.rows.append(Row.of(step.operation, step.layout(result), step.meaning))
+        return result
+
+
+@contextmanager
+def _running_modules(model: GPT) -> Iterator[list[str]]:
+    """The names of the modules whose forward method is running, the innermost last; kept up to date inside of the block."""
+    running: list[str] = []
+
+    def leave(module, inputs, output) -> None:
+        running.pop()
+
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda module, inputs, name=name: running.append(name)))
+        hooks.append(module.register_forward_hook(leave))
+    try:
+        yield running
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def observed_forward(model: GPT, tokens: Tensor, targets: Tensor) -> list[Row]:
+    """The rows of one forward pass of a model whose operations run as their references."""
+    with _running_modules(model) as running, Observer(steps_of(model.config, tokens.size(0)), running) as observer:
+        model(tokens, targets)
+    if observer.missing:
+        raise RuntimeError(f"the forward pass has no {observer.missing[0]}")
+    return [Row.of("tokens", tokens, "ids of the text, B rows of T"), *observer.rows]
 
 
 def trace(options: TraceOptions) -> list[Row]:
-    """Train the small model for a few steps, then show one traced pass."""
-    shape = GPTConfig.from_depth(options.depth, options.vocab_size, options.tokens)
+    """Train a small model for a few steps, then show the tensors of one forward pass; returns the rows of the table."""
+    shape = GPTConfig.from_depth(options.depth, options.vocab_size, options.tokens, impl=REFERENCES)
     model = GPT.create(shape)
     optimizer = MuonAdamW(model)
     generator = torch.Generator().manual_seed(0)
@@ -104,14 +168,12 @@ def trace(options: TraceOptions) -> list[Row]:
         norm = optimizer.synchronize()
         optimizer.update(1.0, 0.85)
         say(f"step {step}: loss {loss.item():.4f}, gradient norm {norm.item():.4f}")
-    note = Tracer()
-    with torch.no_grad():
-        traced_forward(model, inputs, targets, note)
-    console.print(_table(note.rows))
+    rows = observed_forward(model, inputs, targets)
+    console.print(_table(rows))
     if options.markdown:
-        options.markdown.write_text(markdown(note.rows), "utf-8")
+        options.markdown.write_text(markdown(rows), "utf-8")
         say(f"written to {options.markdown}")
-    return note.rows
+    return rows
 
 
 def _table(rows: list[Row]) -> Table:

@@ -1,4 +1,4 @@
-"""Finds where NaN or infinity first appears when a step went wrong."""
+"""Finds the tensor in which NaN or infinity first appears, when the loss or the gradient norm of a step is not finite."""
 
 import torch
 
@@ -8,26 +8,26 @@ from nanochat.gpt import GPT
 
 @torch.no_grad()
 def offending_tensor(model: GPT, micro: list[Batch], device: torch.device) -> str:
-    """The first weight, activation or gradient that is not finite, by its name in the model."""
+    """The name of the first weight, activation or gradient that is not finite; runs the forward passes of the step again."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             return f"weight {name}"
-    found: list[str] = []
+    not_finite: list[str] = []
 
-    def watch(name: str):
+    def checking(name: str):
         def hook(module, inputs, output) -> None:
-            if not found and isinstance(output, torch.Tensor) and not torch.isfinite(output).all():
-                found.append(f"activation {name}")
+            if not not_finite and isinstance(output, torch.Tensor) and not torch.isfinite(output).all():
+                not_finite.append(f"activation {name}")
 
         return hook
 
-    hooks = [module.register_forward_hook(watch(name or "loss")) for name, module in model.named_modules()]
+    hooks = [module.register_forward_hook(checking(name or "loss")) for name, module in model.named_modules()]
     try:
         for batch in micro:
             batch = batch.to(device)
             model(batch.inputs, batch.targets)
-            if found:
-                return found[0]
+            if not_finite:
+                return not_finite[0]
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,7 +1,7 @@
-"""Fine-tuning: one conversation a row, loss only on what the assistant says."""
+"""Fine-tuning: one conversation per row, with loss only on the assistant's own tokens."""
 
 from nanochat.checkpoint import load_model
-from nanochat.data.conversations import First, Mixture, padded_batches
+from nanochat.data.conversations import Limited, Mixture, padded_batches
 from nanochat.data.positions import conversation_position
 from nanochat.gate import take_gate
 from nanochat.optim import MuonAdamW
@@ -17,22 +17,23 @@ from nanochat.train.trainer import Trainer
 
 
 def sft_mixture(options: TrainSftOptions, paths: Paths) -> Mixture:
+    """The conversations of fine-tuning, shuffled."""
     tasks = [
-        First(ARC(paths, "ARC-Easy", "train"), options.arc_easy),
-        First(ARC(paths, "ARC-Challenge", "train"), options.arc_challenge),
-        First(GSM8K(paths, "train"), options.gsm8k),
-        First(SmolTalk(paths, "train"), options.smoltalk),
-        First(Identity(paths), options.identity),
+        Limited(ARC(paths, "ARC-Easy", "train"), options.arc_easy),
+        Limited(ARC(paths, "ARC-Challenge", "train"), options.arc_challenge),
+        Limited(GSM8K(paths, "train"), options.gsm8k),
+        Limited(SmolTalk(paths, "train"), options.smoltalk),
+        Limited(Identity(paths), options.identity),
         SimpleSpelling(paths, "train", options.simple_spelling),
         SpellingBee(paths, "train", options.spelling_bee),
     ]
     if options.mmlu:
-        tasks.append(First(MMLU(paths, "auxiliary_train"), options.mmlu))
+        tasks.append(Limited(MMLU(paths, "auxiliary_train"), options.mmlu))
     return Mixture(tasks)
 
 
 def finetune(options: TrainSftOptions, paths: Paths, runtime: Runtime) -> dict:
-    """Run or resume fine-tuning from the newest mid checkpoint; returns its results."""
+    """`nanochat train sft`: run or resume fine-tuning, from the newest checkpoint of midtraining; returns its results."""
     rows = options.device_batch_size
     model, tokenizer, mid_meta = load_model(
         paths, "mid", runtime, options.impl, adapt=lambda shape: take_gate(paths, shape, rows, runtime)

@@ -1,4 +1,4 @@
-"""The metrics of training: a JSONL file always, wandb when asked for. Neither ever changes training."""
+"""The metrics of training: always a JSONL file, and wandb if the user names a run. An error of either does not stop training."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ from nanochat.platform.files import write_atomically
 
 
 class Metrics:
-    """Writes records to a JSONL file, flushed one by one, and to wandb. Does nothing until it is opened."""
+    """Writes records to a JSONL file, flushing each, and to wandb. It writes nothing until it is opened."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -19,13 +19,14 @@ class Metrics:
         self._wandb = WandbLog()
 
     def open(self, resume_step: int, wandb_run: str, wandb_mode: str, stage: str, settings: dict) -> None:
-        """Drop the records from the resumed step on, which will be written again; start the wandb run, if one is named."""
+        """Drop the records from the resumed step on, which will be written again; start the wandb run if it has a name."""
         kept = [record for record in read_metrics(self.path) if record["step"] < resume_step]
         write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = self.path.open("a", encoding="utf-8")
         self._wandb.open(wandb_run, wandb_mode, stage, settings)
 
     def write(self, record: dict) -> None:
+        """Append a record, a dictionary with the key "step"."""
         if self._file is None:
             return
         try:
@@ -38,12 +39,12 @@ class Metrics:
     def close(self) -> None:
         self._wandb.close()
         if self._file is not None:
-            with contextlib.suppress(OSError):  # a full disk was reported when it was met
+            with contextlib.suppress(OSError):  # a full disk has been reported by write
                 self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The complete records of a metrics file; a line that a kill has cut is left out."""
+    """The complete records of a metrics file; a line that a kill has cut off is left out. No file gives no records."""
     if not path.exists():
         return []
     records = []
@@ -58,7 +59,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 class WandbLog:
-    """The same records to wandb. Any failure there is reported once and ignored."""
+    """Writes records to wandb, if a run was opened. The first error of wandb is printed, and nothing more is written."""
 
     def __init__(self) -> None:
         self._run = None
@@ -70,7 +71,7 @@ class WandbLog:
             import wandb
 
             self._run = wandb.init(project="nanochat", name=f"{run}-{stage}", config=settings, mode=mode)
-        except Exception as error:  # whatever a logger does, training continues
+        except Exception as error:  # whatever the error of a logger is, training continues
             self._give_up(error)
 
     def write(self, record: dict) -> None:

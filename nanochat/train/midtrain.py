@@ -1,7 +1,7 @@
-"""Midtraining: the format of conversations, tools and multiple choice, on one epoch of a mixture packed into a stream."""
+"""Midtraining: teaches the format of conversations, tools and multiple choice, in one epoch of a mixture packed into a stream."""
 
 from nanochat.checkpoint import load_model
-from nanochat.data.conversations import First, Mixture, packed_batches
+from nanochat.data.conversations import Limited, Mixture, packed_batches
 from nanochat.data.positions import conversation_position
 from nanochat.evaluate.bits_per_byte import bits_per_byte
 from nanochat.gate import take_gate
@@ -18,11 +18,12 @@ from nanochat.train.trainer import Trainer
 
 
 def mid_mixture(options: TrainMidOptions, paths: Paths) -> Mixture:
+    """The conversations of midtraining, shuffled."""
     return Mixture(
         [
-            First(SmolTalk(paths, "train"), options.smoltalk),
-            First(MMLU(paths, "auxiliary_train"), options.mmlu),
-            First(GSM8K(paths, "train"), options.gsm8k),
+            Limited(SmolTalk(paths, "train"), options.smoltalk),
+            Limited(MMLU(paths, "auxiliary_train"), options.mmlu),
+            Limited(GSM8K(paths, "train"), options.gsm8k),
             *[Identity(paths)] * options.identity_repeats,
             SimpleSpelling(paths, "train", options.simple_spelling),
             SpellingBee(paths, "train", options.spelling_bee),
@@ -31,7 +32,7 @@ def mid_mixture(options: TrainMidOptions, paths: Paths) -> Mixture:
 
 
 def midtrain(options: TrainMidOptions, paths: Paths, runtime: Runtime) -> dict:
-    """Run or resume midtraining from the newest base checkpoint; returns its results."""
+    """`nanochat train mid`: run or resume midtraining, from the newest checkpoint of pretraining; returns its results."""
     rows = options.device_batch_size
     model, tokenizer, base_meta = load_model(
         paths, "base", runtime, options.impl, adapt=lambda shape: take_gate(paths, shape, rows, runtime)
@@ -39,7 +40,7 @@ def midtrain(options: TrainMidOptions, paths: Paths, runtime: Runtime) -> dict:
     length = model.config.context_length
     accumulation = accumulation_steps(options.total_batch_size, rows, length, runtime.world_size, "tokens")
     mixture = mid_mixture(options, paths)
-    held_out = Mixture([First(SmolTalk(paths, "test"), options.eval_rows), GSM8K(paths, "test"), MMLU(paths, "test")])
+    held_out = Mixture([Limited(SmolTalk(paths, "test"), options.eval_rows), GSM8K(paths, "test"), MMLU(paths, "test")])
     if runtime.primary:
         say(f"{len(mixture):,} conversations: {', '.join(f'{k} {v:,}' for k, v in mixture.sizes().items())}")
 
@@ -48,7 +49,7 @@ def midtrain(options: TrainMidOptions, paths: Paths, runtime: Runtime) -> dict:
         return packed_batches(mixture, tokenizer, rows, length, runtime.rank, runtime.world_size, position)
 
     def measure_bpb() -> dict:
-        # few rows at a time, so that a small held-out set fills whole batches on every rank
+        # one row at a time, so that a small held-out set fills whole batches on every rank
         measured = packed_batches(held_out, tokenizer, 1, length, runtime.rank, runtime.world_size)
         return {"val_bpb": bits_per_byte(model, measured, tokenizer.token_bytes, runtime)}
 

@@ -1,4 +1,4 @@
-"""Pretraining on text."""
+"""Pretraining on text, with measurements of bits per byte and CORE, and samples, on the way."""
 
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -23,7 +23,7 @@ from nanochat.train.trainer import Trainer
 
 
 def pretrain(options: TrainBaseOptions, paths: Paths, runtime: Runtime) -> dict:
-    """Run or resume pretraining; returns its results."""
+    """`nanochat train base`: run or resume pretraining; returns its results."""
     tokenizer = Tokenizer.load(paths.tokenizer)
     shape = GPTConfig.from_depth(
         options.depth, tokenizer.vocab_size, options.context_length, options.n_kv_head, impl=options.impl
@@ -82,14 +82,14 @@ def pretrain(options: TrainBaseOptions, paths: Paths, runtime: Runtime) -> dict:
 
 
 def _position(positions: list | None, runtime: Runtime, shards: Shards) -> TextPosition:
-    """Where this rank continues, from the saved positions of all ranks; None: at the beginning."""
+    """The position at which this rank continues, from the saved positions of all ranks; None: at the beginning."""
     if positions is None:
         return START
     saved = [tuple(position) for position in positions]
     if len(saved) != runtime.world_size and runtime.primary:
         say(
             f"the checkpoint was written by {len(saved)} processes, and now there are {runtime.world_size}: row groups that "
-            "were read in part are skipped"
+            "were partly read are skipped"
         )
     return text_position(saved, runtime.rank, runtime.world_size, len(shards.row_groups))
 

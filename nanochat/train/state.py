@@ -1,19 +1,19 @@
-"""What a training run has reached: everything besides weights and optimizer that a checkpoint keeps."""
+"""The progress of a training run: what a checkpoint stores besides weights and optimizer state; and the time left."""
 
 from dataclasses import dataclass
 
-SMOOTHING = 0.95
+SMOOTHING = 0.95  # of the loss that is printed: a mean over about the last 20 steps
 
 
 @dataclass
 class TrainState:
-    """The state at a step boundary: `step` updates are done."""
+    """The state between two steps, after `step` updates."""
 
     step: int = 0
     smoothed_loss: float = 0.0  # exponential mean, not yet corrected for its start at 0
-    elapsed: float = 0.0  # seconds spent in steps, by all processes that the run has had
-    tokens: int = 0
-    position: tuple[int, ...] = ()  # of this rank's batches, after the last step
+    elapsed: float = 0.0  # seconds spent in steps since step 0, also before the run was resumed
+    tokens: int = 0  # trained on, over all ranks
+    position: tuple[int, ...] = ()  # where this rank's next batch begins
 
     @property
     def loss(self) -> float:
@@ -21,7 +21,7 @@ class TrainState:
         return self.smoothed_loss / (1 - SMOOTHING**self.step) if self.step else 0.0
 
     def advance(self, loss: float, tokens: int, seconds: float, position: tuple[int, ...]) -> None:
-        """Count a step."""
+        """Count a step, with its loss in nats, its tokens over all ranks, and its duration."""
         self.step += 1
         self.smoothed_loss = SMOOTHING * self.smoothed_loss + (1 - SMOOTHING) * loss
         self.tokens += tokens
@@ -29,7 +29,7 @@ class TrainState:
         self.position = position
 
     def to_meta(self, positions: list) -> dict:
-        """What meta.json keeps, with the positions of all ranks."""
+        """The state as meta.json stores it, with the positions of all ranks."""
         return {
             "positions": positions,
             "smoothed_loss": self.smoothed_loss,
@@ -43,8 +43,7 @@ class TrainState:
 
 
 class Pace:
-    """How long the rest takes, judged by the steps of this process without its first ones, in which kernels are compiled and
-    graphs are captured."""
+    """Estimates the time left from the steps of this process, without its first ones, which compile kernels and capture graphs."""
 
     WARM_UP_STEPS = 3
 
@@ -52,7 +51,7 @@ class Pace:
         self.steps, self.seconds, self.start = 0, 0.0, 0.0
 
     def remaining(self, seconds: float, done: float) -> float | None:
-        """Count a step of `seconds` after which the share `done` of training is over; returns the seconds that are left."""
+        """Count a step of `seconds`, after which the share `done` of training is over; returns the seconds left, if known."""
         self.steps += 1
         if self.steps <= self.WARM_UP_STEPS:
             self.start = done

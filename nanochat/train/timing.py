@@ -1,4 +1,4 @@
-"""How long a micro-step takes in each execution: what the gate measures, and bench/training_step.py."""
+"""Measures the time of a micro-step in each execution, for the gate and for bench/training_step.py."""
 
 import gc
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ from nanochat.optim import MuonAdamW
 from nanochat.platform.console import say
 from nanochat.train.micro_step import MicroStep
 
-SAMPLES, SECONDS = 5, 0.25  # samples, and the length of each
+SAMPLES, SECONDS = 5, 0.25  # number of samples, and the length of each
 
 
 def trained_model(config: GPTConfig, device: torch.device, dtype: torch.dtype) -> GPT:
-    """A model with weights such as training leaves. Zeros, which a new one has, would take a GPU less power and less time."""
+    """A model with random weights in place of the zeros of a new model, with which a GPU would use less power and less time."""
     model = GPT.create(config, device, dtype)
     generator = torch.Generator(device).manual_seed(1)
     with torch.no_grad():
@@ -27,12 +27,13 @@ def trained_model(config: GPTConfig, device: torch.device, dtype: torch.dtype) -
 
 
 def random_batch(config: GPTConfig, rows: int) -> Batch:
+    """A batch of random tokens, as long as the model's context."""
     tokens = torch.randint(config.vocab_size, (rows, config.context_length + 1))
     return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), ())
 
 
 def milliseconds(step: MicroStep, batch: Batch, count: int) -> float:
-    """Of a micro-step on the GPU, of `count` that follow one another without waiting for the host."""
+    """The mean time of `count` micro-steps on the GPU, started one after another without waiting for the GPU."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -46,17 +47,17 @@ def milliseconds(step: MicroStep, batch: Batch, count: int) -> float:
 def time_executions(
     configs: Mapping[str, GPTConfig], rows: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, float]:
-    """Median milliseconds of a micro-step of `rows` rows, by execution, of a model each. One that runs out of memory is left out."""
-    found = {}
+    """The median milliseconds of a micro-step of `rows` rows, by execution, each with its model; one that runs out of memory is left out."""
+    times = {}
     for execution, config in configs.items():
         try:
-            found[execution] = _time(execution, config, rows, device, dtype)
+            times[execution] = _time(execution, config, rows, device, dtype)
         except torch.OutOfMemoryError as error:
             say(f"micro-steps: {execution} does not fit ({str(error).splitlines()[0]})")
         gc.collect()
         torch._dynamo.reset()
         torch.cuda.empty_cache()
-    return found
+    return times
 
 
 def _time(execution: str, config: GPTConfig, rows: int, device: torch.device, dtype: torch.dtype) -> float:

@@ -1,7 +1,7 @@
 """The training loop of every stage: accumulate, synchronize, clip, update; log, evaluate, save, resume, stop.
 
-Between two steps, at boundary s (s updates are done), the loop saves when due, evaluates when due, and ends when asked to.
-A run resumed from the checkpoint of boundary s does from there exactly what the uninterrupted run did.
+Between two steps the loop saves and evaluates if either is due, and ends if a signal or the stop file asks for it. A run that
+is resumed from a checkpoint continues exactly as the uninterrupted run did.
 """
 
 import math
@@ -34,7 +34,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupt:
-    """Remembers a signal until the loop looks; a second one acts at once."""
+    """Remembers a signal until the loop checks for it at the end of a step; a second signal stops the process at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -43,7 +43,7 @@ class Interrupt:
     def __enter__(self) -> "Interrupt":
         try:
             self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
-        except ValueError:  # not the main thread: the caller handles signals
+        except ValueError:  # only the main thread may handle signals
             self._previous = {}
         return self
 
@@ -59,16 +59,19 @@ class Interrupt:
 
 
 class Agreement(NamedTuple):
-    """What all ranks know before a step, after one exchange."""
+    """What the ranks agree on before a step, in one exchange, so that all of them stop or go on together."""
 
-    stop: bool  # a rank was asked to
+    stop: bool  # a rank received a signal, or the stop file exists
     ended: bool  # a rank has no more data
     targets: float  # tokens of the step that have a target, over all ranks
-    data_progress: float  # share of the data that is consumed after the step
+    data_progress: float  # share of the data that is consumed after the step, 0 to 1
 
 
 class Trainer:
-    """Runs the plan of a stage on a model, from its newest checkpoint if there is one."""
+    """Trains a model by the plan of a stage, from the stage's newest checkpoint if there is one.
+
+    settings: the options that a resumed run must share with the run that it resumes.
+    """
 
     def __init__(
         self,
@@ -84,20 +87,23 @@ class Trainer:
         self.plan, self.model, self.optimizer, self.tokenizer = plan, model, optimizer, tokenizer
         self.paths, self.runtime, self.options, self.settings = paths, runtime, options, settings
         self.store = CheckpointStore(paths.checkpoints(plan.stage), runtime, options.keep_checkpoints)
-        execution, why = choose_execution(
+        execution, reason = choose_execution(
             options.execution, runtime.device, model.config.impl, measured_executions(paths, model.config.impl)
         )
         if runtime.primary:
-            say(f"micro-steps: {execution} ({why})")
+            say(f"micro-steps: {execution} ({reason})")
         self.micro_step = MicroStep(model, optimizer, execution, one_length=plan.one_length)
         self.state, self.pace = TrainState(), Pace()
         self.saved_step = -1  # of the newest checkpoint; −1: there is none
-        self.results: dict = {}  # the last of each evaluation
+        self.results: dict = {}  # the newest result of each evaluation
         self.interrupt = Interrupt()
         self.metrics = Metrics(paths.metrics(plan.stage))
 
     def run(self) -> dict:
-        """Train to the end; returns the last evaluation's results, loss, steps, tokens and time."""
+        """Train to the end; returns the newest evaluations, steps, tokens, loss, seconds and tokens per second.
+
+        Raises TrainingStopped after a signal, and UserError when memory runs out or the loss is not finite.
+        """
         torch.use_deterministic_algorithms(self.options.deterministic, warn_only=True)
         positions = self._resume()
         with self.interrupt:
@@ -117,7 +123,7 @@ class Trainer:
                 self.metrics.close()
 
     def _resume(self) -> list | None:
-        """Load the newest checkpoint; returns the positions of all ranks, None when training starts at the beginning."""
+        """Load the newest checkpoint; returns the positions of all ranks, or None when training starts at the beginning."""
         steps = self.store.steps()
         if not steps:
             return None
@@ -126,7 +132,7 @@ class Trainer:
         changed = [k for k in self.settings if self.settings[k] != meta["settings"].get(k)]
         if changed:
             raise UserError(
-                f"{self.store.path(self.saved_step)} was trained with other settings ({', '.join(changed)}); give the same "
+                f"{self.store.path(self.saved_step)} was trained with other settings ({', '.join(changed)}); use the same "
                 f"ones to resume, or move {self.store.directory} away to start again"
             )
         self.state = TrainState.from_meta(meta)
@@ -147,12 +153,14 @@ class Trainer:
             self._step(micro_batches, agreement, advance)
 
     def _take(self, batches: Iterator[Batch]) -> list[Batch]:
+        """The micro-batches of the next step; fewer than a step needs when the data end."""
         micro_batches = []
         while len(micro_batches) < self.plan.accumulation and (batch := next(batches, None)) is not None:
             micro_batches.append(batch)
         return micro_batches
 
     def _agree(self, micro_batches: list[Batch]) -> Agreement:
+        """Exchange what each rank knows about the next step."""
         targets = sum(int((batch.targets != -1).sum()) for batch in micro_batches)
         short = len(micro_batches) < self.plan.accumulation
         progress = micro_batches[-1].progress if micro_batches else 1.0
@@ -163,18 +171,18 @@ class Trainer:
         return Agreement(stops > 0, shorts > 0, all_targets, all_progress / self.runtime.world_size)
 
     def _stop(self) -> None:
-        """Save, and end with the status of the signal."""
+        """Save, then raise TrainingStopped with the exit status of the signal."""
         self._save()
         number = self.interrupt.received or signal.SIGUSR1
-        by = signal.Signals(number).name if self.interrupt.received else f"the file {self.paths.stop}"
+        cause = signal.Signals(number).name if self.interrupt.received else f"the file {self.paths.stop}"
         raise TrainingStopped(
-            f"training {self.plan.stage} stopped at step {self.state.step} by {by}; everything is saved in "
+            f"training {self.plan.stage} stopped at step {self.state.step} by {cause}; everything is saved in "
             f"{self.store.path(self.state.step)}; the same command resumes from there",
             128 + number,
         )
 
     def _boundary(self, last: bool) -> None:
-        """Between two steps: save before anything is evaluated, then evaluate what is due."""
+        """Save and evaluate if due. It saves first, so that a failing evaluation costs no training."""
         step, every = self.state.step, self.options.save_every
         due = [evaluation for evaluation in self.plan.evaluations if evaluation.due(step, last)]
         if last or (step > 0 and ((every > 0 and step % every == 0) or due)):
@@ -204,9 +212,10 @@ class Trainer:
         multiplier = self.plan.lr_multiplier(step / steps if steps else agreement.data_progress)
         self.micro_step.loss.zero_()
         for batch in micro_batches:
-            # a micro-batch counts by its targets; the ranks are averaged when gradients are synchronized
+            # every target has the same weight in the step; world_size undoes the mean over ranks in synchronize
             self.micro_step(batch, int((batch.targets != -1).sum()) * world_size / max(agreement.targets, 1.0))
         norm = self.optimizer.synchronize()
+        # the only wait for the device in a step; the weights are not touched before loss and norm are known to be finite
         rank_loss, grad_norm = self.runtime.read(torch.stack([self.micro_step.loss, norm]))
         loss = self.runtime.sum([rank_loss])[0] / world_size
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -223,7 +232,7 @@ class Trainer:
     def _report(
         self, loss: float, grad_norm: float, multiplier: float, tokens: int, seconds: float, done: float
     ) -> None:
-        """The line of the step that has just ended, and its record."""
+        """Print the line of the step that has just ended, and write its record."""
         step, rate, peak = self.state.step - 1, tokens / seconds, self.runtime.peak_flops
         mfu = self.model.config.flops_per_token * rate / (peak * self.runtime.world_size) if peak else None
         remaining = self.pace.remaining(seconds, done)
@@ -261,12 +270,12 @@ class Trainer:
         }
 
     def _stop_not_finite(self, loss: float, grad_norm: float, micro_batches: list[Batch]) -> None:
-        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {grad_norm}"
+        problem = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {grad_norm}"
         last = self.store.path(self.saved_step) if self.saved_step >= 0 else "none"
         raise UserError(
-            f"step {self.state.step} of {self.plan.stage}: {what}; offending tensor: "
+            f"step {self.state.step} of {self.plan.stage}: {problem}; offending tensor: "
             f"{offending_tensor(self.model, micro_batches, self.runtime.device)}; last good checkpoint: {last}; "
-            "lower the learning rates or look at the data, then run the same command again"
+            "lower the learning rates or check the data, then run the same command again"
         )
 
 

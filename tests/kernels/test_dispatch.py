@@ -212,7 +212,7 @@ def test_inspect(architecture):
     """Every launch compiles without spills, fits in shared memory and uses only the architecture's instructions."""
     command = [sys.executable, "-m", "nanochat", "kernels", "inspect", "--arch", architecture]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(None))
-    assert done.returncode == 0 and "without a fault" in done.stdout, done.stdout[-2000:] + done.stderr
+    assert done.returncode == 0 and "without a defect" in done.stdout, done.stdout[-2000:] + done.stderr
 
 
 @linux

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from nanochat.cli import COMMANDS, parse
+from nanochat.cli import COMMANDS, main, parse
 from tests.conftest import assert_refused, nanochat
 
 
@@ -46,7 +46,7 @@ def test_help_and_errors_need_no_torch(arguments):
 
 
 @pytest.mark.parametrize("module", ["evaluate.chat", "evaluate.base", "chat.terminal", "inference.engine"])
-def test_what_does_not_train_imports_nothing_slow(module):
+def test_modules_that_do_not_train_import_nothing_slow(module):
     """torch._dynamo and torch.distributed.checkpoint took longer to import than torch itself, in every stage."""
     slow = "'torch._dynamo', 'sympy', 'torch.distributed.checkpoint'"
     script = f"import sys, nanochat.{module}; print([name for name in ({slow}) if name in sys.modules])"
@@ -110,26 +110,16 @@ def test_mistakes_are_answered_in_one_line(tmp_path, arguments, parts):
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.name != ".speedrun.lock"]
 
 
-def test_trace_shows_every_operation_and_equals_the_model(tmp_path):
-    result = nanochat(tmp_path, "trace", "--markdown", str(tmp_path / "trace.md"))
-    assert result.returncode == 0, result.stderr
-    text = (tmp_path / "trace.md").read_text()
-    for operation in ("embedding", "block 0 query", "block 1 attention", "block 1 relu²", "softcap", "cross entropy"):
-        assert operation in text and operation in result.stdout
-    columns = [line.count("|") for line in text.splitlines()]
-    assert set(columns) == {9}
-
-
-def test_the_traced_pass_is_the_models_own(tokenizer):
-    import torch
-
-    from nanochat.gpt import GPTConfig
-    from nanochat.tools.trace import Tracer, traced_forward
-    from tests.nanochat.models import perturbed
-
-    model = perturbed(GPTConfig.from_depth(2, 300, 32))
-    tokens = torch.randint(300, (2, 17))
-    note = Tracer()
-    loss = traced_forward(model, tokens[:, :-1], tokens[:, 1:], note)
-    torch.testing.assert_close(loss, model(tokens[:, :-1], tokens[:, 1:]))
-    assert note.rows[1].shape == "2×16×128" and all(row.meaning for row in note.rows)
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(28, "No space left on device", "/a"), "No space left on device: /a; free some space"),
+        (PermissionError(13, "Permission denied", "/a"), "Permission denied: /a; check the path and its permissions"),
+        (ConnectionRefusedError(111, "Connection refused"), "Connection refused"),
+    ],
+)
+def test_an_error_of_the_operating_system_is_one_line_with_a_remedy_that_fits(monkeypatch, capsys, error, line):
+    monkeypatch.setattr("nanochat.cli._dispatch", lambda arguments: (_ for _ in ()).throw(error))
+    with pytest.raises(SystemExit):
+        main([])
+    assert capsys.readouterr().err == f"nanochat: error: {line}\n"

@@ -93,5 +93,5 @@ def test_shapes_that_do_not_fit(change, message):
 
 
 def test_too_many_tokens_are_refused():
-    with pytest.raises(UserError, match="321 tokens pass the 320 positions"):
+    with pytest.raises(UserError, match="321 tokens exceed the 320 positions"):
         GPT.create(CONFIG)(torch.zeros(1, 321, dtype=torch.int64))

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from nanochat.gpt import GPT, GPTConfig, Linear
-from nanochat.optim import MuonAdamW, deal
+from nanochat.optim import MuonAdamW, assign_matrices
 from nanochat.options.model import Implementations
 from nanochat.options.train import OptimizerOptions
 from nanochat.train.schedules import muon_momentum
@@ -116,11 +116,11 @@ def test_a_matrix_without_gradient_stays():
 
 def test_owners_have_equal_work():
     """d20 on eight ranks: ten square matrices each, and of the long and the wide ones five together."""
-    counts = deal({(1280, 1280): 80, (5120, 1280): 20, (1280, 5120): 20}, 8)
+    counts = assign_matrices({(1280, 1280): 80, (5120, 1280): 20, (1280, 5120): 20}, 8)
     assert counts[1280, 1280] == [10] * 8
     assert [a + b for a, b in zip(counts[5120, 1280], counts[1280, 5120], strict=True)] == [5] * 8
     for items, ranks in ((3, 2), (2, 4), (7, 3)):
-        assert sorted(deal({(8, 8): items}, ranks)[8, 8]) == sorted(
+        assert sorted(assign_matrices({(8, 8): items}, ranks)[8, 8]) == sorted(
             items // ranks + (r < items % ranks) for r in range(ranks)
         )
 
@@ -202,7 +202,7 @@ def learn(steps: int, impl: str = "triton", graphs: bool = True, whole: bool = F
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
                     optimizer.synchronize()
-                    optimizer.move()
+                    optimizer.update_weights()
             graph.replay()
         else:
             optimizer.synchronize()

@@ -61,7 +61,7 @@ def test_a_run_survives_time_limits_cancellation_and_kills(slurm, preset, uninte
     assert run.end(*ENDED) == "COMPLETED", run.log()[-3000:]
     stages = ("base", "mid", "sft")
     assert run.losses(*stages) == uninterrupted.losses(*stages)
-    assert f"preflight of {preset}: all is there" in run.log()
+    assert f"preflight of {preset}: everything is there" in run.log()
     # where the signals fall is chance; the kill is in the middle of mid
     assert "finished before, skipped" in run.log() and "resuming mid at step" in run.log()
     assert (run.paths.report / "report.html").exists()

@@ -86,7 +86,7 @@ def test_what_is_wrong_is_named(tmp_path):
         ("refers to a variable that is not set", lambda: load_site(str(tmp_path / "unset.env"))),
         ("'nobody' is not an address", lambda: mail_user("nobody")),
         ("cannot pass values with a comma", lambda: sbatch_command(Job("gate", "d20"), load_site("generic"), "/a,b")),
-        ("'soon' is no time limit", lambda: seconds_of("soon")),
+        ("'soon' is not a time limit", lambda: seconds_of("soon")),
     ]
     for message, call in cases:
         with pytest.raises(UserError, match=message):
@@ -98,7 +98,7 @@ def test_what_is_wrong_is_named(tmp_path):
     [
         (["--time", "10"], ("queued again and again", "--signal-seconds")),
         (["--nodes", "0"], ("must be at least 1, got 0",)),
-        (["--tasks-per-node", "2"], ("one task a node serves all of its GPUs",)),
+        (["--tasks-per-node", "2"], ("one task per node serves all of its GPUs",)),
         (["--from", "bas"], ("--from bas: no such stage", "tokenizer")),
     ],
 )

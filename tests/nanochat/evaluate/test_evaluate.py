@@ -19,9 +19,6 @@ from nanochat.gpt import GPTConfig
 from nanochat.options.evaluate import ChatTaskOptions
 from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import UserError
-from nanochat.tasks import SpellingBee
-from nanochat.tasks.gsm8k import final_number, solution_parts
-from nanochat.tasks.humaneval import extract_code
 from nanochat.tokenizer.chat_format import render, render_prompt
 from tests.nanochat.models import perturbed
 
@@ -199,26 +196,3 @@ def test_chat_tasks_score_what_the_model_knows(tokenizer, world, cpu, monkeypatc
     )  # not knowing, it says A, which is right every other time
     assert results["fixed"] == (known + max(guessed, 0)) / 4
     assert results["ChatCORE"] == pytest.approx((results["fixed"] - 0.25) / 0.75)
-
-
-def test_answers_after_the_marks():
-    assert final_number("so 5\n#### 1,250.") == "1250"
-    assert final_number("#### -3.5 apples") == "-3.5"
-    assert final_number("the answer is 5") is None
-    parts = solution_parts("2*3 = <<2*3=6>>6\n#### 6")
-    assert [(p["type"], p["text"]) for p in parts] == [
-        ("text", "2*3 = "), ("python", "2*3"), ("python_output", "6"), ("text", "6\n#### 6"),
-    ]  # fmt: skip
-    assert extract_code("Here:\n```python\nx = 1\n```\n```python\ny\n```") == "x = 1\n"
-    assert extract_code("x = 1") == "x = 1"
-
-
-def test_spelling_counts_what_it_asks(world):
-    task = SpellingBee(world, "test", 40)
-    for index in range(40):
-        conversation = task[index]
-        expression = conversation["messages"][1]["content"][1]["text"]
-        word, letter = expression.split("'")[1], expression.split("'")[3]
-        assert f"'{word}'" in conversation["messages"][0]["content"]
-        assert task.judge(conversation, f"#### {word.count(letter)}")
-        assert not task.judge(conversation, f"#### {word.count(letter) + 1}") and not task.judge(conversation, "")

@@ -124,7 +124,7 @@ def test_rows_end_alone(model, tokenizer):
         ({"max_tokens": 0}, "max_tokens"),
         ({"temperature": -1.0}, "temperature"),
         ({"top_k": 0}, "top_k"),
-        ({"prompts": [[1] * 640]}, "leaves no room in the 640 positions"),
+        ({"prompts": [[1] * 640]}, "leaves none of the model's 640 positions"),
     ],
 )
 def test_bad_requests(engine, arguments, message):

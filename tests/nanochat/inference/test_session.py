@@ -2,7 +2,6 @@
 
 import pytest
 
-from nanochat.chat.terminal import shown
 from nanochat.inference.session import Forgotten, Session, Text, ToolCall, ToolResult, events
 from nanochat.platform.errors import UserError
 from nanochat.tokenizer.chat_format import render, user_turn
@@ -53,12 +52,10 @@ def test_tokens_that_text_would_not_give_back_are_kept(tokenizer):
     assert engine.prompts[1][start : start + len(pieces)] == pieces
 
 
-def test_events_and_how_they_are_shown(tokenizer):
+def test_an_answer_as_events(tokenizer):
     found = list(events(tokenizer, iter(tool_answer(tokenizer))))
     assert "".join(e.text for e in found if isinstance(e, Text)) == "It is."
     assert [e for e in found if not isinstance(e, Text)] == [ToolCall("2+3"), ToolResult("5")]
-    assert "".join(shown(found)) == "It is [2+3 → 5] ."
-    assert "".join(shown([ToolCall("what"), Text("?")])) == " [what] ?"
 
 
 def test_a_character_is_shown_whole(tokenizer):

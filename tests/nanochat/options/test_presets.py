@@ -63,7 +63,7 @@ def test_the_first_horizon_set_counts():
     assert horizon(TrainBaseOptions(num_iterations=5, target_flops=1e18), shape) == 5
     flops = 10.2 * 524288 * shape.flops_per_token
     assert horizon(TrainBaseOptions(target_flops=flops), shape) == 10
-    with pytest.raises(UserError, match="under one step"):
+    with pytest.raises(UserError, match="less than one step"):
         horizon(TrainBaseOptions(target_flops=1.0), shape)
     with pytest.raises(UserError, match="set one of"):
         horizon(TrainBaseOptions(target_param_data_ratio=0), shape)

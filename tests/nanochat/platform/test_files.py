@@ -24,19 +24,29 @@ def test_json_comes_back_and_damaged_json_is_none(tmp_path):
     assert read_json(path) is None
 
 
-@pytest.mark.parametrize("error", [ValueError("stop"), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("error", [ValueError("stop"), FileNotFoundError(2, "No such file", "elsewhere")])
 def test_a_directory_is_replaced_only_when_it_is_complete(tmp_path, error):
+    """An error of the block is raised as it is, also one of the operating system about another file."""
     final = tmp_path / "data"
     with fresh_directory(final) as directory:
         (directory / "one").write_text("1")
-    wanted = UserError if isinstance(error, OSError) else ValueError
-    with pytest.raises(wanted, match="No space left|stop"), fresh_directory(final) as directory:
+    with pytest.raises(type(error)) as raised, fresh_directory(final) as directory:
         (directory / "two").write_text("2")
         raise error
+    assert raised.value is error
     assert [path.name for path in tmp_path.rglob("*")] == ["data", "one"]
     with fresh_directory(final) as directory:
         (directory / "two").write_text("2")
     assert [path.name for path in final.iterdir()] == ["two"]
+
+
+@pytest.mark.parametrize("method", ["mkdir", "rename"])
+def test_a_directory_that_cannot_be_written_is_a_users_error(tmp_path, monkeypatch, method):
+    monkeypatch.setattr(f"pathlib.Path.{method}", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
+    message = "cannot write .*data .No space left.; free some space"
+    with pytest.raises(UserError, match=message), fresh_directory(tmp_path / "data"):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_hash(tmp_path):

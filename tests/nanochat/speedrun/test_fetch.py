@@ -65,7 +65,7 @@ def test_a_hub_that_misbehaves(hub, tmp_path):
 
     count = len(hub.gets)
     again = nanochat(tmp_path, *arguments(), **around(hub))
-    assert again.returncode == 0 and len(hub.gets) == count and "4 of 4 assets are there; 0 to fetch" in again.stdout
+    assert again.returncode == 0 and len(hub.gets) == count and "4 of 4 assets are complete; 0 to fetch" in again.stdout
 
 
 def test_what_is_missing_is_listed(hub, tmp_path):
@@ -75,7 +75,7 @@ def test_what_is_missing_is_listed(hub, tmp_path):
     assert_refused(
         done, "2 of 4 assets are missing", "text (1 of 6 files failed, shard_00003.parquet: the hub", "does not have it"
     )
-    assert "its hash is not the" in done.stderr and "goes on from here" in done.stderr
+    assert "its hash is not the" in done.stderr and "continues from here" in done.stderr
     assert set(read_fetched(Paths(tmp_path))) == {"gsm8k/train", "arc-easy/train"}
     assert not (tmp_path / "chat" / "gsm8k" / "test-00000-of-00001.parquet").exists()
 
@@ -114,7 +114,7 @@ def test_two_at_once(hub, tmp_path):
     )
     while not hub.gets:
         time.sleep(0.05)
-    assert_refused(nanochat(tmp_path, *arguments("text"), **around(hub)), "another fetch is at work")
+    assert_refused(nanochat(tmp_path, *arguments("text"), **around(hub)), "another fetch is running")
     hub.release.set()
     assert first.wait(60) == 0
 

@@ -231,7 +231,7 @@ def test_logging_never_alters_training(base, tmp_path):
         (["--total-batch-size", "300"], ("nearest valid totals are 256 or 384",)),
         (["--depth", "0"], ("at least 1",)),
         (["--n-kv-head", "3"], ("n_kv_head 3 does not divide",)),
-        (["--device", "tpu"], ("device 'tpu' is not there",)),
+        (["--device", "tpu"], ("device 'tpu' is not available",)),
         (["--impl.attention", "nonsense"], ("attention", "nonsense")),
     ],
 )

@@ -1,0 +1,48 @@
+"""Chat in the terminal, and the evaluation of a model that chats."""
+
+import json
+import subprocess
+
+from nanochat.chat.terminal import shown
+from nanochat.inference.session import Text, ToolCall, ToolResult
+from tests.conftest import (
+    TINY_BASE,
+    TINY_EVALUATE_BASE,
+    TINY_EVALUATE_CHAT,
+    TINY_MID,
+    TINY_SFT,
+    command,
+    environment,
+    nanochat,
+)
+
+
+def test_a_tool_call_is_shown_with_its_result():
+    assert "".join(shown([Text("It is"), ToolCall("2+3"), ToolResult("5"), Text(".")])) == "It is [2+3 → 5] ."
+    assert "".join(shown([ToolCall("what"), Text("?")])) == " [what] ?"
+
+
+def test_chat_and_evaluation_of_a_trained_model(base):
+    for stage, arguments in (("base", TINY_BASE), ("mid", TINY_MID), ("sft", TINY_SFT)):
+        assert nanochat(base, "train", stage, *arguments).returncode == 0
+    result = nanochat(base, "chat", "-p", "Where does Tilda live?", "--max-tokens", "5")
+    assert result.returncode == 0 and result.stdout.startswith("nanochat: "), result.stderr
+    talk = subprocess.run(
+        command("chat", "--max-tokens", "4", "--source", "mid"), input="hello\nclear\nhi again\nquit\nnever read\n",
+        capture_output=True, text=True, env=environment(base),
+    )  # fmt: skip
+    assert talk.returncode == 0 and talk.stdout.count("nanochat: ") == 2 and "a new conversation" in talk.stdout
+
+    # two processes share the items and find what one finds
+    results = []
+    for processes in (1, 2):
+        for kind in ("chat", "base"):
+            arguments = TINY_EVALUATE_CHAT if kind == "chat" else TINY_EVALUATE_BASE
+            run = nanochat(base, "evaluate", kind, *arguments, processes=processes)
+            assert run.returncode == 0, run.stderr
+            section = json.loads(
+                (base / "report" / "sections" / f"{'sft' if kind == 'chat' else 'base'}-eval.json").read_text()
+            )
+            assert section["processes"] == processes
+            results.append({k: v for k, v in section["results"].items() if not k.endswith("bpb")})
+    assert results[:2] == results[2:] and results[0].keys() == {"ARC-Easy", "SpellingBee", "ChatCORE"}

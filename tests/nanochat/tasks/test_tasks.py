@@ -1,0 +1,53 @@
+"""Tasks: their conversations, and how each judges a completion."""
+
+import shutil
+
+import pytest
+
+from nanochat.platform.errors import UserError
+from nanochat.platform.paths import Paths
+from nanochat.tasks import GSM8K, HumanEval, SpellingBee
+from nanochat.tasks.gsm8k import final_number, solution_parts
+from nanochat.tasks.humaneval import extract_code
+from tests.conftest import assert_refused, nanochat
+
+
+def test_answers_after_the_marks():
+    assert final_number("so 5\n#### 1,250.") == "1250"
+    assert final_number("#### -3.5 apples") == "-3.5"
+    assert final_number("the answer is 5") is None
+    parts = solution_parts("2*3 = <<2*3=6>>6\n#### 6")
+    assert [(p["type"], p["text"]) for p in parts] == [
+        ("text", "2*3 = "), ("python", "2*3"), ("python_output", "6"), ("text", "6\n#### 6"),
+    ]  # fmt: skip
+    assert extract_code("Here:\n```python\nx = 1\n```\n```python\ny\n```") == "x = 1\n"
+    assert extract_code("x = 1") == "x = 1"
+
+
+def test_spelling_counts_what_it_asks(world):
+    task = SpellingBee(world, "test", 40)
+    for index in range(40):
+        conversation = task[index]
+        expression = conversation["messages"][1]["content"][1]["text"]
+        word, letter = expression.split("'")[1], expression.split("'")[3]
+        assert f"'{word}'" in conversation["messages"][0]["content"]
+        assert task.judge(conversation, f"#### {word.count(letter)}")
+        assert not task.judge(conversation, f"#### {word.count(letter) + 1}") and not task.judge(conversation, "")
+
+
+def test_solutions_of_the_generated_functions_pass(world):
+    task = HumanEval(world)
+    for index in range(0, len(task), 6):
+        conversation = task[index]
+        assert task.judge(conversation, conversation["messages"][-1]["content"])
+        assert not task.judge(conversation, "```python\ndef wrong(x):\n    return None\n```")
+
+
+def test_a_missing_chat_source_lists_those_there_are(base):
+    shutil.rmtree(base / "chat" / "gsm8k")
+    result = nanochat(base, "evaluate", "chat", "--tasks", "GSM8K", "--stage", "sft")
+    assert_refused(result, "no checkpoint of sft", "nanochat train sft")
+    with pytest.raises(
+        UserError, match=r"gsm8k/train does not exist .* there are: arc-challenge/test.*nanochat data generate"
+    ):
+        GSM8K(Paths(base), "train")
