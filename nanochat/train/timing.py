@@ -47,7 +47,10 @@ def milliseconds(step: MicroStep, batch: Batch, count: int) -> float:
 def time_executions(
     configs: Mapping[str, GPTConfig], rows: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, float]:
-    """The median milliseconds of a micro-step of `rows` rows, by execution, each with its model; one that runs out of memory is left out."""
+    """The median milliseconds of a micro-step of `rows` rows, by execution, each with its model.
+
+    One that runs out of memory is left out.
+    """
     times = {}
     for execution, config in configs.items():
         try:
