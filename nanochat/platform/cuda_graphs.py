@@ -6,6 +6,15 @@ import torch
 from torch import Tensor
 
 
+def _raise_first_out_of_memory(error: BaseException) -> None:
+    """Raise the torch.OutOfMemoryError that led to this error, if one did: ending the capture that it broke fails in another way."""
+    seen = error.__context__
+    while seen is not None:
+        if isinstance(seen, torch.OutOfMemoryError):
+            raise seen from None
+        seen = seen.__context__
+
+
 class Replayed:
     """A function that runs `work`, from a CUDA graph if possible; it returns what the work returns.
 
@@ -28,9 +37,13 @@ class Replayed:
             return result
         if self.graph is None:
             graph = torch.cuda.CUDAGraph()
-            # thread_local: NCCL's watchdog and the loader's threads may call CUDA during the capture
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                self.result = self.work()
+            try:
+                # thread_local: NCCL's watchdog and the loader's threads may call CUDA during the capture
+                with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                    self.result = self.work()
+            except Exception as error:
+                _raise_first_out_of_memory(error)
+                raise
             self.graph = graph  # only when complete: a capture that runs out of memory is repeated by the next call
         self.graph.replay()
         return self.result

@@ -65,6 +65,34 @@ def test_a_capture_or_a_warm_up_that_fails_is_tried_again(monkeypatch):
     assert recorder.replays == 1 and replayed.graph is not None
 
 
+def test_out_of_memory_in_a_capture_is_what_is_raised(monkeypatch):
+    """On a GPU the end of a capture that ran out of memory raises an error of its own, which would hide the cause."""
+
+    class Broken:
+        def __init__(self, graph, **options):
+            pass
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *exc):
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    def work():
+        if work.calls:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        work.calls += 1
+
+    work.calls = 0
+    Recorder(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "graph", Broken)
+    replayed = Replayed(work, pool=(0, 1), warm_up=1)
+    replayed()
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        replayed()
+    assert replayed.graph is None
+
+
 def test_without_a_pool_the_work_always_runs():
     ran = []
     replayed = Replayed(lambda: ran.append(1), pool=None)
