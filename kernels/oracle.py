@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 RATIO = 1.5
-# of a group: the size of so many errors is known well enough; those of one row may be alike
-FEWEST_ROWS, FEWEST_ELEMENTS = 8, 64
+# of a group: the size of so many errors is known well enough; those of one short row may be alike
+FEWEST_ROWS, FEWEST_ELEMENTS, ENOUGH_ELEMENTS = 8, 64, 256
 
 
 def evaluate_each(
@@ -127,6 +127,7 @@ def _joined(exponents: Tensor, elements: Tensor) -> tuple[int, Tensor]:
     for count, rows in counts:  # from the smallest exponent up; rows of zeros have a group of their own
         joined.append(group)
         collected, collected_rows = collected + count, collected_rows + rows
-        if rows == 0 or (collected >= FEWEST_ELEMENTS and collected_rows >= FEWEST_ROWS):
+        many = collected >= FEWEST_ELEMENTS and collected_rows >= FEWEST_ROWS
+        if rows == 0 or many or collected >= ENOUGH_ELEMENTS:
             group, collected, collected_rows = group + 1, 0, 0
     return group + 1, torch.tensor(joined, device=exponents.device)[group_of_row]

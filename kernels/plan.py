@@ -56,11 +56,16 @@ def cached_call(make: Callable, *arguments):
         torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
         torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
         *[
-            (x.shape, x.stride(), x.dtype, x.device, x.requires_grad) if isinstance(x, Tensor) else x
+            (x.shape, x.stride(), x.dtype, x.device, x.requires_grad) if isinstance(x, Tensor) else (type(x), x)
             for x in arguments
         ],
     )  # fmt: skip
-    plan = configs.plans.get(key)
+    try:
+        plan = configs.plans.get(key)
+    except (
+        TypeError
+    ):  # an argument that cannot be hashed, such as a list: the check in `make` says what is wrong with it
+        return make(*arguments)
     if plan is None:
         plan = make(*arguments)
         if len(configs.plans) >= 4096:

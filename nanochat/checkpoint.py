@@ -53,14 +53,16 @@ class CheckpointStore:
         from nanochat.training_state import save_state  # slow to import
 
         final, temporary = self.path(step), self.directory / f".step_{step:06d}.tmp"
-        failure = None
-        if self.runtime.primary:
-            shutil.rmtree(temporary, ignore_errors=True)
-        self.runtime.barrier()  # no rank may write before an earlier, incomplete attempt is removed
-        try:
-            temporary.mkdir(parents=True, exist_ok=True)
+        primary = self.runtime.primary
+
+        def begin() -> None:
+            if primary:  # no rank may write before an earlier, incomplete attempt is removed
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+
+        def write() -> None:
             save_state(temporary / "state", optimizer, self.runtime)
-            if self.runtime.primary:
+            if primary:
                 weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
                 save_file(weights, temporary / "model.safetensors")
                 files = [path for path in temporary.rglob("*") if path.is_file()]
@@ -70,26 +72,36 @@ class CheckpointStore:
                 # before the rename: after a loss of power, a renamed directory with empty files would look whole
                 for path in [*files, temporary / "meta.json", temporary / "state", temporary]:
                     flush(path)
+
+        def finish() -> None:
+            if primary:
+                shutil.rmtree(final, ignore_errors=True)
+                temporary.rename(final)
+                flush(self.directory)  # the new name, before older checkpoints are deleted
+                for old in self.steps()[: -self.keep]:
+                    shutil.rmtree(self.path(old), ignore_errors=True)
+
+        for work in (begin, write, finish):
+            failures = self._failures(work)
+            if failures:
+                if primary:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                steps = self.steps()
+                last = f"the last whole checkpoint is {self.path(steps[-1])}" if steps else "there is none before it"
+                raise UserError(
+                    f"cannot save the checkpoint of step {step} in {self.directory} ({failures[0]}); {last}; "
+                    "free space and run the same command again"
+                )
+        return final
+
+    def _failures(self, work: Callable[[], None]) -> list[str]:
+        """Do this rank's part of the work; returns why it failed on any rank. A rank alone must not go on or stop."""
+        failure = None
+        try:
+            work()
         except (OSError, SafetensorError) as error:
             failure = _reason(error)
-        failures = [reason for reason in self.runtime.gather(failure) if reason]  # a rank alone must not go on or stop
-        if failures:
-            if self.runtime.primary:
-                shutil.rmtree(temporary, ignore_errors=True)
-            steps = self.steps()
-            last = f"the last whole checkpoint is {self.path(steps[-1])}" if steps else "there is none before it"
-            raise UserError(
-                f"cannot save the checkpoint of step {step} in {self.directory} ({failures[0]}); {last}; "
-                "free space and run the same command again"
-            )
-        if self.runtime.primary:
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
-            flush(self.directory)  # the new name, before older checkpoints are deleted
-            for old in self.steps()[: -self.keep]:
-                shutil.rmtree(self.path(old), ignore_errors=True)
-        self.runtime.barrier()
-        return final
+        return [reason for reason in self.runtime.gather(failure) if reason]
 
     def load(self, step: int, model: GPT, optimizer: MuonAdamW, tokenizer: Tokenizer) -> dict:
         """Load the weights and the training state of a step into model and optimizer; returns the content of meta.json.

@@ -50,8 +50,11 @@ def measured_executions(paths: Paths, impl: Implementations) -> dict[str, float]
     """
     if not paths.gate.exists():
         return None
-    measured = json.loads(paths.gate.read_text("utf-8")).get("micro_step", {})
-    return measured.get("ms") if measured.get("impl") == asdict(impl) else None
+    measured = json.loads(paths.gate.read_text("utf-8")).get("micro_step", {"impl": None})
+    try:
+        return dict(measured["ms"]) if measured["impl"] == asdict(impl) else None
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{paths.gate} is not a gate file (micro_step: {error!r}); {gate.REMEDY}") from error
 
 
 def chosen_implementations(choices: dict[str, str]) -> dict[str, str]:

@@ -6,6 +6,7 @@ module only when it saves or loads such state.
 
 import warnings
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from nanochat.optim import MuonAdamW
 from nanochat.platform.distributed import Runtime
+from nanochat.platform.errors import UserError
 
 
 def save_state(folder: Path, optimizer: MuonAdamW, runtime: Runtime) -> None:
@@ -28,18 +30,30 @@ def save_state(folder: Path, optimizer: MuonAdamW, runtime: Runtime) -> None:
             dcp.save(_tensors(optimizer, runtime), checkpoint_id=folder, no_dist=runtime.world_size == 1)
     except CheckpointException as error:  # a BaseException, with the exceptions of the ranks
         first = next(iter(error.failures.values()))[0] if error.failures else error
+        if isinstance(first, KeyboardInterrupt | torch.OutOfMemoryError):
+            raise first from None
         raise OSError(str(first) or repr(first)) from first
 
 
 def load_state(folder: Path, optimizer: MuonAdamW, runtime: Runtime) -> None:
-    """Load this rank's part of the state into the optimizer and the random number generators."""
-    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    state = {
-        name: tensor for name, tensor in _tensors(optimizer, runtime).items() if name in saved
-    }  # a new rank has none
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.load(state, checkpoint_id=folder, no_dist=runtime.world_size == 1)
+    """Load this rank's part of the state into the optimizer and the random number generators.
+
+    Raises UserError for state that is damaged or lacks a part of the optimizer.
+    """
+    wanted = _tensors(optimizer, runtime)
+    try:
+        saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        state = {name: tensor for name, tensor in wanted.items() if name in saved}  # a new rank has no random state
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(state, checkpoint_id=folder, no_dist=runtime.world_size == 1)
+    except (CheckpointException, UnpicklingError, EOFError) as error:
+        raise UserError(f"{folder} is damaged ({type(error).__name__}); remove {folder.parent}") from error
+    missing = [name for name in wanted if name.startswith("optimizer.") and name not in saved]
+    if missing:
+        raise UserError(
+            f"{folder} has no {missing[0]}; it is of another version of the program: remove {folder.parent}"
+        )
     if f"rng.cpu.{runtime.rank}" in state:
         torch.set_rng_state(state[f"rng.cpu.{runtime.rank}"])
     if f"rng.cuda.{runtime.rank}" in state:

@@ -10,7 +10,7 @@ PLANTED_FAULTS = {
     "oracle ratio 3 in place of 1.5": ("oracle", "RATIO = 1.5", "RATIO = 3.0", "test_at_most_half_as_much_error_again"),
     "one group of all rows": ("oracle", "norms.log2().div(2).floor()", "norms.log2().div(2).floor() * 0",
      "test_small_rows_are_not_hidden_by_large_ones"),
-    "groups of one element": ("oracle", "FEWEST_ELEMENTS = 8, 64", "FEWEST_ELEMENTS = 1, 1",
+    "groups of one element": ("oracle", "ENOUGH_ELEMENTS = 8, 64, 256", "ENOUGH_ELEMENTS = 1, 1, 1",
      "test_an_error_that_is_small_by_luck_sets_no_budget"),
     "worst element not judged": ("oracle", "largest(values.amax(1)))):", "largest(values.amax(1)) * 0)):",
      "test_one_wrong_element_of_many_is_seen"),
@@ -56,6 +56,16 @@ def test_an_error_that_is_small_by_luck_sets_no_budget():
         terms = normal(28, 28, 1, seed=seed).float()
         one, other = (sum(x.unbind()) for x in (terms, terms.flip(0)))
         assert over_budget(one, terms.double().sum(0), other) is None
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8])
+def test_a_few_small_rows_are_judged_by_their_own_size(rows):
+    true = normal(1024, 256)
+    true[:rows] *= 1e-6
+    found, plain = with_error(true, 1e-3, seed=2), with_error(true, 1e-3)
+    assert over_budget(found, true, plain) is None
+    found[:rows] = 0.0
+    assert "rows of norm up to" in over_budget(found, true, plain)
 
 
 def vocabulary(rows: int = 8, size: int = 65_536) -> tuple[torch.Tensor, torch.Tensor]:

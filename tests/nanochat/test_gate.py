@@ -3,10 +3,13 @@
 import json
 from dataclasses import asdict, replace
 
+import pytest
+
 import nanochat.tools.kernels as tools
 from nanochat.gate import chosen_implementations, measured_executions, run_shape, take_gate
 from nanochat.gpt import GPTConfig
 from nanochat.options.model import Implementations
+from nanochat.platform.errors import UserError
 from nanochat_kernels import gate
 from tests.conftest import TINY_BASE, assert_refused, nanochat
 
@@ -57,6 +60,9 @@ def test_the_times_of_micro_steps_are_of_the_same_implementations(world, tmp_pat
     gate.write(paths.gate, {}, {}, micro_step={"impl": asdict(measured), "ms": times})
     assert measured_executions(paths, measured) == times
     assert measured_executions(paths, Implementations()) is None
+    gate.write(paths.gate, {}, {}, micro_step=None)
+    with pytest.raises(UserError, match="is not a gate file .*nanochat kernels gate"):
+        measured_executions(paths, measured)
 
 
 def test_a_micro_step_decides_between_a_graph_of_fused_operations_and_a_compiled_model(monkeypatch, cpu):
@@ -68,6 +74,7 @@ def test_a_micro_step_decides_between_a_graph_of_fused_operations_and_a_compiled
             "rms_norm": {"impl": "triton", "ms": {"triton": 1.0, "reference": 2.0}},
             "add_rms_norm": {"impl": "reference", "ms": {"triton": 1.1, "reference": 1.0}},
             "qk_norm_rope": {"impl": "reference", "ms": {"reference": 1.0}},  # the fused one was wrong
+            "adamw": {"impl": "reference", "ms": {"triton": 2.0, "reference": 1.0}},  # no part of a micro-step
         }
         times = {"graph": graph_ms, "compile": 2.0}
         monkeypatch.setattr(tools, "time_executions", lambda configs, *_: seen.update(configs) or times)
@@ -77,9 +84,10 @@ def test_a_micro_step_decides_between_a_graph_of_fused_operations_and_a_compiled
         return {name: choice["impl"] for name, choice in choices.items()}, found["impl"]
 
     taken, impl = choose(1.5)
-    assert taken == {"rms_norm": "triton", "add_rms_norm": "triton", "qk_norm_rope": "reference"}
+    others = {"qk_norm_rope": "reference", "adamw": "reference"}
+    assert taken == {"rms_norm": "triton", "add_rms_norm": "triton", **others}
     assert impl["rms_norm"] == "triton" and impl["qk_norm_rope"] == "reference"
     assert seen["graph"].impl.rms_norm == "triton" and seen["compile"].impl.rms_norm == "reference"
     taken, impl = choose(2.5)
-    assert taken == {"rms_norm": "triton", "add_rms_norm": "reference", "qk_norm_rope": "reference"}
+    assert taken == {"rms_norm": "triton", "add_rms_norm": "reference", **others}
     assert impl["rms_norm"] == "reference"

@@ -56,7 +56,7 @@ class Hub:
                 digest = hashlib.sha256(content).hexdigest()
                 headers = {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
                 if fault == "hold":
-                    hub.release.wait(60)
+                    hub.release.wait(600)
                 if fault == "wrong":
                     content = bytes(len(content))
                 status, first = 200, 0
