@@ -61,7 +61,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) ->
         t, s = torch.arange(queries, device=q.device)[:, None], torch.arange(keys, device=q.device)[None]
         mask = s <= last - queries + t
         mask = mask.unsqueeze(1) if mask.dim() == 3 else mask
-    # cuDNN plans each shape anew, for 10 ms; with a cache every token has another number of keys
+    # cuDNN takes 10 ms to plan a new shape, and with a cache every token brings a new number of keys
     with nullcontext() if mask is None else sdpa_kernel(WITHOUT_PLANS):
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),

@@ -84,7 +84,7 @@ class GPTConfig:
         return products + 12 * self.depth * self.width * self.context_length
 
     def to_dict(self) -> dict[str, int]:
-        """The sizes, as a checkpoint stores them; implementations are chosen anew when it is loaded."""
+        """The sizes, as a checkpoint stores them; implementations are chosen again when it is loaded."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "impl"}
 
 
