@@ -142,15 +142,19 @@ def milliseconds(trial: Trial, implementations: Mapping[str, Callable], referenc
     return {name: median(samples) for name, samples in times.items()}
 
 
-def has_memory(trial: Trial, function: Callable, reference: Callable) -> bool:
-    """Whether forward and backward of the trial fit on the GPU."""
+def times_that_fit(trial: Trial, implementations: Mapping[str, Callable], reference: Callable) -> dict[str, float]:
+    """`milliseconds` by turns, or one implementation after the other where all together do not fit into the GPU's memory. One that
+    does not fit by itself is left out."""
     try:
-        evaluate(function, trial.inputs, upstream_of(trial, reference), trial.differentiable)
+        return milliseconds(trial, implementations, reference)
     except torch.OutOfMemoryError:
-        return False
-    finally:
+        if len(implementations) == 1:
+            return {}
+    times: dict[str, float] = {}
+    for name, function in implementations.items():
         torch.cuda.empty_cache()
-    return True
+        times |= times_that_fit(trial, {name: function}, reference)
+    return times
 
 
 def as_tuple(results) -> tuple:
@@ -162,9 +166,8 @@ def examine_operation(
 ) -> dict[str, Any]:
     """The choice for one operation: impl, why, milliseconds and faults by implementation."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(
-            1
-        )  # the same verdict each time; not the seed of the upstream gradients, which would equal the inputs
+        # the same result each time; not the seed of the upstream gradients, which would then equal the inputs
+        torch.manual_seed(1)
         ms, faults = tried(operation, operation.trials(shape, device, dtype))
     why = ", ".join(f"{name} {time:.3f} ms" for name, time in sorted(ms.items(), key=lambda item: item[1]))
     why += "".join(f"; {name}: {wrong}" for name, wrong in faults.items())
@@ -191,13 +194,12 @@ def tried(operation: Operation, trials: Iterable[Trial]) -> tuple[dict[str, floa
         if trial.timed:
             if on_gpu and trial.differentiable:  # the model is compiled, the optimizer is not
                 able["reference"] = torch.compile(operation.reference, dynamic=False)
-                for name in [
-                    name for name, function in able.items() if not has_memory(trial, function, operation.reference)
-                ]:
+            times = times_that_fit(trial, able, operation.reference)
+            for name in able:
+                if name in times:
+                    ms[name] = ms.get(name, 0.0) + times[name]
+                else:
                     faults.setdefault(name, "out of memory at these shapes")
-                    del able[name]
-            for name, time in milliseconds(trial, able, operation.reference).items():
-                ms[name] = ms.get(name, 0.0) + time
         if on_gpu:
             torch.cuda.empty_cache()
     return {name: time for name, time in ms.items() if name not in faults}, faults

@@ -62,9 +62,8 @@ def cached_call(make: Callable, *arguments):
     )  # fmt: skip
     try:
         plan = configs.plans.get(key)
-    except (
-        TypeError
-    ):  # an argument that cannot be hashed, such as a list: the check in `make` says what is wrong with it
+    except TypeError:
+        # an argument that cannot be hashed, such as a list: the check in `make` says what is wrong with it
         return make(*arguments)
     if plan is None:
         plan = make(*arguments)

@@ -69,9 +69,8 @@ class GPTConfig:
     def num_parameters(self) -> int:
         """All weights, with the embedding and the head."""
         kv_share = self.n_kv_head / self.n_head
-        block = self.width**2 * (
-            2 + 2 * kv_share + 8
-        )  # query and projection; key and value; the two matrices of the MLP
+        # query and projection; key and value; the two matrices of the MLP
+        block = self.width**2 * (2 + 2 * kv_share + 8)
         return int(self.depth * block) + 2 * self.vocab_size * self.width
 
     @property
@@ -158,7 +157,7 @@ class Embedding(nn.Embedding):
     gradient: Tensor | None = None
 
     def forward(self, tokens: Tensor) -> Tensor:
-        if self.gradient is not None and self.weight.requires_grad:
+        if self.gradient is not None:
             return RowsAddingGradient.apply(self.weight, tokens, self.gradient)
         return F.embedding(tokens, self.weight)
 

@@ -24,9 +24,8 @@ def save_state(folder: Path, optimizer: MuonAdamW, runtime: Runtime) -> None:
     """Write the state of all ranks to a new folder; all ranks call it together. Raises OSError when one of them cannot write."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # torch warns that there is no process group, which is intended for one process
+            # torch warns that there is no process group, which is intended for one process
+            warnings.simplefilter("ignore")
             dcp.save(_tensors(optimizer, runtime), checkpoint_id=folder, no_dist=runtime.world_size == 1)
     except CheckpointException as error:  # a BaseException, with the exceptions of the ranks
         first = next(iter(error.failures.values()))[0] if error.failures else error

@@ -43,9 +43,8 @@ class Runtime:
     world_size: int
     device: torch.device
     compute_dtype: torch.dtype
-    control: dist.ProcessGroup | None = (
-        None  # for exchanges between hosts, which do not wait for a GPU; None: torch's default
-    )
+    # for exchanges between hosts, which do not wait for a GPU; None: torch's default
+    control: dist.ProcessGroup | None = None
 
     @property
     def primary(self) -> bool:

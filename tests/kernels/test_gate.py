@@ -55,6 +55,29 @@ def test_all_operations_have_a_choice(monkeypatch):
     assert found.keys() == operations().keys() and found["attention"]["why"] == "there is no other implementation"
 
 
+def test_the_result_is_the_same_each_time_and_random_numbers_of_others_go_on():
+    before = torch.get_rng_state()
+    first, second = (gate.examine_operation(operations()["rms_norm"], SHAPE, *WHERE)["faults"] for _ in range(2))
+    assert first == second == {} and torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("fits", "chosen"), [({"triton"}, "triton"), ({"reference"}, "reference"), (set(), "reference")]
+)
+def test_what_does_not_fit_into_memory_is_not_chosen(monkeypatch, fits, chosen):
+    """All implementations together do not fit; each is timed by itself then."""
+
+    def milliseconds(trial, implementations, reference):
+        if len(implementations) > 1 or not fits.issuperset(implementations):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return dict.fromkeys(implementations, 1.0)
+
+    monkeypatch.setattr(gate, "milliseconds", milliseconds)
+    choice = gate.examine_operation(operations()["rms_norm"], SHAPE, *WHERE)
+    assert choice["impl"] == chosen and choice["ms"].keys() == fits
+    assert choice["faults"] == dict.fromkeys({"triton", "reference"} - fits, "out of memory at these shapes")
+
+
 def test_the_fastest_is_chosen(monkeypatch):
     choice = examined(monkeypatch, "rms_norm", reference.rms_norm)
     assert choice["impl"] == "triton" and "triton 1.000 ms, reference 2.000 ms" in choice["why"]

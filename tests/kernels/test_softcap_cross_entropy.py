@@ -110,9 +110,8 @@ def inputs(rows, vocabulary, dtype, seed=0, layout="contiguous", scale=4.0, igno
 def test_softcap_cross_entropy(rows, vocabulary, dtype, layout, softcap, reduction, scale, weight, seed):
     logits, targets = inputs(rows, vocabulary, dtype, seed, layout, scale)
     given_ = [logits, targets, softcap, -1, reduction, weights(rows, weight, seed)]
-    resolution = (
-        softcap * 2.0**-23
-    )  # rounding error of l (see cross_entropy_kernels.py), which few logits do not average out
+    # rounding error of l (see cross_entropy_kernels.py), which few logits do not average out
+    resolution = softcap * 2.0**-23
     apart = {1: target_entries(rows, vocabulary, targets)}
     check(loss, reference.softcap_cross_entropy, given_, [0], seed, resolution, apart)
 
