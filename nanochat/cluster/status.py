@@ -8,7 +8,7 @@ import time
 from rich.table import Table
 
 from nanochat.options.cluster import StatusOptions
-from nanochat.platform.console import console, say
+from nanochat.platform.console import say, show_table
 from nanochat.platform.files import read_json
 from nanochat.platform.paths import Paths
 from nanochat.speedrun.records import record_path
@@ -23,7 +23,7 @@ def status(options: StatusOptions, paths: Paths) -> None:
     table = Table("stage", "state", "step", "loss", "tokens/s", "left", box=None)
     for stage in STAGES:
         table.add_row(stage.name, *_state(paths, stage))
-    console.print(table)
+    show_table(table)
     say(f"files: {paths.base}")
     ids = [json.loads(line)["id"] for line in paths.jobs.read_text("utf-8").splitlines()] if paths.jobs.exists() else []
     if ids and shutil.which("squeue"):

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -12,6 +13,13 @@ console = Console(highlight=False, soft_wrap=True)
 def say(line: str) -> None:
     """Print a line as it is, without markup."""
     console.print(line, markup=False)
+
+
+def show_table(table: Table) -> None:
+    """Print a table: as wide as the terminal, or whole lines into a pipe or a file, which are not cut to 80 columns."""
+    if not console.is_terminal:
+        console.width = 200
+    console.print(table)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from nanochat.options.model import Implementations
 from nanochat.options.presets import with_preset
 from nanochat.options.tools import KernelsGateOptions, KernelsInspectOptions, KernelsListOptions, KernelsTuneOptions
 from nanochat.options.train import TrainBaseOptions
-from nanochat.platform.console import console, say
+from nanochat.platform.console import say, show_table
 from nanochat.platform.distributed import Runtime, start_runtime
 from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
@@ -28,7 +28,7 @@ def list_kernels(options: KernelsListOptions) -> None:
     for name, operation in sorted(dispatch.operations().items()):
         chosen, reason = dispatch.describe(operation)
         table.add_row(name, ", ".join((*operation.implementations, "reference")), chosen, reason)
-    _show(table)
+    show_table(table)
 
 
 def inspect_kernels(options: KernelsInspectOptions) -> None:
@@ -50,7 +50,7 @@ def inspect_kernels(options: KernelsInspectOptions) -> None:
         numbers = (str(launch.registers), str(launch.spilled), str(launch.shared))
         words = (launch.kernel, launch.flags, launch.dtype, launch.key, constants)
         table.add_row(*words, *numbers, _join(launch.instructions), _join(launch.faults))
-    _show(table)
+    show_table(table)
     defective = [launch for launch in launches if launch.faults]
     if defective:
         first = defective[0]
@@ -106,7 +106,7 @@ def run_gate(options: KernelsGateOptions, paths: Paths) -> None:
         for operation, choice in operations.items():
             table.add_row(operation, choice["impl"], choice["why"])
         gate.write(paths.gate, gate.identity(shape, runtime.device, runtime.compute_dtype), operations, **more)
-    _show(table)
+    show_table(table)
     say(f"wrote {paths.gate}; training on this device and at these shapes takes it from now on")
 
 
@@ -136,9 +136,3 @@ def choose_by_micro_step(operations: dict[str, dict], model: GPTConfig, rows: in
 
 def _join(words: Iterable[str]) -> str:
     return ", ".join(words) or "none"
-
-
-def _show(table: Table) -> None:
-    if not console.is_terminal:
-        console.width = 200  # a pipe or a file gets whole lines, not lines that are cut to a terminal's 80 columns
-    console.print(table)

@@ -13,7 +13,7 @@ from nanochat.gpt import GPT, SOFTCAP, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.options.model import Implementations
 from nanochat.options.tools import TraceOptions
-from nanochat.platform.console import console, say
+from nanochat.platform.console import say, show_table
 
 # the references are plain PyTorch, whose every step can be observed; a fused kernel keeps its intermediate results on the chip
 REFERENCES = Implementations(**{field.name: "reference" for field in fields(Implementations)})
@@ -169,7 +169,7 @@ def trace(options: TraceOptions) -> list[Row]:
         optimizer.update(1.0, 0.85)
         say(f"step {step}: loss {loss.item():.4f}, gradient norm {norm.item():.4f}")
     rows = observed_forward(model, inputs, targets)
-    console.print(_table(rows))
+    show_table(_table(rows))
     if options.markdown:
         options.markdown.write_text(markdown(rows), "utf-8")
         say(f"written to {options.markdown}")
@@ -179,9 +179,9 @@ def trace(options: TraceOptions) -> list[Row]:
 def _table(rows: list[Row]) -> Table:
     table = Table(title="Forward pass")
     for column, style in (("operation", "bold cyan"), ("shape", "green"), ("dtype", "yellow")):
-        table.add_column(column, style=style, no_wrap=True)
+        table.add_column(column, style=style, overflow="fold")
     for column in ("mean", "std", "min", "max"):
-        table.add_column(column, justify="right", style="magenta", no_wrap=True)
+        table.add_column(column, justify="right", style="magenta", overflow="fold")
     table.add_column("what happens")
     for row in rows:
         table.add_row(*_cells(row))
