@@ -1,6 +1,7 @@
 """The device, the dtype and the rank of a process, which runs alone or is one of many that torchrun has started."""
 
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -29,10 +30,17 @@ PEAK_FLOPS = {
     "RTX 3090": 71e12,
 }
 
-# parts of the messages of gloo and NCCL when a process does not answer
-LOST_PROCESS = (
-    "timed out", "timeout", "connection closed", "connection reset", "broken pipe", "connection refused", "peer",
-)  # fmt: skip
+# what gloo and NCCL say when another process died or does not answer; gloo puts the file of its source in front
+LOST_PROCESS = re.compile(
+    r"gloo/transport/\S+\].*(closed by peer|reset by peer|broken pipe|refused|timeout|timed out)"
+    r"|application timeout caused pair closure"
+    r"|connection closed by peer \["
+    r"|timed out waiting \d+ms for \w+ operation to complete"
+    r"|remote process exited or there was a network error|ncclRemoteError"
+    r"|socketProgress: connection closed by remote peer"
+    r"|(nccl|collective operation).*(timed out|timeout)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,7 @@ def start_runtime(device: str = "auto") -> Iterator[Runtime]:
     try:
         yield Runtime(dist.get_rank(), dist.get_world_size(), index, compute_dtype(kind), control)
     except (RuntimeError, TimeoutError) as error:  # torch.distributed's are RuntimeErrors
-        if not any(words in str(error).lower() for words in LOST_PROCESS):
+        if not lost_another_process(error):
             raise
         raise UserError(
             f"process {dist.get_rank()} of {dist.get_world_size()} lost another one, which died or did not answer for "
@@ -141,6 +149,11 @@ def start_runtime(device: str = "auto") -> Iterator[Runtime]:
         # waiting for the others after an error would hang until the timeout: they may never arrive
         if sys.exc_info()[0] is None:
             dist.destroy_process_group()
+
+
+def lost_another_process(error: BaseException) -> bool:
+    """Whether an error says that another process died or does not answer, and not something about this one."""
+    return isinstance(error, dist.DistNetworkError) or bool(LOST_PROCESS.search(str(error)))
 
 
 def pick_device(device: str) -> str:
