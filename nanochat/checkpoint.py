@@ -26,7 +26,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.options.model import Implementations
 from nanochat.platform.distributed import Runtime
-from nanochat.platform.errors import UserError
+from nanochat.platform.errors import UserError, remedy_for
 from nanochat.platform.files import flush
 from nanochat.platform.paths import TRAINING_STAGES, Paths
 from nanochat.tokenizer.bpe import Tokenizer
@@ -89,19 +89,19 @@ class CheckpointStore:
                 steps = self.steps()
                 last = f"the last whole checkpoint is {self.path(steps[-1])}" if steps else "there is none before it"
                 raise UserError(
-                    f"cannot save the checkpoint of step {step} in {self.directory} ({failures[0]}); {last}; "
-                    "free space and run the same command again"
+                    f"cannot save the checkpoint of step {step} in {self.directory} ({failures[0].strerror}); {last}; "
+                    f"{remedy_for(failures[0])} and run the same command again"
                 )
         return final
 
-    def _failures(self, work: Callable[[], None]) -> list[str]:
+    def _failures(self, work: Callable[[], None]) -> list[OSError]:
         """Do this rank's part of the work; returns why it failed on any rank. A rank alone must not go on or stop."""
         failure = None
         try:
             work()
         except (OSError, SafetensorError) as error:
-            failure = _reason(error)
-        return [reason for reason in self.runtime.gather(failure) if reason]
+            failure = _as_os_error(error)
+        return [failure for failure in self.runtime.gather(failure) if failure]
 
     def load(self, step: int, model: GPT, optimizer: MuonAdamW, tokenizer: Tokenizer) -> dict:
         """Load the weights and the training state of a step into model and optimizer; returns the content of meta.json.
@@ -192,12 +192,12 @@ def load_model(
     return model, tokenizer, meta
 
 
-def _reason(error: BaseException) -> str:
-    """One line that says what went wrong: the operating system's message, if its error is in the chain of causes."""
+def _as_os_error(error: BaseException) -> OSError:
+    """The operating system's error in the chain of causes; an error of the disk with the same message if there is none."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno is not None:
-            return os.strerror(cause.errno)
+            return OSError(cause.errno, os.strerror(cause.errno))
         cause = cause.__cause__ or cause.__context__
-    text = str(error) or repr(error)
-    return os.strerror(errno.ENOSPC) if "No space left" in text else text.splitlines()[0]
+    message = (str(error) or repr(error)).splitlines()[0]
+    return OSError(errno.ENOSPC if "No space left" in str(error) else errno.EIO, message)

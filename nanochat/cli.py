@@ -6,7 +6,6 @@ not wait for torch.
 
 import contextlib
 import difflib
-import errno
 import inspect
 import io
 import os
@@ -24,7 +23,7 @@ from nanochat import __version__
 from nanochat.options.presets import PRESETS, PresetOptions, with_preset
 from nanochat.options.ranges import check_ranges
 from nanochat.platform.console import console, say
-from nanochat.platform.errors import UserError
+from nanochat.platform.errors import NO_SPACE, UserError, remedy_for
 from nanochat.platform.paths import base_paths
 
 
@@ -166,8 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
         if error.errno is None:
             raise
         path = f": {error.filename}" if error.filename else ""
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "; free some space" if full else "; check the path and its permissions" if path else ""
+        remedy = f"; {remedy_for(error)}" if path or error.errno in NO_SPACE else ""
         _fail(f"{error.strerror}{path}{remedy}", 1)
     except ValueError as error:
         kernels = sys.modules.get("nanochat_kernels")  # code that raises one of its errors has imported it

@@ -1,5 +1,8 @@
 """Errors that a user can fix. The command line prints them as one line and exits with their status."""
 
+import errno
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 GET_DATA = "generate the embedded data with: nanochat data generate, or fetch the real data with: nanochat fetch"
 
 
@@ -15,3 +18,12 @@ class TrainingStopped(UserError):
     def __init__(self, message: str, exit_status: int):
         super().__init__(message)
         self.exit_status = exit_status
+
+
+def remedy_for(error: OSError) -> str:
+    """What a user can do about an error of the operating system that concerns a file or directory."""
+    if error.errno in NO_SPACE:
+        return "free some space"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "check the path and its permissions"
+    return "check the path and its disk"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nanochat.platform.errors import UserError
+from nanochat.platform.errors import UserError, remedy_for
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -39,19 +39,28 @@ def read_json(path: Path) -> dict | None:
 def fresh_directory(final: Path) -> Iterator[Path]:
     """Give the block an empty temporary directory, which replaces `final` when the block ends without an error.
 
-    Raises UserError when the directory cannot be made or put in place. An error of the block is raised as it is.
+    A kill between the two renames at the end leaves `final` under another name; the next call puts it back first. Raises UserError
+    when the directory cannot be made or put in place. An error of the block is raised as it is.
     """
-    temporary = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary, old = final.with_name(f".{final.name}.tmp"), final.with_name(f".{final.name}.old")
+
+    def tidy() -> None:
+        if old.exists() and not final.exists():
+            old.rename(final)
+        for directory in (temporary, old):
+            shutil.rmtree(directory, ignore_errors=True)
+
+    tidy()
     try:
         with _reported_as_unwritable(final):
             temporary.mkdir(parents=True)
         yield temporary
         with _reported_as_unwritable(final):  # not around the block, whose errors may be about other files
-            shutil.rmtree(final, ignore_errors=True)
+            if final.exists():
+                final.rename(old)
             temporary.rename(final)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        tidy()
 
 
 @contextmanager
@@ -60,7 +69,7 @@ def _reported_as_unwritable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write {path} ({error.strerror or error}); free some space, then run the command again"
+            f"cannot write {path} ({error.strerror or error}); {remedy_for(error)}, then run the command again"
         ) from error
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.platform.environment import configured_base_directory, home_directory
-from nanochat.platform.errors import UserError
+from nanochat.platform.errors import UserError, remedy_for
 
 TRAINING_STAGES = ("base", "mid", "sft")  # the stages that write checkpoints, in order
 
@@ -107,6 +107,6 @@ def base_paths() -> Paths:
     except OSError as error:
         raise UserError(
             f"cannot write to the base directory {base} ({error.strerror or error}); "
-            "free space there or set NANOCHAT_BASE_DIR to a writable directory"
+            f"{remedy_for(error)}, or set NANOCHAT_BASE_DIR to a writable directory"
         ) from error
     return Paths(base)

@@ -161,7 +161,9 @@ def test_a_full_disk_loses_nothing_saved(base):
         text=True,
         env=environment(base),
     )
-    assert_refused(run, "cannot save the checkpoint of step 8", "step_000004", "free space")
+    assert_refused(
+        run, "cannot save the checkpoint of step 8", "step_000004", "File too large", "check the path and its disk"
+    )
     after = {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
     assert after == {p: content for p, content in before.items() if "step_000008" not in str(p)}
     assert [p.name for p in directory.iterdir()] == ["step_000004"]

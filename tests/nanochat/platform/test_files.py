@@ -1,5 +1,10 @@
 """Files and directories are replaced as a whole or not at all."""
 
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from nanochat.platform.errors import UserError
@@ -41,12 +46,63 @@ def test_a_directory_is_replaced_only_when_it_is_complete(tmp_path, error):
 
 
 @pytest.mark.parametrize("method", ["mkdir", "rename"])
-def test_a_directory_that_cannot_be_written_is_a_users_error(tmp_path, monkeypatch, method):
-    monkeypatch.setattr(f"pathlib.Path.{method}", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
-    message = "cannot write .*data .No space left.; free some space"
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (OSError(errno.ENOSPC, "No space left"), "free some space"),
+        (PermissionError(errno.EACCES, "Permission denied"), "check the path and its permissions"),
+        (OSError(errno.EROFS, "Read-only file system"), "check the path and its permissions"),
+        (OSError(errno.EIO, "Input/output error"), "check the path and its disk"),
+    ],
+)
+def test_a_directory_that_cannot_be_written_is_a_users_error(tmp_path, monkeypatch, method, error, remedy):
+    monkeypatch.setattr(f"pathlib.Path.{method}", lambda *_, **__: (_ for _ in ()).throw(error))
+    message = f"cannot write .*data .{error.strerror}.; {remedy}, then"
     with pytest.raises(UserError, match=message), fresh_directory(tmp_path / "data"):
         pass
     assert not list(tmp_path.iterdir())
+
+
+KILLED = """
+import os, pathlib, sys
+from nanochat.platform.files import fresh_directory
+def rename(path, target, original=pathlib.Path.rename, calls=[]):
+    calls.append(path)
+    if len(calls) == {call}:
+        os._exit(9)
+    return original(path, target)
+pathlib.Path.rename = rename
+with fresh_directory(pathlib.Path(sys.argv[1])) as directory:
+    (directory / "content").write_text("new")
+"""
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_kill_between_the_renames_does_not_lose_the_old_directory(tmp_path, call):
+    final = tmp_path / "data"
+    final.mkdir()
+    (final / "content").write_text("old")
+    killed = subprocess.run([sys.executable, "-c", KILLED.format(call=call), str(final)])
+    assert killed.returncode == 9 and final.exists() == (call == 1)
+    with pytest.raises(KeyboardInterrupt), fresh_directory(final):
+        assert (final / "content").read_text() == "old"
+        raise KeyboardInterrupt
+    assert (final / "content").read_text() == "old" and list(tmp_path.iterdir()) == [final]
+
+
+def test_an_error_between_the_renames_puts_the_old_directory_back(tmp_path, monkeypatch):
+    final = tmp_path / "data"
+    final.mkdir()
+
+    def rename(path, target, original=Path.rename):
+        if path.name == ".data.tmp":
+            raise OSError(errno.ENOSPC, "No space left")
+        return original(path, target)
+
+    monkeypatch.setattr("pathlib.Path.rename", rename)
+    with pytest.raises(UserError, match="free some space"), fresh_directory(final) as directory:
+        (directory / "content").write_text("new")
+    assert list(tmp_path.rglob("*")) == [final]
 
 
 def test_hash(tmp_path):
