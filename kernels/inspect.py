@@ -29,6 +29,10 @@ NOT_ON_SM80 = ("wgmma", "cp.async.bulk")
 META = torch.device("meta")
 
 
+class CannotRun(RuntimeError):
+    """What inspect or tune was asked for cannot be done on this machine; the message tells the user why."""
+
+
 class Place(NamedTuple):
     """The origin of a launch: number `number` of those that a kernel makes with a set of flags, in a dtype, at a shape class."""
 
@@ -68,9 +72,9 @@ def record(kernel: Kernel, key: Key, dtype: torch.dtype, parameters: dict[str, i
 def specialize(launch: Launch, architecture: str) -> tuple[Any, dict[str, Any]]:
     """Return (Triton source, options) of a launch, specialised for its arguments as Triton does for a real launch."""
     if not TRITON_INSTALLED:
-        raise RuntimeError("Triton is not installed (pip install triton; it exists for Linux)")
+        raise CannotRun("Triton is not installed (pip install triton; it exists for Linux)")
     if INTERPRETED:
-        raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1; unset it")
+        raise CannotRun("kernels cannot be compiled under TRITON_INTERPRET=1; unset it")
     from triton.runtime.jit import create_function_from_signature
 
     kernel, backend = launch.kernel, triton.compiler.make_backend(target_of(architecture))
@@ -85,7 +89,7 @@ def target_of(architecture: str):
 
 
 def compile_launch(launch: Launch, architecture: str):
-    """Return Triton's compiled kernel (asm, metadata). Raises RuntimeError or Triton's own error if it cannot be compiled."""
+    """Return Triton's compiled kernel (asm, metadata). Raises CannotRun or Triton's own error."""
     source, options = specialize(launch, architecture)
     return triton.compile(source, target=target_of(architecture), options=options)
 

@@ -24,20 +24,14 @@ def tune(only: tuple[str, ...] = (), say: Callable[[str], None] = print) -> Iter
 
     Yields (kernel, dtype and shape class as one text; milliseconds; parameters) for each entry when it has been found.
     only: the names of the kernels to tune; empty for all. float16 reuses the parameters of bfloat16, because it moves as many
-    bytes. Raises RuntimeError without a CUDA device and ValueError for an unknown name.
+    bytes. Raises inspect.CannotRun without a CUDA device.
     """
-    kernels = list(tunable_kernels())
-    unknown = set(only) - {kernel.name for kernel in kernels}
-    if unknown:
-        raise ValueError(
-            f"no kernel is called {', '.join(sorted(unknown))}; choose among {', '.join(k.name for k in kernels)}"
-        )
     if not torch.cuda.is_available():
-        raise RuntimeError("launch parameters are measured on a GPU, and this machine has none")
+        raise inspect.CannotRun("launch parameters are measured on a GPU, and this machine has none")
     device = torch.device("cuda", torch.cuda.current_device())
     name = architecture(device.index)
     table = configs.table(name)
-    kernels = [kernel for kernel in kernels if not only or kernel.name in only]
+    kernels = [kernel for kernel in tunable_kernels() if not only or kernel.name in only]
     launchable = launchable_configurations(kernels, name, say)
     for kernel in kernels:
         found: dict[str, dict[str, dict[str, int]]] = {}
@@ -127,7 +121,9 @@ def fastest(
 ) -> tuple[float, dict[str, int]]:
     """Return (median milliseconds, parameters) of the fastest configuration."""
     if not configurations:
-        raise RuntimeError(f"{kernel.name}: no configuration for {format_key(key)} {dtype} compiles without a fault")
+        raise inspect.CannotRun(
+            f"{kernel.name}: no configuration for {format_key(key)} {dtype} compiles without a fault"
+        )
     run = timed(kernel, key, dtype, device)
     variants = {str(n): lambda _, parameters=p: run(parameters) for n, p in enumerate(configurations)}
     times = {name: median(values) for name, values in timing.interleaved(variants, ROUNDS).items()}

@@ -1,7 +1,8 @@
 """`nanochat kernels list`, `inspect`, `tune` and `gate`: lists operations, checks the compiled code, searches launch parameters,
 and validates and times the operations."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 
 from rich.table import Table
@@ -19,7 +20,7 @@ from nanochat.platform.paths import Paths
 from nanochat.speedrun.preflight import most_rows
 from nanochat.tokenizer.bpe import Tokenizer
 from nanochat.train.timing import time_executions
-from nanochat_kernels import architecture, dispatch, gate, inspect, tune
+from nanochat_kernels import architecture, configs, dispatch, gate, inspect, tune
 
 
 def list_kernels(options: KernelsListOptions) -> None:
@@ -34,10 +35,8 @@ def list_kernels(options: KernelsListOptions) -> None:
 def inspect_kernels(options: KernelsInspectOptions) -> None:
     """Compile every launch for an architecture and print what the compiler made of it. Raises UserError for defects."""
     _check_names(options.kernel)
-    try:
+    with _reported_to_the_user():
         launches = list(inspect.inspect_all(options.arch, options.kernel))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(str(error)) from error
     table = Table(box=None)
     for name in ("kernel", "flags", "dtype", "shape", "constants"):
         table.add_column(name)
@@ -70,15 +69,23 @@ def _check_names(names: tuple[str, ...]) -> None:
         raise UserError(f"no kernel is called {', '.join(unknown)}; there are {', '.join(known)}")
 
 
+@contextmanager
+def _reported_to_the_user() -> Iterator[None]:
+    """Turn errors that are raised for the user into UserError; every other error is a bug and keeps its traceback."""
+    try:
+        yield
+    except (inspect.CannotRun, configs.LaunchTableError) as error:
+        raise UserError(str(error)) from error
+
+
 def tune_kernels(options: KernelsTuneOptions) -> None:
     """Time the launch parameters of the kernels on this GPU and write the fastest to its table. Raises UserError without one."""
-    try:
-        if options.arch == "sm80":
+    _check_names(options.kernel)
+    with _reported_to_the_user():
+        if options.arch == "sm80" and architecture.TRITON_INSTALLED:
             architecture.run_ptx_of("sm80")
         for kernel, milliseconds, parameters in tune.tune(options.kernel, say):
             say(f"{kernel}: {milliseconds:.4f} ms with {parameters}")
-    except (RuntimeError, ValueError) as error:
-        raise UserError(str(error)) from error
 
 
 def run_gate(options: KernelsGateOptions, paths: Paths) -> None:
