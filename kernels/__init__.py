@@ -4,8 +4,9 @@ Every function takes impl="auto" or the name of an implementation; `nanochat ker
 """
 
 from nanochat_kernels.dispatch import KernelRequestError, check_request, operations
+from nanochat_kernels.reference import ROPE_BASE, SOFTCAP
 
 # the public function of every operation, under the operation's name
 globals().update({operation.name: operation.function for operation in operations().values()})
 
-__all__ = ["KernelRequestError", "check_request", "operations", *operations()]
+__all__ = ["ROPE_BASE", "SOFTCAP", "KernelRequestError", "check_request", "operations", *operations()]

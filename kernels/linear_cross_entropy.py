@@ -184,14 +184,14 @@ def head_inputs(rows: int, width: int, vocabulary: int, dtype: torch.dtype, devi
 
 def trials(shape, device: torch.device, dtype: torch.dtype):
     rows = shape.rows * shape.tokens
-    inputs = (*head_inputs(rows, shape.width, shape.vocab, dtype, device), 15.0, -1, "none")
-    yield Trial(inputs, (0, 2), (0, 1), epsilon=15.0 * 2**-23)
+    inputs = (*head_inputs(rows, shape.width, shape.vocab, dtype, device), SOFTCAP, -1, "none")
+    yield Trial(inputs, (0, 2), (0, 1), epsilon=SOFTCAP * 2**-23)
     # as training calls it: a weighted mean, and a buffer that the weight's gradient is added to
     rows = min(rows, 1024)
     x, weight, targets = head_inputs(rows, shape.width, shape.vocab, dtype, device)
     loss_weight, buffer = torch.full((), 0.125, device=device), torch.empty(weight.shape, device=device)
-    inputs = x, weight, targets, 15.0, -1, "mean", loss_weight, buffer.normal_(std=0.1 / rows)
-    yield Trial(inputs, (), (0,), in_place=(7,), timed=False, is_loss=True, epsilon=15.0 * 2**-23)
+    inputs = x, weight, targets, SOFTCAP, -1, "mean", loss_weight, buffer.normal_(std=0.1 / rows)
+    yield Trial(inputs, (), (0,), in_place=(7,), timed=False, is_loss=True, epsilon=SOFTCAP * 2**-23)
 
 
 def benchmark_inputs(shape: str, dtype: torch.dtype, device: torch.device) -> tuple:

@@ -16,7 +16,7 @@ EPS = torch.finfo(torch.float32).eps
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NORM_EPS = 1e-7
 WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-SOFTCAP = 15.0  # bound of a logit's absolute value
+SOFTCAP = 15.0  # bound of a logit's absolute value; Gemma Team 2024 (Gemma 2) uses 30
 ROPE_BASE = 10000.0  # pair i of a head's D channels turns by position·ROPE_BASE^(−2i/D)
 
 

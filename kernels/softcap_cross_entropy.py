@@ -147,8 +147,8 @@ LOGITS = 2**30  # logits of a trial at most, 2 GiB in bfloat16; of a larger batc
 
 def trials(shape, device: torch.device, dtype: torch.dtype):
     rows = min(shape.rows * shape.tokens, max(1, LOGITS // shape.vocab))
-    inputs = (*random_logits(rows, shape.vocab, dtype, device), 15.0, -1, "none")
-    yield Trial(inputs, (0, 1), (0,), epsilon=15.0 * 2**-23)
+    inputs = (*random_logits(rows, shape.vocab, dtype, device), SOFTCAP, -1, "none")
+    yield Trial(inputs, (0, 1), (0,), epsilon=SOFTCAP * 2**-23)
 
 
 def benchmark_inputs(shape: str, dtype: torch.dtype, device: torch.device) -> tuple:

@@ -16,11 +16,8 @@ import nanochat_kernels as kernels
 from nanochat.options.model import Implementations
 from nanochat.platform.errors import UserError
 
-SOFTCAP = 15.0  # bound of the logits; Gemma Team 2024 (Gemma 2) uses 30
-ROPE_BASE = 10000.0
-ROPE_CONTEXTS = (
-    10  # the tables cover this many context lengths, so that a chat can grow longer than the training context
-)
+# the tables cover this many context lengths, so that a chat can grow longer than the training context
+ROPE_CONTEXTS = 10
 
 
 @dataclass(frozen=True)
@@ -137,9 +134,8 @@ class RowsAddingGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight: Tensor, tokens: Tensor, gradient: Tensor) -> Tensor:
-        ctx.gradient = (
-            gradient  # not saved_for_backward, which forbids that other calls change it before this one's backward
-        )
+        # not saved_for_backward, which forbids that other calls change it before this one's backward
+        ctx.gradient = gradient
         ctx.save_for_backward(tokens)
         return F.embedding(tokens, weight)
 
@@ -296,7 +292,7 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The softcapped logits (…, V), in float32, for hidden states (…, C)."""
-        return SOFTCAP * torch.tanh(self.head(hidden).float() / SOFTCAP)
+        return kernels.SOFTCAP * torch.tanh(self.head(hidden).float() / kernels.SOFTCAP)
 
     def forward(
         self,
@@ -319,7 +315,7 @@ class GPT(nn.Module):
             hidden.flatten(0, 1),
             weight,
             targets.flatten(),
-            SOFTCAP,
+            kernels.SOFTCAP,
             reduction=reduction,
             loss_weight=loss_weight,
             weight_gradient=gradient,
@@ -336,5 +332,5 @@ def rope_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
     """cos and sin (10·context, D/2) of position·10000^(−2i/D), in float32 on the CPU. Su et al. 2021 (RoFormer)."""
     channels = torch.arange(0, config.head_width, 2, dtype=torch.float32, device="cpu")
     positions = torch.arange(ROPE_CONTEXTS * config.context_length, dtype=torch.float32, device="cpu")
-    angles = torch.outer(positions, ROPE_BASE ** (-channels / config.head_width))
+    angles = torch.outer(positions, kernels.ROPE_BASE ** (-channels / config.head_width))
     return angles.cos(), angles.sin()

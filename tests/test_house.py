@@ -124,3 +124,10 @@ def test_the_environment_is_read_in_one_place():
         for line in path.read_text("utf-8").splitlines():
             reads = re.search(r"os\.(environ\.get|getenv|environ\[[^\]]+\](?! *=))", line)
             assert not reads, f"{path} reads the environment: {line.strip()}"
+
+
+def test_a_constant_of_the_model_stands_in_one_file():
+    """SOFTCAP and ROPE_BASE are part of the definition of operations: the model takes them from there."""
+    for name in ("SOFTCAP", "ROPE_BASE"):
+        defines = [path for path in SOURCES if re.search(rf"^{name} = ", path.read_text("utf-8"), re.MULTILINE)]
+        assert defines == [ROOT / "kernels" / "reference.py"], name

@@ -9,7 +9,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from nanochat.gpt import GPT, SOFTCAP, GPTConfig
+import nanochat_kernels as kernels
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.options.model import Implementations
 from nanochat.options.tools import TraceOptions
@@ -60,13 +61,13 @@ def steps_of(config: GPTConfig, rows: int) -> list[Step]:
     ]
     for i in range(config.depth):
         steps += _steps_of_block(i)
-    guessing = torch.tensor(config.vocab_size).log()
+    softcap, guessing = kernels.SOFTCAP, torch.tensor(config.vocab_size).log()
     by_row = lambda logits: logits.unflatten(0, (rows, -1))  # noqa: E731
     return [
         *steps,
         Step(f"blocks.{config.depth - 1}", "rms_norm", "final rms_norm", "what the head reads"),
         Step("", "linear", "head", "a score for each token of the vocabulary; zero before the first step", by_row),
-        Step("", "mul", "softcap", f"{SOFTCAP:g}·tanh(z/{SOFTCAP:g}) keeps every score within ±{SOFTCAP:g}", by_row),
+        Step("", "mul", "softcap", f"{softcap:g}·tanh(z/{softcap:g}) keeps every score within ±{softcap:g}", by_row),
         Step("", "div", "cross entropy", f"mean nats a token; guessing costs ln V = {guessing:.3f}"),
     ]
 
