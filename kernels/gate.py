@@ -6,7 +6,6 @@ a chunk of rows at a time. `read` rejects a file of another machine, of other ve
 """
 
 import json
-import os
 import re
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -252,11 +251,8 @@ def sources_hash() -> str:
 def write(path: Path, valid_for: dict[str, Any], operations: dict[str, dict[str, Any]], **more) -> None:
     """The file, whole or not at all. more: what the caller keeps in it besides; it must be JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(
-        json.dumps(valid_for | {"operations": operations} | more, indent=1, ensure_ascii=False) + "\n", "utf-8"
-    )
-    temporary.replace(path)
+    content = valid_for | {"operations": operations} | more
+    configs.replace_file(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def read(path: Path, valid_for: dict[str, Any]) -> dict[str, str]:

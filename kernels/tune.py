@@ -143,8 +143,5 @@ def write(architecture: str, table: dict) -> None:
         if key != "launch"
     ]
     text = "{\n" + ",\n".join([*rest, ' "launch": {\n' + ",\n".join(entries) + "\n }"]) + "\n}\n"
-    path = configs.FOLDER / f"{architecture}.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, "utf-8")
-    temporary.replace(path)
+    configs.replace_file(configs.FOLDER / f"{architecture}.json", text)
     configs.clear()

@@ -8,6 +8,7 @@ A device without a table of its own uses the table of the nearest architecture b
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -106,6 +107,16 @@ def parse_key(text: str) -> Key:
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name of a dtype without its module, such as "bfloat16" for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a kill at any instant, finds either the old content or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes may write the same file
+    try:
+        temporary.write_text(text, "utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -193,6 +193,15 @@ def test_tuning_writes_a_table_that_reads_back(tmp_path, monkeypatch):
         configs.clear()
 
 
+def test_a_write_that_fails_leaves_the_old_table_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(configs, "FOLDER", tmp_path)
+    (tmp_path / "sm90.json").write_text("old")
+    monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space left"):
+        tune.write("sm90", {"launch": {}})
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
 @pytest.mark.skipif(GPU, reason="there is a GPU to tune on")
 def test_tuning_needs_a_gpu(base):
     done = nanochat(base, "kernels", "tune")
