@@ -107,12 +107,10 @@ def chunks(trial: Trial, results: Sequence[Tensor]) -> Iterator[slice | Ellipsis
         return
     rows = len(trial.inputs[trial.rowwise[0]])
     tensors = [x for x in trial.inputs if isinstance(x, Tensor)]
-    of_a_row = max(x[0].numel() for x in (*(trial.inputs[i] for i in trial.rowwise), *results))
+    row_size = max(x[0].numel() for x in (*(trial.inputs[i] for i in trial.rowwise), *results))
     # an intermediate result may be as wide as any input is long: logits have an element for each row of the head's weight
-    of_a_row = max(
-        of_a_row, *(size for i, x in enumerate(tensors) if x.dim() for size in x.shape[int(len(x) == rows) :]), 1
-    )
-    step = max(1, CHUNK // of_a_row)
+    row_size = max(row_size, *(size for x in tensors if x.dim() for size in x.shape[int(len(x) == rows) :]), 1)
+    step = max(1, CHUNK // row_size)
     for first in range(0, rows, step):
         yield slice(first, min(first + step, rows))
 
@@ -178,7 +176,7 @@ def tried(operation: Operation, trials: Iterable[Trial]) -> tuple[dict[str, floa
     ms: dict[str, float] = {}
     faults: dict[str, str] = {}
     for trial in trials:
-        able = {"reference": operation.reference}
+        correct = {"reference": operation.reference}
         for name in operation.implementations:
             function = partial(operation.function, impl=name)
             try:
@@ -188,13 +186,13 @@ def tried(operation: Operation, trials: Iterable[Trial]) -> tuple[dict[str, floa
             if wrong:
                 faults.setdefault(name, wrong)
             else:
-                able[name] = function
+                correct[name] = function
         on_gpu = trial.inputs[0].is_cuda
         if trial.timed:
             if on_gpu and trial.differentiable:  # the model is compiled, the optimizer is not
-                able["reference"] = torch.compile(operation.reference, dynamic=False)
-            times = times_that_fit(trial, able, operation.reference)
-            for name in able:
+                correct["reference"] = torch.compile(operation.reference, dynamic=False)
+            times = times_that_fit(trial, correct, operation.reference)
+            for name in correct:
                 if name in times:
                     ms[name] = ms.get(name, 0.0) + times[name]
                 else:
@@ -212,10 +210,10 @@ def fastest_fused(choice: dict[str, Any]) -> str:
 
 def examine(shape: RunShape, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
     """(operation, its choice), one after the other; those that have a reference alone at the end."""
-    alone = {"impl": "reference", "why": "there is no other implementation", "ms": {}, "faults": {}}
+    only_reference = {"impl": "reference", "why": "there is no other implementation", "ms": {}, "faults": {}}
     for operation in sorted(dispatch.operations().values(), key=lambda operation: not operation.implementations):
-        tried = operation.implementations and operation.trials
-        yield operation.name, examine_operation(operation, shape, device, dtype) if tried else alone
+        has_trials = operation.implementations and operation.trials
+        yield operation.name, examine_operation(operation, shape, device, dtype) if has_trials else only_reference
 
 
 def identity(shape: RunShape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled launch: registers per thread, spilled and shared bytes, instructions of interest, and faults."""
+    """A compiled launch: registers per thread, spilled and shared bytes, instructions of interest, and defects."""
 
     kernel: str
     flags: str
@@ -56,7 +56,7 @@ class Compiled:
     spilled: int
     shared: int
     instructions: tuple[str, ...]
-    faults: tuple[str, ...]
+    defects: tuple[str, ...]
 
 
 def record(kernel: Kernel, key: Key, dtype: torch.dtype, parameters: dict[str, int] | None = None) -> dict[str, list]:
@@ -99,24 +99,24 @@ def inspect_launch(launch: Launch, architecture: str, place: Place) -> Compiled:
     compiled = compile_launch(launch, architecture)
     ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
     registers, spilled = resources(compiled.asm["cubin"])
-    faults = []
+    defects = []
     if spilled:
-        faults.append(f"{spilled} bytes spilled")
+        defects.append(f"{spilled} bytes spilled")
     if shared > SHARED_MEMORY_LIMIT[architecture]:
-        faults.append(f"{shared} bytes of shared memory; {architecture} has {SHARED_MEMORY_LIMIT[architecture]}")
+        defects.append(f"{shared} bytes of shared memory; {architecture} has {SHARED_MEMORY_LIMIT[architecture]}")
     if architecture == "sm80":
-        faults += [f"{name} does not exist on sm_80" for name in NOT_ON_SM80 if name in ptx]
+        defects += [f"{name} does not exist on sm_80" for name in NOT_ON_SM80 if name in ptx]
         stages = compiled.metadata.num_stages
         buffers = stages - 1  # the pipeline keeps the tiles of all stages but one in shared memory
         if stages > 3 and shared >= LARGE_STAGE * buffers:
-            faults.append(
+            defects.append(
                 f"{stages} stages of {shared // buffers} bytes; at most 3 fit if a stage has {LARGE_STAGE} bytes or more"
             )
     instructions = tuple(name.removesuffix(".c") for name in INSTRUCTIONS if name in ptx)
     constants = {name: value for name, value in launch.constants.items() if isinstance(value, int)}
     return Compiled(
         launch.kernel.fn.__name__, place.flags, configs.dtype_name(place.dtype), configs.format_key(place.key),
-        constants, registers, spilled, shared, instructions, tuple(faults),
+        constants, registers, spilled, shared, instructions, tuple(defects),
     )  # fmt: skip
 
 

@@ -296,30 +296,36 @@ MOMENTUM_KERNEL, UPDATE_KERNEL, ADAMW_KERNEL = (
 )
 
 
-def few(depth: int) -> int:
-    """Matrices in a trial: enough for the gate to see one confused with another, and little memory."""
-    return min(depth, 4)
+def random_matrices(count: int, shape, device: torch.device) -> tuple[Tensor, ...]:
+    """Tensors of up to four matrices: enough for the gate to see one confused with another, and little memory."""
+    return normal(count, min(shape.depth, 4), shape.width, shape.width, device=device)
+
+
+def narrow(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of directions and of copies of weights, where the computation is in `dtype`."""
+    return dtype if dtype in DTYPES[:2] else torch.bfloat16
 
 
 def momentum_trials(shape, device: torch.device, dtype: torch.dtype):
-    gradient, momentum = normal(2, few(shape.depth), shape.width, shape.width, device=device)
-    one, half = torch.ones((), device=device), dtype if dtype in DTYPES[:2] else torch.bfloat16
+    gradient, momentum = random_matrices(2, shape, device)
+    one, dtype = torch.ones((), device=device), narrow(dtype)
     before = momentum.clone()
 
     def judge(results: tuple[Tensor, ...]) -> str | None:
         """The direction, the momentum and the sums of squares, which the reference does not make, a matrix after the other."""
         by_dtype = {x.dtype: x for x in results if x is not None}
-        direction, new_momentum, squares = by_dtype[half], by_dtype[torch.float32], by_dtype.get(torch.float64)
+        direction, new_momentum, squares = by_dtype[dtype], by_dtype[torch.float32], by_dtype.get(torch.float64)
         for i in range(len(gradient)):
             found = direction[i], new_momentum[i]
             states = [before[i].double(), before[i].clone()]
             scalars = [(0.5 * one).double(), (0.9 * one).double()], [0.5 * one, 0.9 * one]
-            true, plain = (
+            oracle, baseline = (
                 (reference.nesterov_momentum(gradient[i].to(m.dtype), m, *s, to)[0], m)
-                for m, s, to in zip(states, scalars, (torch.float64, half), strict=True)
+                for m, s, to in zip(states, scalars, (torch.float64, dtype), strict=True)
             )
-            for name, a, b, c in zip(("direction", "momentum"), found, true, plain, strict=True):
-                if wrong := over_budget(a, b, c):
+            for name, *tensors in zip(("direction", "momentum"), found, oracle, baseline, strict=True):
+                wrong = over_budget(*tensors)
+                if wrong:
                     return f"{name} of matrix {i}: {wrong}"
             if squares is not None:
                 norm = direction[i].double().square().sum()
@@ -327,23 +333,20 @@ def momentum_trials(shape, device: torch.device, dtype: torch.dtype):
                     return f"squares of matrix {i} sum to {float(squares[i].sum())}, those of the direction to {float(norm)}"
         return None
 
-    yield Trial((gradient, momentum, 0.5 * one, 0.9 * one, half), (0, 1), (), (1,), judge=judge)
+    yield Trial((gradient, momentum, 0.5 * one, 0.9 * one, dtype), (0, 1), (), (1,), judge=judge)
 
 
 def update_trials(shape, device: torch.device, dtype: torch.dtype):
-    weight, update = normal(2, few(shape.depth), shape.width, shape.width, device=device)
-    half = dtype if dtype in DTYPES[:2] else torch.bfloat16
-    inputs = (weight, update.to(half), torch.ones((), device=device), 0.02, torch.zeros_like(weight, dtype=half))
-    yield Trial(inputs, (0, 1, 4), (), (0, 4))
+    weight, update = random_matrices(2, shape, device)
+    rate, copy = torch.ones((), device=device), torch.zeros_like(weight, dtype=narrow(dtype))
+    yield Trial((weight, update.to(narrow(dtype)), rate, 0.02, copy), (0, 1, 4), (), (0, 4))
 
 
 def adamw_trials(shape, device: torch.device, dtype: torch.dtype):
-    weight, gradient, mean, variance = normal(4, few(shape.depth), shape.width, shape.width, device=device)
+    weight, gradient, mean, variance = random_matrices(4, shape, device)
     one, biases = torch.ones((), device=device), torch.tensor([0.2, 0.05], device=device)
-    half = dtype if dtype in DTYPES[:2] else torch.bfloat16
-    state = (weight, gradient, mean, variance.abs_())
-    rest = (one, one, biases, 0.01, (0.8, 0.95), 1e-10, torch.zeros_like(weight, dtype=half))
-    yield Trial((*state, *rest), (0, 1, 2, 3, 10), (), (0, 2, 3, 10))
+    state, copy = (weight, gradient, mean, variance.abs_()), torch.zeros_like(weight, dtype=narrow(dtype))
+    yield Trial((*state, one, one, biases, 0.01, (0.8, 0.95), 1e-10, copy), (0, 1, 2, 3, 10), (), (0, 2, 3, 10))
 
 
 NESTEROV_MOMENTUM = Operation(

@@ -28,14 +28,13 @@ def evaluate_each(
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     found = []
     for number, upstream in enumerate(upstreams):
-        more = number + 1 < len(upstreams)
+        is_last = number + 1 == len(upstreams)
         gradients = []
         if wrt:
             # a buffer that gradients are added to is a result, and has none
-            ends, above = zip(
-                *[(y, dy) for y, dy in zip(outputs, upstream, strict=True) if y.requires_grad], strict=True
-            )
-            gradients = torch.autograd.grad(ends, [inputs[i] for i in wrt], above, retain_graph=more)
+            pairs = [(y, dy) for y, dy in zip(outputs, upstream, strict=True) if y.requires_grad]
+            ys, dys = zip(*pairs, strict=True)
+            gradients = torch.autograd.grad(ys, [inputs[i] for i in wrt], dys, retain_graph=not is_last)
         found.append([x.detach() for x in (*outputs, *gradients)])
     return found
 
@@ -66,12 +65,13 @@ def over_budget(
     error = _rows(torch.where(finite, (found.double() - oracle).abs(), 0.0))
     allowed = _rows(torch.where(finite & baseline.isfinite(), (baseline.double() - oracle).abs(), 0.0))
     size = _rows(torch.where(finite, oracle.abs(), 0.0))
-    more = _rows(torch.as_tensor(epsilon, dtype=torch.float64, device=oracle.device).expand_as(oracle))
-    more = more + torch.finfo(torch.float64).eps * size.max()  # where the oracle itself rounds to 0, as 1 − tanh² does
+    tolerance = _rows(torch.as_tensor(epsilon, dtype=torch.float64, device=oracle.device).expand_as(oracle))
+    # where the oracle itself rounds to 0, as 1 − tanh² does
+    tolerance = tolerance + torch.finfo(torch.float64).eps * size.max()
     if apart is None:
-        return _groups_over_budget("", found.dtype, error, allowed, size, more)
+        return _groups_over_budget("", found.dtype, error, allowed, size, tolerance)
     for name, mask in ((", entries apart", _rows(apart)), (", other entries", ~_rows(apart))):
-        parts = (torch.where(mask, x, 0.0) for x in (error, allowed, size, more))
+        parts = (torch.where(mask, x, 0.0) for x in (error, allowed, size, tolerance))
         wrong = wrong or _groups_over_budget(name, found.dtype, *parts)
     return wrong
 
@@ -79,8 +79,8 @@ def over_budget(
 def misplaced(found: Tensor, oracle: Tensor) -> str | None:
     """Where NaN or an infinity stands in only one of the two; a number beyond the dtype of `found` is infinite in it."""
     oracle = oracle.to(found.dtype)
-    for name, is_it in (("NaN", torch.isnan), ("inf", torch.isposinf), ("-inf", torch.isneginf)):
-        differs = is_it(found) != is_it(oracle)
+    for name, predicate in (("NaN", torch.isnan), ("inf", torch.isposinf), ("-inf", torch.isneginf)):
+        differs = predicate(found) != predicate(oracle)
         if differs.any():
             first = tuple(int(i) for i in differs.nonzero()[0])
             return f"{int(differs.sum())} elements are {name} in only one of result and oracle, the first at {first}"
@@ -92,7 +92,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _groups_over_budget(
-    name: str, dtype: torch.dtype, error: Tensor, allowed: Tensor, size: Tensor, epsilon: Tensor
+    name: str, dtype: torch.dtype, error: Tensor, allowed: Tensor, size: Tensor, tolerance: Tensor
 ) -> str | None:
     """over_budget for the errors (rows, C) of a result in `dtype`, of a baseline, and magnitudes of the oracle."""
     norms = size.norm(dim=1)
@@ -107,9 +107,9 @@ def _groups_over_budget(
 
     chance = torch.finfo(dtype).eps * largest(size.amax(1)) + torch.finfo(torch.float32).eps * largest(norms)
     chance = chance + torch.finfo(torch.float32).tiny  # below which float32 is flushed to 0
-    for measure, of in (("error", norm), ("error of the worst element", lambda values: largest(values.amax(1)))):
-        got, reference = of(error), of(allowed)
-        budget = RATIO * reference + chance + of(epsilon)
+    for measure, reduce in (("error", norm), ("error of the worst element", lambda values: largest(values.amax(1)))):
+        got, reference = reduce(error), reduce(allowed)
+        budget = RATIO * reference + chance + reduce(tolerance)
         for group in (got > budget).nonzero().flatten().tolist():
             return (
                 f"rows of norm up to {largest(norms)[group]:.3g}{name}: {measure} {got[group]:.3e}, "
@@ -127,7 +127,7 @@ def _joined(exponents: Tensor, elements: Tensor) -> tuple[int, Tensor]:
     for count, rows in counts:  # from the smallest exponent up; rows of zeros have a group of their own
         joined.append(group)
         collected, collected_rows = collected + count, collected_rows + rows
-        many = collected >= FEWEST_ELEMENTS and collected_rows >= FEWEST_ROWS
-        if rows == 0 or many or collected >= ENOUGH_ELEMENTS:
+        enough_rows = collected >= FEWEST_ELEMENTS and collected_rows >= FEWEST_ROWS
+        if rows == 0 or enough_rows or collected >= ENOUGH_ELEMENTS:
             group, collected, collected_rows = group + 1, 0, 0
     return group + 1, torch.tensor(joined, device=exponents.device)[group_of_row]

@@ -55,7 +55,7 @@ def tune(only: tuple[str, ...] = (), say: Callable[[str], None] = print) -> Iter
 def launchable_configurations(
     kernels: list[Kernel], name: str, say: Callable[[str], None]
 ) -> dict[tuple, list[dict[str, int]]]:
-    """Return the configurations that compile without a fault and launch, by (kernel name, shape class, dtype).
+    """Return the configurations that compile without a defect and launch, by (kernel name, shape class, dtype).
 
     A kernel with a single configuration is not tried, because there is nothing to choose.
     """
@@ -74,9 +74,9 @@ def launchable_configurations(
         for parameters in kernel.space
     ]
     with ProcessPoolExecutor(COMPILERS, multiprocessing.get_context("spawn")) as pool:
-        for (kernel, key, dtype, parameters, _), fault in zip(jobs, pool.map(_try, jobs, chunksize=4), strict=True):
-            if fault:
-                say(f"{kernel} {dtype_name(dtype)} {format_key(key)} {parameters}: {fault}")
+        for (kernel, key, dtype, parameters, _), problem in zip(jobs, pool.map(_try, jobs, chunksize=4), strict=True):
+            if problem:
+                say(f"{kernel} {dtype_name(dtype)} {format_key(key)} {parameters}: {problem}")
             else:
                 found[kernel, key, dtype].append(parameters)
     return found
@@ -88,27 +88,27 @@ def _try(job: tuple) -> str:
     kernel = next(kernel for kernel in tunable_kernels() if kernel.name == name)
     device = torch.device("cuda", torch.cuda.current_device())
     try:
-        faults = faults_of(kernel, key, dtype, parameters, target)
-        if not faults:
+        defects = defects_of(kernel, key, dtype, parameters, target)
+        if not defects:
             if target == "sm80" and torch.cuda.get_device_capability(device)[0] > 8:
                 run_ptx_of("sm80")
             timed(kernel, key, dtype, device)(parameters)
             torch.cuda.synchronize()
     except Exception as error:  # for example a tile that the compiler rejects
         return f"{type(error).__name__} {str(error)[:80]}"
-    return "; ".join(faults)
+    return "; ".join(defects)
 
 
-def faults_of(kernel: Kernel, key: Key, dtype: torch.dtype, parameters: dict[str, int], target: str) -> list[str]:
-    """Return the faults that inspect finds with these parameters in every set of flags: one entry of the table serves them all."""
+def defects_of(kernel: Kernel, key: Key, dtype: torch.dtype, parameters: dict[str, int], target: str) -> list[str]:
+    """Return the defects that inspect finds with these parameters in every set of flags: one entry of the table serves them all."""
     with configs.tables_of(target):
         launches = inspect.record(kernel, key, dtype, parameters)
-    faults = []
+    defects = []
     for flags, of_flags in launches.items():
         for number, launch in enumerate(of_flags):
             found = inspect.inspect_launch(launch, target, inspect.Place(kernel.name, dtype, key, flags, number))
-            faults += [f"{flags}: {fault}" for fault in found.faults]
-    return faults
+            defects += [f"{flags}: {defect}" for defect in found.defects]
+    return defects
 
 
 def timed(kernel: Kernel, key: Key, dtype: torch.dtype, device: torch.device) -> Callable[[dict[str, int]], Any]:
@@ -122,7 +122,7 @@ def fastest(
     """Return (median milliseconds, parameters) of the fastest configuration."""
     if not configurations:
         raise inspect.CannotRun(
-            f"{kernel.name}: no configuration for {format_key(key)} {dtype} compiles without a fault"
+            f"{kernel.name}: no configuration for {format_key(key)} {dtype} compiles without a defect"
         )
     run = timed(kernel, key, dtype, device)
     variants = {str(n): lambda _, parameters=p: run(parameters) for n, p in enumerate(configurations)}

@@ -48,14 +48,14 @@ def inspect_kernels(options: KernelsInspectOptions) -> None:
         constants = " ".join(f"{key}={int(value)}" for key, value in launch.constants.items())
         numbers = (str(launch.registers), str(launch.spilled), str(launch.shared))
         words = (launch.kernel, launch.flags, launch.dtype, launch.key, constants)
-        table.add_row(*words, *numbers, _join(launch.instructions), _join(launch.faults))
+        table.add_row(*words, *numbers, _join(launch.instructions), _join(launch.defects))
     show_table(table)
-    defective = [launch for launch in launches if launch.faults]
+    defective = [launch for launch in launches if launch.defects]
     if defective:
         first = defective[0]
         raise UserError(
             f"{len(defective)} of {len(launches)} launches for {options.arch} have defects, the first is {first.kernel} "
-            f"({first.flags}) {first.dtype} {first.key}: {_join(first.faults)}; "
+            f"({first.flags}) {first.dtype} {first.key}: {_join(first.defects)}; "
             f"change kernels/configs/{options.arch}.json, or tune again"
         )
     say(f"{len(launches)} launches compile for {options.arch} without a defect")

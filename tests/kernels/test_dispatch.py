@@ -268,7 +268,7 @@ def test_inspect_sees_spills():
     """A tile of 16,384 columns does not fit in the registers of one warp."""
     one_warp = "launch(16_384, {'ROWS': 1, 'num_warps': 1})"
     assert "bytes spilled" in inspected("sm80", one_warp)
-    assert "faults=()" in inspected("sm80", "launch(16_384)")
+    assert "defects=()" in inspected("sm80", "launch(16_384)")
 
 
 @linux
