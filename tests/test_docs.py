@@ -6,6 +6,8 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import get_type_hints
 
+import pytest
+
 from nanochat.cli import COMMANDS
 from nanochat.options.ranges import Between
 
@@ -16,8 +18,15 @@ REFERENCE = re.compile(r"`([\w/]+\.py):(\d+)` `([^`]+)`")
 
 
 def line_of(file: str, text: str) -> int:
-    lines = (ROOT / file).read_text("utf-8").splitlines()
-    return next(number for number, line in enumerate(lines, 1) if line.strip().startswith(text))
+    return line_in((ROOT / file).read_text("utf-8"), text)
+
+
+def line_in(source: str, text: str) -> int:
+    """The number of the line that begins with the text: `def newton_schulz` is not found in `def newton_schulz_op`."""
+    begins = re.compile(rf"\s*{re.escape(text)}(?!\w)")
+    numbers = [number for number, line in enumerate(source.splitlines(), 1) if begins.match(line)]
+    assert len(numbers) == 1, f"{text!r} begins {len(numbers)} lines instead of one: {numbers}"
+    return numbers[0]
 
 
 def descriptions(kind: type) -> dict[str, str]:
@@ -86,6 +95,14 @@ def test_line_references_are_true():
             found += 1
             assert line_of(file, text) == int(number), f"{page}: {text} is at {file}:{line_of(file, text)}"
     assert found > 15
+
+
+def test_a_reference_is_to_a_whole_name_that_is_there_once():
+    source = "def newton_schulz_op():\n    pass\n\n\ndef newton_schulz(x):\n    pass\n"
+    assert line_in(source, "def newton_schulz") == 5 and line_in(source, "def newton_schulz_op") == 1
+    for text in ("def newton", "pass"):
+        with pytest.raises(AssertionError, match=f"{text}' begins"):
+            line_in(source, text)
 
 
 def test_files_that_are_named_exist():
