@@ -111,6 +111,30 @@ def test_files_that_are_named_exist():
             assert (ROOT / name).exists(), f"{page} names {name}"
 
 
+def files_of_tree(text: str) -> set[str]:
+    """The files that the tree of the README lists: by indentation in folders, several names apart by two spaces on a line."""
+    found, folders = set(), []
+    for line in re.search(r"^```\n(kernels/.*?)^```", text, re.DOTALL | re.MULTILINE)[1].splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        names = re.findall(r"(?:(?<=^)|(?<=  ))[\w.]+(?:/|\.\w+)(?=  |$)", line)
+        assert names and len(line) <= 132, line
+        if names[0].endswith("/"):
+            folders = [*folders[:depth], names[0]]
+        else:
+            found |= {"".join(folders[:depth]) + name for name in names}
+    return found
+
+
+def test_the_tree_of_the_readme_has_every_file():
+    listed = files_of_tree((ROOT / "README.md").read_text("utf-8"))
+    folders = [ROOT / name for name in ("kernels", "nanochat", "bench", "slurm")]
+    files = {path for folder in folders for path in folder.rglob("*.*") if path.is_file()}
+    there = {
+        str(path.relative_to(ROOT)) for path in files if not {"results", "__pycache__", "configs"} & set(path.parts)
+    }
+    assert listed == {name for name in there if not name.rpartition("/")[2].startswith("__")}
+
+
 def test_the_options_are_all_there():
     assert OPTIONS.read_text("utf-8") == reference(), "run: python -m tests.test_docs"
     for command in COMMANDS.values():
