@@ -105,7 +105,8 @@ def main(config: OptimizerStepConfig) -> None:
 
     for optimizer, step in variants.values():
         for _ in range(5):
-            fill(optimizer), step()
+            fill(optimizer)
+            step()
     samples = interleaved(
         {name: lambda _, s=step: s() for name, (_, step) in variants.items()},
         config.rounds,

@@ -94,7 +94,9 @@ def measure(shape: GPTConfig, rows: int, config: TrainingStepConfig, device: tor
     data, steps, found = random_batch(shape, rows), {}, {}
     for variant in config.variants:
         torch.cuda.synchronize()
-        gc.collect(), torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         try:
             started = time.perf_counter()

@@ -38,9 +38,8 @@ from nanochat_kernels.triton_helpers import (
 
 LARGEST_CAP = 40.0  # exp(±40) and sums of it are far inside the range of float32
 LARGEST_ON_CHIP_CAP = 20.0  # exp(±20) spans 58 of the 64 exponents of E
-WIDEST_ON_CHIP = (
-    65_536  # 16-bit logits that fill half of a multiprocessor's registers; the kernel computes in the other half
-)
+# 16-bit logits that fill half of a multiprocessor's registers; the kernel computes in the other half
+WIDEST_ON_CHIP = 65_536
 TARGET_ROWS = 128  # rows per program of targets_kernel
 
 

@@ -162,12 +162,13 @@ def on_chip_launches(key, dtype: torch.dtype, device: torch.device):
     }
 
 
+# 256 columns per warp: a thread loads 8 neighbouring elements at once
 ON_CHIP_SPACE = tuple(
     {"CHUNK": 256 * warps, "AHEAD": ahead, "PROGRAMS": programs, "num_warps": warps}
     for warps in (4, 8, 16, 32)
     for ahead in (0, 2, 4)
     for programs in (1, 4, 16)
-)  # 256 columns per warp: a thread loads 8 neighbouring elements at once
+)
 KERNELS = (
     Kernel(
         "cross_entropy_on_chip", (torch.bfloat16,),

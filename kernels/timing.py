@@ -6,9 +6,8 @@ from statistics import median
 
 import torch
 
-FLUSH_BYTES = (
-    2**30
-)  # bytes read before each call: 20 × the L2 cache of an H200, and long enough to hide a launch of 400 µs
+# bytes read before each call: 20 × the L2 cache of an H200, and long enough to hide a launch of 400 µs
+FLUSH_BYTES = 2**30
 
 
 def interleaved(
@@ -31,7 +30,8 @@ def interleaved(
             if prepare and name in prepare:
                 prepare[name](number)
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.sum(), flush.sum()
+            flush.sum()
+            flush.sum()
             start.record()
             variants[name](number)
             end.record()
@@ -52,7 +52,8 @@ class Graph:
             warm_up = torch.cuda.Stream()  # torch requires warm-up on a side stream before it captures autograd
             warm_up.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(warm_up):
-                self.run(number), self.run(number)
+                self.run(number)
+                self.run(number)
             torch.cuda.current_stream().wait_stream(warm_up)
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):

@@ -82,7 +82,8 @@ def launch(kernel, grid: tuple[int, ...], device: torch.device, *arguments, **co
     which selects the device itself.
     """
     if device.index is None and device.type == "meta":  # device.type takes longer than device.index
-        if (launches := _recorded.get()) is not None:
+        launches = _recorded.get()
+        if launches is not None:
             launches.append(Launch(kernel, arguments, constants, grid))
     elif torch.compiler.is_compiling() or device.index is None or device.index == torch.cuda.current_device():
         kernel[grid](*arguments, **constants)

@@ -26,8 +26,9 @@ def submit(options: SubmitOptions) -> None:
     """
     site = load_site(options.site)
     base = base_directory(site)
-    for_cpu = options.preset in EMBEDDED
-    gpus = options.gpus if options.gpus >= 0 else 0 if for_cpu else int(site.gpus or 8)
+    gpus = options.gpus
+    if gpus < 0:
+        gpus = 0 if options.preset in EMBEDDED else int(site.gpus or 8)
     if gpus and options.tasks_per_node > 1:
         raise UserError("one task per node serves all of its GPUs; --tasks-per-node is for runs without GPUs")
     for option, name in (("--from", options.first), ("--to", options.last)):

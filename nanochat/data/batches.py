@@ -58,7 +58,7 @@ def prefetched(batches: Iterator[Batch], depth: int = 4) -> Iterator[Iterator[Ba
             put(error)
 
     def consume() -> Iterator[Batch]:
-        while (item := ready.get()) is not None:
+        for item in iter(ready.get, None):
             if isinstance(item, BaseException):
                 raise item
             yield item

@@ -110,11 +110,8 @@ def _flat(values: dict, prefix: str = ""):
         elif isinstance(value, int) and not isinstance(value, bool):
             yield f"{prefix}{name}", f"{value:,}"
         else:
-            shown = (
-                ", ".join(repr(v) if isinstance(v, str) else str(v) for v in value)
-                if isinstance(value, list)
-                else value
-            )
+            quoted = isinstance(value, list)  # strings in a list are quoted, to tell one from the next
+            shown = ", ".join(repr(v) if isinstance(v, str) else str(v) for v in value) if quoted else value
             yield f"{prefix}{name}", str(shown).replace("|", "\\|").replace("\n", "⏎")
 
 
@@ -143,4 +140,6 @@ def hardware() -> str:
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

@@ -44,9 +44,9 @@ class Asset:
         if self.files:
             patterns = [pattern.rpartition("/")[2] for pattern in self.files]
             return sorted({path for pattern in patterns for path in target.glob(pattern)})
-        return sorted(path for path in target.rglob("*") if path.is_file()) if target.is_dir() else (
-            [target] if target.exists() else []
-        )  # fmt: skip
+        if target.is_dir():
+            return sorted(path for path in target.rglob("*") if path.is_file())
+        return [target] if target.exists() else []
 
     @property
     def remedy(self) -> str:
@@ -133,7 +133,8 @@ def _rows(asset: Asset, path: Path) -> int:
         if path.suffix != ".parquet":
             lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
             if path.suffix == ".jsonl":
-                [json.loads(line) for line in lines]
+                for line in lines:
+                    json.loads(line)
             return len(lines)
         with pq.ParquetFile(path) as file:
             names, rows = file.schema_arrow.names, file.metadata.num_rows

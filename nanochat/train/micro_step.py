@@ -88,10 +88,10 @@ class MicroStep:
         if shape not in self.graphs:
             self.graphs[shape] = self._make_graph(*shape)
         inputs, targets, forward_and_backward = self.graphs[shape]
-        if (
-            shape[1] > length
-        ):  # padding: any token, without a target; causal attention hides it from the tokens before it
-            inputs[:, length:].zero_(), targets[:, length:].fill_(-1)
+        # padding: any token, without a target; causal attention hides it from the tokens before it
+        if shape[1] > length:
+            inputs[:, length:].zero_()
+            targets[:, length:].fill_(-1)
         for static, new in ((inputs, batch.inputs), (targets, batch.targets)):
             static[:, :length].copy_(new.pin_memory() if new.device != self.device else new, non_blocking=True)
         self.weight.fill_(weight)

@@ -8,6 +8,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -154,10 +155,7 @@ class Trainer:
 
     def _take(self, batches: Iterator[Batch]) -> list[Batch]:
         """The micro-batches of the next step; fewer than a step needs when the data end."""
-        micro_batches = []
-        while len(micro_batches) < self.plan.accumulation and (batch := next(batches, None)) is not None:
-            micro_batches.append(batch)
-        return micro_batches
+        return list(islice(batches, self.plan.accumulation))
 
     def _agree(self, micro_batches: list[Batch]) -> Agreement:
         """Exchange what each rank knows about the next step."""
