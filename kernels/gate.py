@@ -29,10 +29,12 @@ from nanochat_kernels.oracle import evaluate, over_budget
 CHUNK = 2**26  # elements of the largest tensor that a chunk of rows makes in float64
 ROUNDS = 15
 REMEDY = "make it again with: nanochat kernels gate, or remove it"
+OUT_OF_MEMORY = "out of memory at these shapes"
 
 
 class GateError(ValueError):
-    """A gate file that cannot be read, or that was made for another device, version, shape or set of kernels."""
+    """A gate file that cannot be read, or that was made for another device, version, shape or set of kernels; or trials that do
+    not fit into the memory."""
 
 
 def call(trial: Trial, function: Callable, *inputs) -> tuple[Tensor, ...]:
@@ -44,12 +46,22 @@ def call(trial: Trial, function: Callable, *inputs) -> tuple[Tensor, ...]:
 
 
 def fault(trial: Trial, function: Callable, reference: Callable) -> str | None:
-    """What is wrong with an implementation at the shape of the trial, or None."""
-    found_by, true_by = partial(call, trial, function), partial(call, trial, reference)
-    if trial.judge:
-        return trial.judge(tuple(evaluate(found_by, trial.inputs, [], [])))
-    upstream = upstream_of(trial, reference)
-    found = evaluate(found_by, trial.inputs, upstream, trial.differentiable)
+    """What is wrong with an implementation at the shape of the trial, or None.
+
+    Raises torch.OutOfMemoryError where the comparison does not fit into the memory, which is no fault of the implementation.
+    """
+    upstream, wrt = ([], ()) if trial.judge else (upstream_of(trial, reference), trial.differentiable)
+    try:
+        found = evaluate(partial(call, trial, function), trial.inputs, upstream, wrt)
+    except torch.OutOfMemoryError:
+        return OUT_OF_MEMORY
+    return (
+        trial.judge(tuple(found)) if trial.judge else compared(trial, found, upstream, partial(call, trial, reference))
+    )
+
+
+def compared(trial: Trial, found: Sequence[Tensor], upstream: Sequence[Tensor], true_by: Callable) -> str | None:
+    """What is wrong with results and gradients, compared with those of `true_by`, or None."""
     results, gradients = found[: len(upstream)], found[len(upstream) :]
     sums: dict[int, list[Tensor]] = {}  # of gradients of inputs that all rows share: the oracle's and the baseline's
     for rows in chunks(trial, results):
@@ -161,11 +173,21 @@ def as_tuple(results) -> tuple:
 def examine_operation(
     operation: Operation, shape: RunShape, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """The choice for one operation: impl, why, milliseconds and faults by implementation."""
+    """The choice for one operation: impl, why, milliseconds and faults by implementation.
+
+    Raises GateError where a trial's inputs, or their comparison in float64, do not fit into the memory: nothing is known then.
+    """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         # the same result each time; not the seed of the upstream gradients, which would then equal the inputs
         torch.manual_seed(1)
-        ms, faults = tried(operation, operation.trials(shape, device, dtype))
+        try:
+            ms, faults = tried(operation, operation.trials(shape, device, dtype))
+        except torch.OutOfMemoryError as error:
+            raise GateError(
+                f"{operation.name} could not be judged at {shape.rows} rows of {shape.tokens} tokens: its inputs and the "
+                "comparison with the reference in float64 do not fit into the memory; end other programs that use this device, "
+                "or judge fewer rows with: nanochat kernels gate --device-batch-size"
+            ) from error
     why = ", ".join(f"{name} {time:.3f} ms" for name, time in sorted(ms.items(), key=lambda item: item[1]))
     why += "".join(f"; {name}: {wrong}" for name, wrong in faults.items())
     return {"impl": min(ms, key=ms.__getitem__, default="reference"), "why": why, "ms": ms, "faults": faults}
@@ -181,6 +203,8 @@ def tried(operation: Operation, trials: Iterable[Trial]) -> tuple[dict[str, floa
             function = partial(operation.function, impl=name)
             try:
                 wrong = fault(trial, function, operation.reference)
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # whatever a kernel fails with on this machine, the run goes on without it
                 wrong = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             if wrong:
@@ -196,7 +220,7 @@ def tried(operation: Operation, trials: Iterable[Trial]) -> tuple[dict[str, floa
                 if name in times:
                     ms[name] = ms.get(name, 0.0) + times[name]
                 else:
-                    faults.setdefault(name, "out of memory at these shapes")
+                    faults.setdefault(name, OUT_OF_MEMORY)
         if on_gpu:
             torch.cuda.empty_cache()
     return {name: time for name, time in ms.items() if name not in faults}, faults

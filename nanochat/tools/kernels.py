@@ -89,7 +89,10 @@ def tune_kernels(options: KernelsTuneOptions) -> None:
 
 
 def run_gate(options: KernelsGateOptions, paths: Paths) -> None:
-    """Validate and time every operation at the shapes of a preset, and write the choices to gate.json."""
+    """Validate and time every operation at the shapes of a preset, and write the choices to gate.json.
+
+    Raises UserError when the comparisons do not fit into the memory.
+    """
     base = with_preset(TrainBaseOptions(), "train base", options.preset)
     vocabulary = options.vocab_size or (
         Tokenizer.load(paths.tokenizer).vocab_size if paths.tokenizer.exists() else 65536
@@ -101,9 +104,10 @@ def run_gate(options: KernelsGateOptions, paths: Paths) -> None:
     with start_runtime(options.device) as runtime:
         shape = run_shape(model, options.device_batch_size or most_rows(options.preset))
         table = Table("operation", "training takes", "because", box=None)
-        operations = {}
-        for operation, choice in gate.examine(shape, runtime.device, runtime.compute_dtype):
-            operations[operation] = choice
+        try:
+            operations = dict(gate.examine(shape, runtime.device, runtime.compute_dtype))
+        except gate.GateError as error:
+            raise UserError(str(error)) from error
         more = {}
         if runtime.device.type == "cuda":  # only CUDA has a choice of executions
             more["micro_step"] = choose_by_micro_step(operations, model, shape.rows, runtime)
