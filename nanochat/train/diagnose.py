@@ -3,7 +3,7 @@
 import torch
 
 from nanochat.data.batches import Batch
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, MLP
 
 
 @torch.no_grad()
@@ -14,14 +14,16 @@ def offending_tensor(model: GPT, micro: list[Batch], device: torch.device) -> st
             return f"weight {name}"
     not_finite: list[str] = []
 
-    def checking(name: str):
-        def hook(module, inputs, output) -> None:
-            if not not_finite and isinstance(output, torch.Tensor) and not torch.isfinite(output).all():
-                not_finite.append(f"activation {name}")
+    def check(name: str, tensors) -> None:
+        tensors = [x for x in (tensors if isinstance(tensors, tuple) else (tensors,)) if isinstance(x, torch.Tensor)]
+        if not not_finite and not all(torch.isfinite(x).all() for x in tensors):
+            not_finite.append(name)
 
-        return hook
-
-    hooks = [module.register_forward_hook(checking(name or "loss")) for name, module in model.named_modules()]
+    hooks = []
+    for name, module in model.named_modules():
+        inputs, output = f"input of {name}", f"activation {activation_name(name, module)}"
+        hooks.append(module.register_forward_pre_hook(lambda _, given, name=inputs: check(name, given)))
+        hooks.append(module.register_forward_hook(lambda _, __, result, name=output: check(name, result)))
     try:
         for batch in micro:
             batch = batch.to(device)
@@ -35,3 +37,10 @@ def offending_tensor(model: GPT, micro: list[Batch], device: torch.device) -> st
         if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
             return f"gradient of {name}"
     return "not on this rank"
+
+
+def activation_name(name: str, module: torch.nn.Module) -> str:
+    """The name of a module's result; of a fused operation, whose inner results are not stored, with the operation's name."""
+    if isinstance(module, GPT):
+        return "head (inside linear_cross_entropy)"
+    return f"{name} (inside relu2_mlp)" if isinstance(module, MLP) else name
