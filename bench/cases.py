@@ -112,7 +112,7 @@ class Runner:
 
     def __init__(self, function: Callable, sets: list[tuple], benchmark: Benchmark, mode: str):
         self.function, self.sets, self.mode = function, sets, mode
-        self.differentiable = benchmark.differentiable
+        self.differentiable, self.is_loss = benchmark.differentiable, benchmark.is_loss
         self.upstream: list[Tensor] | None = None
         self.graphs: dict[int, tuple] = {}
 
@@ -140,9 +140,8 @@ class Runner:
         """Return the upstream gradients, the same for every call of a variant and every variant; 1 for a loss."""
         if self.upstream is None:
             generator = torch.Generator(outputs[0].device).manual_seed(0)
-            self.upstream = [
-                torch.empty_like(x).normal_(generator=generator) if x.dim() else torch.ones_like(x) for x in outputs
-            ]
+            made = [torch.ones_like(x) for x in outputs]
+            self.upstream = made if self.is_loss else [x.normal_(generator=generator) for x in made]
         return self.upstream
 
 

@@ -232,7 +232,7 @@ LINEAR_CROSS_ENTROPY = Operation(
     "linear_cross_entropy", linear_cross_entropy, run_reference, {"triton": Implementation(run, unsupported_reason)},
     KERNELS, trials,
     Benchmark(
-        ("d12", "d20"), benchmark_inputs, (0, 1), elements, flops, ("fwd", "both"), {"liger": liger}
+        ("d12", "d20"), benchmark_inputs, (0, 1), elements, flops, ("fwd", "both"), {"liger": liger}, is_loss=True
     ),
 )  # fmt: skip
 OPERATIONS = (LINEAR_CROSS_ENTROPY,)

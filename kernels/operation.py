@@ -111,6 +111,8 @@ class Benchmark:
     """name → a function that returns another library's implementation, or None if the library is not installed"""
     variants: Callable[[tuple], Mapping[str, Callable[[], Any]]] | None = None
     """(arguments) → all variants by name; replaces the usual ones for an operation that is not measured as one call"""
+    is_loss: bool = False
+    """the upstream gradient is 1, as for a loss in training; otherwise upstream gradients are random"""
 
 
 @dataclass(frozen=True, eq=False)

@@ -179,7 +179,7 @@ SOFTCAP_CROSS_ENTROPY = Operation(
         ("d20", "chunk"), benchmark_inputs, (0,),
         elements=lambda arguments, part: arguments[0].numel() * (1 if part == "fwd" else 2),
         flops=lambda arguments, part, variant: arguments[0].numel() * (8 if part == "fwd" else 11),
-        baselines={"liger": liger},
+        baselines={"liger": liger}, is_loss=True,
     ),
 )  # fmt: skip
 OPERATIONS = (SOFTCAP_CROSS_ENTROPY,)

@@ -149,6 +149,14 @@ def test_variants_that_disagree_are_seen(monkeypatch, mode):
     assert case.bytes == {"fwd": 1, "bwd": 1, "both": 2}[mode] * 2 * 4 * 32 * 4
 
 
+@pytest.mark.parametrize("is_loss", [True, False])
+@pytest.mark.parametrize("loss", [torch.sum, lambda x: x.sum(1)], ids=["a number", "one per row"])
+def test_only_the_record_says_that_a_result_is_a_loss(is_loss, loss):
+    benchmark = Benchmark((), lambda *_: (), (0,), lambda *_: 0.0, lambda *_: 0.0, is_loss=is_loss)
+    _, (gradient,) = cases.Runner(loss, [(torch.zeros(3, 4),)], benchmark, "both")(0)
+    assert (gradient == 1).all() == is_loss
+
+
 def test_what_disagrees_or_fails_is_not_timed(monkeypatch):
     monkeypatch.setattr(measure, "launch_microseconds", lambda run: 1.0)
     monkeypatch.setattr(measure, "transient_bytes", lambda run: 1e6)
