@@ -135,7 +135,9 @@ def linear_cross_entropy(
     The loss of a row whose target is ignore_index is 0. reduction "mean" returns a float32 scalar, the mean over the targets that
     are not ignored, or 0 if all are; "none" returns one loss per row (N,).
     loss_weight: a float32 scalar on the device, or one weight per row (N,). It multiplies the losses before the reduction; the
-    mean still divides by the number of targets.
+    mean still divides by the number of targets. NaN and infinite weights make the same elements NaN or infinite as in the
+    reference, but some elements of the weight's gradient may be NaN in one of the two and infinite in the other. A bfloat16
+    gradient overflows for weights above about 1e31, the reference's above about 1e38.
     weight_gradient (V, C), contiguous float32: backward adds the weight's gradient to it in place, and weight gets no `.grad`. If
     neither x nor weight requires a gradient, the buffer stays untouched.
     Raises ValueError for mismatched shapes or devices or an unknown reduction, TypeError for mismatched dtypes (autocast may mix

@@ -51,8 +51,6 @@ class Backward(KernelFunction):
 
 def reduced(losses: Tensor, factor: Tensor | None, mean: bool) -> Tensor:
     """Multiply the losses (N,) by a factor () or (N,), and sum them if `mean` is true; factor_of divides by the number of targets."""
-    if mean and factor is not None and factor.dim() == 0:
-        return losses.sum() * factor
     losses = losses if factor is None else losses * factor
     return losses.sum() if mean else losses
 
@@ -101,7 +99,8 @@ def softcap_cross_entropy(
     The loss of a row whose target is ignore_index is 0. reduction "mean" returns a float32 scalar, the mean over the targets that
     are not ignored, or 0 if all are; "none" returns one loss per row (N,).
     loss_weight: a float32 scalar on the device, or one weight per row (N,). It multiplies the losses before the reduction; the
-    mean still divides by the number of targets.
+    mean still divides by the number of targets. NaN and infinite weights make the same elements NaN or infinite as in the
+    reference, but some elements of the gradient may be NaN in one of the two and infinite in the other.
     The values of targets are not checked: one outside [0, V) raises an error in the reference and gives NaN from the kernel.
     Raises ValueError for mismatched shapes, a softcap that is not positive or an unknown reduction, TypeError for a wrong dtype, and
     KernelRequestError (a ValueError) if the implementation named by impl does not support the call. Repeated calls are bitwise

@@ -11,7 +11,7 @@ import nanochat_kernels as kernels
 from nanochat_kernels import reference
 from nanochat_kernels.dispatch import KernelRequestError
 from tests.kernels import harness
-from tests.kernels.cross_entropy import target_entries, weights
+from tests.kernels.cross_entropy import check_weights_that_are_not_finite, target_entries, weights
 from tests.kernels.harness import DEVICE, DTYPES, GPU, check, check_compiled, check_graph_replay, randn
 
 FILE = importlib.import_module("nanochat_kernels.linear_cross_entropy")
@@ -236,6 +236,21 @@ def test_only_the_gradients_that_are_asked_for(wrt):
 def test_nan_and_infinity(dtype):
     given_ = [*inputs(6, 16, 60, dtype, ignored=0.0), 15.0, -1, "none"]
     harness.check_nonfinite(fused, reference.linear_cross_entropy, given_, [0, 1], only=[0, 1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_loss_weights_that_are_not_finite(dtype):
+    x, weight, targets = inputs(6, 16, 60, dtype, ignored=0.0)
+    targets[2] = -1
+    check_weights_that_are_not_finite(fused, reference.linear_cross_entropy, [x, weight, targets], (0, 1))
+
+
+def test_the_largest_loss_weights():
+    """Where a bfloat16 gradient overflows, as the docstring says."""
+    for value, finite in ((1e30, True), (1e37, False)):
+        given_ = [*inputs(6, 16, 60, torch.bfloat16), 15.0, -1, "none", torch.full((), value, device=DEVICE)]
+        found = harness.evaluate(fused, given_, [torch.ones(6, device=DEVICE)], (0, 1))
+        assert found[0].isfinite().all() and all(x.isfinite().all() == finite for x in found[1:])
 
 
 def test_nan_upstream_of_an_ignored_row_goes_nowhere():

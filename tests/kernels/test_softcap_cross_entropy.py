@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import nanochat_kernels as kernels
 from nanochat_kernels import reference
 from tests.kernels import harness
-from tests.kernels.cross_entropy import target_entries, weights
+from tests.kernels.cross_entropy import check_weights_that_are_not_finite, target_entries, weights
 from tests.kernels.harness import DEVICE, DTYPES, GPU, check, check_compiled, check_graph_replay, randn
 
 FILE = importlib.import_module("nanochat_kernels.softcap_cross_entropy")
@@ -190,6 +190,13 @@ def test_nan_and_infinity(dtype):
     harness.check_nonfinite(loss, reference.softcap_cross_entropy, [logits, targets, 15.0, -1, "none"], [0])
     targets[2] = -1
     harness.check_nonfinite(loss, reference.softcap_cross_entropy, [logits, targets, 15.0, -1, "mean"], [0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_loss_weights_that_are_not_finite(dtype):
+    logits, targets = inputs(6, 50, dtype, ignored=0.0)
+    targets[2] = -1
+    check_weights_that_are_not_finite(loss, reference.softcap_cross_entropy, [logits, targets], (0,))
 
 
 def test_the_gradient_sums_to_zero_if_the_cap_does_not_matter():
