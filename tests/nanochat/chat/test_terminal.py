@@ -1,20 +1,12 @@
 """Chat in the terminal, and the evaluation of a model that chats."""
 
 import json
+import shutil
 import subprocess
 
 from nanochat.chat.terminal import shown
 from nanochat.inference.session import Text, ToolCall, ToolResult
-from tests.conftest import (
-    TINY_BASE,
-    TINY_EVALUATE_BASE,
-    TINY_EVALUATE_CHAT,
-    TINY_MID,
-    TINY_SFT,
-    command,
-    environment,
-    nanochat,
-)
+from tests.conftest import TINY_EVALUATE_BASE, TINY_EVALUATE_CHAT, command, environment, nanochat
 
 
 def test_a_tool_call_is_shown_with_its_result():
@@ -22,9 +14,8 @@ def test_a_tool_call_is_shown_with_its_result():
     assert "".join(shown([ToolCall("what"), Text("?")])) == " [what] ?"
 
 
-def test_chat_and_evaluation_of_a_trained_model(base):
-    for stage, arguments in (("base", TINY_BASE), ("mid", TINY_MID), ("sft", TINY_SFT)):
-        assert nanochat(base, "train", stage, *arguments).returncode == 0
+def test_chat_and_evaluation_of_a_trained_model(trained_base, tmp_path):
+    base = shutil.copytree(trained_base, tmp_path / "base")
     result = nanochat(base, "chat", "-p", "Where does Tilda live?", "--max-tokens", "5")
     assert result.returncode == 0 and result.stdout.startswith("nanochat: "), result.stderr
     talk = subprocess.run(
