@@ -248,9 +248,9 @@ def check_autocast(kernel: Callable, reference: Callable, inputs: Sequence, wrt:
             assert not wrong, f"{dtypes_of}: number {number}: {wrong}"
 
 
-def assert_64_bit_offsets(kernel: Kernel) -> None:
-    """Check, without a GPU, that no launch of the kernel computes an address from a program's number in 32 bits."""
-    found = narrow_offsets(kernel.name)
+def assert_64_bit_offsets(*kernels: Kernel) -> None:
+    """Check, without a GPU, that no launch of the kernels computes an address from a program's number in 32 bits."""
+    found = narrow_offsets(*(kernel.name for kernel in kernels))
     assert not found, found
 
 

@@ -73,11 +73,14 @@ def test_symmetric_products(batch, m, k, dtype, tall, wide, seed):
     check_product(gram, gram, gram, parameters, alpha=2.03, beta=-4.77, gamma=3.4, y_transposed=True, symmetric=True)
 
 
-@pytest.mark.parametrize(("bm", "bn"), [(16, 16), (16, 32), (32, 64), (16, 64)])
+# one shape for each ratio of the sides, which decides what the diagonal cuts
+@pytest.mark.parametrize(
+    ("bm", "bn"), [(16, 16), (16, 32), (32, 64), (16, 64)] if GPU else [(16, 16), (16, 32), (16, 64)]
+)
 def test_the_triangle_is_covered(bm, bn):
     """All of the result is written for matrices of one to six tiles per side, with and without a ragged last tile."""
     for m in sorted({1, bm, bm + 1, bn - 1, bn, bn + 1, 2 * bn + 1, 3 * bn - bm, 4 * bn, 5 * bn + 3}):
-        x = randn(2, m, 16, dtype=torch.float16, seed=m)
+        x = randn(1, m, 16, dtype=torch.float16, seed=m)
         check_product(x, x, None, SMALL_TILES | {"BLOCK_M": bm, "BLOCK_N": bn}, y_transposed=True, symmetric=True)
 
 

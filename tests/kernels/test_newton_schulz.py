@@ -20,10 +20,15 @@ HALVES = (torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Use small tiles in the interpreter, which computes padding too: most of an A100's tile would be padding here."""
+    """Use small tiles in the interpreter, which computes padding too: most of an A100's tile would be padding here.
+
+    They hold a small matrix whole and a large one in parts: test_matrix_product.py is about many tiles, and each takes long.
+    """
     if not GPU:
         product = importlib.import_module("nanochat_kernels.matrix_product")
-        monkeypatch.setattr(product, "launch_parameters", lambda *_: SMALL_TILES)
+        monkeypatch.setattr(
+            product, "launch_parameters", lambda *_: SMALL_TILES | {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 64}
+        )
 
 
 def fused(gradients, *arguments, **options):
@@ -209,13 +214,13 @@ def test_known_squares(stride):
     squares = torch.full((3, 64 * stride), float("nan"), dtype=torch.float64, device=DEVICE)[:, ::stride]
     squares.copy_(torch.rand(3, 64, generator=torch.Generator().manual_seed(0)))
     squares *= gradients.double().square().sum((1, 2))[:, None] / squares.sum(1, keepdim=True)
-    torch.testing.assert_close(fused(gradients, squares=squares), fused(gradients), rtol=2e-2, atol=4e-3)
+    torch.testing.assert_close(fused(gradients, 1, squares=squares), fused(gradients, 1), rtol=2e-2, atol=4e-3)
 
 
 @pytest.mark.parametrize("layout", ["columns", "slice", "transposed"])
 def test_strided_gradients(layout):
     gradients = randn(2, 24, 40, dtype=torch.float16, layout=layout)
-    assert torch.equal(fused(gradients), fused(gradients.contiguous()))
+    assert torch.equal(fused(gradients, 1), fused(gradients.contiguous(), 1))
 
 
 def test_the_norm_beyond_one_pass():
@@ -236,7 +241,7 @@ def test_derivatives_raise():
 
 
 def test_vmap():
-    harness.check_vmap(fused, [randn(2, 16, 24, dtype=torch.float16)], [0])
+    harness.check_vmap(lambda gradients: fused(gradients, 1), [randn(2, 16, 24, dtype=torch.float16)], [0])
 
 
 def test_the_gate_judges_every_matrix():
@@ -279,7 +284,7 @@ def test_on_another_device():
 
 
 def test_registration():
-    flat = [number for step in FILE.coefficients_of(5, "model") for number in step]
+    flat = [number for step in FILE.coefficients_of(2, "model") for number in step]
     for algorithm in ("standard", "gram"):
         torch.library.opcheck(FILE.newton_schulz_op, (randn(2, 16, 48, dtype=torch.bfloat16), flat, algorithm))
 

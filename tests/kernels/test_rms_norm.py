@@ -266,9 +266,8 @@ def test_other_device():
     harness.check_other_device(add_norm, [x, update], [0, 1])
 
 
-@pytest.mark.parametrize("kernel", FILE.KERNELS, ids=lambda kernel: kernel.name)
-def test_offsets_are_64_bit(kernel):
-    harness.assert_64_bit_offsets(kernel)
+def test_offsets_are_64_bit():
+    harness.assert_64_bit_offsets(*FILE.KERNELS)
 
 
 @pytest.mark.skipif(not GPU, reason="needs 13 GB of GPU memory")

@@ -255,9 +255,8 @@ def test_every_launch_configuration(kernel):
             torch.testing.assert_close(PARTS.launch_gradient(logits, targets, sums, one, 15.0, -1, parameters), grad)
 
 
-@pytest.mark.parametrize("kernel", FILE.KERNELS, ids=lambda kernel: kernel.name)
-def test_offsets_are_64_bits_wide(kernel):
-    harness.assert_64_bit_offsets(kernel)
+def test_offsets_are_64_bits_wide():
+    harness.assert_64_bit_offsets(*FILE.KERNELS)
 
 
 def test_derivatives_that_do_not_exist_raise():
