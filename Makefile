@@ -16,9 +16,9 @@ test: $(INSTALLED)
 
 # what takes long: tests marked long, every planted fault, and the preset cpu under a real Slurm where that is installed
 check: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist load -m long
+	$(BIN)/python -m pytest -n 2 --dist load -m long --ignore tests/slurm
 	$(BIN)/python -m pytest -n 2 --dist load tests/kernels/test_planted_faults.py --plant --timeout 1800
-	$(BIN)/python -m pytest tests/slurm -k "survives or status" --slurm-preset cpu --timeout 1650
+	$(BIN)/python -m pytest tests/slurm -m long --slurm-preset cpu --timeout 1650
 
 bench: $(INSTALLED)
 	mkdir -p build

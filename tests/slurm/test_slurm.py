@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,31 @@ def uninterrupted(tmp_path_factory, slurm, preset) -> Run:
     return run
 
 
+@pytest.fixture(scope="module")
+def requeued(tmp_path_factory, slurm) -> Run:
+    """A run up to the end of its first training, which gets the signal of the time limit in the middle."""
+    run = Run(slurm, tmp_path_factory.mktemp("requeued"), "--time=10", "--signal-seconds=30", "--to=base")
+    run.submit()
+    run.wait(lambda: run.trained("base", 60) or run.state()[0] in ENDED)
+    run.slurm("scancel", "--signal=USR1", "--batch", run.job)
+    assert run.end(*ENDED) == "COMPLETED", run.log()[-3000:]
+    return run
+
+
+def test_a_requeued_run_goes_on_at_the_step_at_which_it_stopped(requeued):
+    log = requeued.log()
+    assert requeued.state() == ("COMPLETED", 1) and log.count("USR1 received before the time limit") == 1
+    (stopped,) = set(re.findall(r"training base stopped at step (\d+)", log))
+    assert re.findall(r"resuming base at step (\d+)", log) == [stopped]
+    assert [step for step, _ in requeued.losses("base")["base"]] == list(range(600))
+
+
+def test_status_of_a_part(requeued):
+    shown = status(requeued)
+    assert "done in" in shown and "600" in shown and "to come" in shown
+
+
+@pytest.mark.long
 def test_a_run_survives_time_limits_cancellation_and_kills(slurm, preset, uninterrupted, tmp_path):
     """Queued again twice by the time limit, cancelled once, killed once: the losses are the uninterrupted run's."""
     # Slurm looks every 30 s: the signal comes 5 to 35 s after the start, so that two of them are sure to come in time
@@ -88,8 +114,12 @@ def test_two_tasks_of_a_node(slurm, tmp_path):
     assert "resuming base at step" in killed.log()
 
 
-def test_status_tells_from_the_files(uninterrupted, preset):
+def status(run: Run) -> str:
     command = [sys.executable, "-m", "nanochat", "cluster", "status"]
-    shown = subprocess.run(command, capture_output=True, text=True, env=uninterrupted.env).stdout
-    steps = PRESETS[preset]["train base"]["num_iterations"]
+    return subprocess.run(command, capture_output=True, text=True, env=run.env).stdout
+
+
+@pytest.mark.long
+def test_status_of_the_whole(uninterrupted, preset):
+    shown, steps = status(uninterrupted), PRESETS[preset]["train base"]["num_iterations"]
     assert "done in" in shown and str(steps) in shown and "to come" not in shown
