@@ -9,11 +9,12 @@ from dataclasses import replace
 
 import pytest
 
+from nanochat.options.speedrun import FetchOptions
 from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
 from nanochat.speedrun import fetch as fetching
 from nanochat.speedrun.assets import assets, read_fetched
-from nanochat.speedrun.fetch import _fetch
+from nanochat.speedrun.fetch import _fetch, fetch
 from tests.conftest import assert_refused, command, environment, nanochat
 from tests.nanochat.speedrun.hub import Hub
 from tests.nanochat.speedrun.world_of_d20 import content
@@ -113,10 +114,25 @@ def test_two_at_once(hub, tmp_path):
         command(*arguments("text")), env=environment(tmp_path, **around(hub)), stdout=subprocess.DEVNULL
     )
     while not hub.gets:
+        assert first.poll() is None
         time.sleep(0.05)
     assert_refused(nanochat(tmp_path, *arguments("text"), **around(hub)), "another fetch is running")
     hub.release.set()
     assert first.wait(60) == 0
+
+
+def test_the_lock_is_held_as_long_as_files_are_fetched(tmp_path, monkeypatch):
+    options, seen = FetchOptions("d20"), []
+
+    def during(*_):
+        with pytest.raises(UserError, match="another fetch is running in .*; wait for it"):
+            fetch(options, Paths(tmp_path))
+        seen.append("once")
+
+    monkeypatch.setattr(fetching, "_fetch", during)
+    for _ in range(2):  # it was released
+        fetch(options, Paths(tmp_path))
+    assert len(seen) == 2
 
 
 def test_a_full_disk(hub, tmp_path):
@@ -134,7 +150,9 @@ def test_a_full_disk(hub, tmp_path):
         _fetch([replace(ON_HUB[0], megabytes=1e9)], 1, Paths(tmp_path))
 
 
-def test_the_web_and_what_is_made(tmp_path):
+def test_the_web_and_what_is_made(tmp_path, monkeypatch):
+    # pooch waits between its attempts too; in other tests the hub and the tests themselves have to wait
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     wanted = {asset.name: asset for asset in assets("d20", SHARDS) if not asset.repo}
     words, archive = (next(iter(content(wanted[name]).values())) for name in ("words", "eval_bundle"))
     with Hub({"web/words": words, "web/bundle": archive}) as server:
@@ -148,11 +166,6 @@ def test_the_web_and_what_is_made(tmp_path):
         paths.words.unlink()
         with pytest.raises(UserError, match="words .*the server answered 404"):
             _fetch([replace(wanted["words"], url=at["words"])], 1, paths)
-
-
-@pytest.fixture(autouse=True)
-def no_long_waits(monkeypatch):
-    monkeypatch.setattr(fetching.time, "sleep", lambda seconds: None)
 
 
 def test_mistakes_are_named(tmp_path):
