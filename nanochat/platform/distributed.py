@@ -128,6 +128,10 @@ def start_runtime(device: str = "auto") -> Iterator[Runtime]:
             )
         torch.cuda.set_device(local)
     index = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    # before the group exists: the default arguments of these functions would keep it, and with it gloo's threads, after it is
+    # destroyed; torch.compile and torch.distributed.checkpoint import the module later
+    from torch.distributed.nn import functional  # noqa: F401
+
     timeout, control = collective_timeout(), None
     if kind == "cuda":
         # 1.5: NCCL's own watchdog aborts the process without a helpful message, so it must come after our timeout

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -77,3 +78,58 @@ def test_messages_of_a_lost_process(message):
 )
 def test_other_errors_do_not_blame_another_process(message):
     assert not lost_another_process(RuntimeError(message))
+
+
+# A function that gloo's thread calls when a collective is complete stands for what that thread does by itself: it releases the
+# tensor, for which it needs the GIL. In the second process it is still at it when the process has done its work.
+LATE = """
+import threading, time
+from pathlib import Path
+import torch
+import torch.distributed as dist
+
+finished = []
+
+def reduce_with_a_late_thread(runtime, seconds):
+    began, registered = threading.Event(), Path(__file__).with_name("registered")
+
+    def busy(_):
+        began.set()
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            time.sleep(0.001)
+        finished.append(True)
+
+    while runtime.rank == 0 and not registered.exists():
+        time.sleep(0.01)
+    work = dist.all_reduce(torch.ones(1), async_op=True)
+    if runtime.rank == 1:
+        work.get_future().then(busy)
+        registered.touch()
+        began.wait()
+    else:
+        work.wait()
+
+"""
+
+
+def run_late(tmp_path, ending: str) -> subprocess.CompletedProcess:
+    """Run LATE and then `ending` in two processes."""
+    script = tmp_path / "late.py"
+    script.write_text(LATE + ending)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return subprocess.run([*launcher, script], capture_output=True, text=True, timeout=120, env=environment(tmp_path))
+
+
+def test_the_threads_of_gloo_end_with_the_runtime(tmp_path):
+    run = run_late(
+        tmp_path,
+        """
+from nanochat.platform.distributed import start_runtime
+with start_runtime("cpu") as runtime:
+    import torch._dynamo, torch.distributed.checkpoint  # as models and checkpoints do
+    reduce_with_a_late_thread(runtime, seconds=1)
+assert runtime.rank == 0 or finished, "gloo's thread still runs"
+""",
+    )
+    assert run.returncode == 0, run.stderr
