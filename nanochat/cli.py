@@ -4,6 +4,7 @@ The options of a command are a class in nanochat/options. Its code is imported o
 not wait for torch.
 """
 
+import atexit
 import contextlib
 import difflib
 import inspect
@@ -155,6 +156,8 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         _dispatch(arguments)
+        if _distributed():
+            _leave()
     except UserError as error:
         _fail(str(error), error.exit_status)
     except KeyboardInterrupt:
@@ -243,12 +246,27 @@ def _fail(message: str, status: int) -> NoReturn:
     sys.stdout.flush()
     print(f"nanochat: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     # the other processes may wait in a collective, and a regular exit would wait for them: exit at once
-    if "torch" in sys.modules and _distributed():
+    if _distributed():
         os._exit(status)
     sys.exit(status)
 
 
+def _leave() -> NoReturn:
+    """End a process of a distributed run that has done its work, with status 0, whatever threads still run in gloo or NCCL.
+
+    After a collective gloo's thread asks for the GIL, to release the tensor. If the interpreter is already being finalized by
+    then, Python ends that thread, and this aborts the process.
+    """
+    atexit._run_exitfuncs()  # as a regular exit does: they remove temporary directories, for example
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 def _distributed() -> bool:
+    """Whether torchrun has started this process and it has come as far as to import torch."""
+    if "torch" not in sys.modules:
+        return False
     import torch.distributed
 
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()

@@ -83,12 +83,12 @@ def test_other_errors_do_not_blame_another_process(message):
 # A function that gloo's thread calls when a collective is complete stands for what that thread does by itself: it releases the
 # tensor, for which it needs the GIL. In the second process it is still at it when the process has done its work.
 LATE = """
-import threading, time
+import atexit, sys, threading, time
 from pathlib import Path
 import torch
 import torch.distributed as dist
 
-finished = []
+finished, kept = [], []
 
 def reduce_with_a_late_thread(runtime, seconds):
     began, registered = threading.Event(), Path(__file__).with_name("registered")
@@ -118,7 +118,9 @@ def run_late(tmp_path, ending: str) -> subprocess.CompletedProcess:
     script = tmp_path / "late.py"
     script.write_text(LATE + ending)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return subprocess.run([*launcher, script], capture_output=True, text=True, timeout=120, env=environment(tmp_path))
+    # by itself torchrun starts Python with -u; with a buffer a process must flush what it has printed
+    program, env = ["--no-python", sys.executable, script], environment(tmp_path, PYTHONUNBUFFERED="")
+    return subprocess.run([*launcher, *program], capture_output=True, text=True, timeout=120, env=env)
 
 
 def test_the_threads_of_gloo_end_with_the_runtime(tmp_path):
@@ -133,3 +135,23 @@ assert runtime.rank == 0 or finished, "gloo's thread still runs"
 """,
     )
     assert run.returncode == 0, run.stderr
+
+
+def test_a_process_that_has_done_its_work_ends_with_status_0_whatever_threads_run(tmp_path):
+    run = run_late(
+        tmp_path,
+        """
+import nanochat.evaluate.chat
+from nanochat.cli import main
+def evaluate(options, runtime):
+    kept.append(dist.group.WORLD)  # as a runtime on GPUs keeps its group for control
+    atexit.register(print, "exit function of", runtime.rank)
+    print("done")
+    reduce_with_a_late_thread(runtime, seconds=1000)
+    return {}
+nanochat.evaluate.chat.evaluate_chat = evaluate
+main(["evaluate", "chat", "--device", "cpu"])
+""",
+    )
+    assert run.returncode == 0, run.stderr
+    assert sorted(run.stdout.splitlines()) == ["done", "done", "exit function of 0", "exit function of 1"]
