@@ -118,3 +118,40 @@ def check_gradient_buffer(operation: str, name: str, weight: Tensor, gradient: T
         raise TypeError(
             f"{operation}: {name} must be contiguous float32, got {gradient.dtype} with strides {gradient.stride()}"
         )
+
+
+def check_residual(operation: str, x: Tensor, residual: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raise an error unless residual is None or has the shape of the result, on x's device and, except under autocast, in its dtype."""
+    if residual is None:
+        return
+    check_shape(operation, "residual", residual, *shape)
+    if under_autocast(x):
+        check_device(operation, x=x, residual=residual)
+    else:
+        check_float(operation, x=x, residual=residual)
+
+
+def check_rstd(operation: str, x: Tensor, rstd: Tensor | None) -> None:
+    """Raise an error unless rstd is None or one number for each row of x, in float32 or x's wider dtype, on its device."""
+    if rstd is None:
+        return
+    check_shape(operation, "rstd", rstd, *x.shape[:-1])
+    check_device(operation, x=x, rstd=rstd)
+    expected = torch.promote_types(x.dtype, torch.float32)
+    if rstd.dtype != expected:
+        raise TypeError(f"{operation}: rstd must be {expected}, got {rstd.dtype}")
+
+
+def check_offset(operation: str, x: Tensor, tokens: int, positions: int, offset: int | Tensor) -> None:
+    """Raise an error unless offset is an integer, from which on the tables have `tokens` positions, or one integer per row of x."""
+    if isinstance(offset, Tensor):
+        check_shape(operation, "offset", offset, x.size(0))
+        check_device(operation, x=x, offset=offset)
+        if offset.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{operation}: offset must be int32 or int64, got {offset.dtype}")
+    elif isinstance(offset, bool) or not isinstance(offset, int):
+        raise TypeError(f"{operation}: offset must be an int or a tensor of ints, got {offset}")
+    elif offset < 0 or offset + tokens > positions:
+        raise ValueError(
+            f"{operation}: positions {offset} to {offset + tokens - 1} exceed the {positions} rows of the tables"
+        )

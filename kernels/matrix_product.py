@@ -1,40 +1,41 @@
-"""Batched products of 16-bit matrices, α·x·y + β·plus + γ·I, with half of the work for a symmetric result.
+"""The one matrix-product kernel of the package. An operation gives it an epilogue, which is applied to each tile of the sums.
 
-Of a symmetric result (x·xᵀ, b·A + c·A², products of commuting symmetric matrices) only the tiles of the lower triangle are computed.
-They are numbered consecutively, so that no program is idle. Each element below the diagonal is stored twice, so that the result is
-symmetric bit for bit. Sums are float32. x·xᵀ and xᵀ·x read x without copying or transposing it in memory.
-newton_schulz is built from these products; this file does not define an operation of the package.
+out = epilogue(x·y), where x is (M, K) and y (K, N), each also as the transpose of what lies in memory, or a batch of such matrices.
+Sums are float32. An epilogue is a `@triton.jit` function that gets a part of a tile and stores the result:
+
+    epilogue(sums, out_ptr, out_stride, first_ptr, first_stride, second_ptr, second_stride, arguments, row, column, m, n, TMA, WHOLE)
+
+`sums` (BLOCK_M, PART) are the elements from (row, column) on; `first` and `second` are matrices of the result's shape that the
+epilogue may read, and `arguments` a tuple of pointers and numbers. The same epilogue serves a product that torch computes
+("TORCH": 1 in the launch table, where that is faster): it is then applied in one pass over the stored product.
+
+On sm_90 tiles are read and written through tensor descriptors, by programs that take several tiles each, so that the first loads
+of a tile overlap with the epilogue of the tile before it. On sm_80 they are read through pointers, one program a tile.
 """
 
-import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanochat_kernels.architecture import TRITON_INSTALLED
-from nanochat_kernels.checks import check_device
 from nanochat_kernels.configs import launch_parameters
-from nanochat_kernels.operation import Kernel
-from nanochat_kernels.triton_helpers import (
-    DTYPES,
-    GRID_LIMIT,
-    cast,
-    cdiv,
-    dot,
-    launch,
-    multiprocessors,
-    tl,
-    triton,
-)
+from nanochat_kernels.triton_helpers import DTYPES, GRID_LIMIT, cast, cdiv, dot, launch, multiprocessors, tl, triton
 
 if TRITON_INSTALLED:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @triton.jit
-def tile_position(t, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """Return the first row and column of tile t. In a triangle, each tile row of the g-th BLOCK_N rows has g + 1 tiles."""
-    if SYMMETRIC:
+def tile_position(
+    t, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, TRIANGLE: tl.constexpr
+):  # fmt: skip
+    """Return the first row and column of tile t.
+
+    In a triangle, each tile row of the g-th BLOCK_N rows has g + 1 tiles. Otherwise GROUP tile rows are walked together, column by
+    column, so that the tiles computed at the same time share what they read.
+    """
+    if TRIANGLE:
         PER_GROUP: tl.constexpr = BLOCK_N // BLOCK_M
         group = ((tl.sqrt(8.0 * (t // PER_GROUP) + 1.0) - 1.0) * 0.5).to(tl.int32)
         # correct the group by one, because the square root may be rounded up or down
@@ -44,60 +45,77 @@ def tile_position(t, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SYMM
         row = group * BLOCK_N + rest // (group + 1) * BLOCK_M
         column = rest % (group + 1) * BLOCK_N
     else:
-        across = tl.cdiv(columns, BLOCK_N)
-        row, column = t // across * BLOCK_M, t % across * BLOCK_N
+        across = tl.cdiv(n, BLOCK_N)
+        first = t // (GROUP * across) * GROUP
+        rows = tl.minimum(tl.cdiv(m, BLOCK_M) - first, GROUP)
+        rest = t % (GROUP * across)
+        row, column = (first + rest % rows) * BLOCK_M, rest // rows * BLOCK_N
     return row, column
 
 
 @triton.jit
-def load_tile(
-    x_ptr, matrix, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
-    WHOLE: tl.constexpr,
-):  # fmt: skip
-    """Load ROWS × COLUMNS elements of x (batch, rows, columns), zeros outside; with TMA x_ptr is a descriptor (batch·rows, columns)."""
-    if TMA:
-        tile = x_ptr.load([matrix * rows + row, column])
-    else:
-        r, c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
-        ptr = x_ptr + matrix.to(tl.int64) * rows * columns + (r * columns)[:, None] + c[None, :]
-        if WHOLE:
-            tile = tl.load(ptr)
-        else:
-            tile = tl.load(ptr, mask=(r < rows)[:, None] & (c < columns)[None, :], other=0.0)
-    return tile
+def block_pointers(x_ptr, stride, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return pointers to ROWS × COLUMNS elements of a matrix from (row, column) on. Only the first offset can exceed 2³¹."""
+    r, c = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    return x_ptr + (tl.cast(row, tl.int64) * stride + column) + ((r * stride)[:, None] + c[None, :])
 
 
 @triton.jit
-def store_tile(
-    sums, plus_ptr, out_ptr, row, column, m, n, alpha, beta, gamma,
-    SYMMETRIC: tl.constexpr, PLUS: tl.constexpr, DIAGONAL: tl.constexpr, WHOLE: tl.constexpr,
+def block_mask(row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return (row + tl.arange(0, ROWS) < rows)[:, None] & (column + tl.arange(0, COLUMNS) < columns)[None, :]
+
+
+@triton.jit
+def load_block(
+    x_ptr, stride, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Store alpha·sums + beta·plus + gamma·I; of a symmetric result also store the mirror image of what is below the diagonal."""
-    r, c = row + tl.arange(0, sums.shape[0]), column + tl.arange(0, sums.shape[1])
-    offsets = (r * n)[:, None] + c[None, :]
-    mask = (r < m)[:, None] & (c < n)[None, :]
-    sums *= alpha
-    if PLUS:
-        if WHOLE:
-            sums += beta * tl.load(plus_ptr + offsets).to(tl.float32)
-        else:
-            sums += beta * tl.load(plus_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    if DIAGONAL:
-        sums += tl.where(r[:, None] == c[None, :], gamma, 0.0)
-    value = cast(sums, out_ptr.dtype.element_ty)
-    if SYMMETRIC:
-        mirrored = (c * n)[None, :] + r[:, None]
-        if WHOLE and column + sums.shape[1] <= row + 1:  # a mask would split wide stores into single elements
-            tl.store(out_ptr + offsets, value)
-            tl.store(out_ptr + mirrored, value)
-        else:
-            below = mask & (c[None, :] <= r[:, None])
-            tl.store(out_ptr + offsets, value, mask=below)
-            tl.store(out_ptr + mirrored, value, mask=below)  # the diagonal is stored twice, with the same value
+    """Load ROWS × COLUMNS elements of a matrix (rows, columns), zeros outside; with TMA x_ptr is a descriptor."""
+    if TMA:
+        block = x_ptr.load([row, column])
     elif WHOLE:
-        tl.store(out_ptr + offsets, value)
+        block = tl.load(block_pointers(x_ptr, stride, row, column, ROWS, COLUMNS))
     else:
-        tl.store(out_ptr + offsets, value, mask=mask)
+        mask = block_mask(row, column, rows, columns, ROWS, COLUMNS)
+        block = tl.load(block_pointers(x_ptr, stride, row, column, ROWS, COLUMNS), mask=mask, other=0.0)
+    return block
+
+
+@triton.jit
+def rounded(x, out_ptr, TMA: tl.constexpr):
+    """Return x in the dtype of the elements of out_ptr, which is a descriptor with TMA."""
+    if TMA:
+        x = cast(x, out_ptr.dtype)
+    else:
+        x = cast(x, out_ptr.dtype.element_ty)
+    return x
+
+
+@triton.jit
+def store_block(x_ptr, stride, block, row, column, rows, columns, TMA: tl.constexpr, WHOLE: tl.constexpr):
+    """Round a block, and store it into a matrix (rows, columns) without what lies outside; with TMA x_ptr is a descriptor."""
+    block = rounded(block, x_ptr, TMA)
+    if TMA:
+        x_ptr.store([row, column], block)
+    elif WHOLE:
+        tl.store(block_pointers(x_ptr, stride, row, column, block.shape[0], block.shape[1]), block)
+    else:
+        mask = block_mask(row, column, rows, columns, block.shape[0], block.shape[1])
+        tl.store(block_pointers(x_ptr, stride, row, column, block.shape[0], block.shape[1]), block, mask=mask)
+
+
+@triton.jit
+def load_rows(x_ptr, row, rows, ROWS: tl.constexpr):
+    """Load one number for each of ROWS rows from `row` on, 0 outside."""
+    r = row + tl.arange(0, ROWS)
+    return tl.load(x_ptr + r, mask=r < rows, other=0.0)
+
+
+@triton.jit
+def store_row_sums(x_ptr, sums, row, column, m, n, PART: tl.constexpr):
+    """Store the sum of each row of a part into x (parts, M): its rows are numbered by the part's position in the row."""
+    r = row + tl.arange(0, sums.shape[0])
+    tl.store(x_ptr + tl.cast(column // PART, tl.int64) * m + r, sums, mask=(r < m) & (column < n))
 
 
 @triton.jit
@@ -107,175 +125,204 @@ def halves(tile):
 
 
 @triton.jit
+def parts_of(tile, PARTS: tl.constexpr):
+    """Split a tile into PARTS parts of its columns, from left to right; PARTS is a power of two."""
+    if PARTS == 1:
+        parts = (tile,)
+    else:
+        left, right = halves(tile)
+        parts = parts_of(left, PARTS // 2) + parts_of(right, PARTS // 2)
+    return parts
+
+
+@triton.jit
 def product_kernel(
-    x_ptr, y_ptr, plus_ptr, out_ptr, tiles, total, m, n, k, alpha, beta, gamma,
-    X_TRANSPOSED: tl.constexpr, Y_TRANSPOSED: tl.constexpr, SYMMETRIC: tl.constexpr, PLUS: tl.constexpr,
-    DIAGONAL: tl.constexpr, WHOLE: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
+    x_ptr, y_ptr, out_ptr, first_ptr, second_ptr, arguments, tiles, total, m, n, k,
+    x_stride, y_stride, out_stride, first_stride, second_stride,
+    EPILOGUE: tl.constexpr, X_TRANSPOSED: tl.constexpr, Y_TRANSPOSED: tl.constexpr, TRIANGLE: tl.constexpr,
+    BATCH: tl.constexpr, WHOLE: tl.constexpr, TMA: tl.constexpr, OUT_TMA: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """Compute out (batch, m, n) in tiles BLOCK_M × BLOCK_N; program p takes tiles p, p + num_programs, ….
 
-    There are `tiles` tiles in each matrix and `total` in the batch.
+    There are `tiles` tiles in each matrix and `total` in the batch. In a batch the matrices lie one after the other: the operands
+    are read as one tall matrix, and the epilogue gets the first row of the tile in it as well.
     """
-    # torch.compile may pass a float as float64
-    alpha, beta, gamma = tl.cast(alpha, tl.float32), tl.cast(beta, tl.float32), tl.cast(gamma, tl.float32)
     for index in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLATTEN):
-        matrix = index // tiles
-        row, column = tile_position(index % tiles, n, BLOCK_M, BLOCK_N, SYMMETRIC)
+        matrix = index // tiles if BATCH else 0
+        row, column = tile_position(index % tiles if BATCH else index, m, n, BLOCK_M, BLOCK_N, GROUP, TRIANGLE)
         sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in range(0, k, BLOCK_K):
             if X_TRANSPOSED:
-                a = load_tile(x_ptr, matrix, start, row, k, m, BLOCK_K, BLOCK_M, TMA, WHOLE).T
+                a = load_operand(x_ptr, x_stride, matrix, start, row, k, m, BLOCK_K, BLOCK_M, BATCH, TMA, WHOLE).T
             else:
-                a = load_tile(x_ptr, matrix, row, start, m, k, BLOCK_M, BLOCK_K, TMA, WHOLE)
+                a = load_operand(x_ptr, x_stride, matrix, row, start, m, k, BLOCK_M, BLOCK_K, BATCH, TMA, WHOLE)
             if Y_TRANSPOSED:
-                b = load_tile(y_ptr, matrix, column, start, n, k, BLOCK_N, BLOCK_K, TMA, WHOLE).T
+                b = load_operand(y_ptr, y_stride, matrix, column, start, n, k, BLOCK_N, BLOCK_K, BATCH, TMA, WHOLE).T
             else:
-                b = load_tile(y_ptr, matrix, start, column, k, n, BLOCK_K, BLOCK_N, TMA, WHOLE)
+                b = load_operand(y_ptr, y_stride, matrix, start, column, k, n, BLOCK_K, BLOCK_N, BATCH, TMA, WHOLE)
             sums = dot(a, b, sums)
-        base = matrix.to(tl.int64) * m * n
-        parts = halves(sums)  # storing one part at a time needs fewer registers for addresses
-        if BLOCK_N > 128 or not TMA:  # without TMA the loads need registers for addresses too
-            parts = halves(parts[0]) + halves(parts[1])
-        for i in tl.static_range(len(parts)):
-            left = column + i * (BLOCK_N // len(parts))
-            needed = left < row + BLOCK_M if SYMMETRIC else True  # false for a part wholly above the diagonal
-            if needed:
-                store_tile(
-                    parts[i], plus_ptr + base, out_ptr + base, row, left, m, n, alpha, beta, gamma,
-                    SYMMETRIC, PLUS, DIAGONAL, WHOLE,
-                )  # fmt: skip
+        out, first, second = out_ptr, first_ptr, second_ptr
+        if BATCH:
+            out += tl.cast(matrix, tl.int64) * m * out_stride
+            first += tl.cast(matrix, tl.int64) * m * first_stride
+        # a part at a time, because its addresses and what it reads need fewer registers than those of a whole tile
+        parts = parts_of(sums, BLOCK_N // PART)
+        for i in tl.static_range(BLOCK_N // PART):
+            EPILOGUE(
+                parts[i], out, out_stride, first, first_stride, second, second_stride, arguments, row,
+                column + i * PART, m, n, OUT_TMA, WHOLE,
+            )  # fmt: skip
 
 
-def tile_count(m: int, n: int, block_m: int, block_n: int, symmetric: bool) -> int:
+@triton.jit
+def load_operand(
+    x_ptr, stride, matrix, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BATCH: tl.constexpr,
+    TMA: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    if BATCH and TMA:
+        block = x_ptr.load([matrix * rows + row, column])
+    elif BATCH:
+        base = x_ptr + tl.cast(matrix, tl.int64) * rows * stride
+        block = load_block(base, stride, row, column, rows, columns, ROWS, COLUMNS, TMA, WHOLE)
+    else:
+        block = load_block(x_ptr, stride, row, column, rows, columns, ROWS, COLUMNS, TMA, WHOLE)
+    return block
+
+
+@triton.jit
+def epilogue_kernel(
+    sums_ptr, out_ptr, first_ptr, second_ptr, arguments, m, n, sums_stride, out_stride, first_stride, second_stride,
+    EPILOGUE: tl.constexpr, BLOCK_M: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Apply an epilogue to a product that is stored; out may be the same memory."""
+    row, column = tl.program_id(0) * BLOCK_M, tl.program_id(1) * PART
+    sums = load_block(sums_ptr, sums_stride, row, column, m, n, BLOCK_M, PART, False, False).to(tl.float32)
+    EPILOGUE(
+        sums, out_ptr, out_stride, first_ptr, first_stride, second_ptr, second_stride, arguments, row, column, m, n,
+        False, False,
+    )  # fmt: skip
+
+
+def tile_count(m: int, n: int, block_m: int, block_n: int, triangle: bool) -> int:
     """Return the number of tiles of one matrix."""
-    if symmetric:
+    if triangle:
         return sum(i // (block_n // block_m) + 1 for i in range(cdiv(m, block_m)))
     return cdiv(m, block_m) * cdiv(n, block_n)
 
 
-def product(
-    x: Tensor, y: Tensor, plus: Tensor | None = None, *, alpha: float = 1.0, beta: float = 0.0, gamma: float = 0.0,
-    x_transposed: bool = False, y_transposed: bool = False, symmetric: bool = False, dtype: torch.dtype | None = None,
+def product_parameters(
+    name: str, x: Tensor, y: Tensor, shape: tuple[int, int, int], part: int | None = None,
     parameters: dict[str, int] | None = None,
-) -> Tensor:  # fmt: skip
-    """Return alpha·x·y + beta·plus + gamma·I for x (B, M, K), y (B, K, N), plus (B, M, N).
+) -> dict[str, int]:  # fmt: skip
+    """Return the launch parameters of a product, from the table of `name` unless given, adjusted to operands x and y.
 
-    x_transposed: x is given as (B, K, M); y_transposed: y is given as (B, N, K). symmetric: the caller guarantees that the result
-    is symmetric. dtype: the dtype of the result, by default x's. A matrix may have up to 2³¹ elements; the batch has no limit.
-    Repeated calls are bitwise equal. Raises ValueError for mismatched shapes, for tensors that are not contiguous, and for
-    tensors whose dtype or device differs from x's.
+    shape: (M, N, K). part: the width of the parts if the epilogue requires one, such as that of a head. Operands that no tensor
+    descriptor can describe are read through pointers, and products in float32 are left to torch.
     """
-    batch, m, k = x.shape if not x_transposed else (x.size(0), x.size(2), x.size(1))
-    n = y.size(1) if y_transposed else y.size(2)
-    check_operands(x, y, plus, (batch, m, n), (batch, n, k) if y_transposed else (batch, k, n))
-    out = torch.empty(batch, m, n, dtype=dtype or x.dtype, device=x.device)
+    found = dict(parameters or launch_parameters(name, x.device, x.dtype, shape))
+    if found.get("TORCH") or x.dtype not in DTYPES[:2]:
+        kept = {key: found[key] for key in ("BLOCK_M", "PART", "num_warps")}
+        return {"TORCH": 1, **kept, "BLOCK_M": min(kept["BLOCK_M"], 32), **({"PART": part} if part else {})}
+    if found["TMA"] and not (described(x) and described(y) and (x.dim() == 2 or shape[2] % found["BLOCK_K"] == 0)):
+        found |= {"TMA": 0, "BLOCK_N": min(found["BLOCK_N"], 128), "BLOCK_K": min(found["BLOCK_K"], 32), "PART": 32}
+    found["PART"] = part or min(found["PART"], found["BLOCK_N"])
+    found["BLOCK_N"] = max(found["BLOCK_N"], found["PART"])
+    return found
+
+
+def described(x: Tensor) -> bool:
+    """Return whether a tensor descriptor can describe x (rows, columns), or a contiguous batch of such matrices."""
+    aligned = x.data_ptr() % 16 == 0 and x.stride(-2) * x.element_size() % 16 == 0
+    return aligned and x.stride(-1) == 1 and x.shape[:-1].numel() <= GRID_LIMIT  # its rows are numbered in int32
+
+
+def product(
+    x: Tensor, y: Tensor, out: Tensor, epilogue: Any, parameters: dict[str, int], arguments: tuple = (),
+    first: Tensor | None = None, second: Tensor | None = None, *, x_transposed: bool = False,
+    y_transposed: bool = False, triangle: bool = False,
+) -> Tensor:  # fmt: skip
+    """Compute epilogue(x·y) for x (M, K) and y (K, N), which usually fills out (M, N), and return out.
+
+    x_transposed: x is given as (K, M); y_transposed: y is given as (N, K). All three may be a contiguous batch (B, …) instead. All
+    matrices have stride 1 along their rows. triangle: only the tiles of the lower triangle are computed. parameters: as returned
+    by product_parameters. Repeated calls are bitwise equal.
+    """
+    parameters = dict(parameters)
+    m, n = out.shape[-2:]
     if not out.numel():
         return out
-    name = "symmetric_product" if symmetric else "matrix_product"
-    parameters = dict(parameters or launch_parameters(name, x.device, x.dtype, (m, n, k)))
-    # a descriptor treats the batch as one tall matrix: a tile may run into the rows of the next matrix, but only where the
-    # results are masked, not along the summed axis
-    aligned = x.size(2) % 8 == y.size(2) % 8 == x.data_ptr() % 16 == y.data_ptr() % 16 == 0
-    fits_int32 = batch * max(x.size(1), y.size(1)) <= GRID_LIMIT  # a descriptor's rows are int32
-    if parameters["TMA"] and not (aligned and fits_int32 and k % parameters["BLOCK_K"] == 0):
-        parameters |= {"TMA": 0, "BLOCK_N": min(parameters["BLOCK_N"], 128), "BLOCK_K": min(parameters["BLOCK_K"], 32)}
-    block_m, block_n, block_k = (parameters[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    others = [out if t is None else t for t in (first, second)]
+    if parameters.pop("TORCH", 0):
+        sums = torch.mm(x.t() if x_transposed else x, y.t() if y_transposed else y)
+        grid = (cdiv(m, parameters["BLOCK_M"]), cdiv(n, parameters["PART"]))
+        launch(
+            epilogue_kernel, grid, out.device, sums, out, *others, arguments, m, n,
+            *(t.stride(0) for t in (sums, out, *others)), EPILOGUE=epilogue, **parameters,
+        )  # fmt: skip
+        return out
+    k = x.size(-2 if x_transposed else -1)
+    batch = out.size(0) if out.dim() == 3 else 1
+    block_m, block_n, block_k, part = (parameters[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "PART"))
     whole = m % block_m == 0 and n % block_n == 0 and k % block_k == 0
-    if not parameters["TMA"] and (x_transposed or not whole):  # addresses and masks take registers from the sums
+    tma = parameters.pop("TMA")
+    if not tma and (x_transposed or not whole):  # addresses and masks take registers from the sums
         parameters["num_warps"] = max(parameters["num_warps"], block_m * block_n // 2048)
-    tiles = tile_count(m, n, block_m, block_n, symmetric)
-    programs, total = parameters.pop("PROGRAMS"), tiles * batch
-    if parameters["TMA"]:
+    out_tma = bool(tma) and batch == 1 and not triangle and all(map(described, (out, *others)))
+    strides = [t.stride(-2) for t in (x, y, out, *others)]
+    if tma:
         x = descriptor(x, *((block_k, block_m) if x_transposed else (block_m, block_k)))
         y = descriptor(y, *((block_n, block_k) if y_transposed else (block_k, block_n)))
+    results = [descriptor(t, block_m, part) if out_tma else t for t in (out, *others)]
+    tiles = tile_count(m, n, block_m, block_n, triangle)
+    programs, total = parameters.pop("PROGRAMS"), tiles * batch
+    grid = (min(total, programs * multiprocessors(out.device)) if programs else total,)
     launch(
-        product_kernel, (min(total, programs * multiprocessors(out.device)) if programs else total,), out.device,
-        x, y, out if plus is None else plus, out, tiles, total, m, n, k, float(alpha), float(beta), float(gamma),
-        X_TRANSPOSED=x_transposed, Y_TRANSPOSED=y_transposed, SYMMETRIC=symmetric, PLUS=plus is not None,
-        DIAGONAL=gamma != 0.0, WHOLE=whole, FLATTEN=programs > 0 and not symmetric, **parameters,
+        product_kernel, grid, out.device, x, y, *results, arguments, tiles, total, m, n, k, *strides,
+        EPILOGUE=epilogue, X_TRANSPOSED=x_transposed, Y_TRANSPOSED=y_transposed, TRIANGLE=triangle, BATCH=batch > 1,
+        WHOLE=whole, TMA=bool(tma), OUT_TMA=out_tma, FLATTEN=programs > 0 and not triangle, **parameters,
     )  # fmt: skip
     return out
 
 
-def check_operands(x: Tensor, y: Tensor, plus: Tensor | None, out_shape: tuple, y_shape: tuple) -> None:
-    """Raise ValueError for operands that the kernel would read wrongly."""
-    tensors = {"x": x, "y": y} | ({} if plus is None else {"plus": plus})
-    check_device("product", **tensors)
-    for name, tensor, shape in (("y", y, y_shape), ("plus", plus, out_shape)):
-        if tensor is not None and tuple(tensor.shape) != tuple(shape):
-            raise ValueError(f"product: {name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
-    for name, tensor in tensors.items():
-        if not tensor.is_contiguous():
-            raise ValueError(f"product: {name} must be contiguous, got strides {tensor.stride()}")
-        if tensor.dtype != x.dtype or tensor.dtype not in DTYPES[:2]:
-            raise ValueError(f"product: all must be bfloat16 or all float16, got {name} in {tensor.dtype}")
-
-
 def descriptor(x: Tensor, rows: int, columns: int):
-    return TensorDescriptor.from_tensor(x.view(-1, x.size(2)), [rows, columns])
+    matrix = x.view(-1, x.size(2)) if x.dim() == 3 else x
+    return TensorDescriptor.from_tensor(matrix, [rows, columns])
 
 
-def launches_of(symmetric: bool):
-    """Return Kernel.launches: what newton_schulz launches at its shapes, and at other sizes every transposition and addend."""
-
-    def launches(key, dtype: torch.dtype, device: torch.device):
-        m, n, k = key
-        batch = max(1, 80 * 1280**2 // (m * n))
-        sets = {}
-
-        def normal(*shape: int) -> Tensor:
-            return torch.empty(batch, *shape, device=device, dtype=dtype).normal_()
-
-        def add(name: str, x_transposed: bool, y_transposed: bool, plus: bool, gamma: float = 0.0, to=dtype) -> None:
-            x, y = normal(*((k, m) if x_transposed else (m, k))), normal(*((n, k) if y_transposed else (k, n)))
-            added = normal(m, n) if plus else None
-            sets[name] = lambda parameters: product(
-                x, y, added, beta=float(plus), gamma=gamma, x_transposed=x_transposed, y_transposed=y_transposed,
-                symmetric=symmetric, dtype=to, parameters=parameters,
-            )  # fmt: skip
-
-        add("plus", False, symmetric, True)
-        add("product", False, symmetric, False)
-        if symmetric:
-            add("x transposed", True, False, False)
-            add("plus, diagonal", False, True, True, 1.5)
-        elif dtype == torch.float16:  # newton_schulz computes in float16 and returns the gradient's dtype
-            add("plus, to bfloat16", False, False, True, to=torch.bfloat16)
-            add("product, to bfloat16", False, False, False, to=torch.bfloat16)
-        for x_transposed, y_transposed in TRANSPOSITIONS if key in MORE_KEYS else ():
-            name = f"x{'ᵀ' * x_transposed}·y{'ᵀ' * y_transposed}"
-            add(name, x_transposed, y_transposed, False)
-            add(f"{name}, plus, diagonal", x_transposed, y_transposed, True, 1.5)
-        return sets
-
-    return launches
+MODEL_WIDTHS = (768, 1280, 2048)  # of d12, d20 and d32
+ROWS = (1024, 16_384, 65_536)
 
 
-TRANSPOSITIONS = tuple(itertools.product((False, True), repeat=2))
-WIDTHS = (256, 768, 1280, 2048)  # the model's matrices are w × w, 4w × w and w × 4w
-SYMMETRIC_KEYS = tuple((w, w, k) for w in WIDTHS for k in (w, 4 * w))
-KEYS = tuple(key for w in WIDTHS for key in ((w, w, w), (w, 4 * w, w), (4 * w, w, w)))
-# whole tiles; ragged tiles with descriptors; ragged tiles without
-MORE_KEYS = ((1536, 1536, 1536), (1216, 1216, 1216), (1001, 1001, 1001))
-SPACE = tuple(
-    {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "PROGRAMS": programs, "TMA": tma, "num_warps": w, "num_stages": stages}
-    for m, n, k, w, stages in (
-        (64, 64, 64, 4, 3),
-        (64, 128, 64, 4, 3),
-        (128, 128, 32, 4, 3),
-        (128, 128, 32, 4, 4),
-        (128, 128, 64, 4, 3),
-        (128, 128, 64, 8, 3),
-        (128, 128, 64, 8, 4),
-        (128, 128, 128, 8, 2),
-        (128, 256, 64, 8, 3),
-        (128, 256, 64, 8, 4),
-    )
-    for programs in (0, 1, 2)
-    for tma in (0, 1)
-)
-KERNELS = (
-    Kernel("symmetric_product", DTYPES[:2], SYMMETRIC_KEYS, SPACE, launches_of(True), MORE_KEYS),
-    Kernel("matrix_product", DTYPES[:2], KEYS, SPACE, launches_of(False), MORE_KEYS),
+def product_keys(n: int, k: int) -> tuple[tuple[int, int, int], ...]:
+    """Return the shape classes (M, N, K) of a product with N = n·C and K = k·C for the widths C of models."""
+    return tuple((rows, n * width, k * width) for width in MODEL_WIDTHS for rows in ROWS)
+
+
+def configuration(
+    m: int, n: int, k: int, part: int, programs: int, tma: int, warps: int, stages: int
+) -> dict[str, int]:
+    return {
+        "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "PART": part, "GROUP": 1, "PROGRAMS": programs, "TMA": tma,
+        "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
+
+
+SPACE = (
+    *(configuration(128, 256, 64, part, 1, 1, 8, stages) for part in (64, 128) for stages in (3, 4)),
+    configuration(128, 256, 64, 128, 1, 1, 8, 3) | {"GROUP": 8},
+    configuration(128, 128, 64, 64, 1, 1, 8, 4),
+    configuration(128, 128, 64, 64, 2, 1, 4, 3),
+    configuration(64, 128, 64, 64, 2, 1, 4, 3),
+    configuration(64, 256, 64, 128, 1, 1, 4, 3),
+    *(
+        configuration(128, 128, 32, part, 0, 0, warps, stages)
+        for part in (32, 64)
+        for warps, stages in ((4, 3), (8, 4))
+    ),
+    configuration(128, 128, 64, 64, 0, 0, 8, 3),
+    configuration(128, 256, 32, 64, 0, 0, 8, 3),
+    configuration(64, 128, 32, 64, 0, 0, 4, 3),
+    {"TORCH": 1, "BLOCK_M": 16, "PART": 256, "num_warps": 4},
+    {"TORCH": 1, "BLOCK_M": 32, "PART": 128, "num_warps": 8},
 )

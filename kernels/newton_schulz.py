@@ -22,10 +22,10 @@ from nanochat_kernels import reference
 from nanochat_kernels.checks import check_device, check_float, check_shape
 from nanochat_kernels.configs import launch_parameters
 from nanochat_kernels.dispatch import choose
-from nanochat_kernels.matrix_product import KERNELS as PRODUCT_KERNELS
-from nanochat_kernels.matrix_product import product
 from nanochat_kernels.newton_schulz_coefficients import DEFAULT_STEPS, Coefficients, coefficients_of, restarts
 from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
+from nanochat_kernels.scaled_product import KERNELS as PRODUCT_KERNELS
+from nanochat_kernels.scaled_product import scaled_product
 from nanochat_kernels.timing import Graph
 from nanochat_kernels.triton_helpers import (
     DTYPES,
@@ -94,25 +94,25 @@ def normalised(x: Tensor, squares: Tensor | None = None, parameters: dict[str, i
 
 def gram_of(x: Tensor, tall: bool) -> Tensor:
     """Return x·xᵀ, or xᵀ·x for a tall x."""
-    return product(x, x, x_transposed=tall, y_transposed=not tall, symmetric=True)
+    return scaled_product(x, x, x_transposed=tall, y_transposed=not tall, symmetric=True)
 
 
 def apply_factor(factor: Tensor, x: Tensor, tall: bool, plus: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
     """Return plus·x + factor·x, or plus·x + x·factor for a tall x; the factor is symmetric."""
     left, right = (x, factor) if tall else (factor, x)
-    return product(left, right, x if plus else None, beta=plus, dtype=dtype)
+    return scaled_product(left, right, x if plus else None, beta=plus, dtype=dtype)
 
 
 def symmetric_product(x: Tensor, y: Tensor) -> Tensor:
     """Return the product of two symmetric matrices that commute; it is symmetric as well."""
-    return product(x, y, y_transposed=True, symmetric=True)
+    return scaled_product(x, y, y_transposed=True, symmetric=True)
 
 
 def standard(x: Tensor, coefficients: Coefficients, dtype: torch.dtype) -> Tensor:
     tall = x.size(1) > x.size(2)
     for i, (a, b, c) in enumerate(coefficients):
         gram = gram_of(x, tall)
-        factor = product(gram, gram, gram, alpha=c, beta=b, y_transposed=True, symmetric=True)
+        factor = scaled_product(gram, gram, gram, alpha=c, beta=b, y_transposed=True, symmetric=True)
         x = apply_factor(factor, x, tall, a, dtype if i + 1 == len(coefficients) else None)
     return x
 
@@ -122,7 +122,7 @@ def gram(x: Tensor, coefficients: Coefficients, dtype: torch.dtype) -> Tensor:
     ends = (*restarts(coefficients), len(coefficients))
     factor, small = None, gram_of(x, tall)
     for i, (a, b, c) in enumerate(coefficients, 1):
-        step = product(small, small, small, alpha=c, beta=b, gamma=a, y_transposed=True, symmetric=True)
+        step = scaled_product(small, small, small, alpha=c, beta=b, gamma=a, y_transposed=True, symmetric=True)
         factor = step if factor is None else symmetric_product(step, factor)
         if i == len(coefficients):
             break

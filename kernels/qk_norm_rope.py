@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nanochat_kernels import reference
-from nanochat_kernels.checks import check_device, check_float, check_shape, normed_dtype, under_autocast
+from nanochat_kernels.checks import check_device, check_float, check_offset, check_shape, normed_dtype, under_autocast
 from nanochat_kernels.configs import launch_parameters
 from nanochat_kernels.dispatch import serve
 from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
@@ -209,17 +209,7 @@ def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int | Tensor) 
     check_shape("qk_norm_rope", "cos", cos, "positions", width // 2)
     check_shape("qk_norm_rope", "sin", sin, *cos.shape)
     check_device("qk_norm_rope", q=q, cos=cos)
-    if isinstance(offset, Tensor):
-        check_shape("qk_norm_rope", "offset", offset, batch)
-        check_device("qk_norm_rope", q=q, offset=offset)
-        if offset.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"qk_norm_rope: offset must be int32 or int64, got {offset.dtype}")
-    elif isinstance(offset, bool) or not isinstance(offset, int):
-        raise TypeError(f"qk_norm_rope: offset must be an int or a tensor of ints, got {offset}")
-    elif offset < 0 or offset + tokens > cos.size(0):
-        raise ValueError(
-            f"qk_norm_rope: positions {offset} to {offset + tokens - 1} exceed the {cos.size(0)} rows of the tables"
-        )
+    check_offset("qk_norm_rope", q, tokens, cos.size(0), offset)
 
 
 def tables(positions: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -74,9 +74,31 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) ->
     return out.transpose(1, 2)
 
 
-def relu2_mlp(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """relu(x·w1ᵀ)²·w2ᵀ for x (…, C), w1 (F, C), w2 (C, F)."""
-    return F.linear(F.relu(F.linear(x, w1)).square(), w2)
+def with_rstd(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x and the factor (…) by which rms_norm multiplies each row, in float32 or a wider dtype. No gradient flows through it."""
+    wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    return x, (wide.square().mean(-1) + EPS).rsqrt()
+
+
+def relu2_mlp(x: Tensor, w1: Tensor, w2: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """residual + relu(rms_norm(x)·w1ᵀ)²·w2ᵀ for x (…, C), w1 (F, C), w2 (C, F), and the factors of its rows."""
+    y = F.linear(F.relu(F.linear(rms_norm(x), w1)).square(), w2)
+    return with_rstd(y if residual is None else residual + y)
+
+
+def output_projection(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """residual + x·weightᵀ for x (…, K), weight (C, K), and the factors of its rows."""
+    y = F.linear(x, weight)
+    return with_rstd(y if residual is None else residual + y)
+
+
+def qkv_projection(
+    x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, cos: Tensor, sin: Tensor, offset: int | Tensor = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q (B, T, H, D), k and v (B, T, G, D) of rms_norm(x) for x (B, T, C); q and k rotated and normalised; D = 2·cos.size(1)."""
+    normed, width = rms_norm(x), 2 * cos.size(1)
+    q, k, v = (F.linear(normed, w).view(*x.shape[:2], -1, width) for w in (w_q, w_k, w_v))
+    return *qk_norm_rope(q, k, cos, sin, offset), v
 
 
 def softcapped(z: Tensor, softcap: float) -> Tensor:

@@ -1,6 +1,9 @@
 """What the package tells torch.compile about its functions."""
 
+import functools
 from collections.abc import Callable
+
+import torch
 
 
 def constant_when_traced(function: Callable) -> Callable:
@@ -10,3 +13,23 @@ def constant_when_traced(function: Callable) -> Callable:
     """
     function._dynamo_marked_constant = True
     return function
+
+
+def opaque(shapes: Callable) -> Callable:
+    """Decorate a function of tensors so that torch.compile does not look into it: for products, which it could not fuse anyway.
+
+    `shapes` takes the same arguments and returns empty tensors like the results. The function must not return an argument. It
+    has no derivative. In eager mode it is called directly.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        operation = torch.library.custom_op(f"nanochat_kernels::{function.__name__}", function, mutates_args=())
+        operation.register_fake(shapes)
+
+        @functools.wraps(function)
+        def call(*arguments):
+            return (operation if torch.compiler.is_compiling() else function)(*arguments)
+
+        return call
+
+    return decorate

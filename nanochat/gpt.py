@@ -159,7 +159,7 @@ class Embedding(nn.Embedding):
 
 
 class Attention(nn.Module):
-    """Causal attention with rotary positions, queries and keys normalised over the head; (B, T, C) → (B, T, C)."""
+    """x + W·attention(norm(x)): causal attention with rotary positions, queries and keys normalised over the head."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -170,21 +170,23 @@ class Attention(nn.Module):
         self.value = Linear(config.width, kv_width)
         self.project = Linear(config.width, config.width)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None) -> Tensor:
-        impl, (batch, tokens, _), width = self.config.impl, x.shape, self.config.head_width
-        q = self.query(x).view(batch, tokens, -1, width)
-        k = self.key(x).view(batch, tokens, -1, width)
-        v = self.value(x).view(batch, tokens, -1, width)
-        q, k = kernels.qk_norm_rope(q, k, cos, sin, 0 if cache is None else cache.lengths, impl=impl.qk_norm_rope)
-        lengths = None
+    def forward(
+        self, x: Tensor, rstd: Tensor | None, cos: Tensor, sin: Tensor, cache: Cache | None
+    ) -> tuple[Tensor, Tensor]:
+        impl, offset, lengths = self.config.impl, 0 if cache is None else cache.lengths, None
+        operands = (layer.operands(x.dtype) for layer in (self.query, self.key, self.value))
+        weights, gradients = zip(*operands, strict=True)
+        # norm, product, rotation and QK-norm; the last result is x itself
+        q, k, v, x = kernels.qkv_projection(x, *weights, cos, sin, offset, rstd, *gradients, impl=impl.qkv_projection)
         if cache is not None:
             k, v, lengths = cache.append(self.layer, k, v)
-        out = kernels.attention(q, k, v, lengths, impl=impl.attention)
-        return self.project(out.reshape(batch, tokens, -1))
+        out = kernels.attention(q, k, v, lengths, impl=impl.attention).flatten(2)
+        weight, gradient = self.project.operands(x.dtype)
+        return kernels.output_projection(out, weight, x, gradient, impl=impl.output_projection)
 
 
 class MLP(nn.Module):
-    """relu(x·W₁ᵀ)²·W₂ᵀ with a hidden width of 4·C. So et al. 2021 (Primer)."""
+    """x + relu(norm(x)·W₁ᵀ)²·W₂ᵀ with a hidden width of 4·C. So et al. 2021 (Primer)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -192,30 +194,27 @@ class MLP(nn.Module):
         self.expand = Linear(config.width, 4 * config.width)
         self.project = Linear(4 * config.width, config.width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        # one operation for both products, because its backward needs relu(z)² but not z, which is therefore not stored
+    def forward(self, x: Tensor, rstd: Tensor | None) -> tuple[Tensor, Tensor]:
         (w_up, up_gradient), (w_down, down_gradient) = self.expand.operands(x.dtype), self.project.operands(x.dtype)
-        return kernels.relu2_mlp(x, w_up, w_down, up_gradient, down_gradient, impl=self.impl)
+        return kernels.relu2_mlp(x, w_up, w_down, x, rstd, up_gradient, down_gradient, impl=self.impl)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each added to the residual stream."""
+    """Attention and MLP, each of which adds to the residual stream."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.impl = config.impl.rms_norm
         self.attention, self.mlp = Attention(config, layer), MLP(config)
 
     def forward(
-        self, x: Tensor, normed: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None
+        self, x: Tensor, rstd: Tensor | None, cos: Tensor, sin: Tensor, cache: Cache | None
     ) -> tuple[Tensor, Tensor]:
-        """Take the residual stream x (B, T, C) and its norm, and return both after the block.
+        """Take the residual stream x (B, T, C), and return it after the block.
 
-        The norm is passed along because each addition and the norm that follows it are one operation: add_rms_norm reads and
-        writes the stream once.
+        rstd (B, T) is passed along because each norm is folded into the product after it: of the norm only this factor of each row
+        is computed, by the operation that made x. None means that it is not known.
         """
-        x, normed = kernels.add_rms_norm(x, self.attention(normed, cos, sin, cache), impl=self.impl)
-        return kernels.add_rms_norm(x, self.mlp(normed), impl=self.impl)
+        return self.mlp(*self.attention(x, rstd, cos, sin, cache))
 
 
 class GPT(nn.Module):
@@ -284,11 +283,10 @@ class GPT(nn.Module):
         if tokens.size(1) > self.cos.size(0):
             raise UserError(f"{tokens.size(1)} tokens exceed the {self.cos.size(0)} positions of the model")
         x = self.embedding(tokens).to(self.compute_dtype)
-        x = kernels.rms_norm(x, impl=self.config.impl.rms_norm)
-        normed = kernels.rms_norm(x, impl=self.config.impl.rms_norm)
+        x, rstd = kernels.rms_norm(x, impl=self.config.impl.rms_norm), None
         for block in self.blocks:
-            x, normed = block(x, normed, self.cos, self.sin, cache)
-        return normed
+            x, rstd = block(x, rstd, self.cos, self.sin, cache)
+        return kernels.rms_norm(x, impl=self.config.impl.rms_norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The softcapped logits (…, V), in float32, for hidden states (…, C)."""

@@ -9,13 +9,15 @@ class Implementations:
     """The implementation of each fused operation: auto, reference, or another that `nanochat kernels list` shows."""
 
     rms_norm: str = "auto"
-    """RMSNorm, alone and after the residual addition"""
-    qk_norm_rope: str = "auto"
-    """rotation and norm of queries and keys"""
+    """RMSNorm of the embedding and before the head"""
+    qkv_projection: str = "auto"
+    """norm, queries, keys and values, rotation, norm of queries and keys"""
     attention: str = "auto"
     """causal attention"""
+    output_projection: str = "auto"
+    """projection after attention, residual addition"""
     relu2_mlp: str = "auto"
-    """squared-ReLU MLP"""
+    """norm, squared-ReLU MLP, residual addition"""
     linear_cross_entropy: str = "auto"
     """head, softcap and cross entropy"""
     optimizer: str = "auto"
@@ -23,7 +25,6 @@ class Implementations:
 
     # the operations that an option stands for, if it is not the one of the same name
     OPERATIONS: ClassVar[dict[str, tuple[str, ...]]] = {
-        "rms_norm": ("rms_norm", "add_rms_norm"),
         "optimizer": ("newton_schulz", "nesterov_momentum", "apply_update", "adamw"),
     }
 

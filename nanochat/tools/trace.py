@@ -65,7 +65,7 @@ def steps_of(config: GPTConfig, rows: int) -> list[Step]:
     by_row = lambda logits: logits.unflatten(0, (rows, -1))  # noqa: E731
     return [
         *steps,
-        Step(f"blocks.{config.depth - 1}", "rms_norm", "final rms_norm", "what the head reads"),
+        Step("", "rms_norm", "final rms_norm", "what the head reads"),
         Step("", "linear", "head", "a score for each token of the vocabulary; zero before the first step", by_row),
         Step("", "mul", "softcap", f"{softcap:g}·tanh(z/{softcap:g}) keeps every score within ±{softcap:g}", by_row),
         Step("", "div", "cross entropy", f"mean nats a token; guessing costs ln V = {guessing:.3f}"),
@@ -73,31 +73,25 @@ def steps_of(config: GPTConfig, rows: int) -> list[Step]:
 
 
 def _steps_of_block(i: int) -> list[Step]:
-    block, name = f"blocks.{i}", f"block {i}"
-    attention, mlp, before = f"{block}.attention", f"{block}.mlp", "" if i == 0 else f"blocks.{i - 1}"
+    name, attention, mlp = f"block {i}", f"blocks.{i}.attention", f"blocks.{i}.mlp"
     rotated = "rotated by an angle that grows with the position, then normalised over the head"
     squared = "4·C hidden units, negative ones set to zero, the others squared; about half are zero"
     attended = "softmax(q·kᵀ/√D)·v over this position and those before it"
     by_token = lambda heads: heads.transpose(1, 2)  # noqa: E731
     return [
-        Step(before, "rms_norm", f"{name} rms_norm", "the residual stream, normalised for attention"),
+        Step(attention, "rms_norm", f"{name} rms_norm", "the residual stream, normalised for attention"),
         Step(attention, "view", f"{name} query", "what each position looks for, cut into heads of width D"),
         Step(attention, "view", f"{name} key", "what each position offers"),
         Step(attention, "view", f"{name} value", "what each position passes on"),
-        Step(attention, "rms_norm", f"{name} qk_norm_rope q", rotated),
-        Step(attention, "rms_norm", f"{name} qk_norm_rope k", "the same, so that |q·k|/√D never passes √D"),
+        Step(attention, "rms_norm", f"{name} rotation and norm of q", rotated),
+        Step(attention, "rms_norm", f"{name} rotation and norm of k", "the same, so that |q·k|/√D never passes √D"),
         Step(attention, "scaled_dot_product_attention", f"{name} attention", attended, by_token),
-        Step(
-            f"{attention}.project",
-            "linear",
-            f"{name} projection",
-            "heads mixed; the matrix is zero before the first step",
-        ),
-        Step(block, "add", f"{name} residual", "added to the residual stream"),
-        Step(block, "rms_norm", f"{name} rms_norm 2", "the residual stream, normalised for the MLP"),
+        Step(attention, "linear", f"{name} projection", "heads mixed; the matrix is zero before the first step"),
+        Step(attention, "add", f"{name} residual", "added to the residual stream"),
+        Step(mlp, "rms_norm", f"{name} rms_norm 2", "the residual stream, normalised for the MLP"),
         Step(mlp, "square", f"{name} relu²", squared),
         Step(mlp, "linear", f"{name} MLP output", "back to width C"),
-        Step(block, "add", f"{name} residual 2", "added to the residual stream"),
+        Step(mlp, "add", f"{name} residual 2", "added to the residual stream"),
     ]
 
 

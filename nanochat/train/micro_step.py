@@ -22,7 +22,13 @@ from nanochat.options.train import Execution
 from nanochat.platform.cuda_graphs import Replayed
 from nanochat.platform.errors import UserError
 
-FUSED = ("rms_norm", "qk_norm_rope", "relu2_mlp", "linear_cross_entropy")  # attention has no fused kernel yet
+FUSED = (
+    "rms_norm",
+    "qkv_projection",
+    "output_projection",
+    "relu2_mlp",
+    "linear_cross_entropy",
+)  # attention has no fused kernel yet
 # Rows are padded to a multiple of this many tokens. At a context of 2048, fine-tuning then needs at most 16 graphs.
 LENGTH_MULTIPLE = 128
 

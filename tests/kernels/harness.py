@@ -21,7 +21,7 @@ DEVICE = "cuda" if GPU else "cpu"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # tiles of a matrix product, so small that an interpreted small matrix has several
 SMALL_TILES = {
-    "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "PROGRAMS": 1, "TMA": 0, "num_warps": 1, "num_stages": 2,
+    "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "PART": 16, "GROUP": 2, "PROGRAMS": 1, "TMA": 0, "num_warps": 1, "num_stages": 2,
 }  # fmt: skip
 
 # no shrinking of failing examples: they are small already, and interpreted kernels are slow

@@ -31,7 +31,7 @@ def test_the_rows_are_observed_in_the_models_own_pass(n_kv_head):
     assert rows["cross entropy"].mean == pytest.approx(model(inputs, targets).item(), rel=1e-6)
     assert rows["softcap"].std == pytest.approx(model(inputs).std(correction=0).item(), rel=1e-5)
     assert rows["embedding"].shape == rows["final rms_norm"].shape == "2×16×128"
-    assert rows["block 1 key"].shape == rows["block 1 qk_norm_rope k"].shape == f"2×16×{n_kv_head}×64"
+    assert rows["block 1 key"].shape == rows["block 1 rotation and norm of k"].shape == f"2×16×{n_kv_head}×64"
     assert rows["block 0 attention"].shape == "2×16×2×64" and rows["head"].shape == "2×16×300"
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 

@@ -13,7 +13,7 @@ from nanochat_kernels.oracle import over_budget
 from tests.kernels.harness import DEVICE, GPU, SMALL_TILES, poisoned, property_test, randn, seeds
 from tests.kernels.int64 import narrow_offsets
 
-FILE = importlib.import_module("nanochat_kernels.matrix_product")
+FILE = importlib.import_module("nanochat_kernels.scaled_product")
 # nearly every example needs its own compilation
 fewer_examples = settings(property_test, max_examples=30 if GPU else 15)
 halves = st.sampled_from((torch.bfloat16, torch.float16))
@@ -27,8 +27,8 @@ def check_product(x, y, plus, parameters=None, **options):
         options.get(name, default) for name, default in (("alpha", 1.0), ("beta", 0.0), ("gamma", 0.0))
     )
     with poisoned():
-        found = FILE.product(x, y, plus, **options, parameters=parameters)
-        again = FILE.product(x, y, plus, **options, parameters=parameters)
+        found = FILE.scaled_product(x, y, plus, **options, parameters=parameters)
+        again = FILE.scaled_product(x, y, plus, **options, parameters=parameters)
     added = torch.zeros_like(found) if plus is None else plus
     eye = gamma * torch.eye(*found.shape[1:], device=x.device)
     true = alpha * (left.double() @ right.double()) + beta * added.double() + eye.double()
@@ -98,7 +98,7 @@ def test_every_launch_configuration_of_the_search():
 def test_nan_and_infinity_reach_their_row_or_column():
     x, y, plus = (randn(2, 40, 40, dtype=torch.float16, seed=i) for i in range(3))
     x[0, 3, 5], y[1, 7, 9], plus[0, 20, 21] = float("nan"), float("inf"), float("nan")
-    found = FILE.product(x, y, plus, beta=1.0, parameters=None if GPU else SMALL_TILES)
+    found = FILE.scaled_product(x, y, plus, beta=1.0, parameters=None if GPU else SMALL_TILES)
     expected = x.float() @ y.float() + plus.float()
     assert torch.equal(found.isnan(), expected.isnan()) and torch.equal(found.isinf(), expected.isinf())
 
@@ -106,13 +106,13 @@ def test_nan_and_infinity_reach_their_row_or_column():
 def test_operands_that_the_kernel_would_misread_are_rejected():
     x, square = (randn(2, 16, n, dtype=torch.float16) for n in (24, 16))
     bad = {
-        "y must be contiguous": lambda: FILE.product(square, x.mT.contiguous().mT),
-        "plus must be contiguous": lambda: FILE.product(square, square, square.mT),
-        "plus must have shape": lambda: FILE.product(square, square, x),
-        "y must have shape": lambda: FILE.product(x, x),
-        "got y in torch.bfloat16": lambda: FILE.product(square, square.bfloat16()),
-        "got x in torch.float32": lambda: FILE.product(square.float(), square.float()),
-        "y is on meta": lambda: FILE.product(square, square.to("meta")),
+        "y must be contiguous": lambda: FILE.scaled_product(square, x.mT.contiguous().mT),
+        "plus must be contiguous": lambda: FILE.scaled_product(square, square, square.mT),
+        "plus must have shape": lambda: FILE.scaled_product(square, square, x),
+        "y must have shape": lambda: FILE.scaled_product(x, x),
+        "got y in torch.bfloat16": lambda: FILE.scaled_product(square, square.bfloat16()),
+        "got x in torch.float32": lambda: FILE.scaled_product(square.float(), square.float()),
+        "y is on meta": lambda: FILE.scaled_product(square, square.to("meta")),
     }
     for message, call in bad.items():
         with pytest.raises(ValueError, match=message):
@@ -152,10 +152,10 @@ def test_offsets_are_int64():
 def test_more_than_2_to_31_elements():
     """The batch has more than 2³¹ elements, each matrix has fewer."""
     x = torch.empty(2100, 1024, 1024, device=DEVICE, dtype=torch.float16).normal_()
-    found = FILE.product(x, x, x, beta=1.0)
-    assert torch.equal(found[-2:], FILE.product(x[-2:], x[-2:], x[-2:], beta=1.0))
-    found = FILE.product(x, x, x_transposed=True, symmetric=True)
-    assert torch.equal(found[-2:], FILE.product(x[-2:], x[-2:], x_transposed=True, symmetric=True))
+    found = FILE.scaled_product(x, x, x, beta=1.0)
+    assert torch.equal(found[-2:], FILE.scaled_product(x[-2:], x[-2:], x[-2:], beta=1.0))
+    found = FILE.scaled_product(x, x, x_transposed=True, symmetric=True)
+    assert torch.equal(found[-2:], FILE.scaled_product(x[-2:], x[-2:], x_transposed=True, symmetric=True))
 
 
 # faults that a test must catch: see test_planted_faults.py

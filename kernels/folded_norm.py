@@ -1,0 +1,183 @@
+"""RMSNorm folded into the matrix products after it: norm(x)·Wᵀ = r ⊙ (x·Wᵀ), with one factor r = (mean(x²) + eps)^−½ a row.
+
+The normalised x never exists. r (rstd) comes from the product that made x, or from a pass over x. Backward: with g the gradient of
+x·Wᵀ, which contains the factor r, and g′ = g·W, the gradient is dx = g′ − c ⊙ x with c = r²·⟨g′, x⟩/C. The operation knows
+⟨g′, x⟩ = ⟨g, x·Wᵀ⟩ before it computes g′, so that one product's epilogue closes the norm and adds the residual's gradient.
+
+This file does not define an operation of the package.
+"""
+
+import torch
+from torch import Tensor
+
+from nanochat_kernels.configs import launch_parameters
+from nanochat_kernels.matrix_product import (
+    load_block,
+    load_rows,
+    product,
+    product_parameters,
+    rounded,
+    store_block,
+    store_row_sums,
+)
+from nanochat_kernels.operation import Kernel
+from nanochat_kernels.reference import EPS
+from nanochat_kernels.triton_helpers import DTYPES, cdiv, launch, power_of_2, rsqrt, tl, triton
+
+
+@triton.jit
+def row_rstd_kernel(
+    x_ptr, rstd_ptr, rows, x_stride, EPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
+    """Compute rstd of each row of x (rows, WIDTH)."""
+    row, column = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    squares = tl.zeros([ROWS], tl.float32)
+    for start in tl.static_range(0, WIDTH, BLOCK):
+        mask = (row < rows)[:, None] & (start + column < WIDTH)[None, :]
+        x = tl.load(x_ptr + row[:, None] * x_stride + (start + column), mask=mask, other=0.0).to(tl.float32)
+        squares += tl.sum(x * x, axis=1)
+    tl.store(rstd_ptr + row, rsqrt(squares / WIDTH + EPS), mask=row < rows)
+
+
+@triton.jit
+def finish_kernel(
+    sums_ptr, rstd_ptr, out_ptr, rows, parts, EPS: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """Add up sums (parts, rows) of each row: rstd from sums of squares, or with BACKWARD r²·sum/WIDTH."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros([ROWS], tl.float32)
+    for part in range(parts):
+        total += tl.load(sums_ptr + tl.cast(part, tl.int64) * rows + row, mask=row < rows, other=0.0)
+    if BACKWARD:
+        r = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+        value = r * r * (total / WIDTH)
+    else:
+        value = rsqrt(total / WIDTH + EPS)
+    tl.store(out_ptr + row, value, mask=row < rows)
+
+
+@triton.jit
+def residual_epilogue(
+    sums, out_ptr, out_stride, residual_ptr, residual_stride, second_ptr, second_stride, arguments, row, column, m, n,
+    TMA: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Store sums + residual, and for each row of the part the sum of the squares of what is stored."""
+    squares_ptr, has_residual = arguments
+    if has_residual is not None:
+        residual = load_block(
+            residual_ptr, residual_stride, row, column, m, n, sums.shape[0], sums.shape[1], TMA, WHOLE
+        )
+        sums += residual.to(tl.float32)
+    store_block(out_ptr, out_stride, sums, row, column, m, n, TMA, WHOLE)
+    value = rounded(sums, out_ptr, TMA).to(tl.float32)
+    store_row_sums(squares_ptr, tl.sum(value * value, axis=1), row, column, m, n, sums.shape[1])
+
+
+@triton.jit
+def norm_backward_epilogue(
+    sums, out_ptr, out_stride, x_ptr, x_stride, dy_ptr, dy_stride, arguments, row, column, m, n,
+    TMA: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Store sums − c·x, plus dy, the gradient of the residual, if it is given."""
+    coefficient_ptr, has_residual = arguments
+    x = load_block(x_ptr, x_stride, row, column, m, n, sums.shape[0], sums.shape[1], TMA, WHOLE).to(tl.float32)
+    sums -= x * load_rows(coefficient_ptr, row, m, sums.shape[0])[:, None]
+    if has_residual is not None:
+        sums += load_block(dy_ptr, dy_stride, row, column, m, n, sums.shape[0], sums.shape[1], TMA, WHOLE).to(
+            tl.float32
+        )
+    store_block(out_ptr, out_stride, sums, row, column, m, n, TMA, WHOLE)
+
+
+def row_rstd(x: Tensor, parameters: dict[str, int] | None = None) -> Tensor:
+    """Return rstd (N,), in float32, of the rows of x (N, C) with stride 1 along a row."""
+    rstd = torch.empty(x.size(0), dtype=torch.float32, device=x.device)
+    if rstd.numel():
+        parameters = parameters or launch_parameters("row_rstd", x.device, x.dtype, (x.size(1),))
+        block = min(power_of_2(x.size(1)), 2048)
+        launch(
+            row_rstd_kernel, (cdiv(x.size(0), parameters["ROWS"]),), x.device, x, rstd, x.size(0), x.stride(0),
+            EPS=EPS, WIDTH=x.size(1), BLOCK=block, **parameters,
+        )  # fmt: skip
+    return rstd
+
+
+def row_sums(parameters: dict[str, int], rows: int, columns: int, device: torch.device) -> Tensor:
+    """Return memory (parts, N) for what store_row_sums stores, with the parts of a product's launch parameters."""
+    return torch.empty(cdiv(columns, parameters["PART"]), rows, dtype=torch.float32, device=device)
+
+
+def finish(sums: Tensor, width: int, rstd: Tensor | None = None, parameters: dict[str, int] | None = None) -> Tensor:
+    """Add up sums (parts, N). Return rstd (N,) if they are of squares; with rstd, the coefficient of x in norm's derivative."""
+    out = torch.empty(sums.size(1), dtype=torch.float32, device=sums.device)
+    if out.numel():
+        parameters = parameters or launch_parameters("finish_rows", sums.device, sums.dtype, (sums.size(0),))
+        launch(
+            finish_kernel, (cdiv(sums.size(1), parameters["ROWS"]),), sums.device, sums, out if rstd is None else rstd,
+            out, sums.size(1), sums.size(0), EPS=EPS, WIDTH=width, BACKWARD=rstd is not None, **parameters,
+        )  # fmt: skip
+    return out
+
+
+def add_residual(
+    name: str, x: Tensor, weight: Tensor, residual: Tensor | None, parameters: dict[str, int] | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return y = residual + x·weightᵀ (N, C), and rstd of its rows; name: the product's in the launch tables."""
+    shape = x.size(0), weight.size(0), x.size(1)
+    parameters = product_parameters(name, x, weight, shape, None, parameters)
+    y, squares = torch.empty(shape[:2], dtype=x.dtype, device=x.device), row_sums(parameters, *shape[:2], x.device)
+    arguments = squares, None if residual is None else 1
+    product(x, weight, y, residual_epilogue, parameters, arguments, residual, y_transposed=True)
+    return y, finish(squares, shape[1])
+
+
+def input_gradient(
+    name: str, dz: Tensor, weight: Tensor, x: Tensor, coefficient: Tensor, dy: Tensor | None,
+    parameters: dict[str, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """Return dx = dz·weight − coefficient·x (+ dy), (N, C): the gradient of x through the folded norm, and as the residual."""
+    shape = dz.size(0), weight.size(1), dz.size(1)
+    parameters = product_parameters(name, dz, weight, shape, None, parameters)
+    dx = torch.empty(shape[:2], dtype=x.dtype, device=x.device)
+    arguments = coefficient, None if dy is None else 1
+    return product(dz, weight, dx, norm_backward_epilogue, parameters, arguments, x, dy)
+
+
+def rstd_launches(key, dtype: torch.dtype, device: torch.device):
+    x = torch.empty(32_768, key[0], device=device, dtype=dtype).normal_()
+    return {"rstd": lambda parameters: row_rstd(x, parameters)}
+
+
+def finish_launches(key, dtype: torch.dtype, device: torch.device):
+    sums = torch.empty(key[0], 32_768, device=device).uniform_(1.0, 2.0)
+    return {
+        "forward": lambda parameters: finish(sums, 1280, None, parameters),
+        "backward": lambda parameters: finish(sums, 1280, sums[0], parameters),
+    }
+
+
+def residual_launches(name: str, x: Tensor, weight: Tensor, residual: Tensor):
+    """Return Kernel.launches of add_residual."""
+    return {
+        "residual": lambda parameters: add_residual(name, x, weight, residual, parameters),
+        "no residual": lambda parameters: add_residual(name, x, weight, None, parameters),
+    }
+
+
+def norm_backward_launches(name: str, dz: Tensor, weight: Tensor, x: Tensor):
+    """Return Kernel.launches of input_gradient."""
+    coefficient = torch.empty(x.size(0), device=x.device).uniform_(-0.1, 0.1)
+    return {
+        "residual": lambda parameters: input_gradient(name, dz, weight, x, coefficient, x, parameters),
+        "no residual": lambda parameters: input_gradient(name, dz, weight, x, coefficient, None, parameters),
+    }
+
+
+KERNELS = (
+    Kernel(
+        "row_rstd", DTYPES, ((1280,),), tuple({"ROWS": rows, "num_warps": 4} for rows in (1, 2, 4)), rstd_launches,
+        ((96,), (5001,)),
+    ),
+    Kernel("finish_rows", DTYPES[2:], ((10,),), ({"ROWS": 128, "num_warps": 4},), finish_launches, ((3,),)),
+)  # fmt: skip

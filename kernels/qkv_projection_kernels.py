@@ -1,0 +1,96 @@
+"""The epilogue and the backward kernel of qkv_projection.py, which explains what they compute."""
+
+from nanochat_kernels.matrix_product import halves, load_rows, store_block
+from nanochat_kernels.qk_norm_rope_kernels import load_heads, load_positions
+from nanochat_kernels.triton_helpers import cast, rsqrt, tl, triton
+
+
+@triton.jit
+def qkv_epilogue(
+    sums, out_ptr, out_stride, first_ptr, first_stride, second_ptr, second_stride, arguments, row, column, m, n,
+    TMA: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Store one head of the rows: scaled by rstd and, if it is a query's or a key's, rotated, normed, and its own rstd kept.
+
+    The heads of queries and keys are those before column `normed`. A position outside the tables gives NaN.
+    """
+    rstd_ptr, head_rstd_ptr, cos_ptr, sin_ptr, offsets_ptr, offsets_stride, offset, tokens, positions, normed, EPS = (
+        arguments
+    )
+    HALF: tl.constexpr = sums.shape[1] // 2
+    r = row + tl.arange(0, sums.shape[0])
+    x1, x2 = halves(sums * load_rows(rstd_ptr, row, m, sums.shape[0])[:, None])
+    position = (r % tokens).to(tl.int64) + offset
+    if offsets_stride is not None:
+        position += tl.load(offsets_ptr + (r // tokens).to(tl.int64) * offsets_stride, mask=r < m, other=0)
+    known = (position >= 0) & (position < positions)
+    table = position[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    c = tl.load(cos_ptr + table, mask=known[:, None], other=float("nan")).to(tl.float32)
+    s = tl.load(sin_ptr + table, mask=known[:, None], other=float("nan")).to(tl.float32)
+    o1, o2 = x1 * c + x2 * s, x2 * c - x1 * s
+    head_rstd = rsqrt(tl.sum(o1 * o1 + o2 * o2, axis=1) / (2 * HALF) + EPS)
+    # values are neither rotated nor normed; a branch would not be allowed in a loop that is flattened
+    is_normed = column < normed
+    y1 = tl.where(is_normed, o1 * head_rstd[:, None], x1)
+    y2 = tl.where(is_normed, o2 * head_rstd[:, None], x2)
+    head = tl.reshape(tl.permute(tl.join(y1, y2), [0, 2, 1]), [sums.shape[0], 2 * HALF])
+    store_block(out_ptr, out_stride, head, row, column, m, n, TMA, WHOLE)
+    if head_rstd_ptr is not None:
+        kept = head_rstd_ptr + tl.cast(column // (2 * HALF), tl.int64) * m + r
+        tl.store(kept, head_rstd, mask=(r < m) & is_normed)
+
+
+@triton.jit(do_not_specialize=["offset"])
+def qkv_backward_kernel(
+    dq_ptr, dk_ptr, dv_ptr, qkv_ptr, rstd_ptr, head_rstd_ptr, cos_ptr, sin_ptr, offsets_ptr, dz_ptr, sums_ptr,
+    offset, offsets_stride, tokens, positions, q_heads, k_heads,
+    q_batch_stride, q_token_stride, q_head_stride, k_batch_stride, k_token_stride, k_head_stride,
+    v_batch_stride, v_token_stride, v_head_stride,
+    EPS: tl.constexpr, HALF: tl.constexpr, OFFSETS: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Compute rstd·dz for HEADS heads of TOKENS tokens, of q, of k or of v, and their part of each row's ⟨dz, z⟩."""
+    batch, all_tokens, t, channel, mask, c, s = load_positions(
+        cos_ptr, sin_ptr, offset, offsets_ptr, offsets_stride, tokens, positions, HALF, HALF, OFFSETS, TOKENS
+    )
+    q_programs, k_programs = q_heads // HEADS, k_heads // HEADS
+    program = tl.program_id(1).to(tl.int64)
+    row_width = (q_heads + 2 * k_heads) * 2 * HALF
+    first = program * HEADS  # number of the first head among all heads of a row
+    if program < q_programs:
+        gradients = load_heads(
+            dq_ptr, first, q_heads, q_batch_stride, q_token_stride, q_head_stride, batch, t, channel, mask, HALF, HEADS
+        )
+    elif program < q_programs + k_programs:
+        gradients = load_heads(
+            dk_ptr, first - q_heads, k_heads, k_batch_stride, k_token_stride, k_head_stride, batch, t, channel, mask,
+            HALF, HEADS,
+        )  # fmt: skip
+    else:
+        gradients = load_heads(
+            dv_ptr, first - q_heads - k_heads, k_heads, v_batch_stride, v_token_stride, v_head_stride, batch, t,
+            channel, mask, HALF, HEADS,
+        )  # fmt: skip
+    row = batch * tokens + t  # (TOKENS,) int64
+    results = load_heads(
+        qkv_ptr, first, q_heads + 2 * k_heads, tokens.to(tl.int64) * row_width, row_width, 2 * HALF, batch, t, channel,
+        mask, HALF, HEADS,
+    )  # fmt: skip
+    rstd = tl.load(rstd_ptr + row, mask=t < tokens, other=0.0)
+    is_normed = program < q_programs + k_programs
+    total = tl.zeros([TOKENS], tl.float32)
+    for i in tl.static_range(HEADS):
+        g1, g2 = gradients[2 * i].to(tl.float32), gradients[2 * i + 1].to(tl.float32)
+        y1, y2 = results[2 * i].to(tl.float32), results[2 * i + 1].to(tl.float32)
+        dot = tl.sum(g1 * y1 + g2 * y2, axis=1)
+        kept = head_rstd_ptr + (first + i) * all_tokens + row
+        head_rstd = tl.load(kept, mask=(t < tokens) & is_normed, other=1.0)
+        # a normed head is orthogonal to its gradient but for eps; a value is not
+        total += dot * tl.where(is_normed, EPS * head_rstd * head_rstd, 1.0)
+        projection, factor = (dot / (2 * HALF))[:, None], (rstd * head_rstd)[:, None]
+        o1, o2 = factor * (g1 - y1 * projection), factor * (g2 - y2 * projection)
+        x1 = tl.where(is_normed, o1 * c - o2 * s, factor * g1)
+        x2 = tl.where(is_normed, o1 * s + o2 * c, factor * g2)
+        ptr = dz_ptr + row[:, None] * row_width + (first + i) * (2 * HALF) + channel[None, :]
+        tl.store(ptr, cast(x1, dz_ptr.dtype.element_ty), mask=mask)
+        tl.store(ptr + HALF, cast(x2, dz_ptr.dtype.element_ty), mask=mask)
+    tl.store(sums_ptr + program * all_tokens + row, total, mask=t < tokens)
