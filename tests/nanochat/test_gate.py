@@ -42,7 +42,7 @@ def test_a_field_of_several_operations_is_fused_only_where_all_of_them_are():
 
 def test_only_what_was_left_to_auto_is_replaced(world, tmp_path, cpu):
     paths = replace(world, base=tmp_path)
-    model = GPTConfig.from_depth(1, 512, 32, impl=Implementations(qk_norm_rope="reference"))
+    model = GPTConfig.from_depth(1, 512, 32, impl=Implementations(qkv_projection="reference"))
     assert take_gate(paths, model, 4, cpu) is model
     valid_for = gate.identity(run_shape(model, 4), cpu.device, cpu.compute_dtype)
     choices = ("rms_norm", "add_rms_norm", "qk_norm_rope", "relu2_mlp")

@@ -69,7 +69,7 @@ def test_loss_of_each_token_and_ignored_targets():
 
 def test_the_reference_is_selectable_for_each_operation_and_others_are_refused():
     tokens = torch.randint(300, (1, 8))
-    operations = ("rms_norm", "qk_norm_rope", "attention", "relu2_mlp", "linear_cross_entropy")
+    operations = ("rms_norm", "qkv_projection", "attention", "output_projection", "relu2_mlp", "linear_cross_entropy")
     expected = perturbed(CONFIG)(tokens, tokens)
     for name in operations:
         chosen = replace(CONFIG, impl=Implementations(**{name: "reference"}))
