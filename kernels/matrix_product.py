@@ -220,10 +220,11 @@ def product_parameters(
     shape: (M, N, K). part: the width of the parts if the epilogue requires one, such as that of a head. Operands that no tensor
     descriptor can describe are read through pointers, and products in float32 are left to torch.
     """
+    if x.dtype not in DTYPES[:2]:
+        parameters = parameters if parameters and "TORCH" in parameters else BY_TORCH
     found = dict(parameters or launch_parameters(name, x.device, x.dtype, shape))
-    if found.get("TORCH") or x.dtype not in DTYPES[:2]:
-        kept = {key: found[key] for key in ("BLOCK_M", "PART", "num_warps")}
-        return {"TORCH": 1, **kept, "BLOCK_M": min(kept["BLOCK_M"], 32), **({"PART": part} if part else {})}
+    if "TORCH" in found:
+        return found | ({"PART": part} if part else {})
     if found["TMA"] and not (described(x) and described(y) and (x.dim() == 2 or shape[2] % found["BLOCK_K"] == 0)):
         found |= {"TMA": 0, "BLOCK_N": min(found["BLOCK_N"], 128), "BLOCK_K": min(found["BLOCK_K"], 32), "PART": 32}
     found["PART"] = part or min(found["PART"], found["BLOCK_N"])
@@ -308,21 +309,20 @@ def configuration(
     }  # fmt: skip
 
 
+BY_TORCH = {"TORCH": 1, "BLOCK_M": 16, "PART": 256, "num_warps": 4}
 SPACE = (
-    *(configuration(128, 256, 64, part, 1, 1, 8, stages) for part in (64, 128) for stages in (3, 4)),
-    configuration(128, 256, 64, 128, 1, 1, 8, 3) | {"GROUP": 8},
+    # with tensor descriptors, for sm_90
+    *(configuration(128, 256, 64, part, 1, 1, 8, stages) for part, stages in ((64, 3), (128, 3), (64, 4))),
+    configuration(128, 256, 64, 64, 1, 1, 8, 3) | {"GROUP": 8},
     configuration(128, 128, 64, 64, 1, 1, 8, 4),
     configuration(128, 128, 64, 64, 2, 1, 4, 3),
     configuration(64, 128, 64, 64, 2, 1, 4, 3),
     configuration(64, 256, 64, 128, 1, 1, 4, 3),
-    *(
-        configuration(128, 128, 32, part, 0, 0, warps, stages)
-        for part in (32, 64)
-        for warps, stages in ((4, 3), (8, 4))
-    ),
+    # through pointers, for sm_80
+    *(configuration(128, 128, 32, part, 0, 0, warps, stages) for part in (32, 64) for warps, stages in ((4, 3), (8, 4))),
     configuration(128, 128, 64, 64, 0, 0, 8, 3),
+    configuration(128, 128, 32, 64, 0, 0, 8, 4) | {"GROUP": 8},
     configuration(128, 256, 32, 64, 0, 0, 8, 3),
     configuration(64, 128, 32, 64, 0, 0, 4, 3),
-    {"TORCH": 1, "BLOCK_M": 16, "PART": 256, "num_warps": 4},
-    {"TORCH": 1, "BLOCK_M": 32, "PART": 128, "num_warps": 8},
+    BY_TORCH,
 )

@@ -226,6 +226,8 @@ def unsupported_reason(x, w_q, w_k, w_v, cos, sin, *_) -> str | None:
     width = 2 * cos.size(1)
     if width not in HEAD_WIDTHS:
         return f"a head of {width} channels does not fill a part of a tile; the kernel takes {HEAD_WIDTHS}"
+    if x.dtype == torch.float32:
+        return "the fused product takes bfloat16 or float16"
     if normed_dtype(x) != x.dtype:
         return f"autocast makes the normed heads {normed_dtype(x)}; the kernel stores all heads in {x.dtype}"
     if (cos.requires_grad or sin.requires_grad) and torch.is_grad_enabled():
@@ -346,10 +348,10 @@ BACKWARD_SPACE = tuple(
     for heads in (1, 2, 5)
 )
 KERNELS = (
-    Kernel("qkv_projection", DTYPES, product_keys(3, 1), SPACE, launches, ((1000, 384, 96), (77, 192, 40))),
-    Kernel("qkv_backward", DTYPES, ((64,), (128,)), BACKWARD_SPACE, backward_launches, ((32,),)),
+    Kernel("qkv_projection", DTYPES[:2], product_keys(3, 1), SPACE, launches, ((1000, 384, 96), (77, 192, 40))),
+    Kernel("qkv_backward", DTYPES[:2], ((64,), (128,)), BACKWARD_SPACE, backward_launches, ((32,),)),
     Kernel(
-        "qkv_projection_input_gradient", DTYPES, product_keys(1, 3), SPACE, input_gradient_launches,
+        "qkv_projection_input_gradient", DTYPES[:2], product_keys(1, 3), SPACE, input_gradient_launches,
         ((1000, 96, 384), (77, 15, 30)),
     ),
     *NORM_KERNELS,

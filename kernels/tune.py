@@ -72,6 +72,8 @@ def launchable_configurations(
         for kernel, key, dtype in cases
         if len(kernel.space) > 1
         for parameters in kernel.space
+        # tensor descriptors are for sm_90 and later, and faster there than pointers
+        if parameters.get("TMA") in (None, int(name != "sm80"))
     ]
     with ProcessPoolExecutor(COMPILERS, multiprocessing.get_context("spawn")) as pool:
         for (kernel, key, dtype, parameters, _), problem in zip(jobs, pool.map(_try, jobs, chunksize=4), strict=True):
