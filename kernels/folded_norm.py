@@ -10,8 +10,11 @@ This file does not define an operation of the package.
 import torch
 from torch import Tensor
 
+from nanochat_kernels import hopper_product
 from nanochat_kernels.configs import launch_parameters
+from nanochat_kernels.hopper_product import gl, gluon
 from nanochat_kernels.matrix_product import (
+    Epilogue,
     load_block,
     load_rows,
     product,
@@ -90,6 +93,31 @@ def norm_backward_epilogue(
     store_block(out_ptr, out_stride, sums, row, column, m, n, TMA, WHOLE)
 
 
+@gluon.jit
+def residual_on_hopper(sums, out_desc, residual, second, arguments, row, column, m, n):
+    """residual_epilogue for hopper_product.py."""
+    if arguments[1] is not None:
+        sums += residual.load(sums.type.layout).to(gl.float32)
+    value = sums.to(out_desc.dtype)
+    hopper_product.store_part(value, out_desc, residual, row, column)
+    value = value.to(gl.float32)
+    hopper_product.store_row_sums(arguments[0], gl.sum(value * value, axis=1), sums, row, column, m, n)
+
+
+@gluon.jit
+def norm_backward_on_hopper(sums, out_desc, x, dy, arguments, row, column, m, n):
+    """norm_backward_epilogue for hopper_product.py."""
+    coefficient = hopper_product.load_rows(arguments[0], sums, row, m)
+    sums -= x.load(sums.type.layout).to(gl.float32) * coefficient[:, None]
+    if arguments[1] is not None:
+        sums += dy.load(sums.type.layout).to(gl.float32)
+    hopper_product.store_part(sums, out_desc, x, row, column)
+
+
+RESIDUAL = Epilogue(residual_epilogue, residual_on_hopper)
+NORM_BACKWARD = Epilogue(norm_backward_epilogue, norm_backward_on_hopper)
+
+
 def row_rstd(x: Tensor, parameters: dict[str, int] | None = None) -> Tensor:
     """Return rstd (N,), in float32, of the rows of x (N, C) with stride 1 along a row."""
     rstd = torch.empty(x.size(0), dtype=torch.float32, device=x.device)
@@ -128,7 +156,7 @@ def add_residual(
     parameters = product_parameters(name, x, weight, shape, None, parameters)
     y, squares = torch.empty(shape[:2], dtype=x.dtype, device=x.device), row_sums(parameters, *shape[:2], x.device)
     arguments = squares, None if residual is None else 1
-    product(x, weight, y, residual_epilogue, parameters, arguments, residual, y_transposed=True)
+    product(x, weight, y, RESIDUAL, parameters, arguments, residual, y_transposed=True)
     return y, finish(squares, shape[1])
 
 
@@ -141,7 +169,7 @@ def input_gradient(
     parameters = product_parameters(name, dz, weight, shape, None, parameters)
     dx = torch.empty(shape[:2], dtype=x.dtype, device=x.device)
     arguments = coefficient, None if dy is None else 1
-    return product(dz, weight, dx, norm_backward_epilogue, parameters, arguments, x, dy)
+    return product(dz, weight, dx, NORM_BACKWARD, parameters, arguments, x, dy)
 
 
 def rstd_launches(key, dtype: torch.dtype, device: torch.device):

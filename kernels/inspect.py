@@ -75,13 +75,15 @@ def specialize(launch: Launch, architecture: str) -> tuple[Any, dict[str, Any]]:
         raise CannotRun("Triton is not installed (pip install triton; it exists for Linux)")
     if INTERPRETED:
         raise CannotRun("kernels cannot be compiled under TRITON_INTERPRET=1; unset it")
+    from triton.experimental.gluon._runtime import GluonASTSource
     from triton.runtime.jit import create_function_from_signature
 
     kernel, backend = launch.kernel, triton.compiler.make_backend(target_of(architecture))
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = binder(*launch.arguments, **launch.constants)
     options, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
-    return triton.compiler.ASTSource(kernel, signature, constants, attributes), options.__dict__
+    source = GluonASTSource if kernel.is_gluon() else triton.compiler.ASTSource
+    return source(kernel, signature, constants, attributes), options.__dict__
 
 
 def target_of(architecture: str):

@@ -9,17 +9,18 @@ Sums are float32. An epilogue is a `@triton.jit` function that gets a part of a 
 epilogue may read, and `arguments` a tuple of pointers and numbers. The same epilogue serves a product that torch computes
 ("TORCH": 1 in the launch table, where that is faster): it is then applied in one pass over the stored product.
 
-On sm_90 tiles are read and written through tensor descriptors, by programs that take several tiles each, so that the first loads
-of a tile overlap with the epilogue of the tile before it. On sm_80 they are read through pointers, one program a tile.
+On sm_80 tiles are read through pointers, one program a tile. On sm_90 the kernel of hopper_product.py takes its place, except for
+batches and triangles: these are read through tensor descriptors here.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nanochat_kernels.architecture import TRITON_INSTALLED
 from nanochat_kernels.configs import launch_parameters
+from nanochat_kernels.hopper_product import hopper_product
 from nanochat_kernels.triton_helpers import DTYPES, GRID_LIMIT, cast, cdiv, dot, launch, multiprocessors, tl, triton
 
 if TRITON_INSTALLED:
@@ -204,6 +205,13 @@ def epilogue_kernel(
     )  # fmt: skip
 
 
+class Epilogue(NamedTuple):
+    """The same epilogue for the kernel of this file and for that of hopper_product.py."""
+
+    triton: Any
+    gluon: Any = None
+
+
 def tile_count(m: int, n: int, block_m: int, block_n: int, triangle: bool) -> int:
     """Return the number of tiles of one matrix."""
     if triangle:
@@ -225,7 +233,9 @@ def product_parameters(
     found = dict(parameters or launch_parameters(name, x.device, x.dtype, shape))
     if "TORCH" in found:
         return found | ({"PART": part} if part else {})
-    if found["TMA"] and not (described(x) and described(y) and (x.dim() == 2 or shape[2] % found["BLOCK_K"] == 0)):
+    if "STAGES" in found and not (described(x) and described(y) and shape[1] % 8 == 0):
+        found = configuration(128, 128, 32, 64, 0, 0, 8, 3)
+    if found.get("TMA") and not (described(x) and described(y) and (x.dim() == 2 or shape[2] % found["BLOCK_K"] == 0)):
         found |= {"TMA": 0, "BLOCK_N": min(found["BLOCK_N"], 128), "BLOCK_K": min(found["BLOCK_K"], 32), "PART": 32}
     found["PART"] = part or min(found["PART"], found["BLOCK_N"])
     found["BLOCK_N"] = max(found["BLOCK_N"], found["PART"])
@@ -239,7 +249,7 @@ def described(x: Tensor) -> bool:
 
 
 def product(
-    x: Tensor, y: Tensor, out: Tensor, epilogue: Any, parameters: dict[str, int], arguments: tuple = (),
+    x: Tensor, y: Tensor, out: Tensor, epilogue: Epilogue, parameters: dict[str, int], arguments: tuple = (),
     first: Tensor | None = None, second: Tensor | None = None, *, x_transposed: bool = False,
     y_transposed: bool = False, triangle: bool = False,
 ) -> Tensor:  # fmt: skip
@@ -259,8 +269,16 @@ def product(
         grid = (cdiv(m, parameters["BLOCK_M"]), cdiv(n, parameters["PART"]))
         launch(
             epilogue_kernel, grid, out.device, sums, out, *others, arguments, m, n,
-            *(t.stride(0) for t in (sums, out, *others)), EPILOGUE=epilogue, **parameters,
+            *(t.stride(0) for t in (sums, out, *others)), EPILOGUE=epilogue.triton, **parameters,
         )  # fmt: skip
+        return out
+    if "STAGES" in parameters:
+        extras = [
+            t if described(t) else t.clone(memory_format=torch.contiguous_format)
+            for t in (first, second)
+            if t is not None
+        ]
+        hopper_product(x, y, out, epilogue.gluon, parameters, arguments, extras, y_transposed)
         return out
     k = x.size(-2 if x_transposed else -1)
     batch = out.size(0) if out.dim() == 3 else 1
@@ -280,7 +298,7 @@ def product(
     grid = (min(total, programs * multiprocessors(out.device)) if programs else total,)
     launch(
         product_kernel, grid, out.device, x, y, *results, arguments, tiles, total, m, n, k, *strides,
-        EPILOGUE=epilogue, X_TRANSPOSED=x_transposed, Y_TRANSPOSED=y_transposed, TRIANGLE=triangle, BATCH=batch > 1,
+        EPILOGUE=epilogue.triton, X_TRANSPOSED=x_transposed, Y_TRANSPOSED=y_transposed, TRIANGLE=triangle, BATCH=batch > 1,
         WHOLE=whole, TMA=bool(tma), OUT_TMA=out_tma, FLATTEN=programs > 0 and not triangle, **parameters,
     )  # fmt: skip
     return out
@@ -311,15 +329,18 @@ def configuration(
 
 BY_TORCH = {"TORCH": 1, "BLOCK_M": 16, "PART": 256, "num_warps": 4}
 SPACE = (
-    # with tensor descriptors, for sm_90
-    *(configuration(128, 256, 64, part, 1, 1, 8, stages) for part, stages in ((64, 3), (128, 3), (64, 4))),
-    configuration(128, 256, 64, 64, 1, 1, 8, 3) | {"GROUP": 8},
-    configuration(128, 128, 64, 64, 1, 1, 8, 4),
-    configuration(128, 128, 64, 64, 2, 1, 4, 3),
-    configuration(64, 128, 64, 64, 2, 1, 4, 3),
-    configuration(64, 256, 64, 128, 1, 1, 4, 3),
-    # through pointers, for sm_80
-    *(configuration(128, 128, 32, part, 0, 0, warps, stages) for part in (32, 64) for warps, stages in ((4, 3), (8, 4))),
+    # for sm_90, hopper_product.py
+    *(
+        {"BLOCK_M": m, "BLOCK_N": 128, "BLOCK_K": 64, "PART": 64, "STAGES": stages, "GROUP": group}
+        for m, stages in ((128, 3), (128, 4), (128, 5), (64, 4), (64, 6))
+        for group in (1, 8)
+    ),
+    # for sm_80, this file
+    *(
+        configuration(128, 128, 32, part, 0, 0, warps, stages)
+        for part in (32, 64)
+        for warps, stages in ((4, 3), (8, 4))
+    ),
     configuration(128, 128, 64, 64, 0, 0, 8, 3),
     configuration(128, 128, 32, 64, 0, 0, 8, 4) | {"GROUP": 8},
     configuration(128, 256, 32, 64, 0, 0, 8, 3),

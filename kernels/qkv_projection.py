@@ -32,7 +32,7 @@ from nanochat_kernels.linear import add_product, plain_linear
 from nanochat_kernels.matrix_product import MODEL_WIDTHS, SPACE, product, product_keys, product_parameters
 from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
 from nanochat_kernels.qk_norm_rope import qk_norm_rope, tables
-from nanochat_kernels.qkv_projection_kernels import qkv_backward_kernel, qkv_epilogue
+from nanochat_kernels.qkv_projection_kernels import QKV, qkv_backward_kernel
 from nanochat_kernels.reference import EPS
 from nanochat_kernels.rms_norm import rms_norm
 from nanochat_kernels.tracing import opaque
@@ -82,7 +82,7 @@ def heads_of(
         rstd, head_rstd, cos, sin, rstd if offsets is None else offsets, None if offsets is None else offsets.stride(0),
         offset, x.size(1), cos.size(0), (heads + kv_heads) * width, EPS,
     )  # fmt: skip
-    product(rows, weight, out.view(shape[:2]), qkv_epilogue, parameters, arguments, y_transposed=True)
+    product(rows, weight, out.view(shape[:2]), QKV, parameters, arguments, y_transposed=True)
     return out, head_rstd
 
 

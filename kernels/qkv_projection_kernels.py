@@ -1,6 +1,8 @@
 """The epilogue and the backward kernel of qkv_projection.py, which explains what they compute."""
 
-from nanochat_kernels.matrix_product import halves, load_rows, store_block
+from nanochat_kernels import hopper_product
+from nanochat_kernels.hopper_product import gl, gluon
+from nanochat_kernels.matrix_product import Epilogue, halves, load_rows, store_block
 from nanochat_kernels.qk_norm_rope_kernels import load_heads, load_positions
 from nanochat_kernels.triton_helpers import cast, rsqrt, tl, triton
 
@@ -37,7 +39,38 @@ def qkv_epilogue(
     store_block(out_ptr, out_stride, head, row, column, m, n, TMA, WHOLE)
     if head_rstd_ptr is not None:
         kept = head_rstd_ptr + tl.cast(column // (2 * HALF), tl.int64) * m + r
-        tl.store(kept, head_rstd, mask=(r < m) & is_normed)
+        tl.store(kept, head_rstd, mask=(r < m) & is_normed & (column < n))
+
+
+@gluon.jit
+def qkv_on_hopper(sums, out_desc, first, second, arguments, row, column, m, n):
+    """qkv_epilogue for hopper_product.py."""
+    rstd_ptr, head_rstd_ptr, cos_ptr, sin_ptr, offsets_ptr, offsets_stride, offset, tokens, positions, normed, EPS = (
+        arguments
+    )
+    HALF: gl.constexpr = sums.shape[1] // 2
+    x1, x2 = hopper_product.halves(sums * hopper_product.load_rows(rstd_ptr, sums, row, m)[:, None])
+    r = hopper_product.row_numbers(x1, row)
+    position = (r % tokens).to(gl.int64) + offset
+    if offsets_stride is not None:
+        position += gl.load(offsets_ptr + (r // tokens).to(gl.int64) * offsets_stride, mask=r < m, other=0)
+    known = (position >= 0) & (position < positions)
+    table = position[:, None] * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(0, x1.type.layout))[None, :]
+    c = gl.load(cos_ptr + table, mask=known[:, None], other=float("nan")).to(gl.float32)
+    s = gl.load(sin_ptr + table, mask=known[:, None], other=float("nan")).to(gl.float32)
+    o1, o2 = x1 * c + x2 * s, x2 * c - x1 * s
+    head_rstd = 1.0 / gl.sqrt(gl.sum(o1 * o1 + o2 * o2, axis=1) / (2 * HALF) + EPS)
+    is_normed = column < normed
+    y1 = gl.where(is_normed, o1 * head_rstd[:, None], x1)
+    y2 = gl.where(is_normed, o2 * head_rstd[:, None], x2)
+    head = gl.reshape(gl.permute(gl.join(y1, y2), [0, 2, 1]), [sums.shape[0], 2 * HALF])
+    hopper_product.store_part(head, out_desc, first, row, column)
+    if head_rstd_ptr is not None:
+        kept = head_rstd_ptr + (column // (2 * HALF)).to(gl.int64) * m + r
+        gl.store(kept, head_rstd, mask=(r < m) & is_normed & (column < n))
+
+
+QKV = Epilogue(qkv_epilogue, qkv_on_hopper)
 
 
 @triton.jit(do_not_specialize=["offset"])

@@ -10,7 +10,7 @@ closes the norm and adds the residual's gradient. So et al. 2021 (Primer).
 import torch
 from torch import Tensor
 
-from nanochat_kernels import reference
+from nanochat_kernels import hopper_product, reference
 from nanochat_kernels.checks import (
     autocast_products,
     check_float,
@@ -30,9 +30,11 @@ from nanochat_kernels.folded_norm import (
     row_rstd,
     row_sums,
 )
+from nanochat_kernels.hopper_product import gl, gluon
 from nanochat_kernels.linear import add_product, plain_linear
 from nanochat_kernels.matrix_product import (
     SPACE,
+    Epilogue,
     load_block,
     load_rows,
     product,
@@ -82,12 +84,34 @@ def relu2_backward_epilogue(
     store_row_sums(sums_ptr, tl.sum(dh * h, axis=1), row, column, m, n, dh.shape[1])
 
 
+@gluon.jit
+def relu2_on_hopper(sums, out_desc, first, second, arguments, row, column, m, n):
+    """relu2_epilogue for hopper_product.py."""
+    z = sums * hopper_product.load_rows(arguments[0], sums, row, m)[:, None]
+    relu = gl.where(z < 0.0, 0.0, z)
+    hopper_product.store_part(relu * relu, out_desc, first, row, column)
+
+
+@gluon.jit
+def relu2_backward_on_hopper(dh, out_desc, h_memory, second, arguments, row, column, m, n):
+    """relu2_backward_epilogue for hopper_product.py."""
+    h = h_memory.load(dh.type.layout).to(gl.float32)
+    dh = gl.where(h == 0.0, 0.0, 2.0 * dh)
+    rstd = hopper_product.load_rows(arguments[0], dh, row, m)
+    hopper_product.store_part(dh * gl.sqrt(h) * rstd[:, None], out_desc, h_memory, row, column)
+    hopper_product.store_row_sums(arguments[1], gl.sum(dh * h, axis=1), dh, row, column, m, n)
+
+
+RELU2 = Epilogue(relu2_epilogue, relu2_on_hopper)
+RELU2_BACKWARD = Epilogue(relu2_backward_epilogue, relu2_backward_on_hopper)
+
+
 def up(x: Tensor, w_up: Tensor, rstd: Tensor, parameters: dict[str, int] | None = None) -> Tensor:
     """Return h (N, F) for rows x (N, C)."""
     shape = x.size(0), w_up.size(0), x.size(1)
     parameters = product_parameters("relu2_mlp_up", x, w_up, shape, None, parameters)
     h = torch.empty(shape[:2], dtype=x.dtype, device=x.device)
-    return product(x, w_up, h, relu2_epilogue, parameters, (rstd,), y_transposed=True)
+    return product(x, w_up, h, RELU2, parameters, (rstd,), y_transposed=True)
 
 
 def hidden_gradient(
@@ -97,7 +121,7 @@ def hidden_gradient(
     shape = dy.size(0), h.size(1), dy.size(1)
     parameters = product_parameters("relu2_mlp_hidden_gradient", dy, w_down, shape, None, parameters)
     dz, sums = torch.empty_like(h), row_sums(parameters, *shape[:2], h.device)
-    product(dy, w_down, dz, relu2_backward_epilogue, parameters, (rstd, sums), h)
+    product(dy, w_down, dz, RELU2_BACKWARD, parameters, (rstd, sums), h)
     return dz, finish(sums, shape[2], rstd)
 
 

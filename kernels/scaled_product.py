@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nanochat_kernels.checks import check_device
 from nanochat_kernels.matrix_product import (
+    Epilogue,
     block_mask,
     block_pointers,
     load_block,
@@ -88,7 +89,7 @@ def scaled_product(
     out = torch.empty(batch, m, n, dtype=dtype or x.dtype, device=x.device)
     name = "symmetric_product" if symmetric else "matrix_product"
     return product(
-        x, y, out, symmetric_epilogue if symmetric else scaled_epilogue,
+        x, y, out, Epilogue(symmetric_epilogue if symmetric else scaled_epilogue),
         product_parameters(name, x, y, (m, n, k), None, parameters),
         (float(alpha), None if plus is None else float(beta), float(gamma) if gamma else None), plus,
         x_transposed=x_transposed, y_transposed=y_transposed, triangle=symmetric,

@@ -73,7 +73,7 @@ def launchable_configurations(
         if len(kernel.space) > 1
         for parameters in kernel.space
         # tensor descriptors are for sm_90 and later, and faster there than pointers
-        if parameters.get("TMA") in (None, int(name != "sm80"))
+        if parameters.get("TMA", int("STAGES" in parameters)) == int(name != "sm80") or "TORCH" in parameters
     ]
     with ProcessPoolExecutor(COMPILERS, multiprocessing.get_context("spawn")) as pool:
         for (kernel, key, dtype, parameters, _), problem in zip(jobs, pool.map(_try, jobs, chunksize=4), strict=True):
