@@ -53,14 +53,12 @@ def tile_position(t, m, n, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: 
 
 @gluon.jit
 def load_tiles(
-    descriptors, memory, m, n, k, total, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-    PART: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, EXTRAS: gl.constexpr, Y_TRANSPOSED: gl.constexpr,
+    x_desc, y_desc, memory, m, n, k, total, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, GROUP: gl.constexpr, Y_TRANSPOSED: gl.constexpr,
 ):  # fmt: skip
-    """Load the operands of all tiles of this program into the ring of stages, and what the epilogues read."""
-    x_desc, y_desc, first_desc, second_desc = descriptors
-    x_ring, y_ring, filled, empty, parts, parts_filled, parts_empty, _ = memory
-    PARTS: gl.constexpr = BLOCK_N // PART
-    step, tile = 0, 0
+    """Load the operands of all tiles of this program into the ring of stages."""
+    x_ring, y_ring, filled, empty, _, _, _ = memory
+    step = 0
     for index in range(gl.program_id(0), total, gl.num_programs(0)):
         row, column = tile_position(index, m, n, BLOCK_M, BLOCK_N, GROUP)
         for start in range(0, k, BLOCK_K):
@@ -74,36 +72,43 @@ def load_tiles(
             else:
                 tma.async_copy_global_to_shared(y_desc, [start, column], bar, y_ring.index(stage))
             step += 1
-            if EXTRAS > 0:  # noqa: SIM102 (decided at compile time)
-                if start == 0:  # after the operands that the tensor cores wait for
-                    which = tile % 2
-                    mbarrier.wait(parts_empty.index(which), (tile // 2 & 1) ^ 1)
-                    bar = parts_filled.index(which)
-                    mbarrier.expect(bar, EXTRAS * PARTS * first_desc.block_type.nbytes)
-                    for i in gl.static_range(PARTS):
-                        at = [row, column + i * PART]
-                        part = which * PARTS * EXTRAS + i
-                        tma.async_copy_global_to_shared(first_desc, at, bar, parts.index(part))
-                        if EXTRAS > 1:
-                            tma.async_copy_global_to_shared(second_desc, at, bar, parts.index(part + PARTS))
-        tile += 1  # noqa: SIM113
+
+
+@gluon.jit
+def load_parts(
+    first_desc, second_desc, parts, bar, row, column, base: gl.constexpr, COUNT: gl.constexpr, EXTRAS: gl.constexpr
+):  # fmt: skip
+    """Begin to load COUNT parts of the matrix that an epilogue reads, or one part of each of two."""
+    fence_async_shared()  # the memory may have been read and written by ordinary instructions before
+    mbarrier.expect(bar, COUNT * EXTRAS * first_desc.block_type.nbytes)
+    for i in gl.static_range(COUNT):
+        at = [row, column + i * first_desc.block_type.shape[1]]
+        tma.async_copy_global_to_shared(first_desc, at, bar, parts.index(base + i))
+    if EXTRAS == 2:
+        tma.async_copy_global_to_shared(second_desc, [row, column], bar, parts.index(base + 1))
 
 
 @gluon.jit
 def compute_tiles(
-    which: gl.constexpr, out_desc, memory, arguments, m, n, k, total, EPILOGUE: gl.constexpr, BLOCK_M: gl.constexpr,
+    which: gl.constexpr, descriptors, memory, arguments, m, n, k, total, EPILOGUE: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
     EXTRAS: gl.constexpr, Y_TRANSPOSED: gl.constexpr,
 ):  # fmt: skip
     """Compute every second tile of this program, beginning with its first (which = 0) or its second (which = 1)."""
-    x_ring, y_ring, filled, empty, parts, parts_filled, parts_empty, turns = memory
+    out_desc, first_desc, second_desc = descriptors
+    x_ring, y_ring, filled, empty, parts, parts_filled, turns = memory
     PARTS: gl.constexpr = BLOCK_N // PART
-    EACH: gl.constexpr = PARTS * (EXTRAS if EXTRAS > 0 else 1)
+    # two matrices are read one part at a time, for which the memory suffices
+    AHEAD: gl.constexpr = 1 if EXTRAS == 2 else PARTS
+    base: gl.constexpr = which * (parts.type.shape[0] // 2)
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    parts_bar = parts_filled.index(which)
     steps = gl.cdiv(k, BLOCK_K)
     turn = 0
     for index in range(gl.program_id(0) + which * gl.num_programs(0), total, 2 * gl.num_programs(0)):
         row, column = tile_position(index, m, n, BLOCK_M, BLOCK_N, GROUP)
+        if EXTRAS > 0:
+            load_parts(first_desc, second_desc, parts, parts_bar, row, column, base, AHEAD, EXTRAS)
         sums = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout)
         # Only when the other group has seen all stages before may this one look at them: a barrier tells even phases from odd
         # ones, but not how many have passed.
@@ -122,15 +127,17 @@ def compute_tiles(
         mbarrier.arrive(turns.index(1 - which), count=1)
         sums = warpgroup_mma_wait(0, (sums,))
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
-        if EXTRAS > 0:
-            mbarrier.wait(parts_filled.index(which), turn & 1)
         split = parts_of(sums, PARTS)
         for i in gl.static_range(PARTS):
-            first, second = parts.index(which * EACH + i), parts.index(which * EACH + i + EACH - PARTS)
-            EPILOGUE(split[i], out_desc, first, second, arguments, row, column + i * PART, m, n)
+            left = column + i * PART
+            if EXTRAS > 0 and i >= AHEAD:
+                tma.store_wait(0)
+                load_parts(first_desc, second_desc, parts, parts_bar, row, left, base, AHEAD, EXTRAS)
+            if EXTRAS > 0 and i % AHEAD == 0:
+                mbarrier.wait(parts_bar, turn * (PARTS // AHEAD) + i // AHEAD & 1)
+            first, second = parts.index(base + i % AHEAD), parts.index(base + AHEAD + EXTRAS - 2)
+            EPILOGUE(split[i], out_desc, first, second, arguments, row, left, m, n)
         tma.store_wait(0)
-        if EXTRAS > 0:
-            mbarrier.arrive(parts_empty.index(which), count=1)
         turn += 1  # noqa: SIM113
 
 
@@ -141,37 +148,34 @@ def hopper_kernel(
     GROUP: gl.constexpr, EXTRAS: gl.constexpr, Y_TRANSPOSED: gl.constexpr,
 ):  # fmt: skip
     """Compute out (m, n) in tiles BLOCK_M × BLOCK_N; program p takes tiles p, p + num_programs, …, of `total`."""
-    PARTS: gl.constexpr = 2 * (BLOCK_N // PART) * (EXTRAS if EXTRAS > 0 else 1)
+    EACH: gl.constexpr = 2 if EXTRAS == 2 else BLOCK_N // PART
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES] + x_desc.block_type.shape, x_desc.layout)  # noqa: RUF005
     y_ring = gl.allocate_shared_memory(y_desc.dtype, [STAGES] + y_desc.block_type.shape, y_desc.layout)  # noqa: RUF005
-    parts = gl.allocate_shared_memory(out_desc.dtype, [PARTS] + out_desc.block_type.shape, out_desc.layout)  # noqa: RUF005
+    parts = gl.allocate_shared_memory(out_desc.dtype, [2 * EACH] + out_desc.block_type.shape, out_desc.layout)  # noqa: RUF005
     filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(filled.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
     parts_filled = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    parts_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(parts_filled.index(i), count=1)
-        mbarrier.init(parts_empty.index(i), count=1)
         mbarrier.init(turns.index(i), count=1)
-    descriptors = (x_desc, y_desc, first_desc, second_desc)
-    memory = (x_ring, y_ring, filled, empty, parts, parts_filled, parts_empty, turns)
+    descriptors = (out_desc, first_desc, second_desc)
+    memory = (x_ring, y_ring, filled, empty, parts, parts_filled, turns)
     gl.warp_specialize(
         [
             (compute_tiles, (
-                0, out_desc, memory, arguments, m, n, k, total, EPILOGUE, BLOCK_M, BLOCK_N, BLOCK_K, PART, STAGES,
+                0, descriptors, memory, arguments, m, n, k, total, EPILOGUE, BLOCK_M, BLOCK_N, BLOCK_K, PART, STAGES,
                 GROUP, EXTRAS, Y_TRANSPOSED,
             )),
             (compute_tiles, (
-                1, out_desc, memory, arguments, m, n, k, total, EPILOGUE, BLOCK_M, BLOCK_N, BLOCK_K, PART, STAGES,
+                1, descriptors, memory, arguments, m, n, k, total, EPILOGUE, BLOCK_M, BLOCK_N, BLOCK_K, PART, STAGES,
                 GROUP, EXTRAS, Y_TRANSPOSED,
             )),
             (load_tiles, (
-                descriptors, memory, m, n, k, total, BLOCK_M, BLOCK_N, BLOCK_K, PART, STAGES, GROUP, EXTRAS,
-                Y_TRANSPOSED,
+                x_desc, y_desc, memory, m, n, k, total, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP, Y_TRANSPOSED,
             )),
         ],
         [4, 1],
@@ -218,16 +222,24 @@ def store_row_sums(x_ptr, sums, part, row, column, m, n):
 
 
 @gluon.jit
-def store_part(part, out_desc, memory, row, column):
-    """Round a part and store it through shared memory, from which it is copied asynchronously."""
-    memory.store(part.to(out_desc.dtype))
+def store_memory(out_desc, memory, row, column):
+    """Begin to copy a part of the result from shared memory."""
     fence_async_shared()
     tma.async_copy_shared_to_global(out_desc, [row, column], memory)
 
 
 @gluon.jit
-def plain_epilogue(sums, out_desc, first, second, arguments, row, column, m, n):
-    """Store the sums."""
+def store_part(part, out_desc, memory, row, column):
+    """Round a part and begin to store it through shared memory."""
+    memory.store(part.to(out_desc.dtype))
+    store_memory(out_desc, memory, row, column)
+
+
+@gluon.jit
+def scale_rows_on_hopper(sums, out_desc, first, second, arguments, row, column, m, n):
+    """Store the sums, multiplied by a factor for each row if there is one."""
+    if arguments[0] is not None:
+        sums *= load_rows(arguments[0], sums, row, m)[:, None]
     store_part(sums, out_desc, first, row, column)
 
 

@@ -1,6 +1,6 @@
 """Head, softcap and loss: cross entropy of softcap·tanh(x·weightᵀ/softcap) against the targets, in float32.
 
-torch computes the three matrix products, and kernels make one pass over the logits z = x·weightᵀ. With G = dloss/dz of each row,
+The three matrix products are plain ones, and kernels make one pass over the logits z = x·weightᵀ. With G = dloss/dz of each row,
     dx = f ⊙ (G·weight),   dweight = Gᵀ·(f ⊙ x),
 where f is the product of all factors of a row's loss: the loss weight, one over the number of targets, the upstream gradient.
 bfloat16 logits whose rows fit on the chip are overwritten with their gradient while the loss is computed, and no kernel reads them
@@ -9,7 +9,6 @@ gradient is 1, nothing is rounded twice. Other logits are kept, and backward com
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat_kernels import reference
@@ -29,10 +28,11 @@ from nanochat_kernels.cross_entropy_kernels import (
 )
 from nanochat_kernels.dispatch import choose
 from nanochat_kernels.linear import add_product, plain_linear
+from nanochat_kernels.matrix_product import MODEL_WIDTHS, SPACE, scaled_rows
 from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
 from nanochat_kernels.reference import SOFTCAP
 from nanochat_kernels.softcap_cross_entropy import factor_of, random_logits, reduced, unsupported_reason_for
-from nanochat_kernels.triton_helpers import KernelFunction, derivative, differentiable, needs_gradient
+from nanochat_kernels.triton_helpers import DTYPES, KernelFunction, derivative, differentiable, needs_gradient
 
 
 class LinearCrossEntropy(KernelFunction):
@@ -41,7 +41,7 @@ class LinearCrossEntropy(KernelFunction):
         x, weight, targets, factor, softcap, ignore_index, weight_gradient, gradient_now
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (losses (N,), logits (N, V), sums (N,)); if gradient_now, the gradient of Σ factor·loss replaces the logits."""
-        logits = F.linear(x, weight)
+        logits = scaled_rows("linear_cross_entropy_logits", x, weight, y_transposed=True)
         if gradient_now:
             losses, sums = launch_on_chip(logits, targets, factor, softcap, ignore_index)
         else:
@@ -73,25 +73,18 @@ class Backward(KernelFunction):
         if gradient_now:
             # what is left to multiply by: the gradient of the logits contains the factor already
             rest = dlosses if factor is None else torch.where(factor == 0, dlosses, dlosses / factor)
-            gradient, factor = logits, torch.where(targets == ignore_index, 0.0, rest)[:, None]
+            gradient, factor = logits, torch.where(targets == ignore_index, 0.0, rest)
         else:  # launch_gradient multiplies by the factor
             gradient, factor = launch_gradient(logits, targets, sums, dlosses, softcap, ignore_index), None
         if dx_needed:
-            dx = gradient @ weight if factor is None else scaled_product(gradient, weight, factor)
+            dx = scaled_rows("linear_cross_entropy_input_gradient", gradient, weight, factor)
         if weight_gradient is not None or dw_needed:
-            rows = x if factor is None else (x * factor).to(x.dtype)
+            rows = x if factor is None else (x * factor[:, None]).to(x.dtype)
             if weight_gradient is not None:
                 add_product(weight_gradient, gradient, rows)
             else:
                 dweight = gradient.t() @ rows
         return dx, dweight
-
-
-def scaled_product(a: Tensor, b: Tensor, factor: Tensor) -> Tensor:
-    """Return factor ⊙ (a·b) in a's dtype, rounded once."""
-    if a.is_cuda:
-        return (torch.mm(a, b, out_dtype=torch.float32) * factor).to(a.dtype)
-    return (a.float() @ b.float() * factor).to(a.dtype)
 
 
 def run(x, weight, targets, softcap, ignore_index, reduction, loss_weight, weight_gradient) -> Tensor:
@@ -171,7 +164,35 @@ ON_CHIP_SPACE = tuple(
     for ahead in (0, 2, 4)
     for programs in (1, 4, 16)
 )
+
+
+def logits_launches(key, dtype: torch.dtype, device: torch.device):
+    x, weight = (torch.empty(n, key[2], device=device, dtype=dtype).normal_() for n in key[:2])
+    name = "linear_cross_entropy_logits"
+    return {"logits": lambda parameters: scaled_rows(name, x, weight, y_transposed=True, parameters=parameters)}
+
+
+def input_gradient_launches(key, dtype: torch.dtype, device: torch.device):
+    gradient = torch.empty(key[0], key[2], device=device, dtype=dtype).normal_()
+    weight, factor = (
+        torch.empty(key[2], key[1], device=device, dtype=dtype).normal_(),
+        torch.ones(key[0], device=device),
+    )
+    name = "linear_cross_entropy_input_gradient"
+    return {
+        "a factor": lambda parameters: scaled_rows(name, gradient, weight, factor, parameters=parameters),
+        "no factor": lambda parameters: scaled_rows(name, gradient, weight, parameters=parameters),
+    }
+
+
+ROWS, VOCABULARY = (1024, 16_384), 65_536
+LOGITS = tuple((rows, VOCABULARY, width) for width in MODEL_WIDTHS for rows in ROWS)
 KERNELS = (
+    Kernel("linear_cross_entropy_logits", DTYPES[:2], LOGITS, SPACE, logits_launches, ((1000, 384, 96), (77, 30, 15))),
+    Kernel(
+        "linear_cross_entropy_input_gradient", DTYPES[:2], tuple((m, c, v) for m, v, c in LOGITS), SPACE,
+        input_gradient_launches, ((1000, 96, 384), (77, 15, 30)),
+    ),
     Kernel(
         "cross_entropy_on_chip", (torch.bfloat16,),
         (*((n, "whole") for n in (1024, 32_768, 65_536)), *((n, "ragged") for n in (1023, 4095, 16_383, 65_535))),

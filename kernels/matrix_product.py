@@ -20,8 +20,19 @@ from torch import Tensor
 
 from nanochat_kernels.architecture import TRITON_INSTALLED
 from nanochat_kernels.configs import launch_parameters
-from nanochat_kernels.hopper_product import hopper_product
-from nanochat_kernels.triton_helpers import DTYPES, GRID_LIMIT, cast, cdiv, dot, launch, multiprocessors, tl, triton
+from nanochat_kernels.hopper_product import hopper_product, scale_rows_on_hopper
+from nanochat_kernels.triton_helpers import (
+    DTYPES,
+    GRID_LIMIT,
+    as_rows,
+    cast,
+    cdiv,
+    dot,
+    launch,
+    multiprocessors,
+    tl,
+    triton,
+)
 
 if TRITON_INSTALLED:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -205,11 +216,25 @@ def epilogue_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def scale_rows_epilogue(
+    sums, out_ptr, out_stride, first_ptr, first_stride, second_ptr, second_stride, arguments, row, column, m, n,
+    TMA: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Store the sums, multiplied by a factor for each row if there is one."""
+    if arguments[0] is not None:
+        sums *= load_rows(arguments[0], row, m, sums.shape[0])[:, None]
+    store_block(out_ptr, out_stride, sums, row, column, m, n, TMA, WHOLE)
+
+
 class Epilogue(NamedTuple):
     """The same epilogue for the kernel of this file and for that of hopper_product.py."""
 
     triton: Any
     gluon: Any = None
+
+
+SCALE_ROWS = Epilogue(scale_rows_epilogue, scale_rows_on_hopper)
 
 
 def tile_count(m: int, n: int, block_m: int, block_n: int, triangle: bool) -> int:
@@ -302,6 +327,32 @@ def product(
         WHOLE=whole, TMA=bool(tma), OUT_TMA=out_tma, FLATTEN=programs > 0 and not triangle, **parameters,
     )  # fmt: skip
     return out
+
+
+def scaled_rows(
+    name: str, x: Tensor, y: Tensor, factor: Tensor | None = None, *, y_transposed: bool = False,
+    parameters: dict[str, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """Return factor ⊙ (x·y) in x's dtype, for x (M, K), y (K, N) or (N, K), and a float32 factor for each row; rounded once.
+
+    name: the product's in the launch tables. Under torch.compile torch computes the product.
+    """
+    if torch.compiler.is_compiling() or x.device.type not in ("cuda", "meta"):
+        return scaled_by_torch(x, y.t() if y_transposed else y, factor)
+    x, y = as_rows(x), as_rows(y)
+    shape = x.size(0), y.size(0 if y_transposed else 1), x.size(1)
+    parameters = product_parameters(name, x, y, shape, None, parameters)
+    if "TORCH" in parameters:
+        return scaled_by_torch(x, y.t() if y_transposed else y, factor)
+    out = torch.empty(shape[:2], dtype=x.dtype, device=x.device)
+    return product(x, y, out, SCALE_ROWS, parameters, (factor,), y_transposed=y_transposed)
+
+
+def scaled_by_torch(x: Tensor, y: Tensor, factor: Tensor | None) -> Tensor:
+    if factor is None:
+        return x @ y
+    sums = torch.mm(x, y, out_dtype=torch.float32) if x.is_cuda else x.float() @ y.float()
+    return (sums * factor[:, None]).to(x.dtype)
 
 
 def descriptor(x: Tensor, rows: int, columns: int):

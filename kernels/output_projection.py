@@ -13,7 +13,7 @@ from nanochat_kernels.dispatch import choose
 from nanochat_kernels.folded_norm import KERNELS as NORM_KERNELS
 from nanochat_kernels.folded_norm import add_residual, residual_launches
 from nanochat_kernels.linear import add_product, plain_linear
-from nanochat_kernels.matrix_product import MODEL_WIDTHS, SPACE, product_keys
+from nanochat_kernels.matrix_product import MODEL_WIDTHS, SPACE, product_keys, scaled_rows
 from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
 from nanochat_kernels.tracing import opaque
 from nanochat_kernels.triton_helpers import (
@@ -69,7 +69,8 @@ class Backward(KernelFunction):
             add_product(weight_gradient, upstream, rows)
         elif needed[1]:
             dweight = upstream.t() @ rows
-        return (upstream @ weight).view(x.shape) if needed[0] else None, dweight
+        dx = scaled_rows("output_projection_input_gradient", upstream, weight).view(x.shape) if needed[0] else None
+        return dx, dweight
 
 
 def run(x, weight, residual, weight_gradient) -> tuple[Tensor, Tensor]:
@@ -122,9 +123,19 @@ def launches(key, dtype: torch.dtype, device: torch.device):
     return residual_launches("output_projection", *inputs(*key, dtype, device))
 
 
+def input_gradient_launches(key, dtype: torch.dtype, device: torch.device):
+    dy, weight, _ = inputs(*key, dtype, device)
+    name = "output_projection_input_gradient"
+    return {"dx": lambda parameters: scaled_rows(name, dy, weight.t().contiguous(), parameters=parameters)}
+
+
 KERNELS = (
     Kernel(
         "output_projection", DTYPES[:2], product_keys(1, 1), SPACE, launches, ((1000, 96, 192), (77, 15, 30))
+    ),
+    Kernel(
+        "output_projection_input_gradient", DTYPES[:2], product_keys(1, 1), SPACE, input_gradient_launches,
+        ((1000, 96, 192), (77, 15, 30)),
     ),
     *NORM_KERNELS,
 )  # fmt: skip

@@ -63,8 +63,9 @@ def qkv_on_hopper(sums, out_desc, first, second, arguments, row, column, m, n):
     is_normed = column < normed
     y1 = gl.where(is_normed, o1 * head_rstd[:, None], x1)
     y2 = gl.where(is_normed, o2 * head_rstd[:, None], x2)
-    head = gl.reshape(gl.permute(gl.join(y1, y2), [0, 2, 1]), [sums.shape[0], 2 * HALF])
-    hopper_product.store_part(head, out_desc, first, row, column)
+    first.slice(0, HALF, dim=1).store(y1.to(out_desc.dtype))
+    first.slice(HALF, HALF, dim=1).store(y2.to(out_desc.dtype))
+    hopper_product.store_memory(out_desc, first, row, column)
     if head_rstd_ptr is not None:
         kept = head_rstd_ptr + (column // (2 * HALF)).to(gl.int64) * m + r
         gl.store(kept, head_rstd, mask=(r < m) & is_normed & (column < n))
