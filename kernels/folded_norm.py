@@ -45,13 +45,17 @@ def row_rstd_kernel(
 @triton.jit
 def finish_kernel(
     sums_ptr, rstd_ptr, out_ptr, rows, parts, EPS: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Add up sums (parts, rows) of each row: rstd from sums of squares, or with BACKWARD r²·sum/WIDTH."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS], tl.float32)
-    for part in range(parts):
-        total += tl.load(sums_ptr + tl.cast(part, tl.int64) * rows + row, mask=row < rows, other=0.0)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        mask = (part < parts)[:, None] & (row < rows)[None, :]
+        total += tl.sum(
+            tl.load(sums_ptr + part.to(tl.int64)[:, None] * rows + row[None, :], mask=mask, other=0.0), axis=0
+        )
     if BACKWARD:
         r = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
         value = r * r * (total / WIDTH)
@@ -207,5 +211,5 @@ KERNELS = (
         "row_rstd", DTYPES, ((1280,),), tuple({"ROWS": rows, "num_warps": 4} for rows in (1, 2, 4)), rstd_launches,
         ((96,), (5001,)),
     ),
-    Kernel("finish_rows", DTYPES[2:], ((10,),), ({"ROWS": 128, "num_warps": 4},), finish_launches, ((3,),)),
+    Kernel("finish_rows", DTYPES[2:], ((20,), (80,)), tuple({"ROWS": rows, "PARTS": parts, "num_warps": 4} for rows in (32, 64, 128) for parts in (8, 16)), finish_launches, ((3,),)),
 )  # fmt: skip

@@ -1,7 +1,9 @@
-"""The matrix product for sm_90, in Gluon: two groups of warps take turns at the tensor cores, and a third warp loads for both.
+"""The matrix product for sm_90, in Gluon: two groups of warps compute, and another warp loads for both.
 
-While one group computes the sums of its tile, the other applies the epilogue to its own and stores it, so that the epilogue costs
-no time unless it takes longer than the sums (the "ping-pong" schedule of CUTLASS). All reads and writes of matrices are
+With tiles of 128 rows (or 64) the groups take turns at the tensor cores: while one computes the sums of its tile, the other applies
+the epilogue to its own and stores it, so that the epilogue costs no time unless it takes longer than the sums. With tiles of 256
+rows they share a tile: fewer bytes are loaded for each operation, which saves power, and where K is large the epilogue matters
+less. (The "ping-pong" and "cooperative" schedules of CUTLASS.) All reads and writes of matrices are
 asynchronous copies through shared memory, also those of the matrices that an epilogue reads: they are loaded while the sums are
 computed. matrix_product.py chooses this kernel by the launch table and describes what it computes.
 
@@ -35,6 +37,7 @@ else:
     gluon = SimpleNamespace(jit=lambda function: function)
     gl = SimpleNamespace(constexpr=object)
 
+SHARED_ROWS = 256  # rows of a tile that both groups share
 # registers of a thread: 65,536 of a multiprocessor for three groups of 128 threads, most of them for the two that compute
 REGISTERS = 168
 COMPUTING = gl.constexpr(240) if TRITON_INSTALLED else 240
@@ -92,9 +95,12 @@ def load_parts(
 def compute_tiles(
     which: gl.constexpr, descriptors, memory, arguments, m, n, k, total, EPILOGUE: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-    EXTRAS: gl.constexpr, Y_TRANSPOSED: gl.constexpr,
+    EXTRAS: gl.constexpr, Y_TRANSPOSED: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
-    """Compute every second tile of this program, beginning with its first (which = 0) or its second (which = 1)."""
+    """Compute every second tile of this program, beginning with its first (which = 0) or its second (which = 1).
+
+    If SHARED, both groups compute a half of each tile instead.
+    """
     out_desc, first_desc, second_desc = descriptors
     x_ring, y_ring, filled, empty, parts, parts_filled, turns = memory
     PARTS: gl.constexpr = BLOCK_N // PART
@@ -105,26 +111,37 @@ def compute_tiles(
     parts_bar = parts_filled.index(which)
     steps = gl.cdiv(k, BLOCK_K)
     turn = 0
-    for index in range(gl.program_id(0) + which * gl.num_programs(0), total, 2 * gl.num_programs(0)):
+    TURNS: gl.constexpr = 1 if SHARED else 2
+    ROWS: gl.constexpr = BLOCK_M // 2 if SHARED else BLOCK_M
+    begin = gl.program_id(0) if SHARED else gl.program_id(0) + which * gl.num_programs(0)
+    for index in range(begin, total, TURNS * gl.num_programs(0)):
         row, column = tile_position(index, m, n, BLOCK_M, BLOCK_N, GROUP)
+        if SHARED:
+            row += which * ROWS
         if EXTRAS > 0:
             load_parts(first_desc, second_desc, parts, parts_bar, row, column, base, AHEAD, EXTRAS)
-        sums = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout)
-        # Only when the other group has seen all stages before may this one look at them: a barrier tells even phases from odd
-        # ones, but not how many have passed.
-        mbarrier.wait(turns.index(which), (turn & 1) ^ (1 - which))
-        step = (2 * turn + which) * steps
+        sums = gl.zeros([ROWS, BLOCK_N], gl.float32, layout)
+        step = turn * steps
+        if not SHARED:
+            # Only when the other group has seen all stages before may this one look at them: a barrier tells even phases from
+            # odd ones, but not how many have passed.
+            mbarrier.wait(turns.index(which), (turn & 1) ^ (1 - which))
+            step = (2 * turn + which) * steps
         for i in range(steps):
             stage = step % STAGES
             mbarrier.wait(filled.index(stage), step // STAGES & 1)
             y = y_ring.index(stage)
             if Y_TRANSPOSED:
                 y = y.permute((1, 0))
-            running = warpgroup_mma(x_ring.index(stage), y, sums, use_acc=i > 0, is_async=True)
+            x = x_ring.index(stage)
+            if SHARED:
+                x = x.slice(which * ROWS, ROWS, dim=0)
+            running = warpgroup_mma(x, y, sums, use_acc=i > 0, is_async=True)
             sums = warpgroup_mma_wait(1, (running,))  # the product of the stage before is complete
             mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=i > 0)
             step += 1
-        mbarrier.arrive(turns.index(1 - which), count=1)
+        if not SHARED:
+            mbarrier.arrive(turns.index(1 - which), count=1)
         sums = warpgroup_mma_wait(0, (sums,))
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
         split = parts_of(sums, PARTS)
@@ -145,7 +162,7 @@ def compute_tiles(
 def hopper_kernel(
     x_desc, y_desc, out_desc, first_desc, second_desc, arguments, m, n, k, total, EPILOGUE: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr, EXTRAS: gl.constexpr, Y_TRANSPOSED: gl.constexpr,
+    GROUP: gl.constexpr, EXTRAS: gl.constexpr, Y_TRANSPOSED: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
     """Compute out (m, n) in tiles BLOCK_M × BLOCK_N; program p takes tiles p, p + num_programs, …, of `total`."""
     EACH: gl.constexpr = 2 if EXTRAS == 2 else BLOCK_N // PART
@@ -156,7 +173,7 @@ def hopper_kernel(
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(filled.index(i), count=1)
-        mbarrier.init(empty.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2 if SHARED else 1)
     parts_filled = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
@@ -168,11 +185,11 @@ def hopper_kernel(
         [
             (compute_tiles, (
                 0, descriptors, memory, arguments, m, n, k, total, EPILOGUE, BLOCK_M, BLOCK_N, BLOCK_K, PART, STAGES,
-                GROUP, EXTRAS, Y_TRANSPOSED,
+                GROUP, EXTRAS, Y_TRANSPOSED, SHARED,
             )),
             (compute_tiles, (
                 1, descriptors, memory, arguments, m, n, k, total, EPILOGUE, BLOCK_M, BLOCK_N, BLOCK_K, PART, STAGES,
-                GROUP, EXTRAS, Y_TRANSPOSED,
+                GROUP, EXTRAS, Y_TRANSPOSED, SHARED,
             )),
             (load_tiles, (
                 x_desc, y_desc, memory, m, n, k, total, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP, Y_TRANSPOSED,
@@ -249,15 +266,16 @@ def hopper_product(
 ) -> None:  # fmt: skip
     """Launch the kernel for x (M, K), y (K, N) or (N, K), out (M, N) and extras, up to two matrices of its shape."""
     block_m, block_n, block_k, part = (parameters[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "PART"))
+    shared = block_m == SHARED_ROWS
     total = cdiv(out.size(0), block_m) * cdiv(out.size(1), block_n)
     launch(
         hopper_kernel, (min(total, multiprocessors(out.device)),), out.device,
         descriptor(x, block_m, block_k),
         descriptor(y, block_n, block_k) if y_transposed else descriptor(y, block_k, block_n),
-        *(descriptor(t, block_m, part) for t in (out, *extras, out, out)[:3]),
+        *(descriptor(t, block_m // 2 if shared else block_m, part) for t in (out, *extras, out, out)[:3]),
         arguments, *out.shape, x.size(1), total, EPILOGUE=epilogue, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
         PART=part, STAGES=parameters["STAGES"], GROUP=parameters["GROUP"], EXTRAS=len(extras),
-        Y_TRANSPOSED=y_transposed, num_warps=4, maxnreg=REGISTERS,
+        Y_TRANSPOSED=y_transposed, SHARED=shared, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
 
 

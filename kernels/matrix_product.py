@@ -383,8 +383,8 @@ SPACE = (
     # for sm_90, hopper_product.py
     *(
         {"BLOCK_M": m, "BLOCK_N": 128, "BLOCK_K": 64, "PART": 64, "STAGES": stages, "GROUP": group}
-        for m, stages in ((128, 3), (128, 4), (128, 5), (64, 4), (64, 6))
-        for group in (1, 8)
+        for m, stages, groups in ((128, 5, (1, 8, 16)), (64, 6, (1, 8)), (256, 3, (1, 8)))
+        for group in groups
     ),
     # for sm_80, this file
     *(

@@ -51,6 +51,8 @@ class Kernel:
     them on the meta device (triton_helpers.recorded_launches)."""
     more_keys: tuple[Key, ...] = ()
     """further shapes, such as the widest row and ragged sizes, that inspect compiles with the parameters of the nearest class"""
+    is_product: bool = False
+    """tune times matrix products without pauses, because the GPU's power limits them"""
 
 
 @dataclass(frozen=True)

@@ -307,10 +307,10 @@ def inputs(
 UP, DOWN = product_keys(4, 1), product_keys(1, 4)
 MORE_UP, MORE_DOWN = ((1000, 384, 96), (77, 30, 15)), ((1000, 96, 384), (77, 15, 30))
 KERNELS = (
-    Kernel("relu2_mlp_up", DTYPES[:1], UP, SPACE, up_launches, MORE_UP),
-    Kernel("relu2_mlp_down", DTYPES[:1], DOWN, SPACE, down_launches, MORE_DOWN),
-    Kernel("relu2_mlp_hidden_gradient", DTYPES[:1], UP, SPACE, hidden_gradient_launches, MORE_UP),
-    Kernel("relu2_mlp_input_gradient", DTYPES[:1], DOWN, SPACE, input_gradient_launches, MORE_DOWN),
+    Kernel("relu2_mlp_up", DTYPES[:1], UP, SPACE, up_launches, MORE_UP, True),
+    Kernel("relu2_mlp_down", DTYPES[:1], DOWN, SPACE, down_launches, MORE_DOWN, True),
+    Kernel("relu2_mlp_hidden_gradient", DTYPES[:1], UP, SPACE, hidden_gradient_launches, MORE_UP, True),
+    Kernel("relu2_mlp_input_gradient", DTYPES[:1], DOWN, SPACE, input_gradient_launches, MORE_DOWN, True),
     *NORM_KERNELS,
 )
 

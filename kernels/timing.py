@@ -62,6 +62,39 @@ class Graph:
         return self.result
 
 
+def sustained(
+    variants: Mapping[str, Callable[[int], object]], seconds: float = 0.2, rounds: int = 3
+) -> dict[str, list[float]]:
+    """Return `rounds` samples of GPU time in milliseconds for each variant, running without a pause as in training.
+
+    A GPU that computes products all the time reaches its power limit and lowers its clock, so that a variant that takes less power
+    may be faster than one that is faster after a pause. A sample runs a variant for `seconds`, of which the first half warms up.
+    """
+    graphs = {name: Graph(run) for name, run in variants.items()}
+    counts = {}
+    for name, graph in graphs.items():
+        graph(0)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(3):
+            graph(0)
+        end.record()
+        torch.cuda.synchronize()
+        counts[name] = max(2, int(1e3 * seconds / 2 / (start.elapsed_time(end) / 3)))
+    samples = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            for number in range(2 * counts[name]):
+                if number == counts[name]:
+                    start.record()
+                graph(0)
+            end.record()
+            torch.cuda.synchronize()
+            samples[name].append(start.elapsed_time(end) / counts[name])
+    return samples
+
+
 def launch_microseconds(run: Callable[[int], object], rounds: int = 30) -> float:
     """Return the median host time in µs to launch one call on an idle GPU."""
     times = []

@@ -128,7 +128,8 @@ def fastest(
         )
     run = timed(kernel, key, dtype, device)
     variants = {str(n): lambda _, parameters=p: run(parameters) for n, p in enumerate(configurations)}
-    times = {name: median(values) for name, values in timing.interleaved(variants, ROUNDS).items()}
+    samples = timing.sustained(variants) if kernel.is_product else timing.interleaved(variants, ROUNDS)
+    times = {name: median(values) for name, values in samples.items()}
     best = min(times, key=times.__getitem__)
     return times[best], configurations[int(best)]
 
