@@ -206,10 +206,11 @@ def norm_backward_launches(name: str, dz: Tensor, weight: Tensor, x: Tensor):
     }
 
 
+FINISH_SPACE = tuple({"ROWS": rows, "PARTS": parts, "num_warps": 4} for rows in (32, 64, 128) for parts in (8, 16))
 KERNELS = (
     Kernel(
         "row_rstd", DTYPES, ((1280,),), tuple({"ROWS": rows, "num_warps": 4} for rows in (1, 2, 4)), rstd_launches,
         ((96,), (5001,)),
     ),
-    Kernel("finish_rows", DTYPES[2:], ((20,), (80,)), tuple({"ROWS": rows, "PARTS": parts, "num_warps": 4} for rows in (32, 64, 128) for parts in (8, 16)), finish_launches, ((3,),)),
+    Kernel("finish_rows", DTYPES[2:], ((20,), (80,)), FINISH_SPACE, finish_launches, ((3,),)),
 )  # fmt: skip

@@ -73,7 +73,7 @@ def launchable_configurations(
         if len(kernel.space) > 1
         for parameters in kernel.space
         # tensor descriptors are for sm_90 and later, and faster there than pointers
-        if parameters.get("TMA", int("STAGES" in parameters)) == int(name != "sm80") or "TORCH" in parameters
+        if not ("TMA" in parameters or "STAGES" in parameters) or bool(parameters.get("TMA", 1)) == (name != "sm80")
     ]
     with ProcessPoolExecutor(COMPILERS, multiprocessing.get_context("spawn")) as pool:
         for (kernel, key, dtype, parameters, _), problem in zip(jobs, pool.map(_try, jobs, chunksize=4), strict=True):
@@ -128,7 +128,7 @@ def fastest(
         )
     run = timed(kernel, key, dtype, device)
     variants = {str(n): lambda _, parameters=p: run(parameters) for n, p in enumerate(configurations)}
-    samples = timing.sustained(variants) if kernel.is_product else timing.interleaved(variants, ROUNDS)
+    samples = timing.sustained(variants, 0.12) if kernel.is_product else timing.interleaved(variants, ROUNDS)
     times = {name: median(values) for name, values in samples.items()}
     best = min(times, key=times.__getitem__)
     return times[best], configurations[int(best)]
