@@ -49,10 +49,13 @@ def functions(operation: Operation) -> dict[str, Callable]:
     """Return all functions that compute an operation, by name: the fused implementations, the reference run eagerly and compiled,
     and the baselines that are installed. All take the same arguments."""
     torch._dynamo.reset()  # else torch.compile stops compiling a function at its eighth shape
-    found = {name: partial(operation.function, impl=name) for name in operation.implementations}
-    found["eager"] = operation.reference
-    found["compile"] = torch.compile(operation.reference, dynamic=False)
-    found["max-autotune"] = torch.compile(operation.reference, dynamic=False, mode="max-autotune-no-cudagraphs")
+    call = operation.benchmark.call
+    found = {name: partial(call, partial(operation.function, impl=name)) for name in operation.implementations}
+    found["eager"] = partial(call, operation.reference)
+    # compiled with the call, so that results which it drops are not computed
+    plain = partial(operation.benchmark.call, operation.reference)
+    found["compile"] = torch.compile(plain, dynamic=False)
+    found["max-autotune"] = torch.compile(plain, dynamic=False, mode="max-autotune-no-cudagraphs")
     made = {name: make() for name, make in operation.benchmark.baselines.items()}
     return found | {name: function for name, function in made.items() if function}
 

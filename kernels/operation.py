@@ -111,6 +111,8 @@ class Benchmark:
     modes: tuple[str, ...] = ("fwd", "bwd", "both")
     baselines: Mapping[str, Callable[[], Callable | None]] = field(default_factory=dict)
     """name → a function that returns another library's implementation, or None if the library is not installed"""
+    call: Callable = lambda function, *arguments: function(*arguments)
+    """(function, *arguments) → the results to compute gradients of; calls one of the variants as the model does"""
     variants: Callable[[tuple], Mapping[str, Callable[[], Any]]] | None = None
     """(arguments) → all variants by name; replaces the usual ones for an operation that is not measured as one call"""
     is_loss: bool = False

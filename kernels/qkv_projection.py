@@ -14,6 +14,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
+from nanochat_kernels import reference
 from nanochat_kernels.checks import (
     autocast_products,
     check_device,
@@ -372,18 +373,27 @@ def trials(shape, device: torch.device, dtype: torch.dtype):
 
 
 def elements(arguments: tuple, part: str) -> float:
-    x, *weights, _, _ = arguments
+    x, *weights = arguments[:4]
     rows, heads = x.numel() // x.size(2), sum(w.size(0) for w in weights)
     weight = heads * x.size(2)
     return x.numel() + weight + rows * heads if part == "fwd" else 4 * x.numel() + 4 * rows * heads + 2 * weight
 
 
 def flops(arguments: tuple, part: str, variant: str) -> float:
-    x, *weights, _, _ = arguments
+    x, *weights = arguments[:4]
     return (2 if part == "fwd" else 4) * x.numel() * sum(w.size(0) for w in weights)
 
 
 HEADS = dict(zip(("d12", "d20", "d32"), (width // 128 for width in MODEL_WIDTHS), strict=True))
+
+
+def benchmark_inputs(shape: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """Return inputs and rstd of x, which the MLP before knows."""
+    heads = HEADS[shape]
+    given = inputs(32, 2048, 128 * heads, heads, heads, dtype, device)
+    return *given, reference.with_rstd(given[0])[1]
+
+
 QKV_PROJECTION = Operation(
     "qkv_projection", qkv_projection, run_reference,
     {
@@ -392,8 +402,8 @@ QKV_PROJECTION = Operation(
     },
     KERNELS, trials,
     Benchmark(
-        tuple(HEADS), lambda shape, dtype, device: inputs(32, 2048, 128 * HEADS[shape], HEADS[shape], HEADS[shape], dtype, device),
-        (0, 1, 2, 3), elements, flops,
+        tuple(HEADS), benchmark_inputs, (0, 1, 2, 3), elements, flops,
+        call=lambda function, *given: function(*given[:-1], 0, given[-1]),
     ),
 )  # fmt: skip
 OPERATIONS = (QKV_PROJECTION,)

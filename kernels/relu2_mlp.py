@@ -33,6 +33,7 @@ from nanochat_kernels.folded_norm import (
 from nanochat_kernels.hopper_product import gl, gluon
 from nanochat_kernels.linear import add_product, plain_linear
 from nanochat_kernels.matrix_product import (
+    MODEL_WIDTHS,
     SPACE,
     Epilogue,
     load_block,
@@ -337,13 +338,21 @@ def flops(arguments: tuple, part: str, variant: str) -> float:
     return (4 if part == "fwd" else 8) * x.numel() * w_up.size(0)
 
 
-TOKENS, MODEL_WIDTHS = 32 * 2048, {"d12": 768, "d20": 1280, "d32": 2048}
+TOKENS, WIDTHS = 32 * 2048, dict(zip(("d12", "d20", "d32"), MODEL_WIDTHS, strict=True))
+
+
+def benchmark_inputs(shape: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """Return x, w_up, w_down and rstd of x, which the model's attention knows."""
+    given = inputs(TOKENS, WIDTHS[shape], 4 * WIDTHS[shape], dtype, device)
+    return *given, reference.with_rstd(given[0])[1]
+
+
 RELU2_MLP = Operation(
     "relu2_mlp", relu2_mlp, run_reference, {"triton": Implementation(run, unsupported_reason)}, KERNELS, trials,
     Benchmark(
-        tuple(MODEL_WIDTHS),
-        lambda shape, dtype, device: inputs(TOKENS, MODEL_WIDTHS[shape], 4 * MODEL_WIDTHS[shape], dtype, device),
-        (0, 1, 2), elements, flops,
+        tuple(WIDTHS), benchmark_inputs, (0, 1, 2), elements, flops,
+        # the residual is x, and rstd of the result is for the next layer
+        call=lambda function, x, w_up, w_down, rstd: function(x, w_up, w_down, x, rstd)[0],
     ),
 )  # fmt: skip
 OPERATIONS = (RELU2_MLP,)
