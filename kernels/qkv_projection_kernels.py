@@ -106,7 +106,7 @@ def qkv_backward_kernel(
         )  # fmt: skip
     row = batch * tokens + t  # (TOKENS,) int64
     results = load_heads(
-        qkv_ptr, first, q_heads + 2 * k_heads, tokens.to(tl.int64) * row_width, row_width, 2 * HALF, batch, t, channel,
+        qkv_ptr, first, q_heads + 2 * k_heads, tl.cast(tokens, tl.int64) * row_width, row_width, 2 * HALF, batch, t, channel,
         mask, HALF, HEADS,
     )  # fmt: skip
     rstd = tl.load(rstd_ptr + row, mask=t < tokens, other=0.0)
