@@ -96,9 +96,10 @@ def output_projection(
 ) -> tuple[Tensor, Tensor]:
     """Return y = residual + x·weightᵀ for x (…, K), weight (C, K) and residual (…, C), and rstd of its rows.
 
-    y is (…, C) in x's dtype, rstd (…) is float32: (mean of a row's squares + eps)^−½, as the next operation with a folded norm takes
-    it. Gradients do not flow through rstd. weight_gradient (C, K), contiguous float32: backward adds the weight's gradient to it
-    in place, and weight gets no `.grad`. If none of x, weight and residual requires a gradient, the buffer stays untouched.
+    y is (…, C) in x's dtype, or under autocast in the residual's if that is wider. rstd (…) is float32: (mean of a row's squares +
+    eps)^−½, as the next operation with a folded norm takes it. Gradients do not flow through rstd. weight_gradient (C, K),
+    contiguous float32: backward adds the weight's gradient to it in place, and weight gets no `.grad`. If none of x, weight and
+    residual requires a gradient, the buffer stays untouched.
     Repeated calls are bitwise equal. Raises ValueError for mismatched shapes or devices, TypeError for mismatched dtypes
     (autocast may mix them), and KernelRequestError (a ValueError) if the implementation named by impl does not support the call.
     """

@@ -142,7 +142,7 @@ def relu2_mlp_forward(
 
 
 def mlp_backward_shapes(dy, x, w_up, w_down, h, rstd, needs_dx, is_residual):
-    return torch.empty_like(h), x.new_empty(x.shape)
+    return torch.empty_like(h), x.new_empty(x.shape if needs_dx else 0)
 
 
 @opaque(mlp_backward_shapes)
@@ -242,18 +242,16 @@ def relu2_mlp(
 ) -> tuple[Tensor, Tensor]:
     """Return residual + relu(norm(x)·w_upᵀ)²·w_downᵀ for x (…, C), w_up (F, C), w_down (C, F), and rstd of its rows.
 
-    The first result is (…, C) in x's dtype, rstd (…) is float32: (mean of a row's squares + eps)^−½, as the next operation with a
-    folded norm takes it. Gradients do not flow through rstd. residual (…, C) is usually x itself: pass the same tensor, so that
-    one product computes its whole gradient. rstd (…): that of x, if it is known.
+    The first result is (…, C) in x's dtype, or under autocast in the residual's if that is wider. rstd (…) is float32: (mean of a
+    row's squares + eps)^−½, as the next operation with a folded norm takes it. Gradients do not flow through rstd. residual (…, C)
+    is usually x itself: pass the same tensor, so that one product computes its whole gradient. rstd (…): that of x, if it is known.
     up_gradient, down_gradient: contiguous float32 buffers with the weights' shapes. Backward adds the weights' gradients to
     them in place; a weight with a buffer gets no `.grad`. If none of x, w_up and w_down requires a gradient, there is no
     backward and the buffers stay untouched. If w_down alone requires one, the reference leaves up_gradient untouched too.
     Repeated calls are bitwise equal. Raises ValueError for mismatched shapes or devices, TypeError for mismatched dtypes
     (autocast may mix them), and KernelRequestError (a ValueError) if the implementation named by impl does not support the call.
     """
-    is_residual = residual is x
     x, w_up, w_down = autocast_products(x, w_up, w_down)
-    residual = x if is_residual else residual
     check_float("relu2_mlp", x=x, w_up=w_up, w_down=w_down)
     check_shape("relu2_mlp", "w_up", w_up, "F", x.size(-1))
     check_shape("relu2_mlp", "w_down", w_down, x.size(-1), w_up.size(0))
