@@ -77,6 +77,8 @@ def residual_epilogue(
         )
         sums += residual.to(tl.float32)
     store_block(out_ptr, out_stride, sums, row, column, m, n, TMA, WHOLE)
+    if not WHOLE:  # beyond the last column an infinity of x times the padding of the weight is NaN
+        sums = tl.where((column + tl.arange(0, sums.shape[1]) < n)[None, :], sums, 0.0)
     value = rounded(sums, out_ptr, TMA).to(tl.float32)
     store_row_sums(squares_ptr, tl.sum(value * value, axis=1), row, column, m, n, sums.shape[1])
 
