@@ -127,7 +127,7 @@ def qkv_projection_forward(
 
 
 def backward_shapes(dq, dk, dv, dx, x, weight, qkv, rstd, head_rstd, cos, sin, offset, offsets, needs_dx):
-    return x.new_empty(x.size(0) * x.size(1), weight.size(0)), torch.empty_like(x)
+    return x.new_empty(x.size(0) * x.size(1), weight.size(0)), x.new_empty(x.shape if needs_dx else 0)
 
 
 @opaque(backward_shapes)
