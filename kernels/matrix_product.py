@@ -32,6 +32,7 @@ from nanochat_kernels.triton_helpers import (
     multiprocessors,
     tl,
     triton,
+    triton_unsupported_reason,
 )
 
 if TRITON_INSTALLED:
@@ -265,6 +266,14 @@ def product_parameters(
     found["PART"] = part or min(found["PART"], found["BLOCK_N"])
     found["BLOCK_N"] = max(found["BLOCK_N"], found["PART"])
     return found
+
+
+def unsupported_reason(x: Tensor) -> str | None:
+    """Return why no product can take the rows of x (…, C), or None if one can."""
+    rows = x.shape[:-1].numel()
+    if rows > GRID_LIMIT:
+        return f"{rows} rows exceed the {GRID_LIMIT} of one product; split the batch"
+    return triton_unsupported_reason(x)
 
 
 def described(x: Tensor) -> bool:

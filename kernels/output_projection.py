@@ -7,7 +7,7 @@ nothing to fuse: dx = dy·weight, and the residual's gradient is dy.
 import torch
 from torch import Tensor
 
-from nanochat_kernels import reference
+from nanochat_kernels import matrix_product, reference
 from nanochat_kernels.checks import autocast_products, check_float, check_gradient_buffer, check_residual, check_shape
 from nanochat_kernels.dispatch import choose
 from nanochat_kernels.folded_norm import KERNELS as NORM_KERNELS
@@ -16,14 +16,7 @@ from nanochat_kernels.linear import add_product, plain_linear
 from nanochat_kernels.matrix_product import MODEL_WIDTHS, SPACE, product_keys, scaled_rows
 from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
 from nanochat_kernels.tracing import opaque
-from nanochat_kernels.triton_helpers import (
-    DTYPES,
-    KernelFunction,
-    as_rows,
-    derivative,
-    differentiable,
-    triton_unsupported_reason,
-)
+from nanochat_kernels.triton_helpers import DTYPES, KernelFunction, as_rows, derivative, differentiable
 
 
 def forward_shapes(x, weight, residual):
@@ -165,7 +158,7 @@ def flops(arguments: tuple, part: str, variant: str) -> float:
 
 TOKENS, WIDTHS = 32 * 2048, dict(zip(("d12", "d20", "d32"), MODEL_WIDTHS, strict=True))
 OUTPUT_PROJECTION = Operation(
-    "output_projection", output_projection, run_reference, {"triton": Implementation(run, lambda x, *_: triton_unsupported_reason(x))},
+    "output_projection", output_projection, run_reference, {"triton": Implementation(run, lambda x, *_: matrix_product.unsupported_reason(x))},
     KERNELS, trials,
     Benchmark(
         tuple(WIDTHS), lambda shape, dtype, device: inputs(TOKENS, WIDTHS[shape], WIDTHS[shape], dtype, device), (0, 1, 2), elements,

@@ -14,7 +14,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from nanochat_kernels import reference
+from nanochat_kernels import matrix_product, reference
 from nanochat_kernels.checks import (
     autocast_products,
     check_device,
@@ -39,7 +39,6 @@ from nanochat_kernels.rms_norm import rms_norm
 from nanochat_kernels.tracing import opaque
 from nanochat_kernels.triton_helpers import (
     DTYPES,
-    GRID_LIMIT,
     KernelFunction,
     as_rows,
     cdiv,
@@ -112,34 +111,38 @@ def product_gradient(
     return dz, finish(sums, width, rstd)
 
 
-def forward_shapes(x, weight, rstd, cos, sin, offset, offsets, heads, kv_heads):
-    rows = x.size(0) * x.size(1)
-    out = x.new_empty(*x.shape[:2], heads + 2 * kv_heads, 2 * cos.size(1))
+def forward_shapes(x, w_q, w_k, w_v, rstd, cos, sin, offset, offsets):
+    rows, width = x.size(0) * x.size(1), 2 * cos.size(1)
+    heads, kv_heads = w_q.size(0) // width, w_k.size(0) // width
+    out = x.new_empty(*x.shape[:2], heads + 2 * kv_heads, width)
     return out, x.new_empty(heads + kv_heads, rows, dtype=torch.float32)
 
 
 @opaque(forward_shapes)
 def qkv_projection_forward(
-    x: Tensor, weight: Tensor, rstd: Tensor, cos: Tensor, sin: Tensor, offset: int, offsets: Tensor | None, heads: int,
-    kv_heads: int,
+    x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, rstd: Tensor, cos: Tensor, sin: Tensor, offset: int,
+    offsets: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return heads_of(x, weight, rstd, cos, sin, offset, offsets, heads, kv_heads, True)
+    """Return (all heads (B, T, H + 2G, D), the rstd of queries' and keys' heads (H + G, N))."""
+    heads, kv_heads = (w.size(0) // (2 * cos.size(1)) for w in (w_q, w_k))
+    return heads_of(x, joined(w_q, w_k, w_v), rstd, cos, sin, offset, offsets, heads, kv_heads, True)
 
 
-def backward_shapes(dq, dk, dv, dx, x, weight, qkv, rstd, head_rstd, cos, sin, offset, offsets, needs_dx):
-    return x.new_empty(x.size(0) * x.size(1), weight.size(0)), x.new_empty(x.shape if needs_dx else 0)
+def backward_shapes(dq, dk, dv, dx, x, w_q, w_k, w_v, qkv, rstd, head_rstd, cos, sin, offset, offsets, needs_dx):
+    return x.new_empty(x.size(0) * x.size(1), qkv.size(2) * qkv.size(3)), x.new_empty(x.shape if needs_dx else 0)
 
 
 @opaque(backward_shapes)
 def qkv_projection_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, dx: Tensor | None, x: Tensor, weight: Tensor, qkv: Tensor, rstd: Tensor,
-    head_rstd: Tensor, cos: Tensor, sin: Tensor, offset: int, offsets: Tensor | None, needs_dx: bool,
+    dq: Tensor, dk: Tensor, dv: Tensor, dx: Tensor | None, x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor,
+    qkv: Tensor, rstd: Tensor, head_rstd: Tensor, cos: Tensor, sin: Tensor, offset: int, offsets: Tensor | None,
+    needs_dx: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return (the gradient of x·weightᵀ, that of x with the residual's dx added); the second is empty unless needs_dx."""
     dz, coefficient = product_gradient(dq, dk, dv, qkv, rstd, head_rstd, cos, sin, offset, offsets, x.size(2))
     if not needs_dx:
         return dz, x.new_empty(0)
-    added = None if dx is None else as_rows(dx)
+    added, weight = None if dx is None else as_rows(dx), joined(w_q, w_k, w_v)
     whole = input_gradient("qkv_projection_input_gradient", dz, weight, as_rows(x), coefficient, added)
     return dz, whole.view(x.shape)
 
@@ -148,10 +151,8 @@ class QKVProjection(KernelFunction):
     @staticmethod
     def forward(x, w_q, w_k, w_v, cos, sin, offset, offsets, rstd, q_gradient, k_gradient, v_gradient):
         rstd = row_rstd(as_rows(x)) if rstd is None else rstd.reshape(-1).contiguous()
-        weight, width = joined(w_q, w_k, w_v), 2 * cos.size(1)
-        heads, kv_heads = w_q.size(0) // width, w_k.size(0) // width
-        qkv, head_rstd = qkv_projection_forward(x, weight, rstd, cos, sin, offset, offsets, heads, kv_heads)
-        return *qkv.split([heads, kv_heads, kv_heads], 2), x.view_as(x), qkv, rstd, head_rstd
+        qkv, head_rstd = qkv_projection_forward(x, w_q, w_k, w_v, rstd, cos, sin, offset, offsets)
+        return *qkv.split([w.size(0) // qkv.size(3) for w in (w_q, w_k, w_v)], 2), x.view_as(x), qkv, rstd, head_rstd
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -183,10 +184,12 @@ class Backward(KernelFunction):
             for g, n in zip((dq, dk, dv), sizes, strict=True)
         )
         dz, whole = qkv_projection_backward(
-            dq, dk, dv, dx, x, joined(*weights), qkv, rstd, head_rstd, cos, sin, offset, offsets, needed[0]
+            dq, dk, dv, dx, x, *weights, qkv, rstd, head_rstd, cos, sin, offset, offsets, needed[0]
         )
         rows = x.reshape(-1, x.size(2))
-        one = as_one(*buffers) if all(buffer is not None for buffer in buffers) else None
+        # torch.compile cannot trace where a tensor lies in memory
+        together = all(buffer is not None for buffer in buffers) and not torch.compiler.is_compiling()
+        one = as_one(*buffers) if together else None
         gradients = [None, None, None]
         if one is not None:
             add_product(one, dz, rows)
@@ -233,9 +236,7 @@ def unsupported_reason(x, w_q, w_k, w_v, cos, sin, *_) -> str | None:
         return f"autocast makes the normed heads {normed_dtype(x)}; the kernel stores all heads in {x.dtype}"
     if (cos.requires_grad or sin.requires_grad) and torch.is_grad_enabled():
         return "it computes no gradient for cos and sin; detach them"
-    if x.size(0) * x.size(1) > GRID_LIMIT:
-        return f"{x.size(0) * x.size(1)} tokens exceed the {GRID_LIMIT} of one launch; split the batch"
-    return triton_unsupported_reason(x)
+    return matrix_product.unsupported_reason(x)
 
 
 def qkv_projection(

@@ -10,7 +10,7 @@ closes the norm and adds the residual's gradient. So et al. 2021 (Primer).
 import torch
 from torch import Tensor
 
-from nanochat_kernels import hopper_product, reference
+from nanochat_kernels import hopper_product, matrix_product, reference
 from nanochat_kernels.checks import (
     autocast_products,
     check_float,
@@ -54,7 +54,6 @@ from nanochat_kernels.triton_helpers import (
     differentiable,
     tl,
     triton,
-    triton_unsupported_reason,
 )
 
 
@@ -223,10 +222,10 @@ def run_reference(
     return reference.with_rstd(y if residual is None else residual + y)
 
 
-def unsupported_reason(x: Tensor, w_up: Tensor, *_) -> str | None:
+def unsupported_reason(x: Tensor, *_) -> str | None:
     if x.dtype == torch.float16:
         return "float16 cannot hold relu(z)² for small z, from which the derivative is computed; use bfloat16"
-    return triton_unsupported_reason(x)
+    return matrix_product.unsupported_reason(x)
 
 
 def relu2_mlp(
