@@ -158,7 +158,8 @@ def flops(arguments: tuple, part: str, variant: str) -> float:
 
 TOKENS, WIDTHS = 32 * 2048, dict(zip(("d12", "d20", "d32"), MODEL_WIDTHS, strict=True))
 OUTPUT_PROJECTION = Operation(
-    "output_projection", output_projection, run_reference, {"triton": Implementation(run, lambda x, *_: matrix_product.unsupported_reason(x))},
+    "output_projection", output_projection, run_reference,
+    {"triton": Implementation(run, lambda x, *_: matrix_product.unsupported_reason(x))},
     KERNELS, trials,
     Benchmark(
         tuple(WIDTHS), lambda shape, dtype, device: inputs(TOKENS, WIDTHS[shape], WIDTHS[shape], dtype, device), (0, 1, 2), elements,

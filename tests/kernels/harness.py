@@ -11,7 +11,9 @@ import torch
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from nanochat_kernels import matrix_product
 from nanochat_kernels.operation import Kernel
 from nanochat_kernels.oracle import evaluate, evaluate_each, misplaced, over_budget
 from tests.kernels.int64 import narrow_offsets
@@ -23,11 +25,16 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SMALL_TILES = {
     "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "PART": 16, "GROUP": 2, "PROGRAMS": 1, "TMA": 0, "num_warps": 1, "num_stages": 2,
 }  # fmt: skip
+# how a product may be launched, None for the parameters of the tables
+PRODUCTS = (None, SMALL_TILES, matrix_product.BY_TORCH) if GPU else (
+    SMALL_TILES, SMALL_TILES | {"PART": 32, "GROUP": 1, "PROGRAMS": 0}, matrix_product.BY_TORCH
+)  # fmt: skip
 
 # no shrinking of failing examples: they are small already, and interpreted kernels are slow
 property_test = settings(max_examples=100 if GPU else 15, phases=(Phase.explicit, Phase.generate))
 dtypes = st.sampled_from(DTYPES)
 seeds = st.integers(0, 2**31)
+products = st.sampled_from(PRODUCTS)
 
 
 def randn(*shape: int, dtype: torch.dtype, seed: int = 0, layout: str = "contiguous") -> Tensor:
@@ -65,6 +72,15 @@ def poisoned() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+@contextmanager
+def products_with(parameters: dict[str, int] | None) -> Iterator[None]:
+    """Launch the matrix products inside the block with these parameters. None stands for those of the launch tables."""
+    with pytest.MonkeyPatch.context() as patch:
+        if parameters:
+            patch.setattr(matrix_product, "launch_parameters", lambda *_: parameters)
+        yield
 
 
 def in_layout(x: Tensor, layout: str, number: int = 0) -> Tensor:
@@ -269,15 +285,19 @@ def check_other_device(kernel: Callable, inputs: Sequence, wrt: Sequence[int] = 
         assert b.device == torch.device("cuda", 1) and same(a, b.to(a.device)), "cuda:1 differs from cuda:0"
 
 
-def check_compiled(kernel: Callable, inputs: Sequence, wrt: Sequence[int], units: float = 0.0) -> None:
+def check_compiled(
+    kernel: Callable, inputs: Sequence, wrt: Sequence[int], units: float = 0.0, is_opaque: bool = False
+) -> None:
     """Check that the kernel, compiled without a graph break and used twice in the graph, gives bitwise its eager results.
 
     units: the allowed difference in rounding units of the largest element, for operations in which Inductor changes the order of
-    torch's own sums and products. Runs on a GPU only, because interpreted kernels cannot be traced; test_dispatch.py checks
-    without a GPU what Dynamo traces.
+    torch's own sums and products. is_opaque: the kernels are inside operations that torch.compile does not trace, so that this
+    can be checked on a CPU, without Inductor. Other interpreted kernels cannot be traced; test_dispatch.py checks without a GPU
+    what Dynamo traces.
     """
-    if not GPU:
+    if not GPU and not is_opaque:
         pytest.skip("interpreted kernels cannot be compiled")
+    units *= GPU
 
     def twice(*args):
         first, second = kernel(*args), kernel(*(-x if i in wrt else x for i, x in enumerate(args)))
@@ -286,13 +306,30 @@ def check_compiled(kernel: Callable, inputs: Sequence, wrt: Sequence[int], units
     shapes = twice(*inputs)
     upstream = [randn(*x.shape, dtype=x.dtype, seed=i) for i, x in enumerate(shapes)]
     torch._dynamo.reset()
-    compiled = torch.compile(twice, fullgraph=True, dynamic=False)
+    compiled = torch.compile(twice, fullgraph=True, dynamic=False, backend="inductor" if GPU else "aot_eager")
     for a, b in zip(
         evaluate(compiled, inputs, upstream, wrt), evaluate(twice, inputs, upstream, wrt), strict=True
     ):  # fmt: skip
         largest = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
         allowed = units * torch.finfo(a.dtype).eps * float(b.abs().max()) if units else 0.0
         assert largest <= allowed, f"compiled and eager differ by {largest:.3e}"
+
+
+def check_opaque(operation: Callable, *arguments) -> tuple[Tensor, ...]:
+    """Check that an operation that is opaque to torch.compile tells it the shapes, strides and dtypes of its results; return them.
+
+    torch.compile allocates and reads the results by what it is told.
+    """
+    results = as_tuple(operation(*arguments))
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in arguments]
+        told = as_tuple(operation(*fake))
+    for number, (a, b) in enumerate(zip(results, told, strict=True)):
+        properties = [(tuple(x.shape), x.stride(), x.dtype, x.device.type) for x in (a, b)]
+        assert properties[0] == properties[1], (
+            f"result {number}: {properties[0]}, torch.compile is told {properties[1]}"
+        )
+    return results
 
 
 def check_graph_replay(kernel: Callable, inputs: Sequence, wrt: Sequence[int]) -> None:

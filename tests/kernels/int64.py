@@ -7,6 +7,7 @@ Reported are
 - an int32 offset that depends on the number of the program or on a loop's index;
 - an int32 product of two run-time numbers of which one depends on these.
 In `matrix_product` and `symmetric_product`, whose matrices have less than 2³¹ elements, only the offsets of whole matrices count.
+The kernels of products number rows in int32, so that a vector of int32 is no fault where it is not a product.
 """
 
 import os
@@ -16,7 +17,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64", "int64": "i64", "int32": "i32"}
+NUMBER_ROWS = ("product_kernel", "epilogue_kernel", "finish_kernel")
 
 
 def narrow_offsets(*kernels: str) -> str:
@@ -32,30 +33,21 @@ def narrow_offsets(*kernels: str) -> str:
     return done.stdout + done.stderr[-2000:]
 
 
-def type_of(argument) -> str:
-    if hasattr(argument, "block_shape"):
-        return f"tensordesc<{type_of(argument.base)[1:]}{list(argument.block_shape)}>"
-    if hasattr(argument, "dtype"):
-        return "*" + SHORT[str(argument.dtype).removeprefix("torch.")]
-    return "fp32" if isinstance(argument, float) else "i32"
-
-
 def intermediate_representation(launch) -> str:
     """Return a recorded launch in Triton's intermediate representation for an A100, as text."""
     import triton
 
-    names = launch.kernel.arg_names
-    signature = dict(zip(names, map(type_of, launch.arguments), strict=False))
-    constants = {name: value for name, value in launch.constants.items() if name in names}
-    signature |= dict.fromkeys(constants, "constexpr")
-    source = triton.compiler.ASTSource(launch.kernel, {name: signature[name] for name in names}, constants, {})
-    target = triton.backends.compiler.GPUTarget("cuda", 80, 32)
-    options = {name: value for name, value in launch.constants.items() if name not in names}
-    return triton.compile(source, target=target, options=options).asm["ttir"]
+    from nanochat_kernels.inspect import specialize, target_of
+
+    source, options = specialize(launch, "sm80")
+    return triton.compile(source, target=target_of("sm80"), options=options).asm["ttir"]
 
 
-def faults(text: str, only_scalars: bool = False) -> list[str]:
-    """Return the lines of the intermediate representation with a fault that the top of this file describes."""
+def faults(text: str, only_scalars: bool = False, narrow_rows: bool = False) -> list[str]:
+    """Return the lines of the intermediate representation with a fault that the top of this file describes.
+
+    only_scalars: offsets of whole matrices alone count. narrow_rows: the kernel numbers rows in int32.
+    """
     numbers, constants, narrow, found = set(), set(), set(), []  # numbers: values that depend on a program or a loop
     for line in map(str.strip, text.splitlines()):
         line = re.sub(r"\s*loc\(.*\)\s*\{?$", "", line)
@@ -64,13 +56,17 @@ def faults(text: str, only_scalars: bool = False) -> list[str]:
         operands = re.findall(r"%\w+", line.split(" = ", 1)[1]) if results else []
         if loop:
             results = [loop.group(2), *results]
+        for names in (numbers, constants, narrow):
+            names.difference_update(results)  # the branches of a condition may use the same names
         if "arith.constant" in line or "tt.make_range" in line:
             constants.update(results)
         if "arith.minnumf" in line or "arith.maxnumf" in line:
             found.append(line)
         if results and operands and all(x in constants for x in operands):
             constants.update(results)
-        if "tt.get_program_id" in line or loop or any(x in numbers for x in operands):
+        # a truth value is no such number, and neither is the root of a tile's number: its square is
+        ends = "arith.cmpi" in line or "arith.fptosi" in line
+        if "tt.get_program_id" in line or loop or (any(x in numbers for x in operands) and not ends):
             numbers.update(results)
         is_narrow = any(x in narrow for x in operands) or (
             "arith.muli" in line
@@ -84,7 +80,8 @@ def faults(text: str, only_scalars: bool = False) -> list[str]:
             offset = operands[1]
             scalar = not line.split(" : ")[1].startswith("tensor")
             if scalar or not only_scalars:
-                is_int32 = re.search(r"i32>?$", line)
+                is_row = narrow_rows and re.search(r"tensor<\d+xi32>$", line)
+                is_int32 = re.search(r"i32>?$", line) and not is_row
                 if offset in numbers and (is_int32 or offset in narrow):
                     found.append(line)
             # do not report it again where something is added to it
@@ -106,7 +103,8 @@ def main() -> None:
                 run(None)
         assert launches, kernel.name
         for launch in launches:
-            for line in faults(intermediate_representation(launch), kernel.name.endswith("_product")):
+            only_scalars, narrow_rows = kernel.name.endswith("_product"), launch.kernel.fn.__name__ in NUMBER_ROWS
+            for line in faults(intermediate_representation(launch), only_scalars, narrow_rows):
                 print(f"{kernel.name}: {line}")
 
 
