@@ -222,7 +222,7 @@ def run_reference(x, w_q, w_k, w_v, cos, sin, offset=0, rstd=None, *buffers):
 def from_parts(x, weights, cos, sin, offset, buffers, impl: str):
     normed, width = rms_norm(x, impl=impl), 2 * cos.size(1)
     products = (plain_linear(normed, w, buffer) for w, buffer in zip(weights, buffers, strict=True))
-    q, k, v = (y.view(*x.shape[:2], -1, width) for y in products)
+    q, k, v = (y.unflatten(2, (-1, width)) for y in products)
     return *qk_norm_rope(q, k, cos, sin, offset, impl=impl), v, x
 
 

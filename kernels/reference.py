@@ -97,7 +97,7 @@ def qkv_projection(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q (B, T, H, D), k and v (B, T, G, D) of rms_norm(x) for x (B, T, C); q and k rotated and normalised; D = 2·cos.size(1)."""
     normed, width = rms_norm(x), 2 * cos.size(1)
-    q, k, v = (F.linear(normed, w).view(*x.shape[:2], -1, width) for w in (w_q, w_k, w_v))
+    q, k, v = (F.linear(normed, w).unflatten(2, (-1, width)) for w in (w_q, w_k, w_v))
     return *qk_norm_rope(q, k, cos, sin, offset), v
 
 
