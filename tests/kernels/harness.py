@@ -3,8 +3,11 @@
 kernels/oracle.py judges each result and each gradient. Uninitialised memory is filled with NaN, so that a missing store shows.
 """
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nanochat_kernels import matrix_product
 from nanochat_kernels.operation import Kernel
 from nanochat_kernels.oracle import evaluate, evaluate_each, misplaced, over_budget
+from tests.conftest import environment
 from tests.kernels.int64 import narrow_offsets
 
+ROOT = Path(__file__).resolve().parents[2]
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -268,6 +273,13 @@ def assert_64_bit_offsets(*kernels: Kernel) -> None:
     """Check, without a GPU, that no launch of the kernels computes an address from a program's number in 32 bits."""
     found = narrow_offsets(*(kernel.name for kernel in kernels))
     assert not found, found
+
+
+def without_interpreter(code: str) -> str:
+    """Run Python code in a process that does not interpret kernels, and return what it prints."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment(None))
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def check_other_device(kernel: Callable, inputs: Sequence, wrt: Sequence[int] = ()) -> None:
