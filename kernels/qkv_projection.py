@@ -112,10 +112,9 @@ def product_gradient(
 
 
 def forward_shapes(x, w_q, w_k, w_v, rstd, cos, sin, offset, offsets):
-    rows, width = x.size(0) * x.size(1), 2 * cos.size(1)
-    heads, kv_heads = w_q.size(0) // width, w_k.size(0) // width
-    out = x.new_empty(*x.shape[:2], heads + 2 * kv_heads, width)
-    return out, x.new_empty(heads + kv_heads, rows, dtype=torch.float32)
+    heads, kv_heads = (w.size(0) // (2 * cos.size(1)) for w in (w_q, w_k))
+    out = x.new_empty(*x.shape[:2], heads + 2 * kv_heads, 2 * cos.size(1))
+    return out, x.new_empty(heads + kv_heads, x.size(0) * x.size(1), dtype=torch.float32)
 
 
 @opaque(forward_shapes)

@@ -114,7 +114,33 @@ def test_attention_ignores_keys_beyond_lengths():
 @given(rows=sizes, width=sizes, hidden=sizes, seed=seeds)
 def test_relu2_mlp(rows, width, hidden, seed):
     x, w1, w2 = randn(rows, width, seed=seed), randn(hidden, width, seed=seed + 1), randn(width, hidden, seed=seed + 2)
-    torch.testing.assert_close(kernels.relu2_mlp(x, w1, w2), (x @ w1.T).clamp(min=0) ** 2 @ w2.T)
+    normed = x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+    branch = (normed @ w1.T).clamp(min=0) ** 2 @ w2.T
+    for residual, expected in ((None, branch), (x, x + branch), (2 * x, 2 * x + branch)):
+        y, rstd = kernels.relu2_mlp(x, w1, w2, residual)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(rstd, (expected.square().mean(-1) + torch.finfo(torch.float32).eps) ** -0.5)
+
+
+@given(rows=sizes, width=sizes, k=sizes, seed=seeds)
+def test_output_projection(rows, width, k, seed):
+    x, weight, residual = randn(rows, k, seed=seed), randn(width, k, seed=seed + 1), randn(rows, width, seed=seed + 2)
+    for added, expected in ((None, x @ weight.T), (residual, residual + x @ weight.T)):
+        y, rstd = kernels.output_projection(x, weight, added)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(rstd, (expected.square().mean(-1) + torch.finfo(torch.float32).eps) ** -0.5)
+
+
+@given(batch=sizes, tokens=sizes, groups=st.integers(1, 3), share=st.integers(1, 3), half=sizes, seed=seeds)
+def test_qkv_projection(batch, tokens, groups, share, half, seed):
+    rows = [groups * share * 2 * half, groups * 2 * half, groups * 2 * half]
+    x, weights = randn(batch, tokens, 8, seed=seed), [randn(n, 8, seed=seed + n) for n in rows]
+    cos, sin = tables(tokens + 5, 2 * half)
+    *found, same = kernels.qkv_projection(x, *weights, cos, sin, 5)
+    q, k, v = ((kernels.rms_norm(x) @ w.T).view(batch, tokens, -1, 2 * half) for w in weights)
+    for a, b in zip(found, (*kernels.qk_norm_rope(q, k, cos, sin, 5), v), strict=True):
+        torch.testing.assert_close(a, b)
+    assert same is x
 
 
 @given(rows=sizes, width=sizes, vocabulary=st.integers(2, 30), ignored=st.integers(0, 9), seed=seeds)

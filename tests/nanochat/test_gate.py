@@ -32,12 +32,10 @@ def test_training_takes_the_gate(base):
 
 
 def test_a_field_of_several_operations_is_fused_only_where_all_of_them_are():
-    norms = {"rms_norm": "triton", "add_rms_norm": "triton"}
-    assert chosen_implementations(norms) == {"rms_norm": "triton"}
-    assert chosen_implementations({**norms, "add_rms_norm": "reference"}) == {"rms_norm": "reference"}
-    assert chosen_implementations({"rms_norm": "triton"}) == {}  # the gate says nothing of the other
+    assert chosen_implementations({"rms_norm": "triton", "adamw": "triton"}) == {"rms_norm": "triton"}
     optimizer = dict.fromkeys(("newton_schulz", "nesterov_momentum", "apply_update", "adamw"), "triton")
     assert chosen_implementations(optimizer) == {"optimizer": "triton"}
+    assert chosen_implementations({**optimizer, "adamw": "reference"}) == {"optimizer": "reference"}
 
 
 def test_only_what_was_left_to_auto_is_replaced(world, tmp_path, cpu):
@@ -45,10 +43,11 @@ def test_only_what_was_left_to_auto_is_replaced(world, tmp_path, cpu):
     model = GPTConfig.from_depth(1, 512, 32, impl=Implementations(qkv_projection="reference"))
     assert take_gate(paths, model, 4, cpu) is model
     valid_for = gate.identity(run_shape(model, 4), cpu.device, cpu.compute_dtype)
-    choices = ("rms_norm", "add_rms_norm", "qk_norm_rope", "relu2_mlp")
+    choices = ("rms_norm", "add_rms_norm", "qkv_projection", "relu2_mlp")
     gate.write(paths.gate, valid_for, {name: {"impl": "triton"} for name in choices})
     taken = take_gate(paths, model, 4, cpu)
-    assert taken.impl == Implementations("triton", "reference", "auto", "triton") and model.impl.rms_norm == "auto"
+    fused = Implementations(rms_norm="triton", qkv_projection="reference", relu2_mlp="triton")
+    assert taken.impl == fused and model.impl.rms_norm == "auto"
 
 
 def test_the_times_of_micro_steps_are_of_the_same_implementations(world, tmp_path):
@@ -72,8 +71,8 @@ def test_a_micro_step_decides_between_a_graph_of_fused_operations_and_a_compiled
     def choose(graph_ms: float) -> tuple[dict, dict]:
         choices = {
             "rms_norm": {"impl": "triton", "ms": {"triton": 1.0, "reference": 2.0}},
-            "add_rms_norm": {"impl": "reference", "ms": {"triton": 1.1, "reference": 1.0}},
-            "qk_norm_rope": {"impl": "reference", "ms": {"reference": 1.0}},  # the fused one was wrong
+            "output_projection": {"impl": "reference", "ms": {"triton": 1.1, "reference": 1.0}},
+            "qkv_projection": {"impl": "reference", "ms": {"reference": 1.0}},  # the fused one was wrong
             "adamw": {"impl": "reference", "ms": {"triton": 2.0, "reference": 1.0}},  # no part of a micro-step
         }
         times = {"graph": graph_ms, "compile": 2.0}
@@ -84,10 +83,10 @@ def test_a_micro_step_decides_between_a_graph_of_fused_operations_and_a_compiled
         return {name: choice["impl"] for name, choice in choices.items()}, found["impl"]
 
     taken, impl = choose(1.5)
-    others = {"qk_norm_rope": "reference", "adamw": "reference"}
-    assert taken == {"rms_norm": "triton", "add_rms_norm": "triton", **others}
-    assert impl["rms_norm"] == "triton" and impl["qk_norm_rope"] == "reference"
+    others = {"qkv_projection": "reference", "adamw": "reference"}
+    assert taken == {"rms_norm": "triton", "output_projection": "triton", **others}
+    assert impl["rms_norm"] == "triton" and impl["qkv_projection"] == "reference"
     assert seen["graph"].impl.rms_norm == "triton" and seen["compile"].impl.rms_norm == "reference"
     taken, impl = choose(2.5)
-    assert taken == {"rms_norm": "triton", "add_rms_norm": "reference", **others}
+    assert taken == {"rms_norm": "triton", "output_projection": "reference", **others}
     assert impl["rms_norm"] == "reference"
