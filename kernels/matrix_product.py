@@ -279,7 +279,8 @@ def unsupported_reason(x: Tensor) -> str | None:
 def described(x: Tensor) -> bool:
     """Return whether a tensor descriptor can describe x (rows, columns), or a contiguous batch of such matrices."""
     aligned = x.data_ptr() % 16 == 0 and x.stride(-2) * x.element_size() % 16 == 0
-    return aligned and x.stride(-1) == 1 and x.shape[:-1].numel() <= GRID_LIMIT  # its rows are numbered in int32
+    rows_apart = x.stride(-1) == 1 and x.stride(-2) >= x.size(-1)
+    return aligned and rows_apart and x.shape[:-1].numel() <= GRID_LIMIT  # its rows are numbered in int32
 
 
 def product(
