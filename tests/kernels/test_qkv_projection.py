@@ -1,4 +1,7 @@
-"""qkv_projection in Triton against the reference."""
+"""qkv_projection in Triton against the reference.
+
+This file is long because the operation joins a norm, three products, a rotation, the norm of heads and a residual's gradient.
+"""
 
 import importlib
 import sys
