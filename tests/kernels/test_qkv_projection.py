@@ -63,7 +63,7 @@ def inputs(
     return [x, *weights, *tables(tokens + more, head_width, dtype), offset]
 
 
-@settings(harness.property_test, max_examples=100 if GPU else 10)
+@settings(harness.property_test, max_examples=100 if GPU else 8)
 @given(
     batch=st.integers(1, 2),
     tokens=st.integers(1, 10),
@@ -82,15 +82,22 @@ def test_qkv_projection(batch, tokens, width, heads, dtype, layout, adjacent, of
         check(fused, plain, given_, [0, 1, 2, 3], seed)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("head_width", [64, 128])
+@pytest.mark.parametrize(("head_width", "dtype"), [(64, torch.float16), (128, torch.bfloat16)])
 def test_wider_heads(head_width, dtype):
     heads, sizes = ((10, 5), (2, 1023, 1280)) if GPU else ((2, 1), (1, 6, 32))
     check(fused, plain, inputs(*sizes, *heads, dtype, head_width), [0, 1, 2, 3])
 
 
-@pytest.mark.parametrize("dtype", harness.DTYPES)
-@pytest.mark.parametrize(("head_width", "heads"), [(12, (4, 2)), (24, (3, 1)), (32, (1, 1))])
+@pytest.mark.parametrize(
+    ("head_width", "heads", "dtype"),
+    [
+        (12, (4, 2), torch.float32),
+        (12, (1, 1), torch.bfloat16),
+        (24, (3, 1), torch.float16),
+        (32, (1, 1), torch.float32),
+        (32, (4, 2), torch.bfloat16),
+    ],
+)
 def test_unfused(head_width, heads, dtype):
     """Separate operations serve float32 and heads of any even width."""
     check(unfused, plain, inputs(2, 5, 24, *heads, dtype, head_width, offset=2, more=2), [0, 1, 2, 3])
@@ -105,11 +112,10 @@ def test_offset_of_each_row(dtype, parameters):
         check(fused, plain, [*given_[:-1], offsets], [0, 1, 2, 3])
 
 
-@pytest.mark.parametrize("index", [torch.int32, torch.int64])
-def test_strided_offsets(index):
+def test_strided_offsets():
     given_ = inputs(3, 2, 24, 3, 1, torch.bfloat16, more=40)
-    every_second = torch.tensor([0, 1, 40, 2, 7, 3], device=DEVICE, dtype=index)[::2]
-    one_for_all = torch.tensor([5], device=DEVICE, dtype=index).expand(3)
+    every_second = torch.tensor([0, 1, 40, 2, 7, 3], device=DEVICE, dtype=torch.int32)[::2]
+    one_for_all = torch.tensor([5], device=DEVICE).expand(3)
     for offsets in (every_second, one_for_all):
         check(fused, plain, [*given_[:-1], offsets], [0, 1, 2, 3])
 
@@ -161,9 +167,19 @@ def buffers_of(weights, adjacent: bool):
     return list(whole.split(rows)) if adjacent else [part.clone() for part in whole.split(rows)]
 
 
-@pytest.mark.parametrize("impl", ["triton", "unfused", "reference"])
-@pytest.mark.parametrize("adjacent", [True, False])
-@pytest.mark.parametrize("given_buffers", [(0, 1, 2), (0,), (1, 2)])
+@pytest.mark.parametrize(
+    ("impl", "adjacent", "given_buffers"),
+    [
+        ("triton", True, (0, 1, 2)),
+        ("triton", False, (0, 1, 2)),
+        ("triton", True, (0,)),
+        ("triton", False, (1, 2)),
+        ("unfused", True, (0, 1, 2)),
+        ("unfused", False, (0,)),
+        ("reference", True, (0, 1, 2)),
+        ("reference", False, (1, 2)),
+    ],
+)
 def test_gradients_are_added_to_buffers(impl, adjacent, given_buffers):
     """Two calls add to the buffers' contents in float32. A weight with a buffer gets no gradient, another one does."""
     _, *weights, cos, sin, _ = inputs(2, 5, 24, 4, 2, torch.bfloat16)
@@ -377,7 +393,7 @@ def test_every_launch_configuration():
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("heads", [(4, 2), (6, 2), (3, 1)])
+@pytest.mark.parametrize("heads", [(4, 2), (3, 1)])
 def test_a_program_has_heads_of_one_kind(heads, monkeypatch):
     """A table's number of heads that does not divide both numbers of heads is made smaller."""
     monkeypatch.setattr(FILE, "launch_parameters", lambda *_: {"TOKENS": 2, "HEADS": 5, "num_warps": 1})
