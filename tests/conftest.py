@@ -4,10 +4,12 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
 if not torch.cuda.is_available():  # before the kernels are imported: interpreted, on CPU tensors
@@ -31,16 +33,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 LONGEST = (
-    "test_slurm",
     "test_resume",
-    "test_newton_schulz",
+    "test_slurm",
     "test_speedrun",
-    "test_terminal",
+    "test_newton_schulz",
     "test_fetch",
     "test_checkpoint",
+    "test_optim",
+    "test_dispatch",
+    "test_terminal",
     "test_distributed",
     "test_qkv_projection",
     "test_scaled_product",
+    "test_qk_norm_rope",
+    "test_linear_cross_entropy",
+    "test_cli",
+    "test_gate",
 )
 
 
@@ -75,14 +83,41 @@ TINY_EVALUATE_BASE = "--tokens 512 --batch-size 4 --core-max-per-task 4 --device
 TINY_EVALUATE_CHAT = "--max-per-task 4 --max-tokens 8 --tasks ARC-Easy SpellingBee --device cpu".split()
 
 
+def made_once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path:
+    """A directory that is made by the worker that first needs it, for all workers."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    with FileLock(root / f"{name}.lock"):
+        if not (root / name).exists():
+            shutil.rmtree(root / f"{name}.part", ignore_errors=True)
+            make(root / f"{name}.part")
+            (root / f"{name}.part").rename(root / name)
+    return root / name
+
+
 @pytest.fixture(scope="session")
 def world_base(tmp_path_factory) -> Path:
     """A base directory with the tiny data and a tokenizer; copy it before writing to it."""
-    base = tmp_path_factory.mktemp("world")
-    paths = Paths(base)
-    generate(TINY_DATA, paths)
-    Tokenizer.train(Shards.of(paths, "train").documents(), 512).save(paths.tokenizer)
-    return base
+
+    def make(base: Path) -> None:
+        paths = Paths(base)
+        generate(TINY_DATA, paths)
+        Tokenizer.train(Shards.of(paths, "train").documents(), 512).save(paths.tokenizer)
+
+    return made_once(tmp_path_factory, "world", make)
+
+
+@pytest.fixture(scope="session")
+def trained_base(tmp_path_factory, world_base) -> Path:
+    """The tiny base directory after all three stages of training; copy it before writing to it."""
+
+    def make(base: Path) -> None:
+        shutil.copytree(world_base, base)
+        for stage, arguments in (("base", TINY_BASE), ("mid", TINY_MID), ("sft", TINY_SFT)):
+            done = nanochat(base, "train", stage, *arguments)
+            assert done.returncode == 0, done.stderr
+
+    return made_once(tmp_path_factory, "trained", make)
 
 
 @pytest.fixture(scope="session")
@@ -118,8 +153,11 @@ def copy_packages(target: Path) -> None:
 
 
 def environment(base: Path | None, **changes: str) -> dict[str, str]:
-    """One thread, so that a busy machine does not change sums; `base` as the base directory."""
+    """One thread, so that a busy machine does not change sums; `base` as the base directory. A PYTHONPATH comes before the one
+    there is, which may be where the packages are."""
     env = {k: v for k, v in os.environ.items() if k not in ("NANOCHAT_BASE_DIR", "TRITON_INTERPRET")}
+    if "PYTHONPATH" in changes and env.get("PYTHONPATH"):
+        changes["PYTHONPATH"] += os.pathsep + env["PYTHONPATH"]
     env |= {"OMP_NUM_THREADS": "1", "COLUMNS": "200", **changes}
     return env | {"NANOCHAT_BASE_DIR": str(base)} if base else env
 

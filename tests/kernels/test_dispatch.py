@@ -312,9 +312,7 @@ class Driver:  # torch asks for the target when it looks for the arguments that 
 
 triton.runtime.driver.set_active(Driver())
 logging.disable(logging.WARNING)
-operation = kernels.operations()[sys.argv[1]]
 shape = RunShape(rows=2, tokens=8, width=64, heads=2, kv_heads=1, vocab=256, depth=1)
-trial = next(operation.trials(shape, torch.device("cpu"), torch.float32))
 graphs = []
 
 def keep(graph, example):
@@ -327,22 +325,30 @@ kernels.dispatch.named = lambda operation, impl: replace(
     operation.implementations[impl], unsupported_reason=supported
 )
 
-def run(*inputs):
-    results = operation.function(*inputs, impl="triton")
-    return results if isinstance(results, tuple) else (results,)
+def trace(operation):
+    trial = next(operation.trials(shape, torch.device("cpu"), torch.float32))
 
-with FakeTensorMode(allow_non_fake_inputs=True):
-    inputs = [
-        torch.empty_like(x).requires_grad_(i in trial.differentiable) if isinstance(x, torch.Tensor) else x
-        for i, x in enumerate(trial.inputs)
-    ]
-    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
-    results = torch.compile(run, fullgraph=True, backend=backend, dynamic=False)(*inputs)
-    if trial.differentiable:
-        sum(x.float().sum() for x in results if x is not None).backward()
-for graph in graphs:
-    targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
-    print("graph", sum("triton_kernel_wrapper" in x for x in targets), [x for x in targets if "nanochat" in x])
+    def run(*inputs):
+        results = operation.function(*inputs, impl="triton")
+        return results if isinstance(results, tuple) else (results,)
+
+    torch._dynamo.reset()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        inputs = [
+            torch.empty_like(x).requires_grad_(i in trial.differentiable) if isinstance(x, torch.Tensor) else x
+            for i, x in enumerate(trial.inputs)
+        ]
+        backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+        results = torch.compile(run, fullgraph=True, backend=backend, dynamic=False)(*inputs)
+        if trial.differentiable:
+            sum(x.float().sum() for x in results if x is not None).backward()
+
+for name in sys.argv[1:]:
+    graphs.clear()
+    trace(kernels.operations()[name])
+    for graph in graphs:
+        targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        print(name, sum("triton_kernel_wrapper" in x for x in targets), [x for x in targets if "nanochat" in x])
 """
 # newton_schulz may be opaque to Inductor; the optimizer's operations change their arguments and are not compiled
 NOT_TRACED = ("newton_schulz", "nesterov_momentum", "apply_update", "adamw")
@@ -354,22 +360,28 @@ OPAQUE = {
 }
 
 
-@linux
-@pytest.mark.parametrize("name", [operation.name for operation in FUSED if operation.name not in NOT_TRACED])
-def test_torch_compile_sees_the_kernels(name):
-    """Forward and backward are traced without a graph break, and of their operations only products are opaque to Inductor.
+TRACED = [operation.name for operation in FUSED if operation.name not in NOT_TRACED]
 
-    Needs no GPU.
-    """
-    code = [sys.executable, "-c", TRACE, name]
+
+@pytest.fixture(scope="module")
+def traced() -> str:
+    """What one process, whose imports take longest, prints of all graphs."""
+    code = [sys.executable, "-c", TRACE, *TRACED]
     done = subprocess.run(code, cwd=ROOT, capture_output=True, text=True, env=environment(None))
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    graphs = [line.split(maxsplit=2)[1:] for line in done.stdout.splitlines() if line.startswith("graph")]
+    return done.stdout
+
+
+@linux
+@pytest.mark.parametrize("name", TRACED)
+def test_torch_compile_sees_the_kernels(name, traced):
+    """Forward and backward are traced without a graph break, and only products are opaque to Inductor. Needs no GPU."""
+    graphs = [line.split(maxsplit=2)[1:] for line in traced.splitlines() if line.startswith(f"{name} ")]
     backward = next(operations()[name].trials(*TINY)).differentiable
-    assert len(graphs) == (2 if backward else 1), done.stdout
+    assert len(graphs) == (2 if backward else 1), traced
     products = [[f"nanochat_kernels.{x}.default"] if x else [] for x in OPAQUE.get(name, (None, None))]
-    assert [opaque for _, opaque in graphs] == [str(x) for x in products[: len(graphs)]], done.stdout
-    assert int(graphs[0][0]) > 0 or name == "output_projection", done.stdout
+    assert [opaque for _, opaque in graphs] == [str(x) for x in products[: len(graphs)]], traced
+    assert int(graphs[0][0]) > 0 or name == "output_projection", traced
 
 
 TINY = (
