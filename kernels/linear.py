@@ -1,4 +1,4 @@
-"""The product x·weightᵀ, whose backward can add the weight's gradient to a float32 buffer.
+"""Plain products: x·weightᵀ, whose backward can add the weight's gradient to a float32 buffer, and those of other operations.
 
 dx = dy·weight, and weight_gradient += dyᵀ·x: one product reads the 16-bit operands, sums in float32 and adds to the buffer in
 place. Autograd would round the product to 16 bits, cast it to float32 and add it in two further passes.
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from nanochat_kernels.checks import autocast_products, check_float, check_gradient_buffer, check_shape
 from nanochat_kernels.dispatch import choose
+from nanochat_kernels.matrix_product import SCALE_ROWS, product, product_parameters
 from nanochat_kernels.operation import Benchmark, Operation
-from nanochat_kernels.triton_helpers import KernelFunction, derivative, differentiable
+from nanochat_kernels.triton_helpers import KernelFunction, as_rows, derivative, differentiable
 
 
 def add_product(gradient: Tensor, dy: Tensor, x: Tensor) -> None:
@@ -22,6 +23,32 @@ def add_product(gradient: Tensor, dy: Tensor, x: Tensor) -> None:
         torch.addmm(gradient, dy.t(), x, out_dtype=gradient.dtype, out=gradient)
     else:
         gradient.addmm_(dy.t().to(gradient.dtype), x.to(gradient.dtype))
+
+
+def scaled_rows(
+    name: str, x: Tensor, y: Tensor, factor: Tensor | None = None, *, y_transposed: bool = False,
+    parameters: dict[str, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """Return factor ⊙ (x·y) in x's dtype, for x (M, K), y (K, N) or (N, K), and a float32 factor for each row; rounded once.
+
+    name: the product's in the launch tables. Under torch.compile torch computes the product.
+    """
+    if torch.compiler.is_compiling() or x.device.type not in ("cuda", "meta"):
+        return scaled_by_torch(x, y.t() if y_transposed else y, factor)
+    x, y = as_rows(x), as_rows(y)
+    shape = x.size(0), y.size(0 if y_transposed else 1), x.size(1)
+    parameters = product_parameters(name, x, y, shape, None, parameters)
+    if "TORCH" in parameters:
+        return scaled_by_torch(x, y.t() if y_transposed else y, factor)
+    out = torch.empty(shape[:2], dtype=x.dtype, device=x.device)
+    return product(x, y, out, SCALE_ROWS, parameters, (factor,), y_transposed=y_transposed)
+
+
+def scaled_by_torch(x: Tensor, y: Tensor, factor: Tensor | None) -> Tensor:
+    if factor is None:
+        return x @ y
+    sums = torch.mm(x, y, out_dtype=torch.float32) if x.is_cuda else x.float() @ y.float()
+    return (sums * factor[:, None]).to(x.dtype)
 
 
 class Linear(KernelFunction):

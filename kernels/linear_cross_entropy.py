@@ -27,8 +27,8 @@ from nanochat_kernels.cross_entropy_kernels import (
     launch_on_chip,
 )
 from nanochat_kernels.dispatch import choose
-from nanochat_kernels.linear import add_product, plain_linear
-from nanochat_kernels.matrix_product import MODEL_WIDTHS, SPACE, scaled_rows
+from nanochat_kernels.linear import add_product, plain_linear, scaled_rows
+from nanochat_kernels.matrix_product import MODEL_WIDTHS, SPACE
 from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
 from nanochat_kernels.reference import SOFTCAP
 from nanochat_kernels.softcap_cross_entropy import factor_of, random_logits, reduced, unsupported_reason_for

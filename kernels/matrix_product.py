@@ -24,7 +24,6 @@ from nanochat_kernels.hopper_product import hopper_product, scale_rows_on_hopper
 from nanochat_kernels.triton_helpers import (
     DTYPES,
     GRID_LIMIT,
-    as_rows,
     cast,
     cdiv,
     dot,
@@ -337,32 +336,6 @@ def product(
         WHOLE=whole, TMA=bool(tma), OUT_TMA=out_tma, FLATTEN=programs > 0 and not triangle, **parameters,
     )  # fmt: skip
     return out
-
-
-def scaled_rows(
-    name: str, x: Tensor, y: Tensor, factor: Tensor | None = None, *, y_transposed: bool = False,
-    parameters: dict[str, int] | None = None,
-) -> Tensor:  # fmt: skip
-    """Return factor ⊙ (x·y) in x's dtype, for x (M, K), y (K, N) or (N, K), and a float32 factor for each row; rounded once.
-
-    name: the product's in the launch tables. Under torch.compile torch computes the product.
-    """
-    if torch.compiler.is_compiling() or x.device.type not in ("cuda", "meta"):
-        return scaled_by_torch(x, y.t() if y_transposed else y, factor)
-    x, y = as_rows(x), as_rows(y)
-    shape = x.size(0), y.size(0 if y_transposed else 1), x.size(1)
-    parameters = product_parameters(name, x, y, shape, None, parameters)
-    if "TORCH" in parameters:
-        return scaled_by_torch(x, y.t() if y_transposed else y, factor)
-    out = torch.empty(shape[:2], dtype=x.dtype, device=x.device)
-    return product(x, y, out, SCALE_ROWS, parameters, (factor,), y_transposed=y_transposed)
-
-
-def scaled_by_torch(x: Tensor, y: Tensor, factor: Tensor | None) -> Tensor:
-    if factor is None:
-        return x @ y
-    sums = torch.mm(x, y, out_dtype=torch.float32) if x.is_cuda else x.float() @ y.float()
-    return (sums * factor[:, None]).to(x.dtype)
 
 
 def descriptor(x: Tensor, rows: int, columns: int):

@@ -12,8 +12,8 @@ from nanochat_kernels.checks import autocast_products, check_float, check_gradie
 from nanochat_kernels.dispatch import choose
 from nanochat_kernels.folded_norm import KERNELS as NORM_KERNELS
 from nanochat_kernels.folded_norm import add_residual, residual_launches
-from nanochat_kernels.linear import add_product, plain_linear
-from nanochat_kernels.matrix_product import MODEL_WIDTHS, SPACE, product_keys, scaled_rows
+from nanochat_kernels.linear import add_product, plain_linear, scaled_rows
+from nanochat_kernels.matrix_product import MODEL_WIDTHS, SPACE, product_keys
 from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
 from nanochat_kernels.tracing import opaque
 from nanochat_kernels.triton_helpers import DTYPES, KernelFunction, as_rows, derivative, differentiable

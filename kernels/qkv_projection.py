@@ -9,8 +9,6 @@ Saved are x, q, k and v, which attention saves anyway, and one factor for each r
 et al. 2020 (norm of q and k).
 """
 
-from math import gcd
-
 import torch
 from torch import Tensor
 
@@ -25,15 +23,14 @@ from nanochat_kernels.checks import (
     check_shape,
     normed_dtype,
 )
-from nanochat_kernels.configs import launch_parameters
 from nanochat_kernels.dispatch import choose
 from nanochat_kernels.folded_norm import KERNELS as NORM_KERNELS
-from nanochat_kernels.folded_norm import finish, input_gradient, norm_backward_launches, row_rstd
+from nanochat_kernels.folded_norm import input_gradient, norm_backward_launches, row_rstd
 from nanochat_kernels.linear import add_product, plain_linear
 from nanochat_kernels.matrix_product import MODEL_WIDTHS, SPACE, product, product_keys, product_parameters
 from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
 from nanochat_kernels.qk_norm_rope import qk_norm_rope, tables
-from nanochat_kernels.qkv_projection_kernels import QKV, qkv_backward_kernel
+from nanochat_kernels.qkv_projection_kernels import QKV, product_gradient
 from nanochat_kernels.reference import EPS
 from nanochat_kernels.rms_norm import rms_norm
 from nanochat_kernels.tracing import opaque
@@ -41,10 +38,8 @@ from nanochat_kernels.triton_helpers import (
     DTYPES,
     KernelFunction,
     as_rows,
-    cdiv,
     derivative,
     differentiable,
-    launch,
     triton_unsupported_reason,
 )
 
@@ -84,31 +79,6 @@ def heads_of(
     )  # fmt: skip
     product(rows, weight, out.view(shape[:2]), QKV, parameters, arguments, y_transposed=True)
     return out, head_rstd
-
-
-def product_gradient(
-    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, rstd: Tensor, head_rstd: Tensor, cos: Tensor, sin: Tensor,
-    offset: int, offsets: Tensor | None, width: int, parameters: dict[str, int] | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the gradient of x·weightᵀ (N, (H + 2G)·D) and the coefficient of x in norm's derivative (N,); width: C."""
-    batch, tokens, heads, head_width = dq.shape
-    dz = torch.empty(batch * tokens, qkv.size(2) * head_width, dtype=qkv.dtype, device=qkv.device)
-    gradients = [x if x.stride(3) == 1 or head_width == 1 else x.contiguous() for x in (dq, dk, dv)]
-    parameters = dict(parameters or launch_parameters("qkv_backward", qkv.device, qkv.dtype, (head_width,)))
-    # the same number of heads for every program, none of them both of q and of k
-    most = gcd(heads, dk.size(2))
-    parameters["HEADS"] = max(n for n in range(1, parameters["HEADS"] + 1) if most % n == 0)
-    programs = qkv.size(2) // parameters["HEADS"]
-    sums = torch.empty(programs, batch * tokens, dtype=torch.float32, device=qkv.device)
-    if dz.numel():
-        launch(
-            qkv_backward_kernel, (batch * cdiv(tokens, parameters["TOKENS"]), programs), qkv.device,
-            *gradients, qkv, rstd, head_rstd, cos, sin, rstd if offsets is None else offsets, dz, sums,
-            offset, 0 if offsets is None else offsets.stride(0), tokens, cos.size(0), heads, dk.size(2),
-            *[stride for x in gradients for stride in x.stride()[:3]],
-            EPS=EPS, HALF=head_width // 2, OFFSETS=offsets is not None, **parameters,
-        )  # fmt: skip
-    return dz, finish(sums, width, rstd)
 
 
 def forward_shapes(x, w_q, w_k, w_v, rstd, cos, sin, offset, offsets):

@@ -1,10 +1,18 @@
 """The epilogue and the backward kernel of qkv_projection.py, which explains what they compute."""
 
+from math import gcd
+
+import torch
+from torch import Tensor
+
 from nanochat_kernels import hopper_product
+from nanochat_kernels.configs import launch_parameters
+from nanochat_kernels.folded_norm import finish
 from nanochat_kernels.hopper_product import gl, gluon
 from nanochat_kernels.matrix_product import Epilogue, halves, load_rows, store_block
 from nanochat_kernels.qk_norm_rope_kernels import load_heads, load_positions
-from nanochat_kernels.triton_helpers import cast, rsqrt, tl, triton
+from nanochat_kernels.reference import EPS
+from nanochat_kernels.triton_helpers import cast, cdiv, launch, rsqrt, tl, triton
 
 
 @triton.jit
@@ -128,3 +136,28 @@ def qkv_backward_kernel(
         tl.store(ptr, cast(x1, dz_ptr.dtype.element_ty), mask=mask)
         tl.store(ptr + HALF, cast(x2, dz_ptr.dtype.element_ty), mask=mask)
     tl.store(sums_ptr + program * all_tokens + row, total, mask=t < tokens)
+
+
+def product_gradient(
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, rstd: Tensor, head_rstd: Tensor, cos: Tensor, sin: Tensor,
+    offset: int, offsets: Tensor | None, width: int, parameters: dict[str, int] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the gradient of x·weightᵀ (N, (H + 2G)·D) and the coefficient of x in norm's derivative (N,); width: C."""
+    batch, tokens, heads, head_width = dq.shape
+    dz = torch.empty(batch * tokens, qkv.size(2) * head_width, dtype=qkv.dtype, device=qkv.device)
+    gradients = [x if x.stride(3) == 1 or head_width == 1 else x.contiguous() for x in (dq, dk, dv)]
+    parameters = dict(parameters or launch_parameters("qkv_backward", qkv.device, qkv.dtype, (head_width,)))
+    # the same number of heads for every program, none of them both of q and of k
+    most = gcd(heads, dk.size(2))
+    parameters["HEADS"] = max(n for n in range(1, parameters["HEADS"] + 1) if most % n == 0)
+    programs = qkv.size(2) // parameters["HEADS"]
+    sums = torch.empty(programs, batch * tokens, dtype=torch.float32, device=qkv.device)
+    if dz.numel():
+        launch(
+            qkv_backward_kernel, (batch * cdiv(tokens, parameters["TOKENS"]), programs), qkv.device,
+            *gradients, qkv, rstd, head_rstd, cos, sin, rstd if offsets is None else offsets, dz, sums,
+            offset, 0 if offsets is None else offsets.stride(0), tokens, cos.size(0), heads, dk.size(2),
+            *[stride for x in gradients for stride in x.stride()[:3]],
+            EPS=EPS, HALF=head_width // 2, OFFSETS=offsets is not None, **parameters,
+        )  # fmt: skip
+    return dz, finish(sums, width, rstd)

@@ -116,7 +116,7 @@ def test_product(m, n, k, dtype, transposed, parameters, left, seed):
     with poisoned():
         sums = torch.empty(cdiv(n, parameters["PART"]), m, device=DEVICE)
     returned = FILE.product(
-        x, y, out, weighted_epilogue, parameters, (sums, 0.5), first, second, x_transposed=transposed[0],
+        x, y, out, FILE.Epilogue(weighted_epilogue), parameters, (sums, 0.5), first, second, x_transposed=transposed[0],
         y_transposed=transposed[1],
     )  # fmt: skip
     left_, right = x.double(), y.double()
@@ -133,7 +133,7 @@ def test_product(m, n, k, dtype, transposed, parameters, left, seed):
 def test_a_product_of_nothing():
     x, out = torch.empty(0, 16, device=DEVICE).bfloat16(), torch.empty(0, 32, device=DEVICE).bfloat16()
     parameters = FILE.product_parameters("any", x, out, (0, 32, 16), None, SMALL_TILES)
-    assert FILE.product(x, out.new_empty(16, 32), out, weighted_epilogue, parameters) is out
+    assert FILE.product(x, out.new_empty(16, 32), out, FILE.Epilogue(weighted_epilogue), parameters) is out
 
 
 @pytest.mark.parametrize("dtype", HALVES)
