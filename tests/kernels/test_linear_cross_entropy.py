@@ -50,18 +50,13 @@ PLANTED_FAULTS = {
      "dlosses", "test_a_weighted_mean_is_rounded_once"),
     "a weight of 0 divided by": ("linear_cross_entropy", "torch.where(factor == 0, dlosses, dlosses / factor)",
      "dlosses / factor", "test_a_weighted_mean_is_rounded_once"),
-    "weight's gradient without the factor": ("linear_cross_entropy", "(x * factor).to(x.dtype)",
+    "weight's gradient without the factor": ("linear_cross_entropy", "(x * factor[:, None]).to(x.dtype)",
      "x", "test_loss_and_gradients"),
-    "input's gradient without the factor": ("linear_cross_entropy", "out_dtype=torch.float32) * factor)",
-     "out_dtype=torch.float32))", "test_loss_and_gradients"),
+    "input's gradient without the factor": ("linear", "(sums * factor[:, None]).to(x.dtype)",
+     "sums.to(x.dtype)", "test_loss_and_gradients"),
     "logits read after they are overwritten": (STEM, "launch_targets(target_logits, targets, sums, losses, factor, logits,",
      "launch_targets(logits_of_targets(logits, targets), targets, sums, losses, factor, logits,", "test_loss_and_gradients"),
 }  # fmt: skip
-if not GPU:
-    line = "(a.float() @ b.float() * factor)"
-    PLANTED_FAULTS["input's gradient without the factor"] = (
-        "linear_cross_entropy", line, "(a.float() @ b.float())", "test_loss_and_gradients",
-    )  # fmt: skip
 
 
 def fused(x, weight, targets, *options, **more):

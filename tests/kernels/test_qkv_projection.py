@@ -555,7 +555,7 @@ PLANTED_FAULTS = {
      "test_one_token_compiles"),
     "rstd of a head in 32 bits": (KERNELS, "tl.cast(column // (2 * HALF), tl.int64) * m", "(column // (2 * HALF)) * m",
      "test_offsets_are_int64"),
-    "a program with heads of two kinds": ("qkv_projection", "most = gcd(heads, dk.size(2))", "most = heads",
+    "a program with heads of two kinds": ("qkv_projection_kernels", "most = gcd(heads, dk.size(2))", "most = heads",
      "test_a_program_has_heads_of_one_kind"),
     "weights in another order taken as one": (
         "qkv_projection", "and matrix.storage_offset() == end", "", "test_adjacent_weights_are_not_copied_and_change_nothing",
@@ -569,7 +569,7 @@ PLANTED_FAULTS = {
         "test_gradients_are_added_to_buffers",
     ),
     "channels of upstream gradients taken as contiguous": (
-        "qkv_projection", "x if x.stride(3) == 1 or head_width == 1 else x.contiguous()", "x",
+        "qkv_projection_kernels", "x if x.stride(3) == 1 or head_width == 1 else x.contiguous()", "x",
         "test_upstream_gradients_of_any_strides",
     ),
 }  # fmt: skip
