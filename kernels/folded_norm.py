@@ -106,7 +106,8 @@ def residual_on_hopper(sums, out_desc, residual, second, arguments, row, column,
         sums += residual.load(sums.type.layout).to(gl.float32)
     value = sums.to(out_desc.dtype)
     hopper_product.store_part(value, out_desc, residual, row, column)
-    value = value.to(gl.float32)
+    inside = column + gl.arange(0, sums.shape[1], layout=gl.SliceLayout(0, sums.type.layout)) < n
+    value = gl.where(inside[None, :], value.to(gl.float32), 0.0)  # outside, an infinity in x makes NaN
     hopper_product.store_row_sums(arguments[0], gl.sum(value * value, axis=1), sums, row, column, m, n)
 
 

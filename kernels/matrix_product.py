@@ -258,8 +258,9 @@ def product_parameters(
     found = dict(parameters or launch_parameters(name, x.device, x.dtype, shape))
     if "TORCH" in found:
         return found | ({"PART": part} if part else {})
-    if "STAGES" in found and not (described(x) and described(y) and shape[1] % 8 == 0):
-        found = configuration(128, 128, 32, 64, 0, 0, 8, 3)
+    aligned = described(x) and described(y) and shape[1] % 8 == 0
+    if x.dim() == 2 and not aligned and ("STAGES" in found or parameters is None):
+        found = dict(UNALIGNED)
     if found.get("TMA") and not (described(x) and described(y) and (x.dim() == 2 or shape[2] % found["BLOCK_K"] == 0)):
         found |= {"TMA": 0, "BLOCK_N": min(found["BLOCK_N"], 128), "BLOCK_K": min(found["BLOCK_K"], 32), "PART": 32}
     found["PART"] = part or min(found["PART"], found["BLOCK_N"])
@@ -361,6 +362,8 @@ def configuration(
     }  # fmt: skip
 
 
+# every element of an unaligned row has an address of its own, which takes registers from the sums
+UNALIGNED = configuration(64, 128, 32, 32, 0, 0, 8, 3)
 BY_TORCH = {"TORCH": 1, "BLOCK_M": 16, "PART": 256, "num_warps": 4}
 SPACE = (
     # for sm_90, hopper_product.py
