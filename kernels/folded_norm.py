@@ -51,11 +51,10 @@ def finish_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS], tl.float32)
     for start in range(0, parts, PARTS):
-        part = start + tl.arange(0, PARTS)
-        mask = (part < parts)[:, None] & (row < rows)[None, :]
-        total += tl.sum(
-            tl.load(sums_ptr + part.to(tl.int64)[:, None] * rows + row[None, :], mask=mask, other=0.0), axis=0
-        )
+        # one after the other, because the order in which tl.sum adds depends on the alignment of the rows
+        for i in tl.static_range(PARTS):
+            mask = (row < rows) & (start + i < parts)
+            total += tl.load(sums_ptr + tl.cast(start + i, tl.int64) * rows + row, mask=mask, other=0.0)
     if BACKWARD:
         r = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
         value = r * r * (total / WIDTH)

@@ -75,9 +75,11 @@ def relu2_backward_epilogue(
 ):  # fmt: skip
     """Store rstd·dz with dz = 2·√h·dh, and for each row of the part the sum of dz·z = 2·h·dh."""
     rstd_ptr, sums_ptr = arguments
-    h = load_block(h_ptr, h_stride, row, column, m, n, dh.shape[0], dh.shape[1], TMA, WHOLE).to(tl.float32)
+    h = load_block(h_ptr, h_stride, row, column, m, n, dh.shape[0], dh.shape[1], TMA, WHOLE)
+    root = tl.sqrt_rn(h) if h.dtype == tl.float32 else tl.sqrt(h.to(tl.float32))
+    h = h.to(tl.float32)
     dh = tl.where(h == 0.0, 0.0, 2.0 * dh)  # 0 where relu is 0, even if dh is NaN
-    dz = dh * tl.sqrt(h)
+    dz = dh * root
     store_block(
         dz_ptr, dz_stride, dz * load_rows(rstd_ptr, row, m, dh.shape[0])[:, None], row, column, m, n, TMA, WHOLE
     )

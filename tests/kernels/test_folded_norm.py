@@ -123,7 +123,7 @@ PLANTED_FAULTS = {
     "rstd once instead of squared": ("folded_norm", "value = r * r * (total / WIDTH)", "value = r * (total / WIDTH)",
      "test_finish"),
     "the first part of the sums counted twice": (
-        "folded_norm", "part.to(tl.int64)[:, None] * rows", "(part // 2).to(tl.int64)[:, None] * rows", "test_finish",
+        "folded_norm", "tl.cast(start + i, tl.int64) * rows", "tl.cast((start + i) // 2, tl.int64) * rows", "test_finish",
     ),
     "stride of x taken for the residual's gradient": (
         "folded_norm", "load_block(dy_ptr, dy_stride,", "load_block(dy_ptr, x_stride,", "test_input_gradient",

@@ -63,8 +63,8 @@ def test_a_group_of_tile_rows_is_walked_column_by_column():
 def parts_kernel(x_ptr, out_ptr, PARTS: tl.constexpr):
     x = tl.load(x_ptr + 32 * tl.arange(0, 4)[:, None] + tl.arange(0, 32)[None, :])
     parts = parts_of(x, PARTS)
+    WIDTH: tl.constexpr = 32 // PARTS
     for i in tl.static_range(PARTS):
-        WIDTH: tl.constexpr = 32 // PARTS
         tl.store(out_ptr + 32 * tl.arange(0, 4)[:, None] + i * WIDTH + tl.arange(0, WIDTH)[None, :], parts[i])
 
 

@@ -260,7 +260,7 @@ PLANTED_FAULTS = {
      "test_output_projection"),
     "eps dropped": ("folded_norm", "value = rsqrt(total / WIDTH + EPS)", "value = rsqrt(total / WIDTH)",
      "test_rstd_of_zero_rows"),
-    "last part of the row sums dropped": ("folded_norm", "(part < parts)[:, None]", "(part < parts - 1)[:, None]",
+    "last part of the row sums dropped": ("folded_norm", "& (start + i < parts)", "& (start + i < parts - 1)",
      "test_output_projection"),
     "last row of the sums dropped": (
         "matrix_product", "mask=(r < m) & (column < n)", "mask=(r < m - 1) & (column < n)", "test_output_projection",

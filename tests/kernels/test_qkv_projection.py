@@ -19,6 +19,7 @@ from tests.kernels.harness import DEVICE, GPU, check, check_compiled, check_grap
 from tests.kernels.int64 import narrow_offsets
 
 FILE = importlib.import_module("nanochat_kernels.qkv_projection")
+LAUNCHES = importlib.import_module("nanochat_kernels.qkv_projection_kernels")
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -31,7 +32,7 @@ PRODUCTS = (TILES, *harness.PRODUCTS[1:])
 def small_products():
     with harness.products_with(TILES), pytest.MonkeyPatch.context() as patch:
         if not GPU:
-            patch.setattr(FILE, "launch_parameters", lambda *_: {"TOKENS": 8, "HEADS": 2, "num_warps": 1})
+            patch.setattr(LAUNCHES, "launch_parameters", lambda *_: {"TOKENS": 8, "HEADS": 2, "num_warps": 1})
         yield
 
 
@@ -66,7 +67,7 @@ def inputs(
 @settings(harness.property_test, max_examples=100 if GPU else 8)
 @given(
     batch=st.integers(1, 2),
-    tokens=st.integers(1, 10),
+    tokens=st.integers(4, 12),
     width=st.integers(16, 40),
     heads=st.sampled_from(((1, 1), (4, 2), (3, 1))),
     dtype=st.sampled_from(HALVES),
@@ -397,7 +398,7 @@ def test_every_launch_configuration():
 @pytest.mark.parametrize("heads", [(4, 2), (3, 1)])
 def test_a_program_has_heads_of_one_kind(heads, monkeypatch):
     """A table's number of heads that does not divide both numbers of heads is made smaller."""
-    monkeypatch.setattr(FILE, "launch_parameters", lambda *_: {"TOKENS": 2, "HEADS": 5, "num_warps": 1})
+    monkeypatch.setattr(LAUNCHES, "launch_parameters", lambda *_: {"TOKENS": 2, "HEADS": 5, "num_warps": 1})
     check(fused, plain, inputs(2, 3, 24, *heads, torch.bfloat16), [0, 1, 2, 3])
 
 

@@ -56,7 +56,7 @@ def inputs(rows, width, hidden, dtype, seed=0, layouts=("contiguous",) * 4):
 
 @harness.property_test
 @given(
-    rows=st.lists(st.integers(1, 7), min_size=1, max_size=2),
+    rows=st.lists(st.integers(4, 9), min_size=1, max_size=2),
     width=st.integers(16, 40),
     hidden=st.integers(16, 50),
     dtype=st.sampled_from(DTYPES),
