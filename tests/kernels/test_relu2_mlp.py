@@ -362,7 +362,7 @@ PLANTED_FAULTS = {
     "rstd not applied in backward": (
         "relu2_mlp", "dz * load_rows(rstd_ptr, row, m, dh.shape[0])[:, None]", "dz", "test_relu2_mlp",
     ),
-    "derivative of relu2 without the root": ("relu2_mlp", "dz = dh * tl.sqrt(h)", "dz = dh * h", "test_relu2_mlp"),
+    "derivative of relu2 without the root": ("relu2_mlp", "dz = dh * root", "dz = dh * h", "test_relu2_mlp"),
     "gradient of relu2 where relu is 0": (
         "relu2_mlp", "tl.where(h == 0.0, 0.0, 2.0 * dh)", "2.0 * dh", "test_nan_and_infinity",
     ),
