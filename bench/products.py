@@ -1,0 +1,95 @@
+"""Time each matrix product of the model, with its epilogue, against torch's product alone: python -m bench.products
+
+Variants are "bare", the product alone by torch; "fused", what the launch table takes; and "pass", torch's product and the epilogue in
+one pass over it. They take turns, each running without a pause until the GPU's clock has settled, as in training. Random data.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+import tyro
+
+from bench.measure import header, need_gpu
+from nanochat.platform.errors import UserError
+from nanochat.platform.files import write_json
+from nanochat_kernels.dispatch import tunable_kernels
+from nanochat_kernels.matrix_product import BY_TORCH
+from nanochat_kernels.operation import Kernel, Key
+from nanochat_kernels.timing import sustained
+
+
+@dataclass(frozen=True)
+class ProductsConfig:
+    """Time the model's matrix products against torch's."""
+
+    only: tuple[str, ...] = ()
+    """names of products, as `nanochat kernels inspect` prints them; empty for all"""
+    width: tuple[int, ...] = (1280,)
+    """widths of the model: 768 for d12, 1280 for d20, 2048 for d32"""
+    rows: tuple[int, ...] = (16_384, 65_536)
+    """rows of a micro-batch times its tokens"""
+    seconds: float = 0.4
+    """length of a sample, of which the first half is not timed"""
+    rounds: int = 5
+    """samples of each variant"""
+    json: Path | None = None
+    """file for every sample"""
+
+
+def products(config: ProductsConfig) -> list[tuple[Kernel, Key]]:
+    """The products to time with their shapes (M, N, K). Raises UserError if there is none."""
+    found = [
+        (kernel, key)
+        for kernel in tunable_kernels()
+        for key in kernel.keys
+        if kernel.is_product and BY_TORCH in kernel.space and (not config.only or kernel.name in config.only)
+        if key[0] in config.rows and min(key[1:]) in config.width
+    ]
+    if not found:
+        names = sorted({kernel.name for kernel in tunable_kernels() if BY_TORCH in kernel.space})
+        raise UserError(f"no product has these names, widths and rows; the products are {', '.join(names)}")
+    return found
+
+
+def measure(kernel: Kernel, key: Key, config: ProductsConfig, device: torch.device) -> dict:
+    """Return the samples of each variant in milliseconds, with what they are of."""
+    m, n, k = key
+    x, weight = (torch.empty(size, k, device=device, dtype=torch.bfloat16).normal_() for size in (m, n))
+    weight.mul_(k**-0.5)
+    run = next(iter(kernel.launches(key, torch.bfloat16, device).values()))
+    variants = {
+        "bare": lambda _: torch.nn.functional.linear(x, weight),
+        "fused": lambda _: run(None),
+        "pass": lambda _: run(BY_TORCH),
+    }
+    samples = sustained(variants, config.seconds, config.rounds)
+    return {"product": kernel.name, "shape": list(key), "flops": 2 * m * n * k, "samples_ms": samples}
+
+
+def main() -> None:
+    config = tyro.cli(ProductsConfig)
+    need_gpu()
+    device = torch.device("cuda", torch.cuda.current_device())
+    result = header(f"python -m bench.products {' '.join(sys.argv[1:])}") | {"rows": []}
+    for kernel, key in products(config):
+        row = measure(kernel, key, config, device)
+        result["rows"].append(row)
+        ms = {name: median(samples) for name, samples in row["samples_ms"].items()}
+        print(
+            f"{row['product']:36} {'×'.join(map(str, key)):18} bare {ms['bare']:7.3f} ms "
+            f"{row['flops'] / ms['bare'] / 1e9:4.0f} TFLOP/s  fused {ms['fused'] / ms['bare']:.3f} ×  "
+            f"torch and a pass {ms['pass'] / ms['bare']:.3f} ×",
+            flush=True,
+        )
+    if config.json:
+        write_json(config.json, result)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:  # no GPU here
+        sys.exit(f"bench.products: {error}")
