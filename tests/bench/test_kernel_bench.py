@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cases, measure
+from bench import cases, measure, products
 from bench.compare import compare, load
 from bench.report import write_report
 from nanochat.platform.errors import UserError
@@ -179,3 +179,20 @@ def test_a_wrong_matrix_of_a_batch_is_seen():
     wrong = x.clone()
     wrong[50] = 0.0
     assert "tensor 50 differs" in cases.disagreement([wrong], [x], 0.1)
+
+
+def test_products_are_chosen_by_name_width_and_rows():
+    chosen = products.products(products.ProductsConfig(only=("relu2_mlp_up",), width=(768,), rows=(1024,)))
+    assert [(kernel.name, key) for kernel, key in chosen] == [("relu2_mlp_up", (1024, 3072, 768))]
+    with pytest.raises(UserError, match="no product has these names.* the products are .*relu2_mlp_up"):
+        products.products(products.ProductsConfig(only=("relu",)))
+
+
+def test_every_variant_is_called_as_the_record_says():
+    """The benchmark of an operation with more results than the model uses drops them, in compiled variants too."""
+    benchmark = Benchmark(
+        ("one",), lambda *_: (torch.ones(2),), (0,), lambda *_: 1.0, lambda *_: 1.0,
+        call=lambda function, x: function(x, 3.0)[0],
+    )  # fmt: skip
+    operation = Operation("op", lambda x, y, impl: (x * y, None), lambda x, y: (x * y, None), benchmark=benchmark)
+    assert torch.equal(cases.functions(operation)["eager"](torch.ones(2)), torch.full((2,), 3.0))
