@@ -188,10 +188,10 @@ def input_gradient_launches(key, dtype: torch.dtype, device: torch.device):
 ROWS, VOCABULARY = (1024, 16_384), 65_536
 LOGITS = tuple((rows, VOCABULARY, width) for width in MODEL_WIDTHS for rows in ROWS)
 KERNELS = (
-    Kernel("linear_cross_entropy_logits", DTYPES[:2], LOGITS, SPACE, logits_launches, ((1000, 384, 96), (77, 30, 15)), True),
+    Kernel("linear_cross_entropy_logits", DTYPES[:2], LOGITS, SPACE, logits_launches, ((1000, 384, 96), (1001, 30, 15)), True),
     Kernel(
         "linear_cross_entropy_input_gradient", DTYPES[:2], tuple((m, c, v) for m, v, c in LOGITS), SPACE,
-        input_gradient_launches, ((1000, 96, 384), (77, 15, 30)), True,
+        input_gradient_launches, ((1000, 96, 384), (1001, 15, 30)), True,
     ),
     Kernel(
         "cross_entropy_on_chip", (torch.bfloat16,),

@@ -251,8 +251,10 @@ def product_parameters(
     """Return the launch parameters of a product, from the table of `name` unless given, adjusted to operands x and y.
 
     shape: (M, N, K). part: the width of the parts if the epilogue requires one, such as that of a head. Operands that no tensor
-    descriptor can describe are read through pointers, and products in float32 are left to torch.
+    descriptor can describe are read through pointers. Products in float32 and of few rows are left to torch.
     """
+    if parameters is None and x.dim() == 2 and shape[0] < FEWEST_ROWS:
+        parameters = BY_TORCH
     if x.dtype not in DTYPES[:2]:
         parameters = parameters if parameters and "TORCH" in parameters else BY_TORCH
     found = dict(parameters or launch_parameters(name, x.device, x.dtype, shape))
@@ -364,6 +366,8 @@ def configuration(
 
 # every element of an unaligned row has an address of its own, which takes registers from the sums
 UNALIGNED = configuration(64, 128, 32, 32, 0, 0, 8, 3)
+# Decoding, with one token per row, launches from the host, which a Gluon product takes 0.1 to 0.25 ms of.
+FEWEST_ROWS = 256
 BY_TORCH = {"TORCH": 1, "BLOCK_M": 16, "PART": 256, "num_warps": 4}
 SPACE = (
     # for sm_90, hopper_product.py

@@ -125,11 +125,11 @@ def input_gradient_launches(key, dtype: torch.dtype, device: torch.device):
 
 KERNELS = (
     Kernel(
-        "output_projection", DTYPES[:2], product_keys(1, 1), SPACE, launches, ((1000, 96, 192), (77, 15, 30)), True
+        "output_projection", DTYPES[:2], product_keys(1, 1), SPACE, launches, ((1000, 96, 192), (1001, 15, 30)), True
     ),
     Kernel(
         "output_projection_input_gradient", DTYPES[:2], product_keys(1, 1), SPACE, input_gradient_launches,
-        ((1000, 96, 192), (77, 15, 30)), True,
+        ((1000, 96, 192), (1001, 15, 30)), True,
     ),
     *NORM_KERNELS,
 )  # fmt: skip

@@ -319,11 +319,11 @@ BACKWARD_SPACE = tuple(
     for heads in (1, 2, 5)
 )
 KERNELS = (
-    Kernel("qkv_projection", DTYPES[:2], product_keys(3, 1), SPACE, launches, ((1000, 384, 96), (77, 192, 40)), True),
+    Kernel("qkv_projection", DTYPES[:2], product_keys(3, 1), SPACE, launches, ((1000, 384, 96), (1001, 192, 40)), True),
     Kernel("qkv_backward", DTYPES[:2], ((64,), (128,)), BACKWARD_SPACE, backward_launches, ((32,),)),
     Kernel(
         "qkv_projection_input_gradient", DTYPES[:2], product_keys(1, 3), SPACE, input_gradient_launches,
-        ((1000, 96, 384), (77, 15, 30)), True,
+        ((1000, 96, 384), (1001, 15, 30)), True,
     ),
     *NORM_KERNELS,
 )  # fmt: skip

@@ -305,7 +305,7 @@ def inputs(
 
 
 UP, DOWN = product_keys(4, 1), product_keys(1, 4)
-MORE_UP, MORE_DOWN = ((1000, 384, 96), (77, 30, 15)), ((1000, 96, 384), (77, 15, 30))
+MORE_UP, MORE_DOWN = ((1000, 384, 96), (1001, 30, 15)), ((1000, 96, 384), (1001, 15, 30))
 KERNELS = (
     Kernel("relu2_mlp_up", DTYPES[:1], UP, SPACE, up_launches, MORE_UP, True),
     Kernel("relu2_mlp_down", DTYPES[:1], DOWN, SPACE, down_launches, MORE_DOWN, True),
