@@ -66,36 +66,32 @@ def finish_kernel(
 @triton.jit
 def residual_epilogue(
     sums, out_ptr, out_stride, residual_ptr, residual_stride, second_ptr, second_stride, arguments, row, column, m, n,
-    TMA: tl.constexpr, WHOLE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Store sums + residual, and for each row of the part the sum of the squares of what is stored."""
     squares_ptr, has_residual = arguments
     if has_residual is not None:
-        residual = load_block(
-            residual_ptr, residual_stride, row, column, m, n, sums.shape[0], sums.shape[1], TMA, WHOLE
-        )
+        residual = load_block(residual_ptr, residual_stride, row, column, m, n, sums.shape[0], sums.shape[1], WHOLE)
         sums += residual.to(tl.float32)
-    store_block(out_ptr, out_stride, sums, row, column, m, n, TMA, WHOLE)
+    store_block(out_ptr, out_stride, sums, row, column, m, n, WHOLE)
     if not WHOLE:  # beyond the last column an infinity of x times the padding of the weight is NaN
         sums = tl.where((column + tl.arange(0, sums.shape[1]) < n)[None, :], sums, 0.0)
-    value = rounded(sums, out_ptr, TMA).to(tl.float32)
+    value = rounded(sums, out_ptr).to(tl.float32)
     store_row_sums(squares_ptr, tl.sum(value * value, axis=1), row, column, m, n, sums.shape[1])
 
 
 @triton.jit
 def norm_backward_epilogue(
     sums, out_ptr, out_stride, x_ptr, x_stride, dy_ptr, dy_stride, arguments, row, column, m, n,
-    TMA: tl.constexpr, WHOLE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Store sums − c·x, plus dy, the gradient of the residual, if it is given."""
     coefficient_ptr, has_residual = arguments
-    x = load_block(x_ptr, x_stride, row, column, m, n, sums.shape[0], sums.shape[1], TMA, WHOLE).to(tl.float32)
+    x = load_block(x_ptr, x_stride, row, column, m, n, sums.shape[0], sums.shape[1], WHOLE).to(tl.float32)
     sums -= x * load_rows(coefficient_ptr, row, m, sums.shape[0])[:, None]
     if has_residual is not None:
-        sums += load_block(dy_ptr, dy_stride, row, column, m, n, sums.shape[0], sums.shape[1], TMA, WHOLE).to(
-            tl.float32
-        )
-    store_block(out_ptr, out_stride, sums, row, column, m, n, TMA, WHOLE)
+        sums += load_block(dy_ptr, dy_stride, row, column, m, n, sums.shape[0], sums.shape[1], WHOLE).to(tl.float32)
+    store_block(out_ptr, out_stride, sums, row, column, m, n, WHOLE)
 
 
 @gluon.jit

@@ -152,7 +152,7 @@ def compute_tiles(
                 load_parts(first_desc, second_desc, parts, parts_bar, row, left, base, AHEAD, EXTRAS)
             if EXTRAS > 0 and i % AHEAD == 0:
                 mbarrier.wait(parts_bar, turn * (PARTS // AHEAD) + i // AHEAD & 1)
-            first, second = parts.index(base + i % AHEAD), parts.index(base + AHEAD + EXTRAS - 2)
+            first, second = parts.index(base + i % AHEAD), parts.index(base + (1 if EXTRAS == 2 else 0))
             EPILOGUE(split[i], out_desc, first, second, arguments, row, left, m, n)
         tma.store_wait(0)
         turn += 1  # noqa: SIM113
@@ -179,6 +179,7 @@ def hopper_kernel(
     for i in gl.static_range(2):
         mbarrier.init(parts_filled.index(i), count=1)
         mbarrier.init(turns.index(i), count=1)
+    fence_async_shared()  # the copies see the barriers
     descriptors = (out_desc, first_desc, second_desc)
     memory = (x_ring, y_ring, filled, empty, parts, parts_filled, turns)
     gl.warp_specialize(

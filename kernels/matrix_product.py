@@ -3,7 +3,7 @@
 out = epilogue(x·y), where x is (M, K) and y (K, N), each also as the transpose of what lies in memory, or a batch of such matrices.
 Sums are float32. An epilogue is a `@triton.jit` function that gets a part of a tile and stores the result:
 
-    epilogue(sums, out_ptr, out_stride, first_ptr, first_stride, second_ptr, second_stride, arguments, row, column, m, n, TMA, WHOLE)
+    epilogue(sums, out_ptr, out_stride, first_ptr, first_stride, second_ptr, second_stride, arguments, row, column, m, n, WHOLE)
 
 `sums` (BLOCK_M, PART) are the elements from (row, column) on; `first` and `second` are matrices of the result's shape that the
 epilogue may read, and `arguments` a tuple of pointers and numbers. The same epilogue serves a product that torch computes
@@ -79,13 +79,10 @@ def block_mask(row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.const
 
 @triton.jit
 def load_block(
-    x_ptr, stride, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
-    WHOLE: tl.constexpr,
-):  # fmt: skip
-    """Load ROWS × COLUMNS elements of a matrix (rows, columns), zeros outside; with TMA x_ptr is a descriptor."""
-    if TMA:
-        block = x_ptr.load([row, column])
-    elif WHOLE:
+    x_ptr, stride, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr
+):
+    """Load ROWS × COLUMNS elements of a matrix (rows, columns), zeros outside."""
+    if WHOLE:
         block = tl.load(block_pointers(x_ptr, stride, row, column, ROWS, COLUMNS))
     else:
         mask = block_mask(row, column, rows, columns, ROWS, COLUMNS)
@@ -94,22 +91,16 @@ def load_block(
 
 
 @triton.jit
-def rounded(x, out_ptr, TMA: tl.constexpr):
-    """Return x in the dtype of the elements of out_ptr, which is a descriptor with TMA."""
-    if TMA:
-        x = cast(x, out_ptr.dtype)
-    else:
-        x = cast(x, out_ptr.dtype.element_ty)
-    return x
+def rounded(x, out_ptr):
+    """Return x in the dtype of the elements of out_ptr."""
+    return cast(x, out_ptr.dtype.element_ty)
 
 
 @triton.jit
-def store_block(x_ptr, stride, block, row, column, rows, columns, TMA: tl.constexpr, WHOLE: tl.constexpr):
-    """Round a block, and store it into a matrix (rows, columns) without what lies outside; with TMA x_ptr is a descriptor."""
-    block = rounded(block, x_ptr, TMA)
-    if TMA:
-        x_ptr.store([row, column], block)
-    elif WHOLE:
+def store_block(x_ptr, stride, block, row, column, rows, columns, WHOLE: tl.constexpr):
+    """Round a block, and store it into a matrix (rows, columns) without what lies outside."""
+    block = rounded(block, x_ptr)
+    if WHOLE:
         tl.store(block_pointers(x_ptr, stride, row, column, block.shape[0], block.shape[1]), block)
     else:
         mask = block_mask(row, column, rows, columns, block.shape[0], block.shape[1])
@@ -152,7 +143,7 @@ def product_kernel(
     x_ptr, y_ptr, out_ptr, first_ptr, second_ptr, arguments, tiles, total, m, n, k,
     x_stride, y_stride, out_stride, first_stride, second_stride,
     EPILOGUE: tl.constexpr, X_TRANSPOSED: tl.constexpr, Y_TRANSPOSED: tl.constexpr, TRIANGLE: tl.constexpr,
-    BATCH: tl.constexpr, WHOLE: tl.constexpr, TMA: tl.constexpr, OUT_TMA: tl.constexpr, BLOCK_M: tl.constexpr,
+    BATCH: tl.constexpr, WHOLE: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """Compute out (batch, m, n) in tiles BLOCK_M × BLOCK_N; program p takes tiles p, p + num_programs, ….
@@ -176,6 +167,7 @@ def product_kernel(
             sums = dot(a, b, sums)
         out, first, second = out_ptr, first_ptr, second_ptr
         if BATCH:
+            second += tl.cast(matrix, tl.int64) * m * second_stride
             out += tl.cast(matrix, tl.int64) * m * out_stride
             first += tl.cast(matrix, tl.int64) * m * first_stride
         # a part at a time, because its addresses and what it reads need fewer registers than those of a whole tile
@@ -183,7 +175,7 @@ def product_kernel(
         for i in tl.static_range(BLOCK_N // PART):
             EPILOGUE(
                 parts[i], out, out_stride, first, first_stride, second, second_stride, arguments, row,
-                column + i * PART, m, n, OUT_TMA, WHOLE,
+                column + i * PART, m, n, WHOLE,
             )  # fmt: skip
 
 
@@ -192,13 +184,14 @@ def load_operand(
     x_ptr, stride, matrix, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BATCH: tl.constexpr,
     TMA: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    if BATCH and TMA:
-        block = x_ptr.load([matrix * rows + row, column])
+    """Load a block of an operand, zeros outside; with TMA x_ptr is a descriptor of the whole batch."""
+    if TMA:
+        block = x_ptr.load([matrix * rows + row, column] if BATCH else [row, column])
     elif BATCH:
         base = x_ptr + tl.cast(matrix, tl.int64) * rows * stride
-        block = load_block(base, stride, row, column, rows, columns, ROWS, COLUMNS, TMA, WHOLE)
+        block = load_block(base, stride, row, column, rows, columns, ROWS, COLUMNS, WHOLE)
     else:
-        block = load_block(x_ptr, stride, row, column, rows, columns, ROWS, COLUMNS, TMA, WHOLE)
+        block = load_block(x_ptr, stride, row, column, rows, columns, ROWS, COLUMNS, WHOLE)
     return block
 
 
@@ -209,22 +202,22 @@ def epilogue_kernel(
 ):  # fmt: skip
     """Apply an epilogue to a product that is stored; out may be the same memory."""
     row, column = tl.program_id(0) * BLOCK_M, tl.program_id(1) * PART
-    sums = load_block(sums_ptr, sums_stride, row, column, m, n, BLOCK_M, PART, False, False).to(tl.float32)
+    sums = load_block(sums_ptr, sums_stride, row, column, m, n, BLOCK_M, PART, False).to(tl.float32)
     EPILOGUE(
         sums, out_ptr, out_stride, first_ptr, first_stride, second_ptr, second_stride, arguments, row, column, m, n,
-        False, False,
+        False,
     )  # fmt: skip
 
 
 @triton.jit
 def scale_rows_epilogue(
     sums, out_ptr, out_stride, first_ptr, first_stride, second_ptr, second_stride, arguments, row, column, m, n,
-    TMA: tl.constexpr, WHOLE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Store the sums, multiplied by a factor for each row if there is one."""
     if arguments[0] is not None:
         sums *= load_rows(arguments[0], row, m, sums.shape[0])[:, None]
-    store_block(out_ptr, out_stride, sums, row, column, m, n, TMA, WHOLE)
+    store_block(out_ptr, out_stride, sums, row, column, m, n, WHOLE)
 
 
 class Epilogue(NamedTuple):
@@ -258,6 +251,8 @@ def product_parameters(
     if x.dtype not in DTYPES[:2]:
         parameters = parameters if parameters and "TORCH" in parameters else BY_TORCH
     found = dict(parameters or launch_parameters(name, x.device, x.dtype, shape))
+    if "STAGES" in found and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] != 9:
+        found = dict(BY_TORCH)  # newer GPUs take sm_90's table, but not its instructions
     if "TORCH" in found:
         return found | ({"PART": part} if part else {})
     aligned = described(x) and described(y) and shape[1] % 8 == 0
@@ -310,6 +305,7 @@ def product(
         )  # fmt: skip
         return out
     if "STAGES" in parameters:
+        assert epilogue.gluon and not (x_transposed or triangle or (first is None and second is not None)), epilogue
         extras = [
             t if described(t) else t.clone(memory_format=torch.contiguous_format)
             for t in (first, second)
@@ -319,24 +315,22 @@ def product(
         return out
     k = x.size(-2 if x_transposed else -1)
     batch = out.size(0) if out.dim() == 3 else 1
-    block_m, block_n, block_k, part = (parameters[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "PART"))
+    block_m, block_n, block_k = (parameters[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     whole = m % block_m == 0 and n % block_n == 0 and k % block_k == 0
     tma = parameters.pop("TMA")
     if not tma and (x_transposed or not whole):  # addresses and masks take registers from the sums
         parameters["num_warps"] = max(parameters["num_warps"], block_m * block_n // 2048)
-    out_tma = bool(tma) and batch == 1 and not triangle and all(map(described, (out, *others)))
     strides = [t.stride(-2) for t in (x, y, out, *others)]
     if tma:
         x = descriptor(x, *((block_k, block_m) if x_transposed else (block_m, block_k)))
         y = descriptor(y, *((block_n, block_k) if y_transposed else (block_k, block_n)))
-    results = [descriptor(t, block_m, part) if out_tma else t for t in (out, *others)]
     tiles = tile_count(m, n, block_m, block_n, triangle)
     programs, total = parameters.pop("PROGRAMS"), tiles * batch
     grid = (min(total, programs * multiprocessors(out.device)) if programs else total,)
     launch(
-        product_kernel, grid, out.device, x, y, *results, arguments, tiles, total, m, n, k, *strides,
+        product_kernel, grid, out.device, x, y, out, *others, arguments, tiles, total, m, n, k, *strides,
         EPILOGUE=epilogue.triton, X_TRANSPOSED=x_transposed, Y_TRANSPOSED=y_transposed, TRIANGLE=triangle, BATCH=batch > 1,
-        WHOLE=whole, TMA=bool(tma), OUT_TMA=out_tma, FLATTEN=programs > 0 and not triangle, **parameters,
+        WHOLE=whole, TMA=bool(tma), FLATTEN=programs > 0 and not triangle, **parameters,
     )  # fmt: skip
     return out
 
@@ -383,7 +377,7 @@ SPACE = (
         for warps, stages in ((4, 3), (8, 4))
     ),
     configuration(128, 128, 64, 64, 0, 0, 8, 3),
-    configuration(128, 128, 32, 64, 0, 0, 8, 4) | {"GROUP": 8},
+    *(configuration(128, 128, 32, part, 0, 0, 8, 4) | {"GROUP": 8} for part in (32, 64)),
     configuration(128, 256, 32, 64, 0, 0, 8, 3),
     configuration(64, 128, 32, 64, 0, 0, 4, 3),
     BY_TORCH,

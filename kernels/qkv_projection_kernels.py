@@ -18,7 +18,7 @@ from nanochat_kernels.triton_helpers import cast, cdiv, launch, rsqrt, tl, trito
 @triton.jit
 def qkv_epilogue(
     sums, out_ptr, out_stride, first_ptr, first_stride, second_ptr, second_stride, arguments, row, column, m, n,
-    TMA: tl.constexpr, WHOLE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Store one head of the rows: scaled by rstd and, if it is a query's or a key's, rotated, normed, and its own rstd kept.
 
@@ -44,10 +44,9 @@ def qkv_epilogue(
     y1 = tl.where(is_normed, o1 * head_rstd[:, None], x1)
     y2 = tl.where(is_normed, o2 * head_rstd[:, None], x2)
     head = tl.reshape(tl.permute(tl.join(y1, y2), [0, 2, 1]), [sums.shape[0], 2 * HALF])
-    store_block(out_ptr, out_stride, head, row, column, m, n, TMA, WHOLE)
-    if head_rstd_ptr is not None:
-        kept = head_rstd_ptr + tl.cast(column // (2 * HALF), tl.int64) * m + r
-        tl.store(kept, head_rstd, mask=(r < m) & is_normed & (column < n))
+    store_block(out_ptr, out_stride, head, row, column, m, n, WHOLE)
+    kept = head_rstd_ptr + tl.cast(column // (2 * HALF), tl.int64) * m + r
+    tl.store(kept, head_rstd, mask=(r < m) & is_normed & (column < n))
 
 
 @gluon.jit
@@ -74,9 +73,8 @@ def qkv_on_hopper(sums, out_desc, first, second, arguments, row, column, m, n):
     first.slice(0, HALF, dim=1).store(y1.to(out_desc.dtype))
     first.slice(HALF, HALF, dim=1).store(y2.to(out_desc.dtype))
     hopper_product.store_memory(out_desc, first, row, column)
-    if head_rstd_ptr is not None:
-        kept = head_rstd_ptr + (column // (2 * HALF)).to(gl.int64) * m + r
-        gl.store(kept, head_rstd, mask=(r < m) & is_normed & (column < n))
+    kept = head_rstd_ptr + (column // (2 * HALF)).to(gl.int64) * m + r
+    gl.store(kept, head_rstd, mask=(r < m) & is_normed & (column < n))
 
 
 QKV = Epilogue(qkv_epilogue, qkv_on_hopper)

@@ -60,29 +60,27 @@ from nanochat_kernels.triton_helpers import (
 @triton.jit
 def relu2_epilogue(
     sums, h_ptr, h_stride, first_ptr, first_stride, second_ptr, second_stride, arguments, row, column, m, n,
-    TMA: tl.constexpr, WHOLE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Store relu(rstd·sums)²."""
     z = sums * load_rows(arguments[0], row, m, sums.shape[0])[:, None]
     relu = tl.where(z < 0.0, 0.0, z)  # tl.maximum would drop NaN on a GPU
-    store_block(h_ptr, h_stride, relu * relu, row, column, m, n, TMA, WHOLE)
+    store_block(h_ptr, h_stride, relu * relu, row, column, m, n, WHOLE)
 
 
 @triton.jit
 def relu2_backward_epilogue(
     dh, dz_ptr, dz_stride, h_ptr, h_stride, second_ptr, second_stride, arguments, row, column, m, n,
-    TMA: tl.constexpr, WHOLE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Store rstd·dz with dz = 2·√h·dh, and for each row of the part the sum of dz·z = 2·h·dh."""
     rstd_ptr, sums_ptr = arguments
-    h = load_block(h_ptr, h_stride, row, column, m, n, dh.shape[0], dh.shape[1], TMA, WHOLE)
+    h = load_block(h_ptr, h_stride, row, column, m, n, dh.shape[0], dh.shape[1], WHOLE)
     root = tl.sqrt_rn(h) if h.dtype == tl.float32 else tl.sqrt(h.to(tl.float32))
     h = h.to(tl.float32)
     dh = tl.where(h == 0.0, 0.0, 2.0 * dh)  # 0 where relu is 0, even if dh is NaN
     dz = dh * root
-    store_block(
-        dz_ptr, dz_stride, dz * load_rows(rstd_ptr, row, m, dh.shape[0])[:, None], row, column, m, n, TMA, WHOLE
-    )
+    store_block(dz_ptr, dz_stride, dz * load_rows(rstd_ptr, row, m, dh.shape[0])[:, None], row, column, m, n, WHOLE)
     store_row_sums(sums_ptr, tl.sum(dh * h, axis=1), row, column, m, n, dh.shape[1])
 
 

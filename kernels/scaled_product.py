@@ -31,7 +31,7 @@ def scaled_sums(sums, plus_ptr, stride, arguments, row, column, m, n, WHOLE: tl.
     # torch.compile may pass a float as float64
     sums *= tl.cast(alpha, tl.float32)
     if beta is not None:
-        plus = load_block(plus_ptr, stride, row, column, m, n, sums.shape[0], sums.shape[1], False, WHOLE)
+        plus = load_block(plus_ptr, stride, row, column, m, n, sums.shape[0], sums.shape[1], WHOLE)
         sums += tl.cast(beta, tl.float32) * plus.to(tl.float32)
     if gamma is not None:
         r, c = row + tl.arange(0, sums.shape[0]), column + tl.arange(0, sums.shape[1])
@@ -42,17 +42,17 @@ def scaled_sums(sums, plus_ptr, stride, arguments, row, column, m, n, WHOLE: tl.
 @triton.jit
 def scaled_epilogue(
     sums, out_ptr, out_stride, plus_ptr, plus_stride, second_ptr, second_stride, arguments, row, column, m, n,
-    TMA: tl.constexpr, WHOLE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Store alpha·sums + beta·plus + gamma·I."""
     value = scaled_sums(sums, plus_ptr, plus_stride, arguments, row, column, m, n, WHOLE)
-    store_block(out_ptr, out_stride, value, row, column, m, n, False, WHOLE)
+    store_block(out_ptr, out_stride, value, row, column, m, n, WHOLE)
 
 
 @triton.jit
 def symmetric_epilogue(
     sums, out_ptr, out_stride, plus_ptr, plus_stride, second_ptr, second_stride, arguments, row, column, m, n,
-    TMA: tl.constexpr, WHOLE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Store alpha·sums + beta·plus + gamma·I on and below the diagonal, and the mirror image of what is below it."""
     if column < row + sums.shape[0]:  # false for a part wholly above the diagonal

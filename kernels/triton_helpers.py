@@ -159,7 +159,7 @@ def needs_gradient(*tensors: Tensor) -> bool:
 
 def as_rows(x: Tensor) -> Tensor:
     """Return x (…, C) as (rows, C) with stride 1 along a row, as a view unless the strides force a copy."""
-    rows = x if x.dim() == 2 else x.reshape(-1, x.size(-1)) if x.size(-1) else x.new_empty(0, 0)
+    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.size(-1))
     return rows if rows.stride(-1) == 1 or rows.size(-1) <= 1 else rows.contiguous()
 
 

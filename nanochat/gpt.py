@@ -274,6 +274,13 @@ class GPT(nn.Module):
             for layer in self.modules():
                 if isinstance(layer, Linear):
                     layer.copy = layer.weight.detach().to(self.compute_dtype)
+            for block in self.blocks:
+                # one after the other in memory, so that their product need not join them for every token
+                layers = (block.attention.query, block.attention.key, block.attention.value)
+                joined = torch.cat([layer.copy for layer in layers])
+                parts = joined.split([layer.out_features for layer in layers])
+                for layer, part in zip(layers, parts, strict=True):
+                    layer.copy = part
 
     def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """The normalised last hidden state (B, T, C), in the compute dtype, for tokens (B, T) int64.

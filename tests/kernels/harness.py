@@ -85,6 +85,8 @@ def products_with(parameters: dict[str, int] | None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if parameters:
             patch.setattr(matrix_product, "launch_parameters", lambda *_: parameters)
+            patch.setattr(matrix_product, "UNALIGNED", parameters)
+            patch.setattr(matrix_product, "FEWEST_ROWS", 0)
         yield
 
 

@@ -79,17 +79,17 @@ def test_parts_are_in_their_order(parts):
 @triton.jit
 def weighted_epilogue(
     sums, out_ptr, out_stride, first_ptr, first_stride, second_ptr, second_stride, arguments, row, column, m, n,
-    TMA: tl.constexpr, WHOLE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Store factor·sums + first − second, and the sum of each row of the part."""
     sums_ptr, factor = arguments
     value = factor * sums + load_block(
-        first_ptr, first_stride, row, column, m, n, sums.shape[0], sums.shape[1], TMA, WHOLE
+        first_ptr, first_stride, row, column, m, n, sums.shape[0], sums.shape[1], WHOLE
     ).to(tl.float32)
-    value -= load_block(second_ptr, second_stride, row, column, m, n, sums.shape[0], sums.shape[1], TMA, WHOLE).to(
+    value -= load_block(second_ptr, second_stride, row, column, m, n, sums.shape[0], sums.shape[1], WHOLE).to(
         tl.float32
     )
-    store_block(out_ptr, out_stride, value, row, column, m, n, TMA, WHOLE)
+    store_block(out_ptr, out_stride, value, row, column, m, n, WHOLE)
     store_row_sums(sums_ptr, tl.sum(sums, axis=1), row, column, m, n, sums.shape[1])
 
 
@@ -225,7 +225,7 @@ PLANTED_FAULTS = {
     ),
     "halves exchanged": ("matrix_product", "parts = parts_of(left, PARTS // 2) + parts_of(right, PARTS // 2)",
      "parts = parts_of(right, PARTS // 2) + parts_of(left, PARTS // 2)", "test_parts_are_in_their_order"),
-    "every part stored at the first one's place": ("matrix_product", "column + i * PART, m, n, OUT_TMA", "column, m, n, OUT_TMA",
+    "every part stored at the first one's place": ("matrix_product", "column + i * PART, m, n, WHOLE", "column, m, n, WHOLE",
      "test_product"),
     "last rows not masked": ("matrix_product", "(row + tl.arange(0, ROWS) < rows)[:, None] &", "(tl.arange(0, ROWS) >= 0)[:, None] &",
      "test_product"),

@@ -246,6 +246,13 @@ def test_bad_input():
     raises(kernels.KernelRequestError, "rows exceed the 2147483647 of one product", many, one, impl="triton")
 
 
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_nothing_to_sum(impl):
+    residual = randn(2, 3, 16, dtype=torch.float32)
+    x, weight = torch.zeros(2, 3, 0, device=DEVICE), torch.zeros(16, 0, device=DEVICE)
+    assert torch.equal(kernels.output_projection(x, weight, residual, impl=impl)[0], residual)
+
+
 # faults that a test must catch: see test_planted_faults.py
 PLANTED_FAULTS = {
     "residual not added": ("folded_norm", "sums += residual.to(tl.float32)", "sums += 0 * residual.to(tl.float32)",
@@ -253,7 +260,7 @@ PLANTED_FAULTS = {
     "stride of the residual ignored": ("folded_norm", "residual_ptr, residual_stride, row", "residual_ptr, out_stride, row",
      "test_output_projection"),
     "squares of the sums before they are rounded": (
-        "folded_norm", "value = rounded(sums, out_ptr, TMA).to(tl.float32)", "value = sums", "test_output_projection",
+        "folded_norm", "value = rounded(sums, out_ptr).to(tl.float32)", "value = sums", "test_output_projection",
     ),
     "squares of padding": ("folded_norm", "    if not WHOLE:", "    if False:", "test_nan_and_infinity"),
     "mean over the wrong width": ("folded_norm", "return y, finish(squares, shape[1])", "return y, finish(squares, shape[2])",

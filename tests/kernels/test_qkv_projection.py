@@ -386,7 +386,7 @@ def test_every_launch_configuration():
     for parameters in product.space:
         small = parameters["BLOCK_M"] == 64 and not parameters.get("TMA", 1)
         if GPU or small or "TORCH" in parameters:
-            found, head_rstd = FILE.heads_of(x, weight, rstd, cos, sin, 0, None, 10, 5, True, parameters)
+            found, head_rstd = FILE.heads_of(x, weight, rstd, cos, sin, 0, None, 10, 5, parameters)
             assert float((found - expected).norm() / expected.norm()) < 5e-3, parameters
     given_ = *upstream, found, rstd, head_rstd, cos, sin, 0, None, 16
     true = FILE.product_gradient(*given_, parameters={"TOKENS": 4, "HEADS": 1, "num_warps": 1})
@@ -419,7 +419,7 @@ def test_one_token_compiles():
         "rstd, offsets = torch.empty(3, device=meta), torch.empty(3, dtype=torch.int64, device=meta)\n"
         "with recorded_launches() as launches:\n"
         "    for given in ((0, None), (0, offsets)):\n"
-        "        qkv, kept = file.heads_of(x, file.joined(*weights), rstd, cos, sin, *given, 1, 1, True)\n"
+        "        qkv, kept = file.heads_of(x, file.joined(*weights), rstd, cos, sin, *given, 1, 1)\n"
         "        file.product_gradient(*qkv.split(1, 2), qkv, rstd, kept, cos, sin, *given, 32)\n"
         "for launch in launches:\n"
         "    compile_launch(launch, 'sm80')\n"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nanochat_kernels import configs
 from nanochat_kernels.oracle import over_budget
-from tests.kernels.harness import DEVICE, GPU, SMALL_TILES, poisoned, property_test, randn, seeds
+from tests.kernels.harness import DEVICE, GPU, SMALL_TILES, poisoned, property_test, randn, seeds, without_interpreter
 from tests.kernels.int64 import narrow_offsets
 
 FILE = importlib.import_module("nanochat_kernels.scaled_product")
@@ -156,6 +156,26 @@ def test_more_than_2_to_31_elements():
     assert torch.equal(found[-2:], FILE.scaled_product(x[-2:], x[-2:], x[-2:], beta=1.0))
     found = FILE.scaled_product(x, x, x_transposed=True, symmetric=True)
     assert torch.equal(found[-2:], FILE.scaled_product(x[-2:], x[-2:], x_transposed=True, symmetric=True))
+
+
+def test_a_single_matrix_compiles():
+    """A rank may own one matrix of a shape: for sm_90 the product of one matrix and of several take the same path. Needs no GPU."""
+    code = """
+import torch
+from nanochat_kernels import configs, inspect
+from nanochat_kernels.scaled_product import scaled_product
+from nanochat_kernels.triton_helpers import recorded_launches
+
+for architecture in ("sm80", "sm90"):
+    with configs.tables_of(architecture), recorded_launches() as launches:
+        x = torch.empty(1, 768, 768, device="meta", dtype=torch.float16)
+        scaled_product(x, x, x, beta=1.0, y_transposed=True)
+        scaled_product(x, x, y_transposed=True, symmetric=True)
+    for launch in launches:
+        inspect.compile_launch(launch, architecture)
+        print(architecture)
+"""
+    assert without_interpreter(code).split() == ["sm80", "sm80", "sm90", "sm90"]
 
 
 # faults that a test must catch: see test_planted_faults.py

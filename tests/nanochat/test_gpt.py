@@ -7,6 +7,7 @@ import torch
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.options.model import Implementations
 from nanochat.platform.errors import UserError
+from nanochat_kernels.qkv_projection import as_one
 from tests.nanochat.models import perturbed
 
 CONFIG = GPTConfig.from_depth(2, 300, 32)
@@ -95,3 +96,14 @@ def test_shapes_that_do_not_fit(change, message):
 def test_too_many_tokens_are_refused():
     with pytest.raises(UserError, match="321 tokens exceed the 320 positions"):
         GPT.create(CONFIG)(torch.zeros(1, 321, dtype=torch.int64))
+
+
+def test_copies_of_queries_keys_and_values_lie_in_one_memory():
+    """Without an optimizer too, else every token would join the three weights again."""
+    model = GPT(replace(CONFIG, n_kv_head=1), torch.bfloat16)
+    model.keep_copies()
+    attention = model.blocks[0].attention
+    layers = (attention.query, attention.key, attention.value)
+    one = as_one(*(layer.copy for layer in layers))
+    assert one is not None
+    assert torch.equal(one, torch.cat([layer.weight.detach().bfloat16() for layer in layers]))
