@@ -80,9 +80,9 @@ def _steps_of_block(i: int) -> list[Step]:
     by_token = lambda heads: heads.transpose(1, 2)  # noqa: E731
     return [
         Step(attention, "rms_norm", f"{name} rms_norm", "the residual stream, normalised for attention"),
-        Step(attention, "view", f"{name} query", "what each position looks for, cut into heads of width D"),
-        Step(attention, "view", f"{name} key", "what each position offers"),
-        Step(attention, "view", f"{name} value", "what each position passes on"),
+        Step(attention, "unflatten", f"{name} query", "what each position looks for, cut into heads of width D"),
+        Step(attention, "unflatten", f"{name} key", "what each position offers"),
+        Step(attention, "unflatten", f"{name} value", "what each position passes on"),
         Step(attention, "rms_norm", f"{name} rotation and norm of q", rotated),
         Step(attention, "rms_norm", f"{name} rotation and norm of k", "the same, so that |q·k|/√D never passes √D"),
         Step(attention, "scaled_dot_product_attention", f"{name} attention", attended, by_token),
