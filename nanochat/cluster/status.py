@@ -8,7 +8,7 @@ import time
 from rich.table import Table
 
 from nanochat.options.cluster import StatusOptions
-from nanochat.platform.console import say, show_table
+from nanochat.platform.console import format_duration, say, show_table
 from nanochat.platform.files import read_json
 from nanochat.platform.paths import Paths
 from nanochat.speedrun.records import record_path
@@ -43,10 +43,10 @@ def _state(paths: Paths, stage: Stage) -> tuple[str, ...]:
         last = metrics[-1]
         numbers = (f"{last['step'] + 1:,}", f"{last['smoothed_loss']:.4f}", f"{last['tokens_per_second']:,.0f}", "")
     if record is not None:
-        return (f"done in {record['seconds']:.0f} s", *numbers)
+        return (f"done in {format_duration(record['seconds'])}", *numbers)
     if not metrics:
         return ("to come", *numbers)
     age = time.time() - paths.metrics(stage.name).stat().st_mtime
     remaining = metrics[-1].get("remaining")  # None in the first steps, which compile and capture
-    left = "not known yet" if remaining is None else f"{remaining / 60:.1f} min"
-    return ("running" if age < STALE_SECONDS else f"no news for {age / 60:.0f} min", *numbers[:3], left)
+    left = "not known yet" if remaining is None else format_duration(remaining)
+    return ("running" if age < STALE_SECONDS else f"no news for {format_duration(age)}", *numbers[:3], left)

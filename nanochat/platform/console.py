@@ -22,6 +22,17 @@ def show_table(table: Table) -> None:
     console.print(table)
 
 
+def format_duration(seconds: float, clock: bool = False) -> str:
+    """A duration as text: "2 h 5 min", "1 min 1 s" or "7 s"; with clock, "2:05:00" or "1:01", cut to whole seconds."""
+    minutes, seconds = divmod(int(seconds) if clock else round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if clock:
+        return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
 @contextmanager
 def progress_bar(description: str, total: float | None, quiet: bool = False) -> Iterator:
     """Show a progress bar in a terminal, unless quiet; gives the block advance(amount=1, completed=None, total=None)."""

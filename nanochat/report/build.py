@@ -10,7 +10,7 @@ import torch
 from nanochat import __version__
 from nanochat.evaluate.chat import TASKS
 from nanochat.options.report import ReportOptions
-from nanochat.platform.console import say
+from nanochat.platform.console import format_duration, say
 from nanochat.platform.errors import UserError
 from nanochat.platform.files import write_atomically
 from nanochat.platform.paths import Paths
@@ -50,7 +50,7 @@ def _header(options: ReportOptions, sections: dict) -> str:
         f"- commit: {_commit()}",
         f"- hardware: {hardware()}",
         f"- software: nanochat {__version__}, Python {platform.python_version()}, torch {torch.__version__}",
-        f"- wall clock of all stages: {_duration(seconds)}",
+        f"- wall clock of all stages: {format_duration(seconds)}",
     ]
     if options.price_per_hour > 0:
         cost = options.price_per_hour * seconds / 3600
@@ -92,7 +92,7 @@ def _final_table(sections: dict, paths: Paths) -> str:
 def _section(title: str, stage: str, section: dict | None) -> str:
     if section is None:
         return f"## {title}\n\nThis stage ({stage}) has not run.\n"
-    lines = [f"## {title}", "", f"Finished {section['finished']} after {_duration(section['seconds'])}"]
+    lines = [f"## {title}", "", f"Finished {section['finished']} after {format_duration(section['seconds'])}"]
     lines[-1] += f", {section['processes']} process(es)." if section["processes"] > 1 else "."
     for heading, values in (("setting", section["settings"]), ("result", section["results"])):
         rows = list(_flat(values))
@@ -135,11 +135,3 @@ def hardware() -> str:
         lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         model = lines[0].partition(":")[2].strip() if lines else model
     return f"{model}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

@@ -19,7 +19,7 @@ from nanochat.gate import measured_executions
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.options.train import RunOptions
-from nanochat.platform.console import progress_bar, say
+from nanochat.platform.console import format_duration, progress_bar, say
 from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import TrainingStopped, UserError
 from nanochat.platform.paths import Paths
@@ -234,11 +234,12 @@ class Trainer:
         step, rate, peak = self.state.step - 1, tokens / seconds, self.runtime.peak_flops
         mfu = self.model.config.flops_per_token * rate / (peak * self.runtime.world_size) if peak else None
         remaining = self.pace.remaining(seconds, done)
+        left = "–" if remaining is None else format_duration(remaining, clock=True)
         total = f"/{self.plan.steps:05d}" if self.plan.steps else ""
         say(
             f"step {step:05d}{total} ({100 * done:.1f}%) | loss {self.state.loss:.4f} | lr {multiplier:.2f} | "
             f"dt {seconds * 1e3:.0f} ms | {rate:,.0f} tok/s | mfu {f'{100 * mfu:.1f}%' if mfu else '–'} | "
-            f"{_clock(self.state.elapsed)} elapsed, {'–' if remaining is None else _clock(remaining)} left"
+            f"{format_duration(self.state.elapsed, clock=True)} elapsed, {left} left"
         )
         self.metrics.write(
             {
@@ -275,9 +276,3 @@ class Trainer:
             f"{offending_tensor(self.model, micro_batches, self.runtime.device)}; last good checkpoint: {last}; "
             "lower the learning rates or check the data, then run the same command again"
         )
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
