@@ -42,7 +42,8 @@ class RunOptions:
     device: str = "auto"
     """auto (cuda if available, else cpu), cuda, cpu or mps"""
     execution: Execution = "auto"
-    """how a micro-step runs: graph (replayed from a CUDA graph), compile (torch.compile) or eager; auto takes graph on CUDA"""
+    """how a micro-step runs: graph (replayed from a CUDA graph), compile (torch.compile) or eager. auto: on CUDA the one that
+    `kernels gate` measured to be faster; without a gate file, graph if all operations are fused, else compile; elsewhere eager"""
     save_every: Annotated[int, AtLeast(0)] = 1000
     """steps between checkpoints; 0 saves only at the end and on a signal"""
     keep_checkpoints: Annotated[int, AtLeast(1)] = 2
