@@ -50,8 +50,8 @@ class KernelsTuneOptions:
 
     kernel: tuple[str, ...] = ()
     """tune only these kernels, by the names that inspect prints"""
-    arch: Literal["here", "sm80"] = "here"
-    """sm80: on a newer GPU, tune the PTX that an A100 would get, if no A100 is available"""
+    arch: Literal["auto", "sm80"] = "auto"
+    """auto: this GPU's architecture; sm80: on a newer GPU, tune the PTX that an A100 would get, if no A100 is available"""
 
 
 @dataclass(frozen=True)
