@@ -277,8 +277,8 @@ def write(path: Path, valid_for: dict[str, Any], operations: dict[str, dict[str,
     configs.replace_file(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def read(path: Path, valid_for: dict[str, Any]) -> dict[str, str]:
-    """The implementation that the gate chose, by operation.
+def read(path: Path, valid_for: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
+    """The implementation that the gate chose, by operation, and what the caller of `write` keeps in the file besides.
 
     Raises GateError when the file cannot be read, was made for another device, version, shape or set of kernels (naming both), or
     names an operation or an implementation that does not exist.
@@ -298,4 +298,4 @@ def read(path: Path, valid_for: dict[str, Any]) -> dict[str, str]:
         operation = dispatch.operations().get(name)
         if operation is None or impl not in ("reference", *operation.implementations):
             raise GateError(f"{path} chooses {impl} for {name}, which does not exist here; {REMEDY}")
-    return choices
+    return choices, {name: value for name, value in found.items() if name not in valid_for and name != "operations"}

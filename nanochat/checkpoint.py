@@ -163,18 +163,22 @@ def load_weights(path: Path, model: GPT) -> None:
 
 
 def load_model(
-    paths: Paths,
-    stage: str,
-    runtime: Runtime,
-    impl: Implementations | None = None,
-    step: int | None = None,
-    adapt: Callable[[GPTConfig], GPTConfig] = lambda config: config,
+    paths: Paths, stage: str, runtime: Runtime, impl: Implementations | None = None, step: int | None = None
 ) -> tuple[GPT, Tokenizer, dict]:
     """Load the model of a stage, without the state of its training; returns it with its tokenizer and the content of meta.json.
 
-    step: the step of the checkpoint, by default the newest. adapt: changes the configuration before the model is made, for
-    example to the gate's implementations. Raises UserError, with the stages that have checkpoints, when there is none.
+    step: the step of the checkpoint, by default the newest. Raises UserError, with the stages that have checkpoints, when there
+    is none.
     """
+    path, tokenizer, meta = find_checkpoint(paths, stage, runtime, step)
+    config = GPTConfig(**meta["config"], impl=impl or Implementations())
+    return create_model(path, config, runtime), tokenizer, meta
+
+
+def find_checkpoint(
+    paths: Paths, stage: str, runtime: Runtime, step: int | None = None
+) -> tuple[Path, Tokenizer, dict]:
+    """The directory of a stage's checkpoint, its tokenizer and the content of its meta.json; arguments and errors of `load_model`."""
     store = CheckpointStore(paths.checkpoints(stage), runtime)
     steps = store.steps()
     if not steps or (step is not None and step not in steps):
@@ -184,12 +188,15 @@ def load_model(
         raise UserError(f"no checkpoint of {wanted}; there are: {', '.join(trained) or 'none'}; {remedy}")
     path = store.path(steps[-1] if step is None else step)
     tokenizer = Tokenizer.load(paths.tokenizer)
-    meta = read_meta(path, tokenizer)
-    config = adapt(GPTConfig(**meta["config"], impl=impl or Implementations()))
+    return path, tokenizer, read_meta(path, tokenizer)
+
+
+def create_model(path: Path, config: GPTConfig, runtime: Runtime) -> GPT:
+    """A model with the weights of the checkpoint in `path`."""
     model = GPT.create(config, runtime.device, runtime.compute_dtype)
     load_weights(path, model)
     model.keep_copies()
-    return model, tokenizer, meta
+    return model
 
 
 def _as_os_error(error: BaseException) -> OSError:

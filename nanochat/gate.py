@@ -1,6 +1,5 @@
 """How training uses the implementations that `nanochat kernels gate` has chosen."""
 
-import json
 from dataclasses import asdict, fields, replace
 
 from nanochat.gpt import GPTConfig
@@ -19,42 +18,37 @@ def run_shape(model: GPTConfig, rows: int) -> gate.RunShape:
     )  # fmt: skip
 
 
-def take_gate(paths: Paths, model: GPTConfig, rows: int, runtime: Runtime) -> GPTConfig:
+def take_gate(paths: Paths, model: GPTConfig, rows: int, runtime: Runtime) -> tuple[GPTConfig, dict[str, float] | None]:
     """Replace every "auto" in a model's implementations by the gate's choice, if there is a gate file, and print the choice.
 
-    Raises UserError when the file was made on another device, with other versions or kernels, or for another shape.
+    Returns the new configuration and the gate's times of its micro-step, in milliseconds by execution; None if the gate has not
+    timed these implementations. Raises UserError when the file was made on another device, with other versions or kernels, or for
+    another shape.
     """
     if not paths.gate.exists():
-        return model
+        return model, None
     valid_for = gate.identity(run_shape(model, rows), runtime.device, runtime.compute_dtype)
     try:
-        chosen = chosen_implementations(gate.read(paths.gate, valid_for))
+        choices, more = gate.read(paths.gate, valid_for)
     except gate.GateError as error:
         raise UserError(str(error)) from error
+    chosen = chosen_implementations(choices)
     if runtime.primary:
         fused = [name for name, impl in chosen.items() if impl != "reference"]
         say(f"kernels: the gate of {paths.gate} chose fused {', '.join(fused) or 'nothing'}")
-    return with_choices(model, chosen)
+    model = with_choices(model, chosen)
+    try:
+        timed = more.get("micro_step", {"impl": None})
+        milliseconds = dict(timed["ms"]) if timed["impl"] == asdict(model.impl) else None
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{paths.gate} is not a gate file (micro_step: {error!r}); {gate.REMEDY}") from error
+    return model, milliseconds
 
 
 def with_choices(model: GPTConfig, chosen: dict[str, str]) -> GPTConfig:
     """Replace every "auto" in a model's implementations by the choice for it."""
     automatic = {name: impl for name, impl in chosen.items() if getattr(model.impl, name) == "auto"}
     return replace(model, impl=replace(model.impl, **automatic))
-
-
-def measured_executions(paths: Paths, impl: Implementations) -> dict[str, float] | None:
-    """The gate's times of a micro-step, in milliseconds by execution; None if it has none for these implementations.
-
-    The gate file must be one that `take_gate` has accepted.
-    """
-    if not paths.gate.exists():
-        return None
-    measured = json.loads(paths.gate.read_text("utf-8")).get("micro_step", {"impl": None})
-    try:
-        return dict(measured["ms"]) if measured["impl"] == asdict(impl) else None
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{paths.gate} is not a gate file (micro_step: {error!r}); {gate.REMEDY}") from error
 
 
 def chosen_implementations(choices: dict[str, str]) -> dict[str, str]:

@@ -1,9 +1,10 @@
 """Fine-tuning: one conversation per row, with loss only on the assistant's own tokens."""
 
-from nanochat.checkpoint import load_model
+from nanochat.checkpoint import create_model, find_checkpoint
 from nanochat.data.conversations import Limited, Mixture, padded_batches
 from nanochat.data.positions import conversation_position
 from nanochat.gate import take_gate
+from nanochat.gpt import GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.options.train import TrainSftOptions
 from nanochat.platform.console import say
@@ -35,10 +36,11 @@ def sft_mixture(options: TrainSftOptions, paths: Paths) -> Mixture:
 def finetune(options: TrainSftOptions, paths: Paths, runtime: Runtime) -> dict:
     """`nanochat train sft`: run or resume fine-tuning, from the newest checkpoint of midtraining; returns its results."""
     rows = options.device_batch_size
-    model, tokenizer, mid_meta = load_model(
-        paths, "mid", runtime, options.impl, adapt=lambda shape: take_gate(paths, shape, rows, runtime)
-    )
-    length = model.config.context_length
+    path, tokenizer, mid_meta = find_checkpoint(paths, "mid", runtime)
+    shape = GPTConfig(**mid_meta["config"], impl=options.impl)
+    shape, micro_step_ms = take_gate(paths, shape, rows, runtime)
+    model = create_model(path, shape, runtime)
+    length = shape.context_length
     accumulation = accumulation_steps(options.examples_per_step, rows, 1, runtime.world_size, "conversations")
     mixture = sft_mixture(options, paths)
     steps = len(mixture) // options.examples_per_step
@@ -61,5 +63,6 @@ def finetune(options: TrainSftOptions, paths: Paths, runtime: Runtime) -> dict:
     )
     settings = learning_settings(options) | {"mid_step": mid_meta["step"], "conversations": len(mixture)}
     optimizer = MuonAdamW(model, options.optimizer)
-    results = Trainer(plan, model, optimizer, tokenizer, paths, runtime, options.run, settings).run()
+    trainer = Trainer(plan, model, optimizer, tokenizer, paths, runtime, options.run, settings, micro_step_ms)
+    results = trainer.run()
     return {"conversations": len(mixture)} | results

@@ -1,10 +1,11 @@
 """Midtraining: teaches the format of conversations, tools and multiple choice, in one epoch of a mixture packed into a stream."""
 
-from nanochat.checkpoint import load_model
+from nanochat.checkpoint import create_model, find_checkpoint
 from nanochat.data.conversations import Limited, Mixture, packed_batches
 from nanochat.data.positions import conversation_position
 from nanochat.evaluate.bits_per_byte import bits_per_byte
 from nanochat.gate import take_gate
+from nanochat.gpt import GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.options.train import TrainMidOptions
 from nanochat.platform.console import say
@@ -34,10 +35,11 @@ def mid_mixture(options: TrainMidOptions, paths: Paths) -> Mixture:
 def midtrain(options: TrainMidOptions, paths: Paths, runtime: Runtime) -> dict:
     """`nanochat train mid`: run or resume midtraining, from the newest checkpoint of pretraining; returns its results."""
     rows = options.device_batch_size
-    model, tokenizer, base_meta = load_model(
-        paths, "base", runtime, options.impl, adapt=lambda shape: take_gate(paths, shape, rows, runtime)
-    )
-    length = model.config.context_length
+    path, tokenizer, base_meta = find_checkpoint(paths, "base", runtime)
+    shape = GPTConfig(**base_meta["config"], impl=options.impl)
+    shape, micro_step_ms = take_gate(paths, shape, rows, runtime)
+    model = create_model(path, shape, runtime)
+    length = shape.context_length
     accumulation = accumulation_steps(options.total_batch_size, rows, length, runtime.world_size, "tokens")
     mixture = mid_mixture(options, paths)
     held_out = Mixture([Limited(SmolTalk(paths, "test"), options.eval_rows), GSM8K(paths, "test"), MMLU(paths, "test")])
@@ -63,7 +65,8 @@ def midtrain(options: TrainMidOptions, paths: Paths, runtime: Runtime) -> dict:
     )
     settings = learning_settings(options) | {"base_step": base_meta["step"], "conversations": len(mixture)}
     optimizer = MuonAdamW(model, options.optimizer)
-    results = Trainer(plan, model, optimizer, tokenizer, paths, runtime, options.run, settings).run()
+    trainer = Trainer(plan, model, optimizer, tokenizer, paths, runtime, options.run, settings, micro_step_ms)
+    results = trainer.run()
     if results["steps"] == 0:
         raise UserError(
             f"{len(mixture)} conversations do not fill one step of {options.total_batch_size} tokens; "

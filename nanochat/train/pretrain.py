@@ -32,7 +32,7 @@ def pretrain(options: TrainBaseOptions, paths: Paths, runtime: Runtime) -> dict:
     accumulation = accumulation_steps(options.total_batch_size, rows, length, runtime.world_size, "tokens")
     steps = horizon(options, shape)
     train, val = Shards.of(paths, "train"), Shards.of(paths, "val")
-    shape = take_gate(paths, shape, rows, runtime)
+    shape, micro_step_ms = take_gate(paths, shape, rows, runtime)
     model = GPT.create(shape, runtime.device, runtime.compute_dtype, options.seed)
     if runtime.primary:
         say(
@@ -75,7 +75,8 @@ def pretrain(options: TrainBaseOptions, paths: Paths, runtime: Runtime) -> dict:
             ],
         )
         optimizer = MuonAdamW(model, options.optimizer)
-        trainer = Trainer(plan, model, optimizer, tokenizer, paths, runtime, options.run, learning_settings(options))
+        settings = learning_settings(options)
+        trainer = Trainer(plan, model, optimizer, tokenizer, paths, runtime, options.run, settings, micro_step_ms)
         results = trainer.run()
     shape_facts = {"parameters": shape.num_parameters, "flops_per_token": shape.flops_per_token}
     return shape_facts | {"total_flops": results["tokens"] * shape.flops_per_token} | results

@@ -15,7 +15,6 @@ import torch
 
 from nanochat.checkpoint import CheckpointStore
 from nanochat.data.batches import Batch, prefetched
-from nanochat.gate import measured_executions
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.options.train import RunOptions
@@ -71,7 +70,8 @@ class Agreement(NamedTuple):
 class Trainer:
     """Trains a model by the plan of a stage, from the stage's newest checkpoint if there is one.
 
-    settings: the options that a resumed run must share with the run that it resumes.
+    settings: the options that a resumed run must share with the run that it resumes. micro_step_ms: the gate's times of a
+    micro-step, in milliseconds by execution.
     """
 
     def __init__(
@@ -84,13 +84,12 @@ class Trainer:
         runtime: Runtime,
         options: RunOptions,
         settings: dict,
+        micro_step_ms: dict[str, float] | None = None,
     ):
         self.plan, self.model, self.optimizer, self.tokenizer = plan, model, optimizer, tokenizer
         self.paths, self.runtime, self.options, self.settings = paths, runtime, options, settings
         self.store = CheckpointStore(paths.checkpoints(plan.stage), runtime, options.keep_checkpoints)
-        execution, reason = choose_execution(
-            options.execution, runtime.device, model.config.impl, measured_executions(paths, model.config.impl)
-        )
+        execution, reason = choose_execution(options.execution, runtime.device, model.config.impl, micro_step_ms)
         if runtime.primary:
             say(f"micro-steps: {execution} ({reason})")
         self.micro_step = MicroStep(model, optimizer, execution, one_length=plan.one_length)

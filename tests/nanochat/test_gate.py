@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 
 import nanochat.tools.kernels as tools
-from nanochat.gate import chosen_implementations, measured_executions, run_shape, take_gate
+from nanochat.gate import chosen_implementations, run_shape, take_gate
 from nanochat.gpt import GPTConfig
 from nanochat.options.model import Implementations
 from nanochat.platform.errors import UserError
@@ -41,27 +41,31 @@ def test_a_field_of_several_operations_is_fused_only_where_all_of_them_are():
 def test_only_what_was_left_to_auto_is_replaced(world, tmp_path, cpu):
     paths = replace(world, base=tmp_path)
     model = GPTConfig.from_depth(1, 512, 32, impl=Implementations(qkv_projection="reference"))
-    assert take_gate(paths, model, 4, cpu) is model
+    assert take_gate(paths, model, 4, cpu) == (model, None)
     valid_for = gate.identity(run_shape(model, 4), cpu.device, cpu.compute_dtype)
     choices = ("rms_norm", "add_rms_norm", "qkv_projection", "relu2_mlp")
     gate.write(paths.gate, valid_for, {name: {"impl": "triton"} for name in choices})
-    taken = take_gate(paths, model, 4, cpu)
+    taken, _ = take_gate(paths, model, 4, cpu)
     fused = Implementations(rms_norm="triton", qkv_projection="reference", relu2_mlp="triton")
     assert taken.impl == fused and model.impl.rms_norm == "auto"
 
 
-def test_the_times_of_micro_steps_are_of_the_same_implementations(world, tmp_path):
+def test_the_times_of_micro_steps_are_of_the_same_implementations(world, tmp_path, cpu):
     paths = replace(world, base=tmp_path)
-    measured, times = Implementations(rms_norm="triton"), {"graph": 1.5, "compile": 2.0}
-    assert measured_executions(paths, measured) is None
-    gate.write(paths.gate, {}, {})
-    assert measured_executions(paths, measured) is None
-    gate.write(paths.gate, {}, {}, micro_step={"impl": asdict(measured), "ms": times})
-    assert measured_executions(paths, measured) == times
-    assert measured_executions(paths, Implementations()) is None
-    gate.write(paths.gate, {}, {}, micro_step=None)
+    fused, times = (
+        GPTConfig.from_depth(1, 512, 32, impl=Implementations(rms_norm="triton")),
+        {"graph": 1.5, "compile": 2.0},
+    )
+    valid_for = gate.identity(run_shape(fused, 4), cpu.device, cpu.compute_dtype)
+    assert take_gate(paths, fused, 4, cpu)[1] is None
+    gate.write(paths.gate, valid_for, {})
+    assert take_gate(paths, fused, 4, cpu)[1] is None
+    gate.write(paths.gate, valid_for, {}, micro_step={"impl": asdict(fused.impl), "ms": times})
+    assert take_gate(paths, fused, 4, cpu)[1] == times
+    assert take_gate(paths, replace(fused, impl=Implementations()), 4, cpu)[1] is None
+    gate.write(paths.gate, valid_for, {}, micro_step=None)
     with pytest.raises(UserError, match="is not a gate file .*nanochat kernels gate"):
-        measured_executions(paths, measured)
+        take_gate(paths, fused, 4, cpu)
 
 
 def test_a_micro_step_decides_between_a_graph_of_fused_operations_and_a_compiled_model(monkeypatch, cpu):
