@@ -10,10 +10,12 @@ fused are, else compile. Every other device uses eager.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 
 import torch
 from torch import Tensor
 
+import nanochat_kernels as kernels
 from nanochat.data.batches import Batch
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
@@ -22,15 +24,15 @@ from nanochat.options.train import Execution
 from nanochat.platform.cuda_graphs import Replayed
 from nanochat.platform.errors import UserError
 
-FUSED = (
-    "rms_norm",
-    "qkv_projection",
-    "output_projection",
-    "relu2_mlp",
-    "linear_cross_entropy",
-)  # attention has no fused kernel yet
 # Rows are padded to a multiple of this many tokens. At a context of 2048, fine-tuning then needs at most 16 graphs.
 LENGTH_MULTIPLE = 128
+
+
+def fusable_options() -> list[str]:
+    """The options of the model, without the optimizer's, whose operations all have a fused implementation."""
+    names = [field.name for field in fields(Implementations) if field.name != "optimizer"]
+    records = kernels.operations()
+    return [n for n in names if all(records[operation].implementations for operation in Implementations.operations(n))]
 
 
 def choose_execution(
@@ -49,7 +51,7 @@ def choose_execution(
         times = sorted(measured.items(), key=lambda item: item[1])
         return times[0][0], f"the gate measured {', '.join(f'{name} {ms:.2f} ms' for name, ms in times)}"
     if device.type == "cuda":
-        plain = [name for name in FUSED if getattr(impl, name) == "reference"]
+        plain = [name for name in fusable_options() if getattr(impl, name) == "reference"]
         if plain:  # a graph of d12's unfused operations took 2.2 times as long as the compiled model
             return "compile", f"these run as their reference: {', '.join(plain)}"
         return "graph", "faster than torch.compile wherever it was measured; nanochat kernels gate measures it here"

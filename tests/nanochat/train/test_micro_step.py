@@ -8,7 +8,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.options.model import Implementations
 from nanochat.platform.errors import UserError
-from nanochat.train.micro_step import MicroStep, choose_execution
+from nanochat.train.micro_step import MicroStep, choose_execution, fusable_options
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -146,6 +146,11 @@ def test_nan_reaches_loss_and_norm():
         step.loss.zero_()
         step(batch(2, 200, number), 1.0)
     assert step.loss.isnan() and optimizer.synchronize().isnan()
+
+
+def test_the_options_that_a_graph_needs_fused_are_those_with_a_fused_implementation():
+    options = {"rms_norm", "qkv_projection", "output_projection", "relu2_mlp", "linear_cross_entropy"}
+    assert set(fusable_options()) == options
 
 
 def test_execution():
