@@ -45,10 +45,10 @@ def call(trial: Trial, function: Callable, *inputs) -> tuple[Tensor, ...]:
     return changed + tuple(x for x in (results if isinstance(results, tuple) else (results,)) if x is not None)
 
 
-def fault(trial: Trial, function: Callable, reference: Callable) -> str | None:
+def disagreement(trial: Trial, function: Callable, reference: Callable) -> str | None:
     """What is wrong with an implementation at the shape of the trial, or None.
 
-    Raises torch.OutOfMemoryError where the comparison does not fit into the memory, which is no fault of the implementation.
+    Raises torch.OutOfMemoryError where the comparison does not fit into the memory, for which the implementation is not to blame.
     """
     upstream, wrt = ([], ()) if trial.judge else (upstream_of(trial, reference), trial.differentiable)
     try:
@@ -173,7 +173,7 @@ def as_tuple(results) -> tuple:
 def examine_operation(
     operation: Operation, shape: RunShape, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """The choice for one operation: impl, why, milliseconds and faults by implementation.
+    """The choice for one operation: impl, why, milliseconds, and what is wrong ("faults") by implementation.
 
     Raises GateError where a trial's inputs, or their comparison in float64, do not fit into the memory: nothing is known then.
     """
@@ -181,7 +181,7 @@ def examine_operation(
         # the same result each time; not the seed of the upstream gradients, which would then equal the inputs
         torch.manual_seed(1)
         try:
-            ms, faults = tried(operation, operation.trials(shape, device, dtype))
+            ms, failures = tried(operation, operation.trials(shape, device, dtype))
         except torch.OutOfMemoryError as error:
             raise GateError(
                 f"{operation.name} could not be judged at {shape.rows} rows of {shape.tokens} tokens: its inputs and the "
@@ -189,26 +189,26 @@ def examine_operation(
                 "or judge fewer rows with: nanochat kernels gate --device-batch-size"
             ) from error
     why = ", ".join(f"{name} {time:.3f} ms" for name, time in sorted(ms.items(), key=lambda item: item[1]))
-    why += "".join(f"; {name}: {wrong}" for name, wrong in faults.items())
-    return {"impl": min(ms, key=ms.__getitem__, default="reference"), "why": why, "ms": ms, "faults": faults}
+    why += "".join(f"; {name}: {wrong}" for name, wrong in failures.items())
+    return {"impl": min(ms, key=ms.__getitem__, default="reference"), "why": why, "ms": ms, "faults": failures}
 
 
 def tried(operation: Operation, trials: Iterable[Trial]) -> tuple[dict[str, float], dict[str, str]]:
     """(milliseconds over all timed trials of the implementations that are right, what is wrong with the others)."""
     ms: dict[str, float] = {}
-    faults: dict[str, str] = {}
+    failures: dict[str, str] = {}
     for trial in trials:
         correct = {"reference": operation.reference}
         for name in operation.implementations:
             function = partial(operation.function, impl=name)
             try:
-                wrong = fault(trial, function, operation.reference)
+                wrong = disagreement(trial, function, operation.reference)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # whatever a kernel fails with on this machine, the run goes on without it
+            except Exception as error:  # whatever a kernel fails with on this machine, the run continues without it
                 wrong = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             if wrong:
-                faults.setdefault(name, wrong)
+                failures.setdefault(name, wrong)
             else:
                 correct[name] = function
         on_gpu = trial.inputs[0].is_cuda
@@ -220,10 +220,10 @@ def tried(operation: Operation, trials: Iterable[Trial]) -> tuple[dict[str, floa
                 if name in times:
                     ms[name] = ms.get(name, 0.0) + times[name]
                 else:
-                    faults.setdefault(name, OUT_OF_MEMORY)
+                    failures.setdefault(name, OUT_OF_MEMORY)
         if on_gpu:
             torch.cuda.empty_cache()
-    return {name: time for name, time in ms.items() if name not in faults}, faults
+    return {name: time for name, time in ms.items() if name not in failures}, failures
 
 
 def fastest_fused(choice: dict[str, Any]) -> str:

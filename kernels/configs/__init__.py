@@ -45,7 +45,7 @@ class LaunchTableError(ValueError):
 
 @table_cache
 def table(architecture: str) -> dict[str, Any]:
-    """Return the committed table. Raises LaunchTableError, which names the file and the fault, if it cannot be read."""
+    """Return the committed table. Raises LaunchTableError, which names the file and what is wrong with it, if it cannot be read."""
     path = FOLDER / f"{architecture}.json"
     try:
         found = json.loads(path.read_text("utf-8"))

@@ -43,7 +43,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Step:
+class Observation:
     """A tensor to show: what the torch function `function` returns when the forward method of `module` calls it."""
 
     module: str  # its name in the model; empty: the model itself
@@ -53,70 +53,76 @@ class Step:
     layout: Callable[[Tensor], Tensor] = lambda tensor: tensor  # for the table
 
 
-def steps_of(config: GPTConfig, rows: int) -> list[Step]:
+def observations_of(config: GPTConfig, rows: int) -> list[Observation]:
     """The tensors to show of a forward pass with targets, in the order in which they are computed; rows: of the batch."""
-    steps = [
-        Step("embedding", "embedding", "embedding", "each id becomes a vector of width C"),
-        Step("", "rms_norm", "rms_norm", "every vector scaled to root mean square 1; there is no weight"),
+    observations = [
+        Observation("embedding", "embedding", "embedding", "each id becomes a vector of width C"),
+        Observation("", "rms_norm", "rms_norm", "every vector scaled to root mean square 1; there is no weight"),
     ]
     for i in range(config.depth):
-        steps += _steps_of_block(i)
+        observations += _observations_of_block(i)
     softcap, guessing = kernels.SOFTCAP, torch.tensor(config.vocab_size).log()
     by_row = lambda logits: logits.unflatten(0, (rows, -1))  # noqa: E731
     return [
-        *steps,
-        Step("", "rms_norm", "final rms_norm", "what the head reads"),
-        Step("", "linear", "head", "a score for each token of the vocabulary; zero before the first step", by_row),
-        Step("", "mul", "softcap", f"{softcap:g}·tanh(z/{softcap:g}) keeps every score within ±{softcap:g}", by_row),
-        Step("", "div", "cross entropy", f"mean nats a token; guessing costs ln V = {guessing:.3f}"),
+        *observations,
+        Observation("", "rms_norm", "final rms_norm", "what the head reads"),
+        Observation(
+            "", "linear", "head", "a score for each token of the vocabulary; zero before the first step", by_row
+        ),
+        Observation(
+            "", "mul", "softcap", f"{softcap:g}·tanh(z/{softcap:g}) keeps every score within ±{softcap:g}", by_row
+        ),
+        Observation("", "div", "cross entropy", f"mean nats per token; guessing costs ln V = {guessing:.3f}"),
     ]
 
 
-def _steps_of_block(i: int) -> list[Step]:
+def _observations_of_block(i: int) -> list[Observation]:
     name, attention, mlp = f"block {i}", f"blocks.{i}.attention", f"blocks.{i}.mlp"
     rotated = "rotated by an angle that grows with the position, then normalised over the head"
     squared = "4·C hidden units, negative ones set to zero, the others squared; about half are zero"
     attended = "softmax(q·kᵀ/√D)·v over this position and those before it"
     by_token = lambda heads: heads.transpose(1, 2)  # noqa: E731
     return [
-        Step(attention, "rms_norm", f"{name} rms_norm", "the residual stream, normalised for attention"),
-        Step(attention, "unflatten", f"{name} query", "what each position looks for, cut into heads of width D"),
-        Step(attention, "unflatten", f"{name} key", "what each position offers"),
-        Step(attention, "unflatten", f"{name} value", "what each position passes on"),
-        Step(attention, "rms_norm", f"{name} rotation and norm of q", rotated),
-        Step(attention, "rms_norm", f"{name} rotation and norm of k", "the same, so that |q·k|/√D never passes √D"),
-        Step(attention, "scaled_dot_product_attention", f"{name} attention", attended, by_token),
-        Step(attention, "linear", f"{name} projection", "heads mixed; the matrix is zero before the first step"),
-        Step(attention, "add", f"{name} residual", "added to the residual stream"),
-        Step(mlp, "rms_norm", f"{name} rms_norm 2", "the residual stream, normalised for the MLP"),
-        Step(mlp, "square", f"{name} relu²", squared),
-        Step(mlp, "linear", f"{name} MLP output", "back to width C"),
-        Step(mlp, "add", f"{name} residual 2", "added to the residual stream"),
+        Observation(attention, "rms_norm", f"{name} rms_norm", "the residual stream, normalised for attention"),
+        Observation(attention, "view", f"{name} query", "what each position looks for, cut into heads of width D"),
+        Observation(attention, "view", f"{name} key", "what each position offers"),
+        Observation(attention, "view", f"{name} value", "what each position passes on"),
+        Observation(attention, "rms_norm", f"{name} rotation and norm of q", rotated),
+        Observation(
+            attention, "rms_norm", f"{name} rotation and norm of k", "the same, so that |q·k|/√D never passes √D"
+        ),
+        Observation(attention, "scaled_dot_product_attention", f"{name} attention", attended, by_token),
+        Observation(attention, "linear", f"{name} projection", "heads mixed; the matrix is zero before the first step"),
+        Observation(attention, "add", f"{name} residual", "added to the residual stream"),
+        Observation(mlp, "rms_norm", f"{name} rms_norm 2", "the residual stream, normalised for the MLP"),
+        Observation(mlp, "square", f"{name} relu²", squared),
+        Observation(mlp, "linear", f"{name} MLP output", "back to width C"),
+        Observation(mlp, "add", f"{name} residual 2", "added to the residual stream"),
     ]
 
 
 class Observer(TorchFunctionMode):
-    """While it is active, collects a row for each step that a model's own forward pass takes.
+    """While it is active, collects a row for each observation of a model's own forward pass.
 
     It sees every torch function that is called, and nothing of the model is changed for it. `running`: the names of the
     modules whose forward method is running, the innermost last.
     """
 
-    def __init__(self, steps: list[Step], running: list[str]):
+    def __init__(self, observations: list[Observation], running: list[str]):
         super().__init__()
         self.rows: list[Row] = []
-        self._steps, self._running = steps, running
+        self._observations, self._running = observations, running
 
     @property
-    def missing(self) -> list[Step]:
-        """The steps that were not observed."""
-        return self._steps[len(self.rows) :]
+    def missing(self) -> list[Observation]:
+        """The observations that were not made."""
+        return self._observations[len(self.rows) :]
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        step = self.missing[0] if self.missing else None
-        if step and self._running and (self._running[-1], function.__name__) == (step.module, step.function):
-            self.rows.append(Row.of(step.operation, step.layout(result), step.meaning))
+        wanted = self.missing[0] if self.missing else None
+        if wanted and self._running and (self._running[-1], function.__name__) == (wanted.module, wanted.function):
+            self.rows.append(Row.of(wanted.operation, wanted.layout(result), wanted.meaning))
         return result
 
 
@@ -142,7 +148,10 @@ def _running_modules(model: GPT) -> Iterator[list[str]]:
 @torch.no_grad()
 def observed_forward(model: GPT, tokens: Tensor, targets: Tensor) -> list[Row]:
     """The rows of one forward pass of a model whose operations run as their references."""
-    with _running_modules(model) as running, Observer(steps_of(model.config, tokens.size(0)), running) as observer:
+    with (
+        _running_modules(model) as running,
+        Observer(observations_of(model.config, tokens.size(0)), running) as observer,
+    ):
         model(tokens, targets)
     if observer.missing:
         raise RuntimeError(f"the forward pass has no {observer.missing[0]}")

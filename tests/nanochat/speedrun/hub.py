@@ -11,11 +11,11 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """files: "owner/name/path" → content. faults: path → list of words, one used up by each GET of the file:
+    """files: "owner/name/path" → content. misbehaviour: path → list of words, one used up by each GET of the file:
     "cut" sends half, "slow" drips, "wrong" other bytes, "404", "500", "429" as statuses; "hold" waits for `release`."""
 
     def __init__(self, files: dict[str, bytes]):
-        self.files, self.faults, self.gets = files, {}, []
+        self.files, self.misbehaviour, self.gets = files, {}, []
         self.release = threading.Event()
         hub = self
 
@@ -46,37 +46,37 @@ class Hub:
                 self.file(name, hub.files[name], body)
 
             def file(self, name: str, content: bytes, body: bool):
-                fault = ""
+                act = ""
                 if body:
                     hub.gets.append((name, self.headers.get("Range")))
-                    fault = hub.faults[name].pop(0) if hub.faults.get(name) else ""
-                if fault in ("404", "429", "500"):
-                    code = {"X-Error-Code": "EntryNotFound"} if fault == "404" else {"Retry-After": "1"}
-                    return self.send(int(fault), b"", code, body)
+                    act = hub.misbehaviour[name].pop(0) if hub.misbehaviour.get(name) else ""
+                if act in ("404", "429", "500"):
+                    code = {"X-Error-Code": "EntryNotFound"} if act == "404" else {"Retry-After": "1"}
+                    return self.send(int(act), b"", code, body)
                 digest = hashlib.sha256(content).hexdigest()
                 headers = {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-                if fault == "hold":
+                if act == "hold":
                     hub.release.wait(600)
-                if fault == "wrong":
+                if act == "wrong":
                     content = bytes(len(content))
                 status, first = 200, 0
                 if body and (asked := self.headers.get("Range")):
                     first = int(asked.removeprefix("bytes=").partition("-")[0])
                     status = 206
                     headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
-                self.send(status, content[first:], headers, body, fault)
+                self.send(status, content[first:], headers, body, act)
 
-            def send(self, status: int, content: bytes, headers: dict, body: bool, fault: str = ""):
+            def send(self, status: int, content: bytes, headers: dict, body: bool, act: str = ""):
                 self.send_response(status)
                 for name, value in {**headers, "Content-Length": str(len(content))}.items():
                     self.send_header(name, value)
                 self.end_headers()
                 if not body:
                     return
-                if fault == "cut":
+                if act == "cut":
                     self.wfile.write(content[: len(content) // 2])
                     self.close_connection = True
-                elif fault == "slow":
+                elif act == "slow":
                     for start in range(0, len(content), max(1, len(content) // 20)):
                         self.wfile.write(content[start : start + max(1, len(content) // 20)])
                         self.wfile.flush()

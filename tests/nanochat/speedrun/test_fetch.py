@@ -45,17 +45,17 @@ def around(hub: Hub) -> dict[str, str]:
 
 def test_a_hub_that_misbehaves(hub, tmp_path):
     """Slow, cut in the middle, wrong once, asking to wait, failing once: all of it arrives whole, in one command."""
-    hub.faults = {
+    hub.misbehaviour = {
         shard(0): ["slow"],
         shard(1): ["cut"],
         shard(2): ["wrong"],
         shard(3): ["429"],
         shard(4): ["500", "500"],
     }
-    hub.faults["openai/gsm8k/main/train-00000-of-00001.parquet"] = ["cut", "500", "wrong"]
+    hub.misbehaviour["openai/gsm8k/main/train-00000-of-00001.parquet"] = ["cut", "500", "wrong"]
     done = nanochat(tmp_path, *arguments(), **around(hub))
     assert done.returncode == 0, done.stderr + done.stdout
-    assert not any(hub.faults.values()), hub.faults
+    assert not any(hub.misbehaviour.values()), hub.misbehaviour
     for number in range(SHARDS):
         assert (tmp_path / "text" / f"shard_{number:05d}.parquet").read_bytes() == hub.files[shard(number)]
     record = read_fetched(Paths(tmp_path))
@@ -71,7 +71,7 @@ def test_a_hub_that_misbehaves(hub, tmp_path):
 
 def test_what_is_missing_is_listed(hub, tmp_path):
     del hub.files[shard(3)]
-    hub.faults["openai/gsm8k/main/test-00000-of-00001.parquet"] = ["wrong"] * 20
+    hub.misbehaviour["openai/gsm8k/main/test-00000-of-00001.parquet"] = ["wrong"] * 20
     done = nanochat(tmp_path, *arguments(), **around(hub))
     assert_refused(
         done, "2 of 4 assets are missing", "text (1 of 6 files failed, shard_00003.parquet: the hub", "does not have it"
@@ -82,7 +82,7 @@ def test_what_is_missing_is_listed(hub, tmp_path):
 
 
 def test_killed_and_resumed(hub, tmp_path):
-    hub.faults = {shard(2): ["hold"]}
+    hub.misbehaviour = {shard(2): ["hold"]}
     process = subprocess.Popen(
         command(*arguments("text"), "--workers", "1"),
         env=environment(tmp_path, **around(hub)),
@@ -109,7 +109,7 @@ def nothing_half(base) -> list:
 
 
 def test_two_at_once(hub, tmp_path):
-    hub.faults = {shard(2): ["hold"]}
+    hub.misbehaviour = {shard(2): ["hold"]}
     first = subprocess.Popen(
         command(*arguments("text")), env=environment(tmp_path, **around(hub)), stdout=subprocess.DEVNULL
     )
@@ -156,13 +156,13 @@ def test_the_web_and_what_is_made(tmp_path, monkeypatch):
     wanted = {asset.name: asset for asset in assets("d20", SHARDS) if not asset.repo}
     words, archive = (next(iter(content(wanted[name]).values())) for name in ("words", "eval_bundle"))
     with Hub({"web/words": words, "web/bundle": archive}) as server:
-        server.faults = {"web/words": ["500", "cut"], "web/bundle": ["429"]}
+        server.misbehaviour = {"web/words": ["500", "cut"], "web/bundle": ["429"]}
         at = {"words": f"{server.url}/web/words", "eval_bundle": f"{server.url}/web/bundle", "identity": ""}
         paths = Paths(tmp_path)
         _fetch([replace(asset, url=at[name]) for name, asset in wanted.items()], 4, paths)
         assert set(read_fetched(paths)) == set(wanted) and paths.words.read_bytes() == words
         assert not (tmp_path / ".fetch").exists()
-        server.faults = {"web/words": ["404"] * 20}
+        server.misbehaviour = {"web/words": ["404"] * 20}
         paths.words.unlink()
         with pytest.raises(UserError, match="words .*the server answered 404"):
             _fetch([replace(wanted["words"], url=at["words"])], 1, paths)

@@ -65,7 +65,7 @@ def test_each_asset_taken_away(d20, asset, tmp_path):
         shutil.move(away, file)
     assert f"nanochat fetch --only {asset.name}" in str(error.value)
     assert all(stage in str(error.value) for stage in asset.stages) and set(asset.stages) <= set(NAMES)
-    # one missing asset is one fault: the others are not named
+    # one missing asset is one problem: the others are not named
     assert "more, see above" not in str(error.value)
 
 
@@ -95,7 +95,7 @@ def test_what_is_spoilt_is_no_data(d20, name, spoil, named):
     content = file.read_bytes()
     try:
         file.write_bytes(spoil(content, asset.columns))
-        found = [fault for _, _, fault in problems("d20", d20, SHARDS) if fault]
+        found = [problem for _, _, problem in problems("d20", d20, SHARDS) if problem]
     finally:
         file.write_bytes(content)
     assert len(found) == 1 and named in found[0] and found[0].startswith(name)
@@ -105,10 +105,10 @@ def test_a_file_that_shrank_after_it_was_fetched(d20):
     asset = next(asset for asset in LIST if asset.name == "words")
     note_fetched(d20, asset, {"words.txt": [1, ""]})
     try:
-        [fault] = [fault for _, _, fault in problems("d20", d20, SHARDS) if fault]
+        [problem] = [problem for _, _, problem in problems("d20", d20, SHARDS) if problem]
     finally:
         d20.assets.unlink()
-    assert "bytes; fetch it" in fault and "of 1 bytes" in fault
+    assert "bytes; fetch it" in problem and "of 1 bytes" in problem
 
 
 def test_a_run_without_its_data_does_not_begin(tmp_path):

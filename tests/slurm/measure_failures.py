@@ -1,6 +1,6 @@
-"""What faults cost a run on a Slurm of this machine: python -m tests.slurm.measure_faults build/faults.json [stage …] (as root)
+"""What failures cost a run on a Slurm of this machine: python -m tests.slurm.measure_failures build/failures.json [stage …] (as root)
 
-Each fault in the middle of each stage that trains, and a kill in one that evaluates; the row of the JSON tells how many
+Each failure in the middle of each stage that trains, and a kill in one that evaluates; the row of the JSON tells how many
 steps had to be done again, how long the run took to end, and how long from its next start until it was as far again.
 """
 
@@ -59,14 +59,14 @@ class Measured(Run):
         """How many lines of the log tell of this step or a later one."""
         return sum(int(number) >= step for number in re.findall(r"^step (\d+)/", self.log(), re.MULTILINE))
 
-    def row(self, fault: str, before: int, ended: float, started: float) -> dict:
+    def row(self, failure: str, before: int, ended: float, started: float) -> dict:
         """ended: seconds until all processes were gone; started: when the run was begun again."""
         told = self.beyond(before)
         self.wait(lambda: self.beyond(before) > told)
         back = time.monotonic() - started
         times = {"seconds_to_end": ended, "seconds_back": back}
         found = {
-            "fault": fault,
+            "failure": failure,
             "stage": self.stage,
             "at_step": before,
             "steps_lost": before - self.resumed_at(),
@@ -75,27 +75,27 @@ class Measured(Run):
         return found
 
 
-def in_a_job(run: Measured, fault: str) -> dict:
+def in_a_job(run: Measured, failure: str) -> dict:
     run.submit()
     run.wait(lambda: run.steps() >= MIDDLE[run.stage])
     started = time.monotonic()
-    run.slurm(*IN_JOBS[fault], run.job)
-    if fault == "USR1":
+    run.slurm(*IN_JOBS[failure], run.job)
+    if failure == "USR1":
         run.wait(lambda: run.state()[0] == "PENDING")
     else:
         run.end(*ENDED)
     ended, before = time.monotonic() - started, run.steps()
-    if fault == "USR1":
+    if failure == "USR1":
         run.wait(lambda: run.state() and "start 2" in run.log())
     else:
         run.submit()
-    found = run.row(fault, before, ended, time.monotonic())
+    found = run.row(failure, before, ended, time.monotonic())
     run.slurm("scancel", "--signal=KILL", "--full", run.job)
     run.end(*ENDED)
     return found
 
 
-def in_processes(run: Measured, fault: str) -> dict:
+def in_processes(run: Measured, failure: str) -> dict:
     run.env |= {"NANOCHAT_TIMEOUT": str(TIMEOUT)}
     call = [sys.executable, "-m", "nanochat", "speedrun", "--preset", "tiny", "--to", run.stage, "--processes", "2"]
     run.paths.logs.mkdir(parents=True, exist_ok=True)
@@ -105,13 +105,13 @@ def in_processes(run: Measured, fault: str) -> dict:
         launcher = workers(process.pid)[-1]
         ranks = workers(launcher)
         started, before = time.monotonic(), run.steps()
-        number, victims = IN_PROCESSES[fault]
+        number, victims = IN_PROCESSES[failure]
         for pid in (process.pid, launcher, *ranks) if victims == "all" else ranks[-1:]:
             os.kill(pid, number)
         process.wait()
         ended, started = time.monotonic() - started, time.monotonic()
         process = subprocess.Popen(call, env=run.env, cwd=ROOT, stdout=log, stderr=log)
-        found = run.row(fault, before, ended, started)
+        found = run.row(failure, before, ended, started)
         process.wait()
     return found
 
@@ -128,7 +128,7 @@ def in_an_evaluation(run: Measured) -> dict:
     lost, started = time.monotonic() - started, time.monotonic()
     subprocess.run(call, env=run.env, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
     assert whole.exists()
-    found = {"fault": "SIGKILL of the run", "stage": run.stage, "seconds_lost": lost}
+    found = {"failure": "SIGKILL of the run", "stage": run.stage, "seconds_lost": lost}
     found |= {"seconds_of_the_stage_again": time.monotonic() - started}
     print(json.dumps(found), flush=True)
     return found
@@ -148,7 +148,7 @@ def main() -> None:
     out, stages = Path(sys.argv[1]), sys.argv[2:] or MIDDLE
     out.parent.mkdir(parents=True, exist_ok=True)
     result = {
-        "command": f"python -m tests.slurm.measure_faults {' '.join(sys.argv[1:])}",
+        "command": f"python -m tests.slurm.measure_failures {' '.join(sys.argv[1:])}",
         "save_every": SAVE_EVERY,
         "timeout": TIMEOUT,
     }
@@ -161,9 +161,9 @@ def main() -> None:
             prepared = prepare(slurm, folder)
             rows.append(in_an_evaluation(Measured(slurm, prepared["mid-eval"], folder / "evaluation", "mid-eval")))
             for stage in stages:
-                for fault in (*IN_JOBS, *IN_PROCESSES):
+                for failure in (*IN_JOBS, *IN_PROCESSES):
                     run = Measured(slurm, prepared[stage], folder / f"{len(rows)}", stage)
-                    rows.append(in_a_job(run, fault) if fault in IN_JOBS else in_processes(run, fault))
+                    rows.append(in_a_job(run, failure) if failure in IN_JOBS else in_processes(run, failure))
                     out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")  # what was measured stays
         finally:
             subprocess.run([HERE / "local_slurm.sh", "stop", folder / "slurm"], check=False)
