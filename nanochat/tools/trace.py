@@ -84,9 +84,9 @@ def _observations_of_block(i: int) -> list[Observation]:
     by_token = lambda heads: heads.transpose(1, 2)  # noqa: E731
     return [
         Observation(attention, "rms_norm", f"{name} rms_norm", "the residual stream, normalised for attention"),
-        Observation(attention, "view", f"{name} query", "what each position looks for, cut into heads of width D"),
-        Observation(attention, "view", f"{name} key", "what each position offers"),
-        Observation(attention, "view", f"{name} value", "what each position passes on"),
+        Observation(attention, "unflatten", f"{name} query", "what each position looks for, cut into heads of width D"),
+        Observation(attention, "unflatten", f"{name} key", "what each position offers"),
+        Observation(attention, "unflatten", f"{name} value", "what each position passes on"),
         Observation(attention, "rms_norm", f"{name} rotation and norm of q", rotated),
         Observation(
             attention, "rms_norm", f"{name} rotation and norm of k", "the same, so that |q·k|/√D never passes √D"
