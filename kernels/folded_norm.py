@@ -1,4 +1,4 @@
-"""RMSNorm folded into the matrix products after it: norm(x)·Wᵀ = r ⊙ (x·Wᵀ), with one factor r = (mean(x²) + eps)^−½ a row.
+"""RMSNorm folded into the matrix products after it: norm(x)·Wᵀ = r ⊙ (x·Wᵀ), with one factor r = (mean(x²) + eps)^−½ per row.
 
 The normalised x never exists. r (rstd) comes from the product that made x, or from a pass over x. Backward: with g the gradient of
 x·Wᵀ, which contains the factor r, and g′ = g·W, the gradient is dx = g′ − c ⊙ x with c = r²·⟨g′, x⟩/C. The operation knows

@@ -9,7 +9,7 @@ Sums are float32. An epilogue is a `@triton.jit` function that gets a part of a 
 epilogue may read, and `arguments` a tuple of pointers and numbers. The same epilogue serves a product that torch computes
 ("TORCH": 1 in the launch table, where that is faster): it is then applied in one pass over the stored product.
 
-On sm_80 tiles are read through pointers, one program a tile. On sm_90 the kernel of hopper_product.py takes its place, except for
+On sm_80 tiles are read through pointers, one program per tile. On sm_90 the kernel of hopper_product.py takes its place, except for
 batches and triangles: these are read through tensor descriptors here.
 """
 

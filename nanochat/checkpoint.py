@@ -95,7 +95,7 @@ class CheckpointStore:
         return final
 
     def _failures(self, work: Callable[[], None]) -> list[OSError]:
-        """Do this rank's part of the work; returns why it failed on any rank. A rank alone must not go on or stop."""
+        """Do this rank's part of the work; returns why it failed on any rank. A rank alone must not continue or stop."""
         failure = None
         try:
             work()

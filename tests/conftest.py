@@ -173,7 +173,7 @@ def command(*arguments: str, processes: int = 1) -> list[str]:
     return [sys.executable, *launcher, "-m", "nanochat", *arguments]
 
 
-def assert_refused(result: subprocess.CompletedProcess, *parts: str) -> None:
+def assert_fails_with(result: subprocess.CompletedProcess, *parts: str) -> None:
     """A non-zero exit, one line on stderr that has all the parts, and no traceback."""
     assert result.returncode != 0, result.stdout
     lines = [line for line in result.stderr.splitlines() if line.strip()]

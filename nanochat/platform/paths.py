@@ -28,7 +28,7 @@ class Paths:
 
     @property
     def words(self) -> Path:
-        """The word list of the spelling tasks, one word a line."""
+        """The word list of the spelling tasks, one word per line."""
         return self.base / "words.txt"
 
     @property

@@ -4,6 +4,6 @@ from nanochat.tasks.smoltalk import SmolTalk
 
 
 class Identity(SmolTalk):
-    """Conversations about the model itself: chat/identity/conversations.jsonl, one array of messages a line."""
+    """Conversations about the model itself: chat/identity/conversations.jsonl, one array of messages per line."""
 
     name, source, split = "Identity", "identity", "conversations"

@@ -59,7 +59,7 @@ class Interrupt:
 
 
 class Agreement(NamedTuple):
-    """What the ranks agree on before a step, in one exchange, so that all of them stop or go on together."""
+    """What the ranks agree on before a step, in one exchange, so that all of them stop or continue together."""
 
     stop: bool  # a rank received a signal, or the stop file exists
     ended: bool  # a rank has no more data

@@ -58,7 +58,7 @@ def test_compare(tmp_path, after, slower):
     assert done.returncode == slower and ("SLOWER" in done.stdout) == bool(slower), done.stdout + done.stderr
 
 
-def test_compare_refuses_what_is_no_result(tmp_path):
+def test_compare_rejects_files_that_are_not_results_or_share_no_case(tmp_path):
     (tmp_path / "c.json").write_text("[]")
     with pytest.raises(UserError, match=r"c\.json is not a result of python -m bench"):
         load(tmp_path / "c.json")

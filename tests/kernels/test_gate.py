@@ -22,7 +22,8 @@ PLANTED_FAULTS = {
      "test_what_is_wrong_is_not_chosen"),
     "hash of the sources not compared": ("gate", '"kernels": sources_hash()', '"kernels": ""',
      "test_the_hash_is_of_sources_and_tables"),
-    "a comparison that does not fit counts against the implementation": ("gate", "            except torch.OutOfMemoryError:\n                raise\n", "",
+    "a comparison that does not fit counts against the implementation": (
+     "gate", "            except torch.OutOfMemoryError:\n                raise\n", "",
      "test_a_comparison_that_does_not_fit_does_not_count_against_the_implementation"),
 }  # fmt: skip
 SHAPE = RunShape(rows=8, tokens=256, width=256, heads=2, kv_heads=1, vocab=1024, depth=2) if GPU else RunShape(
@@ -57,7 +58,7 @@ def test_all_operations_have_a_choice(monkeypatch):
     assert found.keys() == operations().keys() and found["attention"]["why"] == "there is no other implementation"
 
 
-def test_the_result_is_the_same_each_time_and_random_numbers_of_others_go_on():
+def test_the_result_is_the_same_each_time_and_random_numbers_of_others_continue():
     before = torch.get_rng_state()
     first, second = (gate.examine_operation(operations()["rms_norm"], SHAPE, *WHERE)["faults"] for _ in range(2))
     assert first == second == {} and torch.equal(torch.get_rng_state(), before)

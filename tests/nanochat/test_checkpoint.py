@@ -1,4 +1,4 @@
-"""Whole or not at all; refused when damaged or of something else; loadable by another number of processes."""
+"""Checkpoints: saved as a whole or not at all; rejected when damaged or of another model; loaded by another number of processes."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from nanochat.gpt import GPT
 from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
-from tests.conftest import TINY_BASE, assert_refused, nanochat
+from tests.conftest import TINY_BASE, assert_fails_with, nanochat
 from tests.nanochat.models import SMALL, rows_of, train_three_steps
 from tests.processes import free_port
 
@@ -36,14 +36,14 @@ def saved(directory, step: int = 3, keep: int = 2) -> CheckpointStore:
     return store
 
 
-def go_on(model: GPT, optimizer, rank: int = 0, world_size: int = 1) -> None:
+def train_a_step(model: GPT, optimizer, rank: int = 0, world_size: int = 1) -> None:
     rows = rows_of(9)[rank::world_size]
     model(rows[:, :-1], rows[:, 1:]).backward()
     optimizer.synchronize()
     optimizer.update(0.5, 0.95)
 
 
-def test_saved_and_loaded_it_goes_on_the_same(tmp_path):
+def test_a_loaded_checkpoint_takes_the_same_next_step(tmp_path):
     model, optimizer, _ = train_three_steps()
     store = CheckpointStore(tmp_path, runtime())
     store.save(3, model, optimizer, META)
@@ -55,13 +55,13 @@ def test_saved_and_loaded_it_goes_on_the_same(tmp_path):
     torch.rand(5)
     meta = store.load(3, other, other_optimizer, FakeTokenizer)
     assert meta["step"] == 3 and torch.equal(torch.get_rng_state(), random_state)
-    go_on(model, optimizer)
-    go_on(other, other_optimizer)
+    train_a_step(model, optimizer)
+    train_a_step(other, other_optimizer)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-def test_only_the_newest_stay_and_no_temporary_names(tmp_path):
+def test_only_the_newest_checkpoints_and_no_temporary_files_remain(tmp_path):
     store = saved(tmp_path, 1)
     for step in (2, 3):
         saved(tmp_path, step)
@@ -69,7 +69,7 @@ def test_only_the_newest_stay_and_no_temporary_names(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000002", "step_000003"]
 
 
-def test_what_a_kill_left_behind_is_neither_taken_nor_kept(tmp_path):
+def test_what_a_kill_left_behind_is_neither_loaded_nor_kept(tmp_path):
     store = saved(tmp_path, 1)
     shutil.copytree(tmp_path / "step_000001", tmp_path / ".step_000002.tmp")
     (tmp_path / ".step_000002.tmp" / "rubbish").write_text("x")
@@ -89,7 +89,7 @@ def test_damage_is_found_before_loading(tmp_path, name, how):
         read_meta(store.path(3), FakeTokenizer)
 
 
-def test_another_tokenizer_or_another_model_is_refused(tmp_path):
+def test_another_tokenizer_or_another_model_is_rejected(tmp_path):
     from nanochat.optim import MuonAdamW
 
     store = saved(tmp_path)
@@ -114,14 +114,14 @@ def worker(rank: int, world_size: int, port: int, directory: str, load: bool) ->
     else:
         model, optimizer, _ = train_three_steps(rank, world_size)
         store.save(3, model, optimizer, META)
-    go_on(model, optimizer, rank, world_size)
+    train_a_step(model, optimizer, rank, world_size)
     torch.save(model.state_dict(), f"{directory}/after-{world_size}-{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(("save", "load"), [(2, 1), (1, 2), (4, 2)])
-def test_another_number_of_processes_goes_on_alike(save, load, tmp_path):
-    """4 processes leave one without any matrix of a shape: three matrices go to ranks of one each."""
+def test_another_number_of_processes_resumes_with_the_same_losses(save, load, tmp_path):
+    """With 4 processes one has no matrix of a shape, because three ranks have one of the three matrices each."""
     from nanochat.optim import MuonAdamW
 
     mp.spawn(worker, (save, free_port(), str(tmp_path), False), nprocs=save) if save > 1 else saved(tmp_path)
@@ -129,7 +129,7 @@ def test_another_number_of_processes_goes_on_alike(save, load, tmp_path):
     optimizer = MuonAdamW(reference)
     if save == 1 or load == 1:
         CheckpointStore(tmp_path, runtime()).load(3, reference, optimizer, FakeTokenizer)
-        go_on(reference, optimizer)
+        train_a_step(reference, optimizer)
         expected = reference.state_dict()
     if load > 1:
         mp.spawn(worker, (load, free_port(), str(tmp_path), True), nprocs=load)
@@ -161,7 +161,7 @@ def test_a_full_disk_loses_nothing_saved(base):
         text=True,
         env=environment(base),
     )
-    assert_refused(
+    assert_fails_with(
         run, "cannot save the checkpoint of step 8", "step_000004", "File too large", "check the path and its disk"
     )
     after = {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
@@ -173,16 +173,16 @@ def test_a_full_disk_loses_nothing_saved(base):
     ]
 
 
-def test_a_missing_model_lists_those_there_are(base, cpu):
+def test_the_error_for_a_missing_model_lists_those_that_exist(base, cpu):
     with pytest.raises(UserError, match="no checkpoint of sft; there are: none; train it with: nanochat train sft"):
         load_model(Paths(base), "sft", cpu)
 
 
-def test_a_tokenizer_that_does_not_match_is_refused(trained_base, tmp_path):
+def test_a_tokenizer_that_does_not_match_is_rejected(trained_base, tmp_path):
     base = shutil.copytree(trained_base, tmp_path / "base")
     path = base / "tokenizer" / "tokenizer.json"
     stored = json.loads(path.read_text())
     stored["ranks"][300], stored["ranks"][301] = stored["ranks"][301], stored["ranks"][300]
     path.write_text(json.dumps(stored))
-    assert_refused(nanochat(base, "chat", "-p", "hi", "--source", "base"), "another tokenizer", "restore")
-    assert_refused(nanochat(base, "train", "base", *TINY_BASE), "another tokenizer")
+    assert_fails_with(nanochat(base, "chat", "-p", "hi", "--source", "base"), "another tokenizer", "restore")
+    assert_fails_with(nanochat(base, "train", "base", *TINY_BASE), "another tokenizer")

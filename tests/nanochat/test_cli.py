@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from nanochat.cli import COMMANDS, main, parse
-from tests.conftest import assert_refused, nanochat
+from tests.conftest import assert_fails_with, nanochat
 
 
 def test_help_lists_every_command():
@@ -106,7 +106,7 @@ def test_help_text_has_defaults_and_units(capsys):
     ],
 )
 def test_mistakes_are_answered_in_one_line(tmp_path, arguments, parts):
-    assert_refused(nanochat(tmp_path, *arguments), *parts)
+    assert_fails_with(nanochat(tmp_path, *arguments), *parts)
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.name != ".speedrun.lock"]
 
 

@@ -11,7 +11,7 @@ from nanochat.gpt import GPTConfig
 from nanochat.options.model import Implementations
 from nanochat.platform.errors import UserError
 from nanochat_kernels import gate
-from tests.conftest import TINY_BASE, assert_refused, nanochat
+from tests.conftest import TINY_BASE, assert_fails_with, nanochat
 
 SIZES = "--device cpu --preset cpu --depth 1 --context-length 32 --device-batch-size 4".split()
 
@@ -26,9 +26,9 @@ def test_training_takes_the_gate(base):
     assert run.returncode == 0 and "kernels: the gate of" in run.stdout, run.stderr + run.stdout
     assert "chose fused nothing" in run.stdout
     other = nanochat(base, "train", "base", *TINY_BASE, "--device-batch-size", "8", "--total-batch-size", "256")
-    assert_refused(other, "made for another shape", "'rows': 4", "'rows': 8", "nanochat kernels gate, or remove it")
+    assert_fails_with(other, "made for another shape", "'rows': 4", "'rows': 8", "nanochat kernels gate, or remove it")
     (base / "gate.json").write_text("{")
-    assert_refused(nanochat(base, "train", "base", *TINY_BASE), "is not a gate file")
+    assert_fails_with(nanochat(base, "train", "base", *TINY_BASE), "is not a gate file")
 
 
 def test_a_field_of_several_operations_is_fused_only_where_all_of_them_are():

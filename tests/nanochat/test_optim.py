@@ -219,7 +219,7 @@ def test_graphs_change_nothing():
 
 
 @on_gpu
-def test_fused_and_plain_learn_alike():
+def test_fused_and_plain_optimizers_reach_the_same_losses():
     """The same curve: 80 steps, to the entropy of four successors."""
     (_, fused), (_, plain) = learn(80), learn(80, "reference")
     assert plain[-1] < 0.5 * plain[0]

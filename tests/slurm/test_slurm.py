@@ -51,7 +51,7 @@ def requeued(tmp_path_factory, slurm) -> Run:
     return run
 
 
-def test_a_requeued_run_goes_on_at_the_step_at_which_it_stopped(requeued):
+def test_a_requeued_run_resumes_at_the_step_at_which_it_stopped(requeued):
     log = requeued.log()
     assert requeued.state() == ("COMPLETED", 1) and log.count("USR1 received before the time limit") == 1
     (stopped,) = set(re.findall(r"training base stopped at step (\d+)", log))
@@ -96,7 +96,7 @@ def test_a_run_survives_time_limits_cancellation_and_kills(slurm, preset, uninte
 
 @pytest.mark.long
 def test_two_tasks_of_a_node(slurm, tmp_path):
-    """A torchrun a task, which meet: killed in the middle and submitted again, the losses are those of a run that was not."""
+    """One torchrun per task, joined in one run. Killed in the middle and submitted again, it has the losses of an uninterrupted run."""
     runs = [
         Run(slurm, tmp_path / name, "--tasks-per-node=2", "--time=10", "--signal-seconds=30", "--to=base")
         for name in ("killed", "whole")

@@ -10,7 +10,7 @@ from nanochat.cluster.site import base_directory, load_site, mail_user
 from nanochat.cluster.slurm import Job, distributed_launcher, sbatch_command, seconds_of
 from nanochat.platform.environment import collective_timeout
 from nanochat.platform.errors import UserError
-from tests.conftest import assert_refused, nanochat
+from tests.conftest import assert_fails_with, nanochat
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = """
@@ -102,15 +102,15 @@ def test_what_is_wrong_is_named(tmp_path):
         (["--from", "bas"], ("--from bas: no such stage", "tokenizer")),
     ],
 )
-def test_a_submission_that_cannot_be_is_refused(tmp_path, options, parts):
-    assert_refused(
+def test_invalid_submissions_are_rejected(tmp_path, options, parts):
+    assert_fails_with(
         nanochat(tmp_path, "cluster", "submit", "speedrun", "--site", "ptolemy", "--dry-run", *options), *parts
     )
 
 
 def test_without_slurm_it_says_so(tmp_path):
     result = nanochat(tmp_path, "cluster", "submit", "gate", PATH=str(tmp_path))
-    assert_refused(result, "sbatch is not on the PATH", "--dry-run")
+    assert_fails_with(result, "sbatch is not on the PATH", "--dry-run")
 
 
 def test_launchers(monkeypatch):
@@ -162,7 +162,7 @@ def test_modules_are_loaded_or_missed(tmp_path):
         (script, 0, "modules: load python/3.12.5 cuda"),
         ("", 1, "there is no module command"),
     ):
-        call = ["bash", "-c", f"{before}source slurm/environment.sh; status=$?; echo the shell goes on; exit $status"]
+        call = ["bash", "-c", f"{before}source slurm/environment.sh; status=$?; echo the shell continues; exit $status"]
         done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, env=env)
         assert done.returncode == status and told in done.stdout + done.stderr
-        assert "the shell goes on" in done.stdout  # which may be one that a person works in
+        assert "the shell continues" in done.stdout  # which may be one that a person works in

@@ -19,7 +19,7 @@ from nanochat.data.shards import Shards
 from nanochat.platform.errors import UserError
 from nanochat.tasks import MMLU, Identity, SmolTalk, SpellingBee
 from nanochat.tokenizer.chat_format import render
-from tests.conftest import assert_refused, nanochat
+from tests.conftest import assert_fails_with, nanochat
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def tokens_of(shards, tokenizer, row_groups):
     return [t for g in row_groups for text in shards.read(g) for t in [tokenizer.bos, *tokenizer.encode(text)]]
 
 
-def test_every_token_of_a_rank_comes_once_in_order(world, tokenizer, pool):
+def test_a_rank_reads_every_token_once_in_order(world, tokenizer, pool):
     shards = Shards.of(world, "train")
     for rank, size in ((0, 1), (1, 2)):
         expected = tokens_of(shards, tokenizer, range(rank, len(shards.row_groups), size))
@@ -44,7 +44,7 @@ def test_every_token_of_a_rank_comes_once_in_order(world, tokenizer, pool):
             assert torch.equal(batch.inputs.flatten()[1:], batch.targets.flatten()[:-1])
 
 
-def test_ranks_share_the_row_groups_and_epochs_go_on(world, tokenizer, pool):
+def test_ranks_share_the_row_groups_and_one_epoch_follows_another(world, tokenizer, pool):
     shards = Shards.of(world, "val")
     count = len(shards.row_groups)
     assert count == 3
@@ -68,7 +68,7 @@ def test_a_stream_resumes_at_any_batch(world, tokenizer, pool, after, rows, leng
         assert torch.equal(a.inputs, b.inputs) and torch.equal(a.targets, b.targets) and a.position == b.position
 
 
-def test_another_number_of_ranks_goes_on_behind_all_that_was_read():
+def test_another_number_of_ranks_resumes_after_all_that_was_read():
     saved = [(0, 4, 17, 3), (0, 7, 2, 0), (0, 5, 0, 0)]
     assert text_position(saved, 1, 3, 100) == (0, 7, 2, 0)
     for size in (1, 2, 4):
@@ -77,12 +77,12 @@ def test_another_number_of_ranks_goes_on_behind_all_that_was_read():
     assert text_position(saved, 1, 2, 9) == (1, 1, 0, 0)
 
 
-def test_more_processes_than_row_groups_are_refused(world, tokenizer, pool):
+def test_more_processes_than_row_groups_are_rejected(world, tokenizer, pool):
     with pytest.raises(UserError, match="3 row groups cannot feed 4 processes"):
         TokenStream(Shards.of(world, "val"), tokenizer, 0, 4, pool)
 
 
-def test_prefetching_gives_the_same_and_hands_errors_over():
+def test_prefetching_gives_the_same_batches_and_raises_their_errors():
     with prefetched(iter([1, 2, 3])) as items:
         assert list(items) == [1, 2, 3]
 
@@ -99,8 +99,8 @@ def test_prefetching_gives_the_same_and_hands_errors_over():
 # --- bad shards ---
 
 
-def test_an_empty_corpus_is_refused(tmp_path):
-    assert_refused(nanochat(tmp_path, "tokenizer", "train"), "0 parquet shards", "nanochat data generate")
+def test_an_empty_corpus_is_rejected(tmp_path):
+    assert_fails_with(nanochat(tmp_path, "tokenizer", "train"), "0 parquet shards", "nanochat data generate")
 
 
 def damage(base, how):
@@ -128,10 +128,10 @@ def damage(base, how):
         ("rows", "has no rows"),
     ],
 )
-def test_bad_shards_are_refused_before_training(base, how, message):
+def test_bad_shards_are_rejected_before_training(base, how, message):
     damage(base, how)
     result = nanochat(base, "train", "base", "--depth", "1", "--num-iterations", "1", "--total-batch-size", "65536")
-    assert_refused(result, message)
+    assert_fails_with(result, message)
     assert not (base / "checkpoints").exists()
 
 

@@ -1,4 +1,4 @@
-"""A process that hangs or dies: the others say so within the timeout, and the run goes on from its last save."""
+"""A process that hangs or dies: the others say so within the timeout, and the run resumes from its last save."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=two_gpus)])
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
-def test_the_others_say_so_and_the_run_goes_on(base, number, device):
+def test_the_others_report_it_and_the_run_resumes(base, number, device):
     paths = Paths(base)
     arguments = ("train", "base", *TINY_BASE, "--total-batch-size", "256", "--device", device, "--execution", "eager")
     # a GPU's kernels are made first, by one process sooner than by the other

@@ -15,7 +15,7 @@ from nanochat.platform.paths import Paths
 from nanochat.speedrun import fetch as fetching
 from nanochat.speedrun.assets import assets, read_fetched
 from nanochat.speedrun.fetch import _fetch, fetch
-from tests.conftest import assert_refused, command, environment, nanochat
+from tests.conftest import assert_fails_with, command, environment, nanochat
 from tests.nanochat.speedrun.hub import Hub
 from tests.nanochat.speedrun.world_of_d20 import content
 
@@ -73,7 +73,7 @@ def test_what_is_missing_is_listed(hub, tmp_path):
     del hub.files[shard(3)]
     hub.misbehaviour["openai/gsm8k/main/test-00000-of-00001.parquet"] = ["wrong"] * 20
     done = nanochat(tmp_path, *arguments(), **around(hub))
-    assert_refused(
+    assert_fails_with(
         done, "2 of 4 assets are missing", "text (1 of 6 files failed, shard_00003.parquet: the hub", "does not have it"
     )
     assert "its hash is not the" in done.stderr and "continues from here" in done.stderr
@@ -116,7 +116,7 @@ def test_two_at_once(hub, tmp_path):
     while not hub.gets:
         assert first.poll() is None
         time.sleep(0.05)
-    assert_refused(nanochat(tmp_path, *arguments("text"), **around(hub)), "another fetch is running")
+    assert_fails_with(nanochat(tmp_path, *arguments("text"), **around(hub)), "another fetch is running")
     hub.release.set()
     assert first.wait(60) == 0
 
@@ -144,7 +144,7 @@ def test_a_full_disk(hub, tmp_path):
     )
     base = [command()[0], "-c", limited, *arguments("text", "gsm8k/test")]
     done = subprocess.run(base, capture_output=True, text=True, env=environment(tmp_path, **around(hub)), timeout=120)
-    assert_refused(done, "1 of 2 assets are missing", "File too large")
+    assert_fails_with(done, "1 of 2 assets are missing", "File too large")
     assert not nothing_half(tmp_path) and set(read_fetched(Paths(tmp_path))) == {"gsm8k/test"}
     with pytest.raises(UserError, match=r"GB free, the data take .* more"):
         _fetch([replace(ON_HUB[0], megabytes=1e9)], 1, Paths(tmp_path))
@@ -169,6 +169,6 @@ def test_the_web_and_what_is_made(tmp_path, monkeypatch):
 
 
 def test_mistakes_are_named(tmp_path):
-    assert_refused(nanochat(tmp_path, "fetch", "--only", "mmlu"), "--only mmlu: no such asset", "mmlu/test")
+    assert_fails_with(nanochat(tmp_path, "fetch", "--only", "mmlu"), "--only mmlu: no such asset", "mmlu/test")
     offline = nanochat(tmp_path, "fetch", "--only", "gsm8k/test", HF_HUB_OFFLINE="1")
-    assert_refused(offline, "HF_HUB_OFFLINE is set; unset it")
+    assert_fails_with(offline, "HF_HUB_OFFLINE is set; unset it")

@@ -119,12 +119,12 @@ def test_a_run_without_its_data_does_not_begin(tmp_path):
     assert not (tmp_path / "records").exists()
 
 
-def test_a_machine_without_a_gpu_is_told(d20):
+def test_a_machine_without_a_gpu_is_an_error(d20):
     with pytest.raises(UserError, match="no GPU here"):
         preflight(PreflightOptions("d20", SHARDS), d20)
 
 
-def test_a_run_that_does_not_fit_its_job_is_foretold(monkeypatch, capsys):
+def test_preflight_warns_when_the_job_is_too_short(monkeypatch, capsys):
     base = with_preset(TrainBaseOptions(), "train base", "d20")
     model = GPTConfig.from_depth(base.depth, 65536)
     runtime = Runtime(0, 1, torch.device("cpu"), torch.bfloat16)

@@ -1,4 +1,4 @@
-"""A record holds while command, inputs and outputs are those it was written for."""
+"""A record is valid while command, inputs and outputs are those it was written for."""
 
 import pytest
 
@@ -20,17 +20,17 @@ def finished(tmp_path):
     return paths, stage
 
 
-def test_it_holds(finished):
+def test_an_unchanged_record_is_valid(finished):
     assert valid_record(*finished, COMMAND, "inputs")["seconds"] == 1.5
 
 
 @pytest.mark.parametrize(("command", "made_from"), [([*COMMAND, "--preset", "d20"], "inputs"), (COMMAND, "others")])
-def test_another_command_or_other_inputs(finished, command, made_from):
+def test_another_command_or_other_inputs_make_a_record_invalid(finished, command, made_from):
     assert valid_record(*finished, command, made_from) is None
 
 
 @pytest.mark.parametrize("change", ["content", "missing", "more", "no record", "damaged record"])
-def test_what_it_made_has_changed(finished, change):
+def test_changed_outputs_make_a_record_invalid(finished, change):
     paths, stage = finished
     if change == "content":
         (paths.base / "folder" / "part").write_text("c")

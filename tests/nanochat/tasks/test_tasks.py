@@ -9,7 +9,7 @@ from nanochat.platform.paths import Paths
 from nanochat.tasks import GSM8K, HumanEval, SpellingBee
 from nanochat.tasks.gsm8k import final_number, solution_parts
 from nanochat.tasks.humaneval import extract_code
-from tests.conftest import assert_refused, nanochat
+from tests.conftest import assert_fails_with, nanochat
 
 
 def test_answers_after_the_marks():
@@ -46,7 +46,7 @@ def test_solutions_of_the_generated_functions_pass(world):
 def test_a_missing_chat_source_lists_those_there_are(base):
     shutil.rmtree(base / "chat" / "gsm8k")
     result = nanochat(base, "evaluate", "chat", "--tasks", "GSM8K", "--stage", "sft")
-    assert_refused(result, "no checkpoint of sft", "nanochat train sft")
+    assert_fails_with(result, "no checkpoint of sft", "nanochat train sft")
     with pytest.raises(
         UserError, match=r"gsm8k/train does not exist .* there are: arc-challenge/test.*nanochat data generate"
     ):

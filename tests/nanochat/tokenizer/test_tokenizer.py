@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from nanochat.platform.errors import UserError
 from nanochat.tokenizer.bpe import SPECIALS, Tokenizer
 from nanochat.tokenizer.chat_format import render, render_prompt
-from tests.conftest import assert_refused, nanochat
+from tests.conftest import assert_fails_with, nanochat
 
 any_text = st.text(st.characters(exclude_categories=("Cs",)))
 TALK = {
@@ -134,7 +134,7 @@ def test_the_same_command_again_changes_nothing(base):
 def test_a_tokenizer_under_a_checkpoint_is_not_replaced(base):
     (base / "checkpoints" / "base" / "step_000004").mkdir(parents=True)
     before = (base / "tokenizer" / "tokenizer.json").read_bytes()
-    assert_refused(nanochat(base, "tokenizer", "train", "--vocab-size", "400"), "checkpoints depend on it: base")
+    assert_fails_with(nanochat(base, "tokenizer", "train", "--vocab-size", "400"), "checkpoints depend on it: base")
     assert (base / "tokenizer" / "tokenizer.json").read_bytes() == before
 
 

@@ -1,4 +1,4 @@
-"""Training that is killed, stopped, broken or repeated goes on as if nothing had happened."""
+"""Training that is killed, stopped, broken or repeated resumes as if nothing had happened."""
 
 import json
 import random
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from nanochat.cli import main
 from nanochat.gpt import GPT
-from tests.conftest import TINY_BASE, TINY_MID, TINY_SFT, assert_refused, command, environment, nanochat
+from tests.conftest import TINY_BASE, TINY_MID, TINY_SFT, assert_fails_with, command, environment, nanochat
 
 
 def losses(base, stage: str = "base") -> dict[int, float]:
@@ -59,7 +59,7 @@ def wait_for(condition, process: subprocess.Popen, limit: float = 120) -> bool:
     raise AssertionError("nothing happened in time")
 
 
-def test_killed_at_random_instants_and_inside_saves_it_ends_the_same(base):
+def test_a_run_killed_at_random_instants_and_inside_saves_ends_the_same(base):
     arguments = ["train", "base", *TINY_BASE, "--num-iterations", "60"]
     whole = copy(base, "whole")
     assert nanochat(whole, *arguments).returncode == 0
@@ -90,7 +90,7 @@ def test_killed_at_random_instants_and_inside_saves_it_ends_the_same(base):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_same_command_goes_on(base, trained_base, number, status):
+def test_a_signal_saves_and_the_same_command_resumes(base, trained_base, number, status):
     arguments = ["train", "base", *TINY_BASE, "--save-every", "0"]
     process, metrics = start(base, *arguments), base / "metrics" / "base.jsonl"
     assert wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 4, process)
@@ -119,7 +119,7 @@ def test_mid_and_sft_resume_exactly(base, trained_base):
         assert weights(base, stage) == weights(trained_base, stage)
 
 
-def test_two_processes_train_and_one_goes_on(base):
+def test_one_process_resumes_what_two_have_trained(base):
     arguments = ["train", "base", *TINY_BASE, "--device-batch-size", "2"]
     result = nanochat(base, *arguments, "--num-iterations", "8", "--warmdown-ratio", "0", processes=2)
     assert result.returncode == 0, result.stderr
@@ -129,7 +129,7 @@ def test_two_processes_train_and_one_goes_on(base):
     result = nanochat(base, *arguments, "--num-iterations", "8", "--warmdown-ratio", "0")
     assert result.returncode == 0 and "resuming base at step 8" in result.stdout
     assert losses(base) == first
-    # the longer run continues from there with one process
+    # the longer run resumes from there with one process
     path = base / "checkpoints" / "base" / "step_000008" / "meta.json"
     path.write_text(json.dumps(meta | {"settings": meta["settings"] | {"num_iterations": 12}}))
     result = nanochat(base, *arguments, "--num-iterations", "12", "--warmdown-ratio", "0")
@@ -141,11 +141,11 @@ def test_two_processes_train_and_one_goes_on(base):
     assert after[11][1] < first[0][1]
 
 
-def test_out_of_memory_names_the_option_with_which_the_run_goes_on(base, trained_base, monkeypatch, capsys):
-    """In all three stages, with the losses of a run that had enough."""
+def test_out_of_memory_names_the_option_with_which_the_run_resumes(base, trained_base, monkeypatch, capsys):
+    """In all three stages, with the losses of a run that had enough memory."""
     forward = GPT.forward
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
-    for arguments, last, fewer in (  # last: passes that go well; of base one a step, of mid four, of sft two
+    for arguments, last, fewer in (  # last: passes before the one that fails; base has one per step, mid four, sft two
         (["train", "base", *TINY_BASE], 9, "1"),
         (["train", "mid", *TINY_MID], 30, "2"),
         (["train", "sft", *TINY_SFT], 12, "2"),
@@ -173,7 +173,7 @@ def test_out_of_memory_names_the_option_with_which_the_run_goes_on(base, trained
 def test_other_settings_are_not_resumed(base):
     assert nanochat(base, "train", "base", *TINY_BASE, "--num-iterations", "4").returncode == 0
     result = nanochat(base, "train", "base", *TINY_BASE, "--num-iterations", "4", "--matrix-lr", "0.5")
-    assert_refused(result, "other settings (optimizer)", "move")
+    assert_fails_with(result, "other settings (optimizer)", "move")
 
 
 def test_not_a_number_stops_training_and_names_the_tensor(base, trained_base):
@@ -185,12 +185,12 @@ def test_not_a_number_stops_training_and_names_the_tensor(base, trained_base):
     tensors["blocks.0.mlp.expand.weight"][3, 5] = float("nan")
     save_file(tensors, path)
     result = nanochat(base, "train", "base", *TINY_BASE)
-    assert_refused(result, "step 20", "the loss is nan", "weight blocks.0.mlp.expand.weight", "step_000020")
+    assert_fails_with(result, "step 20", "the loss is nan", "weight blocks.0.mlp.expand.weight", "step_000020")
 
 
 def test_an_exploding_learning_rate_is_caught(base):
     result = nanochat(base, "train", "base", *TINY_BASE, "--matrix-lr", "1e38", "--grad-clip", "0")
-    assert_refused(result, "offending tensor: ", "last good checkpoint", "lower the learning rates")
+    assert_fails_with(result, "offending tensor: ", "last good checkpoint", "lower the learning rates")
 
 
 def test_logging_never_alters_training(base, trained_base, tmp_path):
@@ -224,5 +224,5 @@ def test_logging_never_alters_training(base, trained_base, tmp_path):
 )
 def test_bad_options_leave_nothing_behind(base, arguments, parts):
     before = sorted(base.rglob("*"))
-    assert_refused(nanochat(base, "train", "base", *TINY_BASE, *arguments), *parts)
+    assert_fails_with(nanochat(base, "train", "base", *TINY_BASE, *arguments), *parts)
     assert sorted(base.rglob("*")) == before
