@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from filelock import FileLock, Timeout
@@ -53,53 +54,83 @@ def files(paths: Paths) -> dict:
     return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in paths.base.rglob("*") if p.is_file()}
 
 
-def test_the_whole_run_its_repetition_and_its_failures(tiny, capfd):
-    config = SpeedrunOptions()
-    # a stage that fails stops the run with its status, and no later stage begins
-    run(SpeedrunOptions(last="tokenizer"), tiny)
+@pytest.fixture(scope="module")
+def up_to_base(tmp_path_factory) -> Path:
+    """A base directory in which the stages up to pretraining are finished; copy it before writing to it."""
+    base = tmp_path_factory.mktemp("up_to_base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(base))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        run(SpeedrunOptions(last="base"), Paths(base))
+    return base
+
+
+@pytest.fixture(scope="module")
+def finished(up_to_base, tmp_path_factory) -> Path:
+    """A base directory in which all stages are finished, by a run that resumes after pretraining; copy it before writing to it."""
+    base = shutil.copytree(up_to_base, tmp_path_factory.mktemp("finished") / "base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(base))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        run(SpeedrunOptions(), Paths(base))
+    return base
+
+
+def copied(source: Path, paths: Paths) -> None:
+    """Fill a base directory with the files of another one."""
+    shutil.copytree(source, paths.base, dirs_exist_ok=True)
+
+
+def test_a_damaged_or_missing_input_stops_later_stages(up_to_base, tiny):
+    copied(up_to_base, tiny)
     shard = tiny.text / "shard_00001.parquet"
-    content = shard.read_bytes()
-    record = json.loads((tiny.records / "data.json").read_text())
+    content, record = shard.read_bytes(), (tiny.records / "data.json").read_bytes()
     shard.write_bytes(content[:-50])
     with pytest.raises(UserError, match="stage data has not finished"):
-        run(SpeedrunOptions(first="base"), tiny)
+        run(SpeedrunOptions(first="mid"), tiny)
     shard.write_bytes(content)
-    (tiny.tokenizer / "tokenizer.json").rename(tiny.base / "kept")
+    (tiny.tokenizer / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="stage tokenizer has not finished"):
-        run(SpeedrunOptions(first="base"), tiny)
-    (tiny.base / "kept").rename(tiny.tokenizer / "tokenizer.json")
-    assert json.loads((tiny.records / "data.json").read_text()) == record
+        run(SpeedrunOptions(first="mid"), tiny)
+    assert (tiny.records / "data.json").read_bytes() == record and not tiny.checkpoints("mid").exists()
 
-    run(SpeedrunOptions(last="base"), tiny)
-    (tiny.chat_data / "gsm8k" / "train.parquet").rename(tiny.base / "kept")
-    capfd.readouterr()
+
+def test_no_stage_starts_after_one_that_failed(up_to_base, tiny):
+    copied(up_to_base, tiny)
+    (tiny.chat_data / "gsm8k" / "train.parquet").unlink()
     with pytest.raises(UserError, match="stage data has not finished|stage mid failed with exit status 1"):
         run(SpeedrunOptions(first="mid"), tiny)
     assert not tiny.checkpoints("mid").exists() and not tiny.checkpoints("sft").exists()
-    (tiny.base / "kept").rename(tiny.chat_data / "gsm8k" / "train.parquet")
 
-    run(config, tiny)
-    assert sorted(p.stem for p in tiny.records.glob("*.json")) == sorted(NAMES)
+
+def test_a_whole_run_records_every_stage_and_writes_the_report(finished):
+    paths = Paths(finished)
+    assert sorted(p.stem for p in paths.records.glob("*.json")) == sorted(NAMES)
     for name in NAMES:
-        made = json.loads((tiny.records / f"{name}.json").read_text())
+        made = json.loads((paths.records / f"{name}.json").read_text())
         assert len(made["made"]) == 64 and made["seconds"] > 0
-    report = (tiny.report / "report.md").read_text()
+    report = (paths.report / "report.md").read_text()
     assert "stages that have not run" not in report and "| ARC-Easy | 0.2500 |" in report
-    html = (tiny.report / "report.html").read_text()
-    page, pictures = re.subn(
-        r"data:image/png;base64,[A-Za-z0-9+/=]+", "", html
-    )  # four letters of base64 may spell anything
+    html = (paths.report / "report.html").read_text()
+    # without the pictures, because four letters of base64 may spell anything
+    page, pictures = re.subn(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", html)
     assert pictures == 2 and "http" not in page
 
+
+def test_repeating_a_finished_run_changes_nothing(finished, tiny, capfd):
+    copied(finished, tiny)
     before = files(tiny)
     capfd.readouterr()
-    run(config, tiny)
+    run(SpeedrunOptions(), tiny)
     assert files(tiny) == before
     assert capfd.readouterr().out.count("finished before, skipped") == len(NAMES)
 
-    # what a later stage depends on has changed: it runs again, nothing before it does
+
+def test_a_removed_checkpoint_reruns_its_stage_and_those_that_depend_on_it(finished, tiny, capfd):
+    copied(finished, tiny)
+    before = files(tiny)
     shutil.rmtree(tiny.checkpoints("sft"))
-    run(config, tiny)
+    run(SpeedrunOptions(), tiny)
     out = capfd.readouterr().out
     assert "sft: done" in out and "mid: finished before" in out
     assert files(tiny).keys() == before.keys()
