@@ -46,8 +46,8 @@ def test_the_rows_are_observed_in_the_models_own_pass(n_kv_head):
 
 def test_an_operation_that_the_pass_does_not_take_is_an_error():
     model = perturbed(GPTConfig.from_depth(1, 300, 32, impl=REFERENCES))
-    model.blocks[0].mlp.forward = lambda x: x
+    model.blocks[0].mlp.forward = lambda x, rstd: (x, rstd)
     tokens = torch.randint(300, (2, 16))
-    with pytest.raises(RuntimeError, match=r"the forward pass has no .*relu²"):
+    with pytest.raises(RuntimeError, match="the forward pass has no .*rms_norm 2"):
         observed_forward(model, tokens, tokens)
     assert not any(module._forward_hooks for module in model.modules())
