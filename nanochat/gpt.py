@@ -334,7 +334,7 @@ class GPT(nn.Module):
 
 
 def rope_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin (10·context, D/2) of position·10000^(−2i/D), in float32 on the CPU. Su et al. 2021 (RoFormer)."""
+    """cos and sin (10·context, D/2) of position·ROPE_BASE^(−2i/D), in float32 on the CPU. Su et al. 2021 (RoFormer)."""
     channels = torch.arange(0, config.head_width, 2, dtype=torch.float32, device="cpu")
     positions = torch.arange(ROPE_CONTEXTS * config.context_length, dtype=torch.float32, device="cpu")
     angles = torch.outer(positions, kernels.ROPE_BASE ** (-channels / config.head_width))

@@ -110,7 +110,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a kill at any instant, finds either the old content or the new one."""
+    """Write a file so that a reader, or a kill at any instant, finds either the old content or the new one.
+
+    nanochat has the same as write_atomically; the kernels must not import nanochat.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes may write the same file
     try:
         temporary.write_text(text, "utf-8")
