@@ -126,7 +126,7 @@ def test_repeating_a_finished_run_changes_nothing(finished, tiny, capfd):
     assert capfd.readouterr().out.count("finished before, skipped") == len(NAMES)
 
 
-def test_a_removed_checkpoint_reruns_its_stage_and_those_that_depend_on_it(finished, tiny, capfd):
+def test_a_removed_checkpoint_reruns_its_stage_and_none_before_it(finished, tiny, capfd):
     copied(finished, tiny)
     before = files(tiny)
     shutil.rmtree(tiny.checkpoints("sft"))
