@@ -3,7 +3,7 @@
 import torch
 
 from nanochat.data.batches import Batch
-from nanochat.gpt import GPT, MLP
+from nanochat.gpt import GPT, MLP, Attention
 
 
 @torch.no_grad()
@@ -43,4 +43,6 @@ def activation_name(name: str, module: torch.nn.Module) -> str:
     """The name of a module's result; of a fused operation, whose inner results are not stored, with the operation's name."""
     if isinstance(module, GPT):
         return "head (inside linear_cross_entropy)"
+    if isinstance(module, Attention):
+        return f"{name} (inside qkv_projection, attention or output_projection)"
     return f"{name} (inside relu2_mlp)" if isinstance(module, MLP) else name

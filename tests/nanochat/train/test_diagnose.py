@@ -9,6 +9,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.train.diagnose import offending_tensor
 from tests.nanochat.models import perturbed
 
+INSIDE_ATTENTION = "(inside qkv_projection, attention or output_projection)"
 MICRO = [Batch(torch.arange(16).view(2, 8), torch.arange(1, 17).view(2, 8), (0,))]
 
 
@@ -30,7 +31,7 @@ def test_a_weight(model):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("blocks.1.attention.key", "activation blocks.1.attention.key"),
+        ("blocks.1.attention.key", f"activation blocks.1.attention {INSIDE_ATTENTION}"),
         ("blocks.1.mlp.expand", "activation blocks.1.mlp (inside relu2_mlp)"),
         ("blocks.1.mlp.project", "activation blocks.1.mlp (inside relu2_mlp)"),
     ],
@@ -43,14 +44,24 @@ def test_an_activation_of_finite_weights(model, name, expected):
     assert offending(model) == expected
 
 
-@pytest.mark.parametrize(("call", "expected"), [(2, "input of blocks.1.mlp"), (3, "activation blocks.1")])
-def test_the_stream_between_modules(model, monkeypatch, call, expected):
-    calls, add = iter(range(4)), kernels.add_rms_norm
+@pytest.mark.parametrize(
+    ("operation", "call", "expected"),
+    [
+        ("rms_norm", 0, "input of blocks.0"),
+        ("output_projection", 1, f"activation blocks.1.attention {INSIDE_ATTENTION}"),
+        ("relu2_mlp", 1, "activation blocks.1.mlp (inside relu2_mlp)"),
+    ],
+)
+def test_the_stream_between_modules(model, monkeypatch, operation, call, expected):
+    calls, function = iter(range(4)), getattr(kernels, operation)
 
-    def add_rms_norm(x, update, impl):
-        return add(x * torch.inf if next(calls) == call else x, update, impl=impl)
+    def overflowing(*arguments, **options):
+        result = function(*arguments, **options)
+        if next(calls) != call:
+            return result
+        return (result[0] * torch.inf, *result[1:]) if isinstance(result, tuple) else result * torch.inf
 
-    monkeypatch.setattr(kernels, "add_rms_norm", add_rms_norm)
+    monkeypatch.setattr(kernels, operation, overflowing)
     assert offending(model) == expected
 
 
