@@ -296,7 +296,7 @@ def test_every_launch_configuration():
 
 
 def test_offsets_are_64_bits_wide():
-    harness.assert_64_bit_offsets(FILE.KERNELS[0])
+    harness.assert_64_bit_offsets(*FILE.KERNELS)
 
 
 def test_derivatives_that_do_not_exist_raise():
