@@ -45,7 +45,7 @@ def products(config: ProductsConfig) -> list[tuple[Kernel, Key]]:
         (kernel, key)
         for kernel in tunable_kernels()
         for key in kernel.keys
-        if kernel.is_product and BY_TORCH in kernel.space and (not config.only or kernel.name in config.only)
+        if BY_TORCH in kernel.space and (not config.only or kernel.name in config.only)
         if key[0] in config.rows and min(key[1:]) in config.width
     ]
     if not found:

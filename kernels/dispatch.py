@@ -1,8 +1,8 @@
 """Choose the implementation that serves a call.
 
-On CUDA, impl="auto" takes the implementation that the launch table of the device names. If the table names none, it takes the
-first one that supports the call. On other devices it takes the reference. An implementation requested by name either runs or
-raises an error: it never falls back to another one.
+On CUDA, impl="auto" takes the implementation that the launch table of the device names. If the table names none, or one that
+does not support the call, it takes the first one that does. On other devices it takes the reference. An implementation requested
+by name either runs or raises an error: it never falls back to another one.
 """
 
 import pkgutil
@@ -80,9 +80,9 @@ def automatic(operation: Operation, *arguments) -> tuple[str, str]:
     if device.type != "cuda":
         return "reference", "fused kernels run on CUDA devices only"
     preferred, why = preference(operation.name, device.index)
-    for name in (preferred,) if preferred else operation.implementations:
-        if name == "reference":
-            return name, why
+    if preferred == "reference":
+        return preferred, why
+    for name in dict.fromkeys(([preferred] if preferred else []) + list(operation.implementations)):
         reason = operation.implementations[name].unsupported_reason(*arguments)
         if reason is None:
             return name, why

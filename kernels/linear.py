@@ -11,8 +11,14 @@ from torch import Tensor
 from nanochat_kernels.checks import autocast_products, check_float, check_gradient_buffer, check_shape
 from nanochat_kernels.dispatch import choose
 from nanochat_kernels.matrix_product import SCALE_ROWS, product, product_parameters
-from nanochat_kernels.operation import Benchmark, Operation
-from nanochat_kernels.triton_helpers import KernelFunction, as_rows, derivative, differentiable
+from nanochat_kernels.operation import BENCHMARK_TOKENS, MODEL_WIDTHS, Benchmark, Operation
+from nanochat_kernels.triton_helpers import (
+    KernelFunction,
+    as_rows,
+    derivative,
+    differentiable,
+    triton_unsupported_reason,
+)
 
 
 def add_product(gradient: Tensor, dy: Tensor, x: Tensor) -> None:
@@ -33,9 +39,9 @@ def scaled_rows(
 
     name: the product's in the launch tables. Under torch.compile torch computes the product.
     """
-    if torch.compiler.is_compiling() or x.device.type not in ("cuda", "meta"):
-        return scaled_by_torch(x, y.t() if y_transposed else y, factor)
     x, y = as_rows(x), as_rows(y)
+    if torch.compiler.is_compiling() or triton_unsupported_reason(x):
+        return scaled_by_torch(x, y.t() if y_transposed else y, factor)
     shape = x.size(0), y.size(0 if y_transposed else 1), x.size(1)
     parameters = product_parameters(name, x, y, shape, None, parameters)
     if "TORCH" in parameters:
@@ -107,12 +113,9 @@ def linear(x: Tensor, weight: Tensor, weight_gradient: Tensor | None = None, *, 
     return choose(LINEAR, impl, x, weight, weight_gradient)(x, weight, weight_gradient)
 
 
-TOKENS, MODEL_WIDTHS = 32 * 2048, {"d12": 768, "d20": 1280, "d32": 2048}
-
-
 def inputs(shape: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     width = MODEL_WIDTHS[shape]
-    x, weight = (torch.empty(n, width, device=device, dtype=dtype).normal_() for n in (TOKENS, width))
+    x, weight = (torch.empty(n, width, device=device, dtype=dtype).normal_() for n in (BENCHMARK_TOKENS, width))
     return x, weight.mul_(width**-0.5)
 
 

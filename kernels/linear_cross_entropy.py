@@ -28,8 +28,8 @@ from nanochat_kernels.cross_entropy_kernels import (
 )
 from nanochat_kernels.dispatch import choose
 from nanochat_kernels.linear import add_product, plain_linear, scaled_rows
-from nanochat_kernels.matrix_product import MODEL_WIDTHS, SPACE
-from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
+from nanochat_kernels.matrix_product import SPACE
+from nanochat_kernels.operation import MODEL_WIDTHS, Benchmark, Implementation, Kernel, Operation, Trial
 from nanochat_kernels.reference import SOFTCAP
 from nanochat_kernels.softcap_cross_entropy import factor_of, random_logits, reduced, unsupported_reason_for
 from nanochat_kernels.triton_helpers import DTYPES, KernelFunction, derivative, differentiable, needs_gradient
@@ -186,12 +186,12 @@ def input_gradient_launches(key, dtype: torch.dtype, device: torch.device):
 
 
 ROWS, VOCABULARY = (1024, 16_384), 65_536
-LOGITS = tuple((rows, VOCABULARY, width) for width in MODEL_WIDTHS for rows in ROWS)
+LOGITS = tuple((rows, VOCABULARY, width) for width in MODEL_WIDTHS.values() for rows in ROWS)
 KERNELS = (
-    Kernel("linear_cross_entropy_logits", DTYPES[:2], LOGITS, SPACE, logits_launches, ((1000, 384, 96), (1001, 30, 15)), True),
+    Kernel("linear_cross_entropy_logits", DTYPES[:2], LOGITS, SPACE, logits_launches, ((1000, 384, 96), (1001, 30, 15))),
     Kernel(
         "linear_cross_entropy_input_gradient", DTYPES[:2], tuple((m, c, v) for m, v, c in LOGITS), SPACE,
-        input_gradient_launches, ((1000, 96, 384), (1001, 15, 30)), True,
+        input_gradient_launches, ((1000, 96, 384), (1001, 15, 30)),
     ),
     Kernel(
         "cross_entropy_on_chip", (torch.bfloat16,),

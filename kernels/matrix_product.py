@@ -21,6 +21,7 @@ from torch import Tensor
 from nanochat_kernels.architecture import TRITON_INSTALLED
 from nanochat_kernels.configs import launch_parameters
 from nanochat_kernels.hopper_product import hopper_product, scale_rows_on_hopper
+from nanochat_kernels.operation import MODEL_WIDTHS
 from nanochat_kernels.triton_helpers import (
     DTYPES,
     GRID_LIMIT,
@@ -149,7 +150,7 @@ def product_kernel(
     """Compute out (batch, m, n) in tiles BLOCK_M × BLOCK_N; program p takes tiles p, p + num_programs, ….
 
     There are `tiles` tiles in each matrix and `total` in the batch. In a batch the matrices lie one after the other: the operands
-    are read as one tall matrix, and the epilogue gets the first row of the tile in it as well.
+    are read as one tall matrix, and the epilogue gets pointers to the results and the other matrices of its own matrix.
     """
     for index in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLATTEN):
         matrix = index // tiles if BATCH else 0
@@ -167,9 +168,9 @@ def product_kernel(
             sums = dot(a, b, sums)
         out, first, second = out_ptr, first_ptr, second_ptr
         if BATCH:
-            second += tl.cast(matrix, tl.int64) * m * second_stride
             out += tl.cast(matrix, tl.int64) * m * out_stride
             first += tl.cast(matrix, tl.int64) * m * first_stride
+            second += tl.cast(matrix, tl.int64) * m * second_stride
         # a part at a time, because its addresses and what it reads need fewer registers than those of a whole tile
         parts = parts_of(sums, BLOCK_N // PART)
         for i in tl.static_range(BLOCK_N // PART):
@@ -340,13 +341,12 @@ def descriptor(x: Tensor, rows: int, columns: int):
     return TensorDescriptor.from_tensor(matrix, [rows, columns])
 
 
-MODEL_WIDTHS = (768, 1280, 2048)  # of d12, d20 and d32
 ROWS = (1024, 16_384, 65_536)
 
 
 def product_keys(n: int, k: int) -> tuple[tuple[int, int, int], ...]:
     """Return the shape classes (M, N, K) of a product with N = n·C and K = k·C for the widths C of models."""
-    return tuple((rows, n * width, k * width) for width in MODEL_WIDTHS for rows in ROWS)
+    return tuple((rows, n * width, k * width) for width in MODEL_WIDTHS.values() for rows in ROWS)
 
 
 def configuration(

@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MODEL_WIDTHS = {"d12": 768, "d20": 1280, "d32": 2048}
+"""the models at whose widths operations are measured"""
+BENCHMARK_TOKENS = 32 * 2048
+"""tokens of a micro-batch in benchmarks"""
 Key = tuple[int | str, ...]
 """the shape class of an entry in a launch table: sizes, for which the nearest class is taken, and words, which must be equal"""
 
@@ -51,8 +55,11 @@ class Kernel:
     them on the meta device (triton_helpers.recorded_launches)."""
     more_keys: tuple[Key, ...] = ()
     """further shapes, such as the widest row and ragged sizes, that inspect compiles with the parameters of the nearest class"""
-    is_product: bool = False
-    """tune times matrix products without pauses, because the GPU's power limits them"""
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it is a matrix product, whose tiles have a third size. tune times products without pauses."""
+        return any("BLOCK_K" in parameters for parameters in self.space)
 
 
 @dataclass(frozen=True)

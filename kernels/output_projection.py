@@ -13,8 +13,16 @@ from nanochat_kernels.dispatch import choose
 from nanochat_kernels.folded_norm import KERNELS as NORM_KERNELS
 from nanochat_kernels.folded_norm import add_residual, residual_launches
 from nanochat_kernels.linear import add_product, plain_linear, scaled_rows
-from nanochat_kernels.matrix_product import MODEL_WIDTHS, SPACE, product_keys
-from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
+from nanochat_kernels.matrix_product import SPACE, product_keys
+from nanochat_kernels.operation import (
+    BENCHMARK_TOKENS,
+    MODEL_WIDTHS,
+    Benchmark,
+    Implementation,
+    Kernel,
+    Operation,
+    Trial,
+)
 from nanochat_kernels.tracing import opaque
 from nanochat_kernels.triton_helpers import DTYPES, KernelFunction, as_rows, derivative, differentiable
 
@@ -125,11 +133,11 @@ def input_gradient_launches(key, dtype: torch.dtype, device: torch.device):
 
 KERNELS = (
     Kernel(
-        "output_projection", DTYPES[:2], product_keys(1, 1), SPACE, launches, ((1000, 96, 192), (1001, 15, 30)), True
+        "output_projection", DTYPES[:2], product_keys(1, 1), SPACE, launches, ((1000, 96, 192), (1001, 15, 30))
     ),
     Kernel(
         "output_projection_input_gradient", DTYPES[:2], product_keys(1, 1), SPACE, input_gradient_launches,
-        ((1000, 96, 192), (1001, 15, 30)), True,
+        ((1000, 96, 192), (1001, 15, 30)),
     ),
     *NORM_KERNELS,
 )  # fmt: skip
@@ -156,14 +164,16 @@ def flops(arguments: tuple, part: str, variant: str) -> float:
     return (2 if part == "fwd" else 4) * x.numel() * weight.size(0)
 
 
-TOKENS, WIDTHS = 32 * 2048, dict(zip(("d12", "d20", "d32"), MODEL_WIDTHS, strict=True))
 OUTPUT_PROJECTION = Operation(
     "output_projection", output_projection, run_reference,
     {"triton": Implementation(run, lambda x, *_: matrix_product.unsupported_reason(x))},
     KERNELS, trials,
     Benchmark(
-        tuple(WIDTHS), lambda shape, dtype, device: inputs(TOKENS, WIDTHS[shape], WIDTHS[shape], dtype, device), (0, 1, 2), elements,
-        flops, call=lambda function, *arguments: function(*arguments)[0],  # rstd is for the next layer
+        tuple(MODEL_WIDTHS),
+        lambda shape, dtype, device: inputs(BENCHMARK_TOKENS, *[MODEL_WIDTHS[shape]] * 2, dtype, device),
+        (0, 1, 2), elements, flops,
+        # rstd is for the next layer
+        call=lambda function, *arguments: function(*arguments)[0],
     ),
 )  # fmt: skip
 OPERATIONS = (OUTPUT_PROJECTION,)

@@ -27,8 +27,8 @@ from nanochat_kernels.dispatch import choose
 from nanochat_kernels.folded_norm import KERNELS as NORM_KERNELS
 from nanochat_kernels.folded_norm import input_gradient, norm_backward_launches, row_rstd
 from nanochat_kernels.linear import add_product, plain_linear
-from nanochat_kernels.matrix_product import MODEL_WIDTHS, SPACE, product, product_keys, product_parameters
-from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
+from nanochat_kernels.matrix_product import SPACE, product, product_keys, product_parameters
+from nanochat_kernels.operation import MODEL_WIDTHS, Benchmark, Implementation, Kernel, Operation, Trial
 from nanochat_kernels.qk_norm_rope import qk_norm_rope, tables
 from nanochat_kernels.qkv_projection_kernels import QKV, product_gradient
 from nanochat_kernels.reference import EPS
@@ -314,11 +314,11 @@ BACKWARD_SPACE = tuple(
     for heads in (1, 2, 5)
 )
 KERNELS = (
-    Kernel("qkv_projection", DTYPES[:2], product_keys(3, 1), SPACE, launches, ((1000, 384, 96), (1001, 192, 40)), True),
+    Kernel("qkv_projection", DTYPES[:2], product_keys(3, 1), SPACE, launches, ((1000, 384, 96), (1001, 192, 40))),
     Kernel("qkv_backward", DTYPES[:2], ((64,), (128,)), BACKWARD_SPACE, backward_launches, ((32,),)),
     Kernel(
         "qkv_projection_input_gradient", DTYPES[:2], product_keys(1, 3), SPACE, input_gradient_launches,
-        ((1000, 96, 384), (1001, 15, 30)), True,
+        ((1000, 96, 384), (1001, 15, 30)),
     ),
     *NORM_KERNELS,
 )  # fmt: skip
@@ -349,12 +349,9 @@ def flops(arguments: tuple, part: str, variant: str) -> float:
     return (2 if part == "fwd" else 4) * x.numel() * sum(w.size(0) for w in weights)
 
 
-HEADS = dict(zip(("d12", "d20", "d32"), (width // 128 for width in MODEL_WIDTHS), strict=True))
-
-
 def benchmark_inputs(shape: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     """Return inputs and rstd of x, which the MLP before knows."""
-    heads = HEADS[shape]
+    heads = MODEL_WIDTHS[shape] // 128
     given = inputs(32, 2048, 128 * heads, heads, heads, dtype, device)
     return *given, reference.with_rstd(given[0])[1]
 
@@ -367,7 +364,7 @@ QKV_PROJECTION = Operation(
     },
     KERNELS, trials,
     Benchmark(
-        tuple(HEADS), benchmark_inputs, (0, 1, 2, 3), elements, flops,
+        tuple(MODEL_WIDTHS), benchmark_inputs, (0, 1, 2, 3), elements, flops,
         call=lambda function, *given: function(*given[:-1], 0, given[-1]),
     ),
 )  # fmt: skip

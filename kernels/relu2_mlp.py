@@ -33,7 +33,6 @@ from nanochat_kernels.folded_norm import (
 from nanochat_kernels.hopper_product import gl, gluon
 from nanochat_kernels.linear import add_product, plain_linear
 from nanochat_kernels.matrix_product import (
-    MODEL_WIDTHS,
     SPACE,
     Epilogue,
     load_block,
@@ -44,7 +43,15 @@ from nanochat_kernels.matrix_product import (
     store_block,
     store_row_sums,
 )
-from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
+from nanochat_kernels.operation import (
+    BENCHMARK_TOKENS,
+    MODEL_WIDTHS,
+    Benchmark,
+    Implementation,
+    Kernel,
+    Operation,
+    Trial,
+)
 from nanochat_kernels.tracing import opaque
 from nanochat_kernels.triton_helpers import (
     DTYPES,
@@ -305,10 +312,10 @@ def inputs(
 UP, DOWN = product_keys(4, 1), product_keys(1, 4)
 MORE_UP, MORE_DOWN = ((1000, 384, 96), (1001, 30, 15)), ((1000, 96, 384), (1001, 15, 30))
 KERNELS = (
-    Kernel("relu2_mlp_up", DTYPES[:1], UP, SPACE, up_launches, MORE_UP, True),
-    Kernel("relu2_mlp_down", DTYPES[:1], DOWN, SPACE, down_launches, MORE_DOWN, True),
-    Kernel("relu2_mlp_hidden_gradient", DTYPES[:1], UP, SPACE, hidden_gradient_launches, MORE_UP, True),
-    Kernel("relu2_mlp_input_gradient", DTYPES[:1], DOWN, SPACE, input_gradient_launches, MORE_DOWN, True),
+    Kernel("relu2_mlp_up", DTYPES[:1], UP, SPACE, up_launches, MORE_UP),
+    Kernel("relu2_mlp_down", DTYPES[:1], DOWN, SPACE, down_launches, MORE_DOWN),
+    Kernel("relu2_mlp_hidden_gradient", DTYPES[:1], UP, SPACE, hidden_gradient_launches, MORE_UP),
+    Kernel("relu2_mlp_input_gradient", DTYPES[:1], DOWN, SPACE, input_gradient_launches, MORE_DOWN),
     *NORM_KERNELS,
 )
 
@@ -335,19 +342,16 @@ def flops(arguments: tuple, part: str, variant: str) -> float:
     return (4 if part == "fwd" else 8) * x.numel() * w_up.size(0)
 
 
-TOKENS, WIDTHS = 32 * 2048, dict(zip(("d12", "d20", "d32"), MODEL_WIDTHS, strict=True))
-
-
 def benchmark_inputs(shape: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     """Return x, w_up, w_down and rstd of x, which the model's attention knows."""
-    given = inputs(TOKENS, WIDTHS[shape], 4 * WIDTHS[shape], dtype, device)
+    given = inputs(BENCHMARK_TOKENS, MODEL_WIDTHS[shape], 4 * MODEL_WIDTHS[shape], dtype, device)
     return *given, reference.with_rstd(given[0])[1]
 
 
 RELU2_MLP = Operation(
     "relu2_mlp", relu2_mlp, run_reference, {"triton": Implementation(run, unsupported_reason)}, KERNELS, trials,
     Benchmark(
-        tuple(WIDTHS), benchmark_inputs, (0, 1, 2), elements, flops,
+        tuple(MODEL_WIDTHS), benchmark_inputs, (0, 1, 2), elements, flops,
         # the residual is x, and rstd of the result is for the next layer
         call=lambda function, x, w_up, w_down, rstd: function(x, w_up, w_down, x, rstd)[0],
     ),

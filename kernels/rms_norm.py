@@ -17,7 +17,15 @@ from nanochat_kernels import reference
 from nanochat_kernels.checks import check_float, check_shape, normed_dtype, promoted
 from nanochat_kernels.configs import launch_parameters, table_cache
 from nanochat_kernels.dispatch import serve
-from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
+from nanochat_kernels.operation import (
+    BENCHMARK_TOKENS,
+    MODEL_WIDTHS,
+    Benchmark,
+    Implementation,
+    Kernel,
+    Operation,
+    Trial,
+)
 from nanochat_kernels.plan import Plan, cached_call
 from nanochat_kernels.reference import EPS
 from nanochat_kernels.tracing import constant_when_traced
@@ -292,9 +300,6 @@ def trials(inputs: int, shape, device: torch.device, dtype: torch.dtype):
     yield Trial(random_rows(inputs, shape.rows * shape.tokens, shape.width, dtype, device), every, every)
 
 
-BASELINE_TOKENS, MODEL_WIDTHS = 32 * 2048, {"d12": 768, "d20": 1280, "d32": 2048}
-
-
 def liger():
     """Return Liger-Kernel's RMSNorm, called without a weight."""
     try:
@@ -316,7 +321,7 @@ def quack():
 def benchmark(inputs: int, passes: dict[str, int], flops: dict[str, int], **baselines) -> Benchmark:
     return Benchmark(
         shapes=tuple(MODEL_WIDTHS),
-        inputs=lambda shape, dtype, device: random_rows(inputs, BASELINE_TOKENS, MODEL_WIDTHS[shape], dtype, device),
+        inputs=lambda shape, dtype, device: random_rows(inputs, BENCHMARK_TOKENS, MODEL_WIDTHS[shape], dtype, device),
         differentiable=tuple(range(inputs)),
         elements=lambda arguments, part: passes[part] * arguments[0].numel(),
         flops=lambda arguments, part, variant: flops[part] * arguments[0].numel(),

@@ -180,6 +180,6 @@ SPACE = tuple(
     for tma in (0, 1)
 )
 KERNELS = (
-    Kernel("symmetric_product", DTYPES[:2], SYMMETRIC_KEYS, SPACE, launches_of(True), MORE_KEYS, True),
-    Kernel("matrix_product", DTYPES[:2], KEYS, SPACE, launches_of(False), MORE_KEYS, True),
+    Kernel("symmetric_product", DTYPES[:2], SYMMETRIC_KEYS, SPACE, launches_of(True), MORE_KEYS),
+    Kernel("matrix_product", DTYPES[:2], KEYS, SPACE, launches_of(False), MORE_KEYS),
 )

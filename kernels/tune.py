@@ -73,7 +73,7 @@ def launchable_configurations(
         if len(kernel.space) > 1
         for parameters in kernel.space
         # tensor descriptors are for sm_90 and later, and faster there than pointers
-        if not ("TMA" in parameters or "STAGES" in parameters) or bool(parameters.get("TMA", 1)) == (name != "sm80")
+        if is_for(parameters, name)
     ]
     with ProcessPoolExecutor(COMPILERS, multiprocessing.get_context("spawn")) as pool:
         for (kernel, key, dtype, parameters, _), problem in zip(jobs, pool.map(_try, jobs, chunksize=4), strict=True):
@@ -82,6 +82,13 @@ def launchable_configurations(
             else:
                 found[kernel, key, dtype].append(parameters)
     return found
+
+
+def is_for(parameters: dict[str, int], architecture: str) -> bool:
+    """Whether a configuration is for an architecture: with "TMA": 1 or "STAGES" for sm_90 and later, with "TMA": 0 for sm_80."""
+    if "TMA" not in parameters and "STAGES" not in parameters:
+        return True
+    return bool(parameters.get("TMA", 1)) == (architecture != "sm80")
 
 
 def _try(job: tuple) -> str:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,8 @@ def test_auto_on_cuda_follows_the_table_and_skips_what_does_not_support_the_call
     monkeypatch.setattr(dispatch, "preference", lambda *_: ("fast", "measured"))
     assert dispatch.automatic(SUPPORTED, OnCuda()) == ("fast", "measured")
     assert dispatch.automatic(UNSUPPORTED, OnCuda()) == ("reference", "x is too odd")
+    other = replace(UNSUPPORTED, implementations={**UNSUPPORTED.implementations, "slow": Implementation(torch.relu)})
+    assert dispatch.automatic(other, OnCuda()) == ("slow", "x is too odd")
     monkeypatch.setattr(dispatch, "preference", lambda *_: ("reference", "the other lost"))
     assert dispatch.automatic(SUPPORTED, OnCuda()) == ("reference", "the other lost")
 
