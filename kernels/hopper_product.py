@@ -1,11 +1,11 @@
 """The matrix product for sm_90, in Gluon: two groups of warps compute, and another warp loads for both.
 
-With tiles of 128 rows (or 64) the groups take turns at the tensor cores: while one computes the sums of its tile, the other applies
-the epilogue to its own and stores it, so that the epilogue costs no time unless it takes longer than the sums. With tiles of 256
-rows they share a tile: fewer bytes are loaded for each operation, which saves power, and where K is large the epilogue matters
-less. (The "ping-pong" and "cooperative" schedules of CUTLASS.) All reads and writes of matrices are
-asynchronous copies through shared memory, also those of the matrices that an epilogue reads: they are loaded while the sums are
-computed. matrix_product.py chooses this kernel by the launch table and describes what it computes.
+With tiles of 128 × 128 (or 64 rows) the groups take turns at the tensor cores: while one computes the sums of its tile, the other
+applies the epilogue to its own and stores it, so that the epilogue costs no time unless it takes longer than the sums. Tiles of
+256 × 128 or 128 × 256 they share, each computing half of the rows: fewer bytes are loaded for each operation, which saves power, and
+where K is large the epilogue matters less. (The "ping-pong" and "cooperative" schedules of CUTLASS.) All reads and writes of
+matrices are asynchronous copies through shared memory, also those of the matrices that an epilogue reads: they are loaded while
+the sums are computed. matrix_product.py chooses this kernel by the launch table and describes what it computes.
 
 A Gluon epilogue handles PART columns of a tile:
 
@@ -37,7 +37,7 @@ else:
     gluon = SimpleNamespace(jit=lambda function: function)
     gl = SimpleNamespace(constexpr=object)
 
-SHARED_ROWS = 256  # rows of a tile that both groups share
+SHARED_TILE = 256 * 128  # elements of a tile that both groups share
 # registers of a thread: 65,536 of a multiprocessor for three groups of 128 threads, most of them for the two that compute
 REGISTERS = 168
 COMPUTING = gl.constexpr(240) if TRITON_INSTALLED else 240
@@ -79,13 +79,14 @@ def load_tiles(
 
 @gluon.jit
 def load_parts(
-    first_desc, second_desc, parts, bar, row, column, base: gl.constexpr, COUNT: gl.constexpr, EXTRAS: gl.constexpr
+    first_desc, second_desc, parts, bar, row, column, period, base: gl.constexpr, COUNT: gl.constexpr,
+    EXTRAS: gl.constexpr,
 ):  # fmt: skip
     """Begin to load COUNT parts of the matrix that an epilogue reads, or one part of each of two."""
     fence_async_shared()  # the memory may have been read and written by ordinary instructions before
     mbarrier.expect(bar, COUNT * EXTRAS * first_desc.block_type.nbytes)
     for i in gl.static_range(COUNT):
-        at = [row, column + i * first_desc.block_type.shape[1]]
+        at = [row, column + i * first_desc.block_type.shape[1]] if period is None else [row % period, 0]
         tma.async_copy_global_to_shared(first_desc, at, bar, parts.index(base + i))
     if EXTRAS == 2:
         tma.async_copy_global_to_shared(second_desc, [row, column], bar, parts.index(base + 1))
@@ -93,7 +94,7 @@ def load_parts(
 
 @gluon.jit
 def compute_tiles(
-    which: gl.constexpr, descriptors, memory, arguments, m, n, k, total, EPILOGUE: gl.constexpr, BLOCK_M: gl.constexpr,
+    which: gl.constexpr, descriptors, memory, arguments, m, n, k, total, period, EPILOGUE: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
     EXTRAS: gl.constexpr, Y_TRANSPOSED: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
@@ -119,7 +120,7 @@ def compute_tiles(
         if SHARED:
             row += which * ROWS
         if EXTRAS > 0:
-            load_parts(first_desc, second_desc, parts, parts_bar, row, column, base, AHEAD, EXTRAS)
+            load_parts(first_desc, second_desc, parts, parts_bar, row, column, period, base, AHEAD, EXTRAS)
         sums = gl.zeros([ROWS, BLOCK_N], gl.float32, layout)
         step = turn * steps
         if not SHARED:
@@ -149,7 +150,7 @@ def compute_tiles(
             left = column + i * PART
             if EXTRAS > 0 and i >= AHEAD:
                 tma.store_wait(0)
-                load_parts(first_desc, second_desc, parts, parts_bar, row, left, base, AHEAD, EXTRAS)
+                load_parts(first_desc, second_desc, parts, parts_bar, row, left, period, base, AHEAD, EXTRAS)
             if EXTRAS > 0 and i % AHEAD == 0:
                 mbarrier.wait(parts_bar, turn * (PARTS // AHEAD) + i // AHEAD & 1)
             first, second = parts.index(base + i % AHEAD), parts.index(base + (1 if EXTRAS == 2 else 0))
@@ -160,7 +161,7 @@ def compute_tiles(
 
 @gluon.jit
 def hopper_kernel(
-    x_desc, y_desc, out_desc, first_desc, second_desc, arguments, m, n, k, total, EPILOGUE: gl.constexpr,
+    x_desc, y_desc, out_desc, first_desc, second_desc, arguments, m, n, k, total, period, EPILOGUE: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr,
     GROUP: gl.constexpr, EXTRAS: gl.constexpr, Y_TRANSPOSED: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
@@ -185,12 +186,12 @@ def hopper_kernel(
     gl.warp_specialize(
         [
             (compute_tiles, (
-                0, descriptors, memory, arguments, m, n, k, total, EPILOGUE, BLOCK_M, BLOCK_N, BLOCK_K, PART, STAGES,
-                GROUP, EXTRAS, Y_TRANSPOSED, SHARED,
+                0, descriptors, memory, arguments, m, n, k, total, period, EPILOGUE, BLOCK_M, BLOCK_N, BLOCK_K, PART,
+                STAGES, GROUP, EXTRAS, Y_TRANSPOSED, SHARED,
             )),
             (compute_tiles, (
-                1, descriptors, memory, arguments, m, n, k, total, EPILOGUE, BLOCK_M, BLOCK_N, BLOCK_K, PART, STAGES,
-                GROUP, EXTRAS, Y_TRANSPOSED, SHARED,
+                1, descriptors, memory, arguments, m, n, k, total, period, EPILOGUE, BLOCK_M, BLOCK_N, BLOCK_K, PART,
+                STAGES, GROUP, EXTRAS, Y_TRANSPOSED, SHARED,
             )),
             (load_tiles, (
                 x_desc, y_desc, memory, m, n, k, total, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP, Y_TRANSPOSED,
@@ -265,16 +266,20 @@ def hopper_product(
     x: Tensor, y: Tensor, out: Tensor, epilogue, parameters: dict[str, int], arguments: tuple, extras: list[Tensor],
     y_transposed: bool,
 ) -> None:  # fmt: skip
-    """Launch the kernel for x (M, K), y (K, N) or (N, K), out (M, N) and extras, up to two matrices of its shape."""
+    """Launch the kernel for x (M, K), y (K, N) or (N, K), out (M, N) and extras, up to two matrices of its shape.
+
+    An only extra of another shape (rows, PART) repeats in every part; a tile must not cross the end of its rows.
+    """
     block_m, block_n, block_k, part = (parameters[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "PART"))
-    shared = block_m == SHARED_ROWS
+    shared = block_m * block_n == SHARED_TILE
     total = cdiv(out.size(0), block_m) * cdiv(out.size(1), block_n)
+    period = extras[0].size(0) if extras and extras[0].shape != out.shape else None
     launch(
         hopper_kernel, (min(total, multiprocessors(out.device)),), out.device,
         descriptor(x, block_m, block_k),
         descriptor(y, block_n, block_k) if y_transposed else descriptor(y, block_k, block_n),
         *(descriptor(t, block_m // 2 if shared else block_m, part) for t in (out, *extras, out, out)[:3]),
-        arguments, *out.shape, x.size(1), total, EPILOGUE=epilogue, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+        arguments, *out.shape, x.size(1), total, period, EPILOGUE=epilogue, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
         PART=part, STAGES=parameters["STAGES"], GROUP=parameters["GROUP"], EXTRAS=len(extras),
         Y_TRANSPOSED=y_transposed, SHARED=shared, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip

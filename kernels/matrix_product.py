@@ -289,8 +289,9 @@ def product(
     """Compute epilogue(x·y) for x (M, K) and y (K, N), which usually fills out (M, N), and return out.
 
     x_transposed: x is given as (K, M); y_transposed: y is given as (N, K). All three may be a contiguous batch (B, …) instead. All
-    matrices have stride 1 along their rows. triangle: only the tiles of the lower triangle are computed. parameters: as returned
-    by product_parameters. Repeated calls are bitwise equal.
+    matrices have stride 1 along their rows. first, second: matrices of the result's shape that the epilogue reads, or with the kernel
+    of sm_90 one that repeats (see hopper_product). triangle: only the tiles of the lower triangle are computed. parameters: as
+    returned by product_parameters. Repeated calls are bitwise equal.
     """
     parameters = dict(parameters)
     m, n = out.shape[-2:]
@@ -366,8 +367,13 @@ BY_TORCH = {"TORCH": 1, "BLOCK_M": 16, "PART": 256, "num_warps": 4}
 SPACE = (
     # for sm_90, hopper_product.py
     *(
-        {"BLOCK_M": m, "BLOCK_N": 128, "BLOCK_K": 64, "PART": 64, "STAGES": stages, "GROUP": group}
-        for m, stages, groups in ((128, 5, (1, 8, 16)), (64, 6, (1, 8)), (256, 3, (1, 8)))
+        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 64, "PART": 64, "STAGES": stages, "GROUP": group}
+        for m, n, stages, groups in (
+            (128, 128, 5, (1, 8, 16)),
+            (256, 128, 3, (1, 8, 16)),
+            (128, 256, 3, (1, 8, 16)),
+            (64, 128, 6, (1, 8)),
+        )
         for group in groups
     ),
     # for sm_80, this file

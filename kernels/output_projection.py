@@ -127,8 +127,8 @@ def launches(key, dtype: torch.dtype, device: torch.device):
 
 def input_gradient_launches(key, dtype: torch.dtype, device: torch.device):
     dy, weight, _ = inputs(*key, dtype, device)
-    name = "output_projection_input_gradient"
-    return {"dx": lambda parameters: scaled_rows(name, dy, weight.t().contiguous(), parameters=parameters)}
+    name, transposed = "output_projection_input_gradient", weight.t().contiguous()
+    return {"dx": lambda parameters: scaled_rows(name, dy, transposed, parameters=parameters)}
 
 
 KERNELS = (

@@ -44,6 +44,7 @@ from nanochat_kernels.triton_helpers import (
 )
 
 HEAD_WIDTHS = (32, 64, 128)
+WHOLE_TILES = 128  # sequences of a multiple of so many tokens share no tile
 
 
 def as_one(*matrices: Tensor) -> Tensor | None:
@@ -68,16 +69,20 @@ def heads_of(
     kv_heads: int, parameters: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return all heads (B, T, H + 2G, D) of x (B, T, C), for the joined weight, and the rstd (H + G, N) of queries' and keys' heads."""
-    rows, width = as_rows(x), 2 * cos.size(1)
+    rows, positions, width = as_rows(x), cos.size(0), 2 * cos.size(1)
     shape = rows.size(0), weight.size(0), x.size(2)
     parameters = product_parameters("qkv_projection", rows, weight, shape, width, parameters)
     out = torch.empty(*x.shape[:2], heads + 2 * kv_heads, width, dtype=x.dtype, device=x.device)
     head_rstd = torch.empty(heads + kv_heads, shape[0], dtype=torch.float32, device=x.device)
+    table = None
+    if "STAGES" in parameters and offsets is None and x.size(1) % WHOLE_TILES == 0 and cos.dtype == x.dtype:
+        table = torch.cat([cos[offset : offset + x.size(1)], sin[offset : offset + x.size(1)]], 1)
+        cos = sin = None
     arguments = (
         rstd, head_rstd, cos, sin, rstd if offsets is None else offsets, None if offsets is None else offsets.stride(0),
-        offset, x.size(1), cos.size(0), (heads + kv_heads) * width, EPS,
+        offset, x.size(1), positions, (heads + kv_heads) * width, EPS,
     )  # fmt: skip
-    product(rows, weight, out.view(shape[:2]), QKV, parameters, arguments, y_transposed=True)
+    product(rows, weight, out.view(shape[:2]), QKV, parameters, arguments, table, y_transposed=True)
     return out, head_rstd
 
 
@@ -174,6 +179,7 @@ class Backward(KernelFunction):
 
 def run(x, w_q, w_k, w_v, cos, sin, offset, rstd, *buffers):
     offset, offsets = (0, offset) if isinstance(offset, Tensor) else (offset, None)
+    cos, sin = cos.contiguous(), sin.contiguous()
     q, k, v, same, *_ = differentiable(QKVProjection, x, w_q, w_k, w_v, cos, sin, offset, offsets, rstd, *buffers)
     return q, k, v, same
 

@@ -51,30 +51,34 @@ def qkv_epilogue(
 
 @gluon.jit
 def qkv_on_hopper(sums, out_desc, first, second, arguments, row, column, m, n):
-    """qkv_epilogue for hopper_product.py."""
+    """qkv_epilogue for hopper_product.py. Without cos, `first` has the rows' cos in its left half and sin in its right half."""
     rstd_ptr, head_rstd_ptr, cos_ptr, sin_ptr, offsets_ptr, offsets_stride, offset, tokens, positions, normed, EPS = (
         arguments
     )
     HALF: gl.constexpr = sums.shape[1] // 2
-    x1, x2 = hopper_product.halves(sums * hopper_product.load_rows(rstd_ptr, sums, row, m)[:, None])
-    r = hopper_product.row_numbers(x1, row)
-    position = (r % tokens).to(gl.int64) + offset
-    if offsets_stride is not None:
-        position += gl.load(offsets_ptr + (r // tokens).to(gl.int64) * offsets_stride, mask=r < m, other=0)
-    known = (position >= 0) & (position < positions)
-    table = position[:, None] * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(0, x1.type.layout))[None, :]
-    c = gl.load(cos_ptr + table, mask=known[:, None], other=float("nan")).to(gl.float32)
-    s = gl.load(sin_ptr + table, mask=known[:, None], other=float("nan")).to(gl.float32)
-    o1, o2 = x1 * c + x2 * s, x2 * c - x1 * s
-    head_rstd = 1.0 / gl.sqrt(gl.sum(o1 * o1 + o2 * o2, axis=1) / (2 * HALF) + EPS)
-    is_normed = column < normed
-    y1 = gl.where(is_normed, o1 * head_rstd[:, None], x1)
-    y2 = gl.where(is_normed, o2 * head_rstd[:, None], x2)
-    first.slice(0, HALF, dim=1).store(y1.to(out_desc.dtype))
-    first.slice(HALF, HALF, dim=1).store(y2.to(out_desc.dtype))
+    x1, x2 = hopper_product.halves(sums)
+    factor = hopper_product.load_rows(rstd_ptr, x1, row, m)
+    if column < normed:
+        r = hopper_product.row_numbers(x1, row)
+        if cos_ptr is None:
+            c = first.slice(0, HALF, dim=1).load(x1.type.layout).to(gl.float32)
+            s = first.slice(HALF, HALF, dim=1).load(x1.type.layout).to(gl.float32)
+        else:
+            position = (r % tokens).to(gl.int64) + offset
+            if offsets_stride is not None:
+                position += gl.load(offsets_ptr + (r // tokens).to(gl.int64) * offsets_stride, mask=r < m, other=0)
+            known = (position >= 0) & (position < positions)
+            table = position[:, None] * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(0, x1.type.layout))[None, :]
+            c = gl.load(cos_ptr + table, mask=known[:, None], other=float("nan")).to(gl.float32)
+            s = gl.load(sin_ptr + table, mask=known[:, None], other=float("nan")).to(gl.float32)
+        o1, o2 = x1 * c + x2 * s, x2 * c - x1 * s
+        squares = gl.sum(o1 * o1 + o2 * o2, axis=1) * factor * factor
+        head_rstd = 1.0 / gl.sqrt(squares / (2 * HALF) + EPS)
+        gl.store(head_rstd_ptr + (column // (2 * HALF)).to(gl.int64) * m + r, head_rstd, mask=r < m)
+        x1, x2, factor = o1, o2, factor * head_rstd
+    first.slice(0, HALF, dim=1).store((x1 * factor[:, None]).to(out_desc.dtype))
+    first.slice(HALF, HALF, dim=1).store((x2 * factor[:, None]).to(out_desc.dtype))
     hopper_product.store_memory(out_desc, first, row, column)
-    kept = head_rstd_ptr + (column // (2 * HALF)).to(gl.int64) * m + r
-    gl.store(kept, head_rstd, mask=(r < m) & is_normed & (column < n))
 
 
 QKV = Epilogue(qkv_epilogue, qkv_on_hopper)

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import nanochat_kernels as kernels
 from nanochat_kernels import configs, dispatch, gate, reference
 from nanochat_kernels.dispatch import operations
 from nanochat_kernels.operation import Implementation, RunShape
-from tests.kernels.harness import DEVICE, GPU
+from tests.kernels.harness import DEVICE, GPU, in_layout
 
 PLANTED_FAULTS = {
     "only the first rows compared": ("gate", "range(0, rows, step)", "range(0, min(rows, step), step)",
@@ -278,3 +279,29 @@ def test_every_operation_is_judged(monkeypatch, name):
     assert set(choice["ms"]) == {*operation.implementations, "reference"}
     if not GPU:  # an interpreted kernel is slower than anything
         assert choice["impl"] == "reference"
+
+
+@pytest.mark.parametrize("name", [name for name, operation in operations().items() if operation.implementations])
+def test_strides_of_inputs_do_not_matter(monkeypatch, name):
+    """Every input of every operation may be a view, with gaps between its rows or transposed, or is refused.
+
+    test_newton_schulz.py has its own test of that, because those results are not compared with a reference.
+    """
+    operation = operations()[name]
+    monkeypatch.setattr(gate, "CHUNK", 2**20)
+    shape = SHAPE if GPU else replace(SHAPE, **LARGER.get(name, {}))
+    for trial in operation.trials(shape, *WHERE):
+        views = [
+            in_layout(x, ("strided", "transposed")[i % 2], i)
+            if isinstance(x, torch.Tensor) and x.dim() and i not in trial.in_place
+            else x
+            for i, x in enumerate(trial.inputs)
+        ]
+        for impl in operation.implementations if trial.judge is None else ():
+            function = partial(operation.function, impl=impl)
+            try:
+                assert gate.disagreement(replace(trial, inputs=tuple(views)), function, operation.reference) is None, (
+                    impl
+                )
+            except dispatch.KernelRequestError as error:
+                assert "contiguous" in str(error)

@@ -5,10 +5,12 @@ import importlib
 import pytest
 import torch
 
+from nanochat_kernels import reference
 from nanochat_kernels.linear import scaled_rows
 from tests.kernels.harness import DEVICE, GPU, poisoned, randn, without_interpreter
 
 FOLDED = importlib.import_module("nanochat_kernels.folded_norm")
+QKV = importlib.import_module("nanochat_kernels.qkv_projection")
 SPACE = importlib.import_module("nanochat_kernels.matrix_product").SPACE
 CONFIGURATIONS = [parameters for parameters in SPACE if "STAGES" in parameters]
 hopper = pytest.mark.skipif(
@@ -88,6 +90,25 @@ def test_two_matrices_in_an_epilogue():
             with poisoned():
                 found = FOLDED.input_gradient("any", dz, weight, x, coefficient, dy, parameters)
             assert bool(((found - expected).abs() <= 2**-7 * (expected.abs() + 1e-1)).all()), (m, n, k, parameters)
+
+
+@hopper
+@pytest.mark.parametrize("head_width", [32, 64, 128])
+@pytest.mark.parametrize("parameters", CONFIGURATIONS, ids=lambda p: "-".join(map(str, p.values())))
+def test_a_matrix_that_repeats(parameters, head_width):
+    """The tables of a rotation, of which every sequence and every head reads the same rows, from an offset on."""
+    x, weight = randn(3, 384, 128, dtype=torch.bfloat16), randn(6 * head_width, 128, dtype=torch.bfloat16, seed=1) / 11
+    cos, sin = QKV.tables(400, head_width, torch.bfloat16, torch.device(DEVICE))
+    rstd = randn(3 * 384, dtype=torch.float32, seed=2).abs()
+    with poisoned():
+        heads, head_rstd = QKV.heads_of(x, weight, rstd, cos, sin, 7, None, 4, 1, parameters)
+    scaled = (x.double() @ weight.double().t() * rstd.double().view(3, 384, 1)).unflatten(2, (6, head_width))
+    c, s = (table[7 : 7 + 384].double().view(384, 1, -1) for table in (cos, sin))
+    rotated = reference.rotate(scaled[:, :, :5], c, s)
+    expected = torch.cat([reference.rms_norm(rotated), scaled[:, :, 5:]], 2)
+    assert bool(((heads - expected).abs() <= 2**-7 * (expected.abs() + 1e-2)).all())
+    exact = (rotated.square().mean(3) + FOLDED.EPS).rsqrt().flatten(0, 1).t()
+    torch.testing.assert_close(head_rstd.double(), exact, rtol=1e-5, atol=0)
 
 
 @hopper

@@ -83,10 +83,11 @@ def test_qkv_projection(batch, tokens, width, heads, dtype, layout, adjacent, of
         check(fused, plain, given_, [0, 1, 2, 3], seed)
 
 
+@pytest.mark.parametrize("tokens", [1023, 1024] if GPU else [6])
 @pytest.mark.parametrize(("head_width", "dtype"), [(64, torch.float16), (128, torch.bfloat16)])
-def test_wider_heads(head_width, dtype):
-    heads, sizes = ((10, 5), (2, 1023, 1280)) if GPU else ((2, 1), (1, 6, 32))
-    check(fused, plain, inputs(*sizes, *heads, dtype, head_width), [0, 1, 2, 3])
+def test_wider_heads(head_width, dtype, tokens):
+    heads, width = ((10, 5), 1280) if GPU else ((2, 1), 32)
+    check(fused, plain, inputs(2, tokens, width, *heads, dtype, head_width, offset=3, more=5), [0, 1, 2, 3])
 
 
 @pytest.mark.parametrize(
@@ -119,6 +120,13 @@ def test_strided_offsets():
     one_for_all = torch.tensor([5], device=DEVICE).expand(3)
     for offsets in (every_second, one_for_all):
         check(fused, plain, [*given_[:-1], offsets], [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("layout", ["strided", "transposed"])
+def test_strided_tables(layout):
+    given_ = inputs(2, 5, 24, 3, 1, torch.bfloat16, more=3, offset=2)
+    given_[4:6] = [harness.in_layout(table, layout, i) for i, table in enumerate(given_[4:6])]
+    check(fused, plain, given_, [0, 1, 2, 3])
 
 
 @pytest.mark.parametrize("tokens", [1, 2])
@@ -517,11 +525,13 @@ PLANTED_FAULTS = {
     "mean over half of the head": (KERNELS, "/ (2 * HALF) + EPS", "/ HALF + EPS", "test_qkv_projection"),
     "values rotated and normed too": (KERNELS, "is_normed = column < normed", "is_normed = column < n", "test_qkv_projection"),
     "keys not normed": (
-        "qkv_projection", "cos.size(0), (heads + kv_heads) * width, EPS", "cos.size(0), heads * width, EPS",
+        "qkv_projection", "positions, (heads + kv_heads) * width, EPS", "positions, heads * width, EPS",
         "test_qkv_projection",
     ),
     "the first value head normed": (KERNELS, "is_normed = column < normed", "is_normed = column <= normed",
      "test_qkv_projection"),
+    "strides of the tables ignored": ("qkv_projection", "cos, sin = cos.contiguous(), sin.contiguous()", "pass",
+     "test_strided_tables"),
     "values taken as normed in backward": (KERNELS, "is_normed = program < q_programs + k_programs",
      "is_normed = program < q_programs + 2 * k_programs", "test_qkv_projection"),
     "rstd ignored in forward": (KERNELS, "halves(sums * load_rows(rstd_ptr, row, m, sums.shape[0])[:, None])", "halves(sums)",

@@ -66,14 +66,15 @@ def inputs(rows, width, hidden, dtype, seed=0, layouts=("contiguous",) * 4):
     seed=harness.seeds,
 )
 def test_relu2_mlp(rows, width, hidden, dtype, layouts, residual, parameters, seed):
+    """relu² doubles the relative error of a row's factor, which few rows have in common with the reference's."""
     given_ = inputs(rows, width, hidden, dtype, seed, layouts)
+    functions, count = {
+        "x": ((onto_itself(mlp), onto_itself(plain_mlp)), 3),
+        "none": ((mlp, plain_mlp), 3),
+        "another": ((mlp, plain_mlp), 4),
+    }[residual]
     with harness.products_with(parameters):
-        if residual == "x":
-            check(onto_itself(mlp), onto_itself(plain_mlp), given_[:3], [0, 1, 2], seed)
-        elif residual == "none":
-            check(mlp, plain_mlp, given_[:3], [0, 1, 2], seed)
-        else:
-            check(mlp, plain_mlp, given_, [0, 1, 2, 3], seed)
+        check(*functions, given_[:count], range(count), seed, epsilon=torch.finfo(torch.float32).eps)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
