@@ -91,9 +91,11 @@ def target_of(architecture: str):
 
 
 def compile_launch(launch: Launch, architecture: str):
-    """Return Triton's compiled kernel (asm, metadata). Raises CannotRun or Triton's own error."""
+    """Return Triton's compiled kernel (asm, metadata), with a cubin also after run_ptx_of. Raises CannotRun or Triton's own error."""
     source, options = specialize(launch, architecture)
-    return triton.compile(source, target=target_of(architecture), options=options)
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.add_stages_inspection_hook = None
+        return triton.compile(source, target=target_of(architecture), options=options)
 
 
 def inspect_launch(launch: Launch, architecture: str, place: Place) -> Compiled:

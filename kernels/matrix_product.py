@@ -378,13 +378,15 @@ SPACE = (
     ),
     # for sm_80, this file
     *(
-        configuration(128, 128, 32, part, 0, 0, warps, stages)
-        for part in (32, 64)
-        for warps, stages in ((4, 3), (8, 4))
+        configuration(m, n, k, part, 0, 0, warps, stages) | {"GROUP": group}
+        for m, n, k, warps, stages, parts, groups in (
+            (128, 256, 64, 8, 3, (64,), (1, 8)),
+            (128, 128, 32, 4, 3, (32, 64), (1, 8)),
+            (128, 128, 32, 4, 5, (32,), (8,)),
+            (64, 128, 32, 4, 4, (64,), (1, 8)),
+        )
+        for part in parts
+        for group in groups
     ),
-    configuration(128, 128, 64, 64, 0, 0, 8, 3),
-    *(configuration(128, 128, 32, part, 0, 0, 8, 4) | {"GROUP": 8} for part in (32, 64)),
-    configuration(128, 256, 32, 64, 0, 0, 8, 3),
-    configuration(64, 128, 32, 64, 0, 0, 4, 3),
     BY_TORCH,
 )

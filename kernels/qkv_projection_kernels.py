@@ -28,25 +28,24 @@ def qkv_epilogue(
         arguments
     )
     HALF: tl.constexpr = sums.shape[1] // 2
-    r = row + tl.arange(0, sums.shape[0])
-    x1, x2 = halves(sums * load_rows(rstd_ptr, row, m, sums.shape[0])[:, None])
-    position = (r % tokens).to(tl.int64) + offset
-    if offsets_stride is not None:
-        position += tl.load(offsets_ptr + (r // tokens).to(tl.int64) * offsets_stride, mask=r < m, other=0)
-    known = (position >= 0) & (position < positions)
-    table = position[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    c = tl.load(cos_ptr + table, mask=known[:, None], other=float("nan")).to(tl.float32)
-    s = tl.load(sin_ptr + table, mask=known[:, None], other=float("nan")).to(tl.float32)
-    o1, o2 = x1 * c + x2 * s, x2 * c - x1 * s
-    head_rstd = rsqrt(tl.sum(o1 * o1 + o2 * o2, axis=1) / (2 * HALF) + EPS)
-    # values are neither rotated nor normed; a branch would not be allowed in a loop that is flattened
-    is_normed = column < normed
-    y1 = tl.where(is_normed, o1 * head_rstd[:, None], x1)
-    y2 = tl.where(is_normed, o2 * head_rstd[:, None], x2)
-    head = tl.reshape(tl.permute(tl.join(y1, y2), [0, 2, 1]), [sums.shape[0], 2 * HALF])
-    store_block(out_ptr, out_stride, head, row, column, m, n, WHOLE)
-    kept = head_rstd_ptr + tl.cast(column // (2 * HALF), tl.int64) * m + r
-    tl.store(kept, head_rstd, mask=(r < m) & is_normed & (column < n))
+    x1, x2 = halves(sums)
+    factor = load_rows(rstd_ptr, row, m, sums.shape[0])
+    if column < normed:
+        r = row + tl.arange(0, sums.shape[0])
+        position = (r % tokens).to(tl.int64) + offset
+        if offsets_stride is not None:
+            position += tl.load(offsets_ptr + (r // tokens).to(tl.int64) * offsets_stride, mask=r < m, other=0)
+        known = (position >= 0) & (position < positions)
+        table = position[:, None] * HALF + tl.arange(0, HALF)[None, :]
+        c = tl.load(cos_ptr + table, mask=known[:, None], other=float("nan")).to(tl.float32)
+        s = tl.load(sin_ptr + table, mask=known[:, None], other=float("nan")).to(tl.float32)
+        o1, o2 = x1 * c + x2 * s, x2 * c - x1 * s
+        squares = tl.sum(o1 * o1 + o2 * o2, axis=1) * factor * factor
+        head_rstd = rsqrt(squares / (2 * HALF) + EPS)
+        tl.store(head_rstd_ptr + tl.cast(column // (2 * HALF), tl.int64) * m + r, head_rstd, mask=r < m)
+        x1, x2, factor = o1, o2, factor * head_rstd
+    head = tl.permute(tl.join(x1 * factor[:, None], x2 * factor[:, None]), [0, 2, 1])
+    store_block(out_ptr, out_stride, tl.reshape(head, [sums.shape[0], 2 * HALF]), row, column, m, n, WHOLE)
 
 
 @gluon.jit

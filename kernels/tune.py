@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nanochat_kernels import configs, inspect, timing
-from nanochat_kernels.architecture import architecture, run_ptx_of, triton
+from nanochat_kernels.architecture import architecture, forced_architecture, run_ptx_of, triton
 from nanochat_kernels.configs import dtype_name, format_key
 from nanochat_kernels.dispatch import tunable_kernels
 from nanochat_kernels.operation import Kernel, Key
@@ -85,7 +85,12 @@ def launchable_configurations(
 
 
 def is_for(parameters: dict[str, int], architecture: str) -> bool:
-    """Whether a configuration is for an architecture: with "TMA": 1 or "STAGES" for sm_90 and later, with "TMA": 0 for sm_80."""
+    """Whether a configuration is for an architecture: with "TMA": 1 or "STAGES" for sm_90 and later, with "TMA": 0 for sm_80.
+
+    torch's product runs as the device's own code, with which another architecture's cannot be compared.
+    """
+    if "TORCH" in parameters:
+        return forced_architecture() is None
     if "TMA" not in parameters and "STAGES" not in parameters:
         return True
     return bool(parameters.get("TMA", 1)) == (architecture != "sm80")

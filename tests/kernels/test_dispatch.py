@@ -1,5 +1,6 @@
 """The choice of an implementation, the launch tables, tuning, inspection and torch.compile."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -249,7 +250,7 @@ def test_inspect_rejects_an_unknown_kernel(base):
     assert done.returncode == 1 and "no kernel is called no_kernel; there are" in done.stderr
 
 
-def inspected(architecture: str, launch: str) -> str:
+def inspected(architecture: str, launch: str, first: str = "") -> str:
     """Inspect a launch in a process that does not interpret kernels, and return what it prints."""
     code = (
         "import torch, importlib; from nanochat_kernels import inspect\n"
@@ -258,6 +259,7 @@ def inspected(architecture: str, launch: str) -> str:
         "def launch(width, parameters=None):\n"
         "    x = torch.empty(64, width, device='meta')\n"
         "    norm.forward_plan(x, parameters=parameters)(x, None)\n"
+        f"{first}\n"
         f"with recorded_launches() as launches: {launch}\n"
         "place = inspect.Place('name', torch.float32, (1,), 'flags', 0)\n"
         f"print(inspect.inspect_launch(launches[0], {architecture!r}, place))"
@@ -265,6 +267,21 @@ def inspected(architecture: str, launch: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment(None))
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@linux
+def test_inspect_sees_machine_code_of_an_architecture_that_is_run_as_ptx():
+    """As `nanochat kernels tune` does after its first launch of sm80's code on an H100."""
+    ptx = "architecture = importlib.import_module('nanochat_kernels.architecture'); architecture.run_ptx_of('sm80'); "
+    assert "defects=()" in inspected("sm80", "launch(1024)", first=ptx)
+
+
+def test_the_search_for_code_that_is_run_as_ptx_leaves_torch_out(monkeypatch):
+    """torch's product would run as the device's own code, and win against sm80's on an H100."""
+    by_torch = importlib.import_module("nanochat_kernels.matrix_product").BY_TORCH
+    assert tune.is_for(by_torch, "sm80") and tune.is_for(by_torch, "sm90")
+    monkeypatch.setattr(tune, "forced_architecture", lambda: "sm80")
+    assert not tune.is_for(by_torch, "sm80")
 
 
 @linux
