@@ -152,6 +152,9 @@ class Embedding(nn.Embedding):
 
     gradient: Tensor | None = None
 
+    def reset_parameters(self) -> None:
+        """Nothing: GPT.create initialises. torch's own would import torch._dynamo on the meta device, which takes seconds."""
+
     def forward(self, tokens: Tensor) -> Tensor:
         if self.gradient is not None:
             return RowsAddingGradient.apply(self.weight, tokens, self.gradient)
