@@ -14,6 +14,7 @@ from hypothesis import settings
 
 if not torch.cuda.is_available():  # before the kernels are imported: interpreted, on CPU tensors
     os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)  # tensors are small, and threads that wait for each other keep the cores from other tests
 
 from nanochat.data.shards import Shards
 from nanochat.options.data import GenerateOptions
@@ -21,6 +22,7 @@ from nanochat.platform.distributed import Runtime
 from nanochat.platform.paths import Paths
 from nanochat.synthetic.generate import generate
 from nanochat.tokenizer.bpe import Tokenizer
+from tests import forked
 
 settings.register_profile("nanochat", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("nanochat")
@@ -164,8 +166,7 @@ def environment(base: Path | None, **changes: str) -> dict[str, str]:
 
 def nanochat(base: Path | None, *arguments: str, processes: int = 1, **changes: str) -> subprocess.CompletedProcess:
     """Run the command line to its end."""
-    return subprocess.run(command(*arguments, processes=processes), capture_output=True, text=True, timeout=300,
-                          env=environment(base, **changes))  # fmt: skip
+    return forked.run(*command(*arguments, processes=processes)[1:], env=environment(base, **changes))
 
 
 def command(*arguments: str, processes: int = 1) -> list[str]:

@@ -1,7 +1,11 @@
 """What tests of several processes share."""
 
+import multiprocessing
 import socket
+from collections.abc import Callable
 from pathlib import Path
+
+import torch.multiprocessing as mp
 
 
 def free_port() -> int:
@@ -9,6 +13,13 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def spawn(worker: Callable, processes: int, *arguments) -> None:
+    """Call worker(rank, processes, port, *arguments) in so many processes: forks of one that has imported what takes seconds."""
+    multiprocessing.set_forkserver_preload(["torch.distributed.checkpoint", "tests.nanochat.models"])
+    arguments = (processes, free_port(), *arguments)
+    mp.start_processes(worker, arguments, nprocs=processes, start_method="forkserver")
 
 
 def workers(launcher: int) -> list[int]:

@@ -1,8 +1,6 @@
 """The benchmark's own logic, on made-up results: comparison, report, command line, agreement of variants."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,8 @@ from bench.report import write_report
 from nanochat.platform.errors import UserError
 from nanochat_kernels import reference
 from nanochat_kernels.operation import Benchmark, Operation
+from tests import forked
+from tests.conftest import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,9 +52,7 @@ def result(path: Path, *rows: dict) -> Path:
 def test_compare(tmp_path, after, slower):
     before, after = result(tmp_path / "a.json", row()), result(tmp_path / "b.json", after)
     assert compare(before, after) == slower
-    done = subprocess.run(
-        [sys.executable, "-m", "bench", "compare", before, after], cwd=ROOT, capture_output=True, text=True
-    )
+    done = forked.run("-m", "bench", "compare", str(before), str(after), cwd=ROOT, env=environment(None))
     assert done.returncode == slower and ("SLOWER" in done.stdout) == bool(slower), done.stdout + done.stderr
 
 
@@ -92,12 +90,12 @@ def test_report(tmp_path):
     ],
 )
 def test_command_line_refuses(arguments, message):
-    done = subprocess.run([sys.executable, "-m", "bench", *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = forked.run("-m", "bench", *arguments, cwd=ROOT, env=environment(None))
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_list_names_every_operation_and_its_baselines():
-    done = subprocess.run([sys.executable, "-m", "bench", "--list"], cwd=ROOT, capture_output=True, text=True)
+    done = forked.run("-m", "bench", "--list", cwd=ROOT, env=environment(None))
     assert done.returncode == 0, done.stderr
     for name, operation in cases.measured().items():
         (line,) = (line for line in done.stdout.splitlines() if line.split()[0] == name)

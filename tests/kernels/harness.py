@@ -3,8 +3,6 @@
 kernels/oracle.py judges each result and each gradient. Uninitialised memory is filled with NaN, so that a missing store shows.
 """
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nanochat_kernels import matrix_product
 from nanochat_kernels.operation import Kernel
 from nanochat_kernels.oracle import evaluate, evaluate_each, misplaced, over_budget
+from tests import forked
 from tests.conftest import environment
 from tests.kernels.int64 import narrow_offsets
 
@@ -279,7 +278,7 @@ def assert_64_bit_offsets(*kernels: Kernel) -> None:
 
 def without_interpreter(code: str) -> str:
     """Run Python code in a process that does not interpret kernels, and return what it prints."""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment(None))
+    done = forked.run("-c", code, cwd=ROOT, env=environment(None))
     assert done.returncode == 0, done.stderr
     return done.stdout
 

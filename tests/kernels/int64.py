@@ -10,9 +10,7 @@ In `matrix_product` and `symmetric_product`, whose matrices have less than 2³¹
 The kernels of products number rows in int32, so that a vector of int32 is no fault where it is not a product.
 """
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,14 +20,10 @@ NUMBER_ROWS = ("product_kernel", "epilogue_kernel", "finish_kernel")
 
 def narrow_offsets(*kernels: str) -> str:
     """Return the report for the named kernels. It runs in a process of its own, because this one may interpret kernels."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.int64", *kernels],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+    from tests import forked
+    from tests.conftest import environment  # not for that process: on a CPU it switches to the interpreter
+
+    done = forked.run("-m", "tests.kernels.int64", *kernels, cwd=ROOT, env=environment(None))
     return done.stdout + done.stderr[-2000:]
 
 

@@ -1,11 +1,11 @@
 """A new operation needs one file and no other change: list, inspect, the gate, the benchmark and dispatch find it."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.conftest import copy_packages, environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,7 +109,7 @@ def tree(tmp_path_factory) -> Path:
 
 def run(tree: Path, *arguments: str, **changes: str) -> str:
     env = environment(None, PYTHONPATH=str(tree), NANOCHAT_BASE_DIR=str(tree / "base"), **changes)
-    done = subprocess.run([sys.executable, *arguments], cwd=tree, capture_output=True, text=True, env=env)
+    done = forked.run(*arguments, cwd=tree, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

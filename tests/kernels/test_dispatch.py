@@ -16,6 +16,7 @@ from nanochat_kernels.architecture import ARCHITECTURES
 from nanochat_kernels.configs import LaunchTableError, dtype_name, format_key, launch_parameters
 from nanochat_kernels.dispatch import KernelRequestError, choose, operations
 from nanochat_kernels.operation import Implementation, Operation, RunShape
+from tests import forked
 from tests.conftest import environment, nanochat
 from tests.kernels.harness import DEVICE, GPU
 
@@ -124,7 +125,7 @@ def test_without_triton_the_reference_serves_and_a_request_raises():
 @pytest.mark.skipif(GPU, reason="a CPU without the interpreter")
 def test_a_cpu_tensor_without_the_interpreter_raises():
     code = "import torch, nanochat_kernels as kernels\nkernels.rms_norm(torch.ones(2, 8), impl='triton')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment(None))
+    done = forked.run("-c", code, cwd=ROOT, env=environment(None))
     assert "take CUDA tensors, got one on cpu" in done.stderr
 
 
@@ -238,7 +239,7 @@ def test_every_launch_is_inspected(architecture):
         f"places = [p for k in dispatch.tunable_kernels() for p in inspect.places({architecture!r}, (k.name,))]\n"
         "print(sorted({(p.kernel, configs.dtype_name(p.dtype)) for p in places}))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment(None))
+    done = forked.run("-c", code, cwd=ROOT, env=environment(None))
     wanted = sorted(
         {(kernel.name, dtype_name(dtype)) for kernel in dispatch.tunable_kernels() for dtype in kernel.dtypes}
     )
@@ -264,7 +265,7 @@ def inspected(architecture: str, launch: str, first: str = "") -> str:
         "place = inspect.Place('name', torch.float32, (1,), 'flags', 0)\n"
         f"print(inspect.inspect_launch(launches[0], {architecture!r}, place))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment(None))
+    done = forked.run("-c", code, cwd=ROOT, env=environment(None))
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -304,7 +305,7 @@ def test_a_recorded_launch_is_specialised_like_a_real_one():
         "source, options = inspect.specialize(launches[0], 'sm80')\n"
         "print([source.signature[n] for n in ('x_ptr', 'rstd_ptr', 'rows', 'x_stride', 'WIDTH')], options['num_warps'])"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment(None))
+    done = forked.run("-c", code, cwd=ROOT, env=environment(None))
     assert "['*bf16', '*fp32', 'constexpr', 'i32', 'constexpr']" in done.stdout, done.stdout + done.stderr
 
 

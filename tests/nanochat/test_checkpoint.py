@@ -6,16 +6,16 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from nanochat.checkpoint import CheckpointStore, load_model, read_meta
 from nanochat.gpt import GPT
 from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
-from tests.conftest import TINY_BASE, assert_fails_with, nanochat
+from tests import forked
+from tests.conftest import TINY_BASE, assert_fails_with, environment, nanochat
 from tests.nanochat.models import SMALL, rows_of, train_three_steps
-from tests.processes import free_port
+from tests.processes import spawn
 
 
 class FakeTokenizer:
@@ -124,7 +124,7 @@ def test_another_number_of_processes_resumes_with_the_same_losses(save, load, tm
     """With 4 processes one has no matrix of a shape, because three ranks have one of the three matrices each."""
     from nanochat.optim import MuonAdamW
 
-    mp.spawn(worker, (save, free_port(), str(tmp_path), False), nprocs=save) if save > 1 else saved(tmp_path)
+    spawn(worker, save, str(tmp_path), False) if save > 1 else saved(tmp_path)
     reference = GPT.create(SMALL, seed=5)
     optimizer = MuonAdamW(reference)
     if save == 1 or load == 1:
@@ -132,7 +132,7 @@ def test_another_number_of_processes_resumes_with_the_same_losses(save, load, tm
         train_a_step(reference, optimizer)
         expected = reference.state_dict()
     if load > 1:
-        mp.spawn(worker, (load, free_port(), str(tmp_path), True), nprocs=load)
+        spawn(worker, load, str(tmp_path), True)
         results = torch.load(tmp_path / f"after-{load}-0.pt")
         expected = expected if save == 1 else torch.load(tmp_path / f"after-{save}-0.pt")
     else:
@@ -150,17 +150,7 @@ def test_a_full_disk_loses_nothing_saved(base):
     shutil.rmtree(directory / "step_000008")
     limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); sys.argv[0] = 'nanochat'; "
     limited += "from nanochat.cli import main; main()"
-    import subprocess
-    import sys
-
-    from tests.conftest import environment
-
-    run = subprocess.run(
-        [sys.executable, "-c", limited, "train", "base", *TINY_BASE, "--num-iterations", "8"],
-        capture_output=True,
-        text=True,
-        env=environment(base),
-    )
+    run = forked.run("-c", limited, "train", "base", *TINY_BASE, "--num-iterations", "8", env=environment(base))
     assert_fails_with(
         run, "cannot save the checkpoint of step 8", "step_000004", "File too large", "check the path and its disk"
     )

@@ -1,12 +1,11 @@
 """A new task, stage or option needs the changes that CONTRIBUTING.md lists and no other: made here in a copy of the tree."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.conftest import copy_packages, environment
 
 PARROT = '''"""Parrot: repeat a word, for training and evaluation."""
@@ -79,7 +78,7 @@ class Tree:
 
     def run(self, base: Path, *arguments: str) -> str:
         env = environment(base, PYTHONPATH=str(self.root))
-        done = subprocess.run([sys.executable, *arguments], cwd=self.root, capture_output=True, text=True, env=env)
+        done = forked.run(*arguments, cwd=self.root, env=env)
         return done.stdout + done.stderr
 
     def check_documentation(self, base: Path) -> None:

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from nanochat.gpt import GPT, GPTConfig, Linear
 from nanochat.optim import MuonAdamW, assign_matrices
@@ -15,7 +14,7 @@ from nanochat.options.train import OptimizerOptions
 from nanochat.train.schedules import muon_momentum
 from nanochat_kernels import reference
 from tests.nanochat.models import MOMENTA, SMALL, rows_of, train_three_steps
-from tests.processes import free_port
+from tests.processes import spawn
 
 
 def plainly(config: OptimizerOptions, gradients: list[dict]) -> GPT:
@@ -68,7 +67,7 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs 
 
 @pytest.mark.parametrize("world_size, device", [(2, "cpu"), (4, "cpu"), pytest.param(2, "cuda", marks=two_gpus)])
 def test_several_processes_make_the_parameters_of_one(world_size, device, tmp_path):
-    mp.spawn(worker, (world_size, free_port(), str(tmp_path), device), nprocs=world_size)
+    spawn(worker, world_size, str(tmp_path), device)
     model, optimizer, norms = train_three_steps(device=device)
     other_model, other_optimizer, _ = train_three_steps(device=device, backwards=True)
     ranks = [torch.load(tmp_path / f"{rank}.pt", map_location=device) for rank in range(world_size)]

@@ -2,10 +2,10 @@
 
 import json
 import shutil
-import subprocess
 
 from nanochat.chat.terminal import shown
 from nanochat.inference.session import Text, ToolCall, ToolResult
+from tests import forked
 from tests.conftest import TINY_EVALUATE_BASE, TINY_EVALUATE_CHAT, command, environment, nanochat
 
 
@@ -18,9 +18,9 @@ def test_chat_and_evaluation_of_a_trained_model(trained_base, tmp_path):
     base = shutil.copytree(trained_base, tmp_path / "base")
     result = nanochat(base, "chat", "-p", "Where does Tilda live?", "--max-tokens", "5")
     assert result.returncode == 0 and result.stdout.startswith("nanochat: "), result.stderr
-    talk = subprocess.run(
-        command("chat", "--max-tokens", "4", "--source", "mid"), input="hello\nclear\nhi again\nquit\nnever read\n",
-        capture_output=True, text=True, env=environment(base),
+    talk = forked.run(
+        *command("chat", "--max-tokens", "4", "--source", "mid")[1:], env=environment(base),
+        given="hello\nclear\nhi again\nquit\nnever read\n",
     )  # fmt: skip
     assert talk.returncode == 0 and talk.stdout.count("nanochat: ") == 2 and "a new conversation" in talk.stdout
 

@@ -1,9 +1,6 @@
 """Downloads from a hub that is slow, cuts, lies, refuses and dies, and from the web; then nothing is missing or it is named."""
 
 import hashlib
-import os
-import signal
-import subprocess
 import time
 from dataclasses import replace
 
@@ -15,6 +12,7 @@ from nanochat.platform.paths import Paths
 from nanochat.speedrun import fetch as fetching
 from nanochat.speedrun.assets import assets, read_fetched
 from nanochat.speedrun.fetch import _fetch, fetch
+from tests import forked
 from tests.conftest import assert_fails_with, command, environment, nanochat
 from tests.nanochat.speedrun.hub import Hub
 from tests.nanochat.speedrun.world_of_d20 import content
@@ -83,15 +81,11 @@ def test_what_is_missing_is_listed(hub, tmp_path):
 
 def test_killed_and_resumed(hub, tmp_path):
     hub.misbehaviour = {shard(2): ["hold"]}
-    process = subprocess.Popen(
-        command(*arguments("text"), "--workers", "1"),
-        env=environment(tmp_path, **around(hub)),
-        stdout=subprocess.DEVNULL,
-    )
+    process = forked.start(*command(*arguments("text"), "--workers", "1")[1:], env=environment(tmp_path, **around(hub)))
     while not any(name == shard(2) for name, _ in hub.gets):
         assert process.poll() is None
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
     before = len(hub.gets)
     assert read_fetched(Paths(tmp_path)) == {} and not nothing_half(tmp_path)
@@ -110,9 +104,7 @@ def nothing_half(base) -> list:
 
 def test_two_at_once(hub, tmp_path):
     hub.misbehaviour = {shard(2): ["hold"]}
-    first = subprocess.Popen(
-        command(*arguments("text")), env=environment(tmp_path, **around(hub)), stdout=subprocess.DEVNULL
-    )
+    first = forked.start(*command(*arguments("text"))[1:], env=environment(tmp_path, **around(hub)))
     while not hub.gets:
         assert first.poll() is None
         time.sleep(0.05)
@@ -142,8 +134,7 @@ def test_a_full_disk(hub, tmp_path):
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)); "
         "sys.argv[0] = 'nanochat'; from nanochat.cli import main; main()"
     )
-    base = [command()[0], "-c", limited, *arguments("text", "gsm8k/test")]
-    done = subprocess.run(base, capture_output=True, text=True, env=environment(tmp_path, **around(hub)), timeout=120)
+    done = forked.run("-c", limited, *arguments("text", "gsm8k/test"), env=environment(tmp_path, **around(hub)))
     assert_fails_with(done, "1 of 2 assets are missing", "File too large")
     assert not nothing_half(tmp_path) and set(read_fetched(Paths(tmp_path))) == {"gsm8k/test"}
     with pytest.raises(UserError, match=r"GB free, the data take .* more"):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from nanochat.cli import main
 from nanochat.gpt import GPT
+from tests import forked
 from tests.conftest import TINY_BASE, TINY_MID, TINY_SFT, assert_fails_with, command, environment, nanochat
 
 
@@ -41,13 +42,11 @@ def copy(base, name: str):
     return target
 
 
-def start(base, *arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(base)
-    )
+def start(base, *arguments: str) -> forked.Forked | subprocess.Popen:
+    return forked.start(*command(*arguments)[1:], env=environment(base))
 
 
-def wait_for(condition, process: subprocess.Popen, limit: float = 120) -> bool:
+def wait_for(condition, process: forked.Forked | subprocess.Popen, limit: float = 120) -> bool:
     """True when the condition came, False when the process ended first."""
     deadline = time.monotonic() + limit
     while time.monotonic() < deadline:
