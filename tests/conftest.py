@@ -1,5 +1,6 @@
 """A tiny world shared by the tests: data, a tokenizer, and a command to run nanochat in a process of its own."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -15,6 +16,10 @@ from hypothesis import settings
 if not torch.cuda.is_available():  # before the kernels are imported: interpreted, on CPU tensors
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)  # tensors are small, and threads that wait for each other keep the cores from other tests
+    if importlib.util.find_spec("triton"):
+        from tests.interpreter import quicken
+
+        quicken()
 
 from nanochat.data.shards import Shards
 from nanochat.options.data import GenerateOptions

@@ -1,0 +1,37 @@
+"""Triton's interpreter without work that changes nothing, which takes more than half of its time."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+
+from triton.runtime import interpreter
+
+tl = interpreter.tl
+
+
+def quicken() -> None:
+    """Take that work from the interpreter of this process. Where a version of Triton is made otherwise, it stays as it is."""
+    # each sum and product of int32 is computed in int64 once more, for an assertion that is never made without options.debug
+    options = getattr(getattr(interpreter, "interpreter_builder", None), "options", None)
+    if options is not None and options.debug is False:
+        interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
+    # each call of one function by another replaces the language, as the launch has done
+    if hasattr(interpreter, "_patch_lang"):
+        interpreter._patch_lang = functools.partial(patch_once, interpreter._patch_lang)
+    # each operation makes a dictionary of all types
+    if hasattr(interpreter, "_get_np_dtype"):
+        of_scalar = functools.cache(interpreter._get_np_dtype)
+        pointer = interpreter._get_np_dtype(tl.pointer_type(tl.int8))
+        interpreter._get_np_dtype = lambda dtype: pointer if dtype.scalar.is_ptr() else of_scalar(dtype.scalar)
+
+
+def patch_once(patch: Callable, function: Callable):
+    """Triton's function that replaces the language which `function` sees, unless it is replaced."""
+    is_patched = all(not tl.core.is_builtin(language.load) for language in (tl, *languages(function)))
+    return None if is_patched else patch(function)
+
+
+@functools.cache
+def languages(function: Callable) -> list:
+    return [value for value in function.__globals__.values() if inspect.ismodule(value) and value in (tl, tl.core)]
