@@ -53,7 +53,7 @@ class Run:
         )
         if shown["JobState"] == "PENDING" and shown["Restarts"] != "0":
             held = self.held.setdefault((self.job, shown["Restarts"]), time.monotonic())
-            if time.monotonic() - held > 10:
+            if time.monotonic() - held > 3:
                 self.slurm("scontrol", "update", f"JobId={self.job}", "StartTime=now")
         return shown["JobState"], int(shown["Restarts"])
 

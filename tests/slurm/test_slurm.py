@@ -43,7 +43,9 @@ def uninterrupted(tmp_path_factory, slurm, preset) -> Run:
 @pytest.fixture(scope="module")
 def requeued(tmp_path_factory, slurm) -> Run:
     """A run up to the end of its first training, which gets the signal of the time limit in the middle."""
-    run = Run(slurm, tmp_path_factory.mktemp("requeued"), "--time=10", "--signal-seconds=30", "--to=base")
+    # 150 steps, not the 600 of the preset: each takes a tenth of a second
+    options = ("--time=10", "--signal-seconds=30", "--to=base")
+    run = Run(slurm | {"TINY_STEPS": "150"}, tmp_path_factory.mktemp("requeued"), *options)
     run.submit()
     run.wait(lambda: run.trained("base", 60) or run.state()[0] in ENDED)
     run.slurm("scancel", "--signal=USR1", "--batch", run.job)
@@ -56,12 +58,12 @@ def test_a_requeued_run_resumes_at_the_step_at_which_it_stopped(requeued):
     assert requeued.state() == ("COMPLETED", 1) and log.count("USR1 received before the time limit") == 1
     (stopped,) = set(re.findall(r"training base stopped at step (\d+)", log))
     assert re.findall(r"resuming base at step (\d+)", log) == [stopped]
-    assert [step for step, _ in requeued.losses("base")["base"]] == list(range(600))
+    assert [step for step, _ in requeued.losses("base")["base"]] == list(range(150))
 
 
 def test_status_of_a_part(requeued):
     shown = status(requeued)
-    assert "done in" in shown and "600" in shown and "to come" in shown
+    assert "done in" in shown and "150" in shown and "to come" in shown
 
 
 @pytest.mark.long

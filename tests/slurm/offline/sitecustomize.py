@@ -1,4 +1,7 @@
-"""On the PYTHONPATH of a test's job: no socket leaves this machine, and an attempt is noted in $NANOCHAT_BASE_DIR/reached_out."""
+"""On the PYTHONPATH of a test's job: no socket leaves this machine, and an attempt is noted in $NANOCHAT_BASE_DIR/reached_out.
+
+The preset tiny pretrains for $TINY_STEPS steps where a test sets that.
+"""
 
 import os
 import socket
@@ -17,3 +20,7 @@ def connect(self, address):
 
 
 socket.socket.connect = connect
+if os.environ.get("TINY_STEPS"):
+    from nanochat.options.presets import PRESETS
+
+    PRESETS["tiny"]["train base"]["num_iterations"] = int(os.environ["TINY_STEPS"])
