@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 import types
+from subprocess import Popen  # of subprocess itself, tests replace it
 
 IMPORTED = (
     "torch._inductor",
@@ -53,7 +54,7 @@ class Server:
             if self.process is None:
                 self.env = env
                 atexit.register(self.stop)
-                self.process = subprocess.Popen(
+                self.process = Popen(
                     [sys.executable, "-m", "tests.forked"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
                 )  # fmt: skip
         changed = {name for name, _ in env.items() ^ self.env.items()}
@@ -93,6 +94,14 @@ class Forked:
             file.seek(0)
         return self.files[1].read(), self.files[2].read()
 
+    @property
+    def stderr(self) -> list[str]:
+        """The lines, once it has ended."""
+        return self.communicate()[1].splitlines(keepends=True)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
             os.kill(self.pid, number)
@@ -103,14 +112,14 @@ class Forked:
 
 def start(
     *arguments: str, env: dict[str, str], cwd: str | os.PathLike | None = None, given: str = ""
-) -> Forked | subprocess.Popen:
+) -> Forked | Popen:
     """Start Python with arguments that begin with -m or -c; `given` is its standard input."""
     if SERVER.can_fork(env):
         return Forked(list(arguments), env, str(cwd or os.getcwd()), given)
     stdin = tempfile.TemporaryFile("w+")
     stdin.write(given)
     stdin.seek(0)
-    return subprocess.Popen(
+    return Popen(
         [sys.executable, *arguments], stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=cwd
     )  # fmt: skip
 

@@ -20,7 +20,8 @@ from nanochat.platform.errors import TrainingStopped, UserError
 from nanochat.platform.paths import Paths
 from nanochat.speedrun.run import run_stages
 from nanochat.speedrun.stages import NAMES, STAGES, Stage
-from tests.conftest import TINY_BASE, TINY_EVALUATE_BASE, TINY_EVALUATE_CHAT, TINY_MID, TINY_SFT, nanochat
+from tests import forked
+from tests.conftest import TINY_BASE, TINY_EVALUATE_BASE, TINY_EVALUATE_CHAT, TINY_MID, TINY_SFT, environment, nanochat
 
 TINY = {
     "data": (*"data generate --shards 2 --documents 1100 --chats 60 --questions 60 --problems 40 --identity 10".split(),
@@ -42,12 +43,17 @@ TINY_STAGES = tuple(replace(s, command=TINY.get(s.name, s.command), has_preset=F
 def tiny(monkeypatch, tmp_path):
     """A base directory of its own, for every stage's real command at a tiny size."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("nanochat.speedrun.run.subprocess.Popen", start_stage)
     return Paths(tmp_path)
 
 
 def run(options: SpeedrunOptions, paths: Paths, stages: tuple[Stage, ...] = TINY_STAGES) -> None:
     run_stages(options, paths, stages)
+
+
+def start_stage(command: list[str], **options) -> forked.Forked | subprocess.Popen:
+    """In place of Popen for a whole run: a stage as a fork. Tests of stages that fail or are stopped start processes."""
+    return forked.start(*command[1:], env=environment(Path(os.environ["NANOCHAT_BASE_DIR"])))
 
 
 def files(paths: Paths) -> dict:
@@ -60,7 +66,7 @@ def up_to_base(tmp_path_factory) -> Path:
     base = tmp_path_factory.mktemp("up_to_base")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(base))
-        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr("nanochat.speedrun.run.subprocess.Popen", start_stage)
         run(SpeedrunOptions(last="base"), Paths(base))
     return base
 
@@ -71,7 +77,7 @@ def finished(up_to_base, tmp_path_factory) -> Path:
     base = shutil.copytree(up_to_base, tmp_path_factory.mktemp("finished") / "base")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(base))
-        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr("nanochat.speedrun.run.subprocess.Popen", start_stage)
         run(SpeedrunOptions(), Paths(base))
     return base
 
