@@ -40,21 +40,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 LONGEST = (
-    "test_resume",
     "test_slurm",
-    "test_speedrun",
-    "test_newton_schulz",
-    "test_fetch",
-    "test_checkpoint",
-    "test_optim",
-    "test_dispatch",
-    "test_terminal",
+    "test_resume",
     "test_distributed",
     "test_qkv_projection",
-    "test_scaled_product",
+    "test_checkpoint",
     "test_qk_norm_rope",
-    "test_linear_cross_entropy",
+    "test_newton_schulz",
+    "test_optim",
+    "test_relu2_mlp",
+    "test_terminal",
+    "test_dispatch",
+    "test_speedrun",
     "test_cli",
+    "test_linear_cross_entropy",
+    "test_output_projection",
+    "test_adding_an_operation",
+    "test_kernel_bench",
+    "test_scaled_product",
     "test_gate",
 )
 
@@ -67,7 +70,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take a minute or more first, the longest at the beginning, so that no core is left with one at the end."""
+    """The files that take half a minute or more first, the longest at the beginning, so that no core is left with one at the end."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
