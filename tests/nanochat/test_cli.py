@@ -47,11 +47,13 @@ def test_help_and_errors_need_no_torch(arguments):
 
 @pytest.mark.parametrize("module", ["evaluate.chat", "evaluate.base", "chat.terminal", "inference.engine"])
 def test_modules_that_do_not_train_import_nothing_slow(module):
-    """torch._dynamo and torch.distributed.checkpoint took longer to import than torch itself, in every stage."""
+    """torch._dynamo and torch.distributed.checkpoint took longer to import than torch itself. Making a model did it too."""
     slow = "'torch._dynamo', 'sympy', 'torch.distributed.checkpoint'"
-    script = f"import sys, nanochat.{module}; print([name for name in ({slow}) if name in sys.modules])"
+    script = f"import sys, nanochat.{module}; print([name for name in ({slow}) if name in sys.modules]); "
+    script += "from nanochat.gpt import GPT, GPTConfig; GPT.create(GPTConfig.from_depth(1, 8, 8)); "
+    script += "print('torch._dynamo' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stdout == "[]\n", done.stderr + done.stdout
+    assert done.stdout == "[]\nFalse\n", done.stderr + done.stdout
 
 
 @pytest.mark.parametrize("name", list(COMMANDS))
