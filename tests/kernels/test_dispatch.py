@@ -1,7 +1,5 @@
 """The choice of an implementation, the launch tables, tuning, inspection and torch.compile."""
 
-import importlib
-import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +9,7 @@ import pytest
 import torch
 
 import nanochat_kernels as kernels
-from nanochat_kernels import configs, dispatch, tune
+from nanochat_kernels import configs, dispatch
 from nanochat_kernels.architecture import ARCHITECTURES
 from nanochat_kernels.configs import LaunchTableError, dtype_name, format_key, launch_parameters
 from nanochat_kernels.dispatch import KernelRequestError, choose, operations
@@ -187,126 +185,9 @@ def test_a_broken_table_is_named(tmp_path, monkeypatch, text):
         configs.clear()
 
 
-def test_tuning_writes_a_table_that_reads_back(tmp_path, monkeypatch):
-    before = configs.table("sm90")
-    monkeypatch.setattr(configs, "FOLDER", tmp_path)
-    tune.write("sm90", before)
-    try:
-        assert configs.table("sm90") == before and json.loads((tmp_path / "sm90.json").read_text()) == before
-        assert [path.name for path in tmp_path.iterdir()] == ["sm90.json"]
-    finally:
-        monkeypatch.undo()
-        configs.clear()
-
-
-def test_a_write_that_fails_leaves_the_old_table_and_nothing_else(tmp_path, monkeypatch):
-    monkeypatch.setattr(configs, "FOLDER", tmp_path)
-    (tmp_path / "sm90.json").write_text("old")
-    monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
-    with pytest.raises(OSError, match="No space left"):
-        tune.write("sm90", {"launch": {}})
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
-
-
-@pytest.mark.skipif(GPU, reason="there is a GPU to tune on")
-def test_tuning_needs_a_gpu(base):
-    done = nanochat(base, "kernels", "tune")
-    assert done.returncode == 1 and "measured on a GPU, and this machine has none" in done.stderr
-
-
 def test_list(base):
     done = nanochat(base, "kernels", "list")
     assert done.returncode == 0 and all(name in done.stdout for name in operations())
-
-
-@linux
-@pytest.mark.long
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_inspect(architecture):
-    """Every launch compiles without spills, fits in shared memory and uses only the architecture's instructions."""
-    command = [sys.executable, "-m", "nanochat", "kernels", "inspect", "--arch", architecture]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(None))
-    assert done.returncode == 0 and "without a defect" in done.stdout, done.stdout[-2000:] + done.stderr
-
-
-@linux
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_launch_is_inspected(architecture):
-    """inspect covers each kernel of the tables in each of its dtypes. Two kernels that share all of their code are asked one by one."""
-    code = (
-        "from nanochat_kernels import configs, dispatch, inspect\n"
-        f"places = [p for k in dispatch.tunable_kernels() for p in inspect.places({architecture!r}, (k.name,))]\n"
-        "print(sorted({(p.kernel, configs.dtype_name(p.dtype)) for p in places}))"
-    )
-    done = forked.run("-c", code, cwd=ROOT, env=environment(None))
-    wanted = sorted(
-        {(kernel.name, dtype_name(dtype)) for kernel in dispatch.tunable_kernels() for dtype in kernel.dtypes}
-    )
-    assert done.stdout.strip() == str(wanted), done.stdout + done.stderr
-
-
-def test_inspect_rejects_an_unknown_kernel(base):
-    done = nanochat(base, "kernels", "inspect", "--kernel", "no_kernel")
-    assert done.returncode == 1 and "no kernel is called no_kernel; there are" in done.stderr
-
-
-def inspected(architecture: str, launch: str, first: str = "") -> str:
-    """Inspect a launch in a process that does not interpret kernels, and return what it prints."""
-    code = (
-        "import torch, importlib; from nanochat_kernels import inspect\n"
-        "from nanochat_kernels.triton_helpers import recorded_launches\n"
-        "norm = importlib.import_module('nanochat_kernels.rms_norm')\n"
-        "def launch(width, parameters=None):\n"
-        "    x = torch.empty(64, width, device='meta')\n"
-        "    norm.forward_plan(x, parameters=parameters)(x, None)\n"
-        f"{first}\n"
-        f"with recorded_launches() as launches: {launch}\n"
-        "place = inspect.Place('name', torch.float32, (1,), 'flags', 0)\n"
-        f"print(inspect.inspect_launch(launches[0], {architecture!r}, place))"
-    )
-    done = forked.run("-c", code, cwd=ROOT, env=environment(None))
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@linux
-def test_inspect_sees_machine_code_of_an_architecture_that_is_run_as_ptx():
-    """As `nanochat kernels tune` does after its first launch of sm80's code on an H100."""
-    ptx = "architecture = importlib.import_module('nanochat_kernels.architecture'); architecture.run_ptx_of('sm80'); "
-    assert "defects=()" in inspected("sm80", "launch(1024)", first=ptx)
-
-
-def test_the_search_for_code_that_is_run_as_ptx_leaves_torch_out(monkeypatch):
-    """torch's product would run as the device's own code, and win against sm80's on an H100."""
-    by_torch = importlib.import_module("nanochat_kernels.matrix_product").BY_TORCH
-    assert tune.is_for(by_torch, "sm80") and tune.is_for(by_torch, "sm90")
-    monkeypatch.setattr(tune, "forced_architecture", lambda: "sm80")
-    assert not tune.is_for(by_torch, "sm80")
-
-
-@linux
-def test_inspect_sees_spills():
-    """A tile of 16,384 columns does not fit in the registers of one warp."""
-    one_warp = "launch(16_384, {'ROWS': 1, 'num_warps': 1})"
-    assert "bytes spilled" in inspected("sm80", one_warp)
-    assert "defects=()" in inspected("sm80", "launch(16_384)")
-
-
-@linux
-def test_a_recorded_launch_is_specialised_like_a_real_one():
-    """A recorded launch is specialised for arguments that are 1 or divisible by 16, as a real launch is."""
-    code = (
-        "import torch, importlib; from nanochat_kernels import inspect\n"
-        "from nanochat_kernels.triton_helpers import recorded_launches\n"
-        "norm = importlib.import_module('nanochat_kernels.rms_norm')\n"
-        "x = torch.empty(1, 24, device='meta', dtype=torch.bfloat16)\n"
-        "with recorded_launches() as launches: norm.forward_plan(x)(x, None)\n"
-        "source, options = inspect.specialize(launches[0], 'sm80')\n"
-        "print([source.signature[n] for n in ('x_ptr', 'rstd_ptr', 'rows', 'x_stride', 'WIDTH')], options['num_warps'])"
-    )
-    done = forked.run("-c", code, cwd=ROOT, env=environment(None))
-    assert "['*bf16', '*fp32', 'constexpr', 'i32', 'constexpr']" in done.stdout, done.stdout + done.stderr
 
 
 TRACE = """

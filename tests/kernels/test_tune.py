@@ -1,0 +1,45 @@
+"""nanochat kernels tune: what is searched and how the table is written."""
+
+import importlib
+import json
+
+import pytest
+
+from nanochat_kernels import configs, tune
+from tests.conftest import nanochat
+from tests.kernels.harness import GPU
+
+
+def test_tuning_writes_a_table_that_reads_back(tmp_path, monkeypatch):
+    before = configs.table("sm90")
+    monkeypatch.setattr(configs, "FOLDER", tmp_path)
+    tune.write("sm90", before)
+    try:
+        assert configs.table("sm90") == before and json.loads((tmp_path / "sm90.json").read_text()) == before
+        assert [path.name for path in tmp_path.iterdir()] == ["sm90.json"]
+    finally:
+        monkeypatch.undo()
+        configs.clear()
+
+
+def test_a_write_that_fails_leaves_the_old_table_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(configs, "FOLDER", tmp_path)
+    (tmp_path / "sm90.json").write_text("old")
+    monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space left"):
+        tune.write("sm90", {"launch": {}})
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.mark.skipif(GPU, reason="there is a GPU to tune on")
+def test_tuning_needs_a_gpu(base):
+    done = nanochat(base, "kernels", "tune")
+    assert done.returncode == 1 and "measured on a GPU, and this machine has none" in done.stderr
+
+
+def test_the_search_for_code_that_is_run_as_ptx_leaves_torch_out(monkeypatch):
+    """torch's product would run as the device's own code, and win against sm80's on an H100."""
+    by_torch = importlib.import_module("nanochat_kernels.matrix_product").BY_TORCH
+    assert tune.is_for(by_torch, "sm80") and tune.is_for(by_torch, "sm90")
+    monkeypatch.setattr(tune, "forced_architecture", lambda: "sm80")
+    assert not tune.is_for(by_torch, "sm80")
