@@ -78,12 +78,12 @@ def inputs(rows, width, vocabulary, dtype, seed=0, ignored=0.2):
     weight=st.sampled_from((None, "scalar", "row")), seed=harness.seeds,
 )  # fmt: skip
 def test_loss_and_gradients(rows, width, vocabulary, dtype, reduction, ignored, weight, seed):
-    epsilon = 15.0 * 2**-23  # the cross entropy's own
+    epsilon = kernels.SOFTCAP * 2**-23  # the cross entropy's own
     given_ = inputs(rows, width, vocabulary, dtype, seed, ignored)
     check(
         fused,
         reference.linear_cross_entropy,
-        [*given_, 15.0, -1, reduction, weights(rows, weight, seed)],
+        [*given_, kernels.SOFTCAP, -1, reduction, weights(rows, weight, seed)],
         (0, 1),
         seed,
         epsilon,
@@ -104,7 +104,7 @@ def test_a_weighted_mean_is_rounded_once(weight):
     def gradients(function, dtype):
         wide = torch.promote_types(dtype, torch.float32)
         hidden, buffer = x.to(dtype, copy=True).requires_grad_(), torch.zeros(head.shape, dtype=wide, device=DEVICE)
-        function(hidden, head.to(dtype), targets, 15.0, -1, "mean", factor.to(wide), buffer).backward()
+        function(hidden, head.to(dtype), targets, kernels.SOFTCAP, -1, "mean", factor.to(wide), buffer).backward()
         return hidden.grad, buffer
 
     true = gradients(FILE.run_reference, torch.float64)
@@ -131,8 +131,10 @@ def test_the_gradient_of_the_logits(vocabulary):
     (true_gradient,), (other_gradient,) = (
         torch.autograd.grad(value, z, up.to(value.dtype)) for value, z in ((true, exact), (other, plain))
     )
-    losses, _ = PARTS.launch_on_chip(logits, targets, None, 15.0, -1, None if GPU else SMALL_CHUNKS)
-    assert not harness.over_budget(losses[:, None], true.detach()[:, None], other.detach()[:, None], 15.0 * 2**-23)
+    losses, _ = PARTS.launch_on_chip(logits, targets, None, kernels.SOFTCAP, -1, None if GPU else SMALL_CHUNKS)
+    assert not harness.over_budget(
+        losses[:, None], true.detach()[:, None], other.detach()[:, None], kernels.SOFTCAP * 2**-23
+    )
     wrong = harness.over_budget(logits, true_gradient, other_gradient, apart=target_entries(rows, vocabulary, targets))
     assert not wrong, wrong
 
@@ -197,7 +199,7 @@ def test_the_weight_s_gradient_is_added_to_a_buffer(impl, dtype):
         wide = [x.detach().double(), weight.detach().double()]
         _, dx, dw = harness.evaluate(
             reference.linear_cross_entropy,
-            [*wide, targets, 15.0, -1, "mean", loss_weight],
+            [*wide, targets, kernels.SOFTCAP, -1, "mean", loss_weight],
             [torch.ones((), device=DEVICE).double()],
             (0, 1),
         )
@@ -229,7 +231,7 @@ def test_only_the_gradients_that_are_asked_for(wrt):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_and_infinity(dtype):
-    given_ = [*inputs(6, 16, 60, dtype, ignored=0.0), 15.0, -1, "none"]
+    given_ = [*inputs(6, 16, 60, dtype, ignored=0.0), kernels.SOFTCAP, -1, "none"]
     harness.check_nonfinite(fused, reference.linear_cross_entropy, given_, [0, 1], only=[0, 1])
 
 
@@ -243,7 +245,7 @@ def test_loss_weights_that_are_not_finite(dtype):
 def test_the_largest_loss_weights():
     """Where a bfloat16 gradient overflows, as the docstring says."""
     for value, finite in ((1e30, True), (1e37, False)):
-        given_ = [*inputs(6, 16, 60, torch.bfloat16), 15.0, -1, "none", torch.full((), value, device=DEVICE)]
+        given_ = [*inputs(6, 16, 60, torch.bfloat16), kernels.SOFTCAP, -1, "none", torch.full((), value, device=DEVICE)]
         found = harness.evaluate(fused, given_, [torch.ones(6, device=DEVICE)], (0, 1))
         assert found[0].isfinite().all() and all(x.isfinite().all() == finite for x in found[1:])
 
@@ -255,7 +257,7 @@ def test_nan_upstream_of_an_ignored_row_goes_nowhere():
     gradients = []
     for function in (fused, reference.linear_cross_entropy):
         leaves = [x.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()]
-        gradients.append(torch.autograd.grad(function(*leaves, targets, 15.0, -1, "none"), leaves, upstream))
+        gradients.append(torch.autograd.grad(function(*leaves, targets, kernels.SOFTCAP, -1, "none"), leaves, upstream))
     for found, expected in zip(*gradients, strict=True):
         assert torch.equal(found.isfinite(), expected.isfinite())
 
@@ -268,7 +270,7 @@ def test_nan_in_any_place_of_the_logits_reaches_the_whole_row():
         for value, expected in ((float("nan"), True), (float("inf"), False), (float("-inf"), False)):
             logits = clean.clone()
             logits[2, column] = value
-            losses, _ = PARTS.launch_on_chip(logits, targets, None, 15.0, -1, SMALL_CHUNKS)
+            losses, _ = PARTS.launch_on_chip(logits, targets, None, kernels.SOFTCAP, -1, SMALL_CHUNKS)
             assert losses.isnan().tolist() == [False, False, expected, False]
             assert logits.isnan().any(1).tolist() == logits.isnan().all(1).tolist() == [False, False, expected, False]
 
@@ -290,7 +292,7 @@ def test_every_launch_configuration():
     on_chip = next(kernel for kernel in FILE.KERNELS if kernel.name == "cross_entropy_on_chip")
     for parameters in on_chip.space:
         made = logits.clone()
-        losses, _ = PARTS.launch_on_chip(made, targets, None, 15.0, -1, parameters)
+        losses, _ = PARTS.launch_on_chip(made, targets, None, kernels.SOFTCAP, -1, parameters)
         torch.testing.assert_close(losses, expected.detach())
         torch.testing.assert_close(made.float(), gradient, rtol=2e-2, atol=1e-9)
 

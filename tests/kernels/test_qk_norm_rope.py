@@ -21,7 +21,9 @@ def rope(q, k, cos, sin, offset=0):
 
 
 def tables(positions: int, width: int, dtype: torch.dtype = torch.float32):
-    angles = torch.arange(positions)[:, None] * 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angles = torch.arange(positions)[:, None] * kernels.ROPE_BASE ** (
+        -torch.arange(0, width, 2, dtype=torch.float64) / width
+    )
     return angles.cos().to(DEVICE, dtype), angles.sin().to(DEVICE, dtype)
 
 

@@ -49,7 +49,9 @@ def plain(x, w_q, w_k, w_v, cos, sin, offset=0, rstd=None, *buffers):
 
 
 def tables(positions: int, head_width: int, dtype: torch.dtype):
-    angles = torch.arange(positions)[:, None] * 10000.0 ** (-torch.arange(0, head_width, 2).double() / head_width)
+    angles = torch.arange(positions)[:, None] * kernels.ROPE_BASE ** (
+        -torch.arange(0, head_width, 2).double() / head_width
+    )
     return angles.cos().to(DEVICE, dtype), angles.sin().to(DEVICE, dtype)
 
 

@@ -101,7 +101,7 @@ def inputs(rows, vocabulary, dtype, seed=0, layout="contiguous", scale=4.0, igno
     vocabulary=st.one_of(st.integers(1, 70), st.sampled_from((128, 1000, 1024))),
     dtype=harness.dtypes,
     layout=harness.layouts,
-    softcap=st.sampled_from((1.0, 15.0, 20.0, 30.0)),
+    softcap=st.sampled_from((1.0, kernels.SOFTCAP, 20.0, 30.0)),
     reduction=st.sampled_from(("mean", "none")),
     scale=st.sampled_from((0.1, 4.0, 30.0)),
     weight=st.sampled_from((None, "scalar", "row")),
@@ -124,7 +124,7 @@ def test_production_vocabularies(vocabulary, dtype, reduction):
     logits, targets = inputs(rows, vocabulary, dtype, scale=3.0, ignored=0.3 if GPU else 0.0)
     assert (targets >= 0).any()
     apart = {1: target_entries(rows, vocabulary, targets)}
-    check(loss, reference.softcap_cross_entropy, [logits, targets, 15.0, -1, reduction], [0], apart=apart)
+    check(loss, reference.softcap_cross_entropy, [logits, targets, kernels.SOFTCAP, -1, reduction], [0], apart=apart)
 
 
 @pytest.mark.parametrize("layout", ["columns", "slice", "transposed"])
@@ -137,7 +137,7 @@ def test_saturated_logits(dtype):
     """With logits at ±softcap the sum of exp(l) reaches its largest and smallest values."""
     logits = torch.tensor([[200.0, -200.0, -200.0], [-200.0, -200.0, -200.0], [60.0, 40.0, -60.0]], device=DEVICE)
     targets = torch.tensor([0, 1, 1], device=DEVICE)
-    check(loss, reference.softcap_cross_entropy, [logits.to(dtype), targets, 15.0, -1, "none"], [0])
+    check(loss, reference.softcap_cross_entropy, [logits.to(dtype), targets, kernels.SOFTCAP, -1, "none"], [0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -175,7 +175,7 @@ def test_all_ignored_is_zero():
 
 def test_another_ignore_index():
     logits, targets = inputs(6, 40, torch.float32, ignored=0.0)
-    check(loss, reference.softcap_cross_entropy, [logits, targets, 15.0, int(targets[2]), "mean"], [0])
+    check(loss, reference.softcap_cross_entropy, [logits, targets, kernels.SOFTCAP, int(targets[2]), "mean"], [0])
 
 
 def test_a_target_outside_gives_nan_and_no_stray_access():
@@ -187,9 +187,9 @@ def test_a_target_outside_gives_nan_and_no_stray_access():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_and_infinity(dtype):
     logits, targets = inputs(4, 50, dtype, ignored=0.0)
-    harness.check_nonfinite(loss, reference.softcap_cross_entropy, [logits, targets, 15.0, -1, "none"], [0])
+    harness.check_nonfinite(loss, reference.softcap_cross_entropy, [logits, targets, kernels.SOFTCAP, -1, "none"], [0])
     targets[2] = -1
-    harness.check_nonfinite(loss, reference.softcap_cross_entropy, [logits, targets, 15.0, -1, "mean"], [0])
+    harness.check_nonfinite(loss, reference.softcap_cross_entropy, [logits, targets, kernels.SOFTCAP, -1, "mean"], [0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -233,7 +233,7 @@ def test_logits_are_not_changed():
 def test_empty_batch(shape):
     given_ = [torch.empty(shape, device=DEVICE), torch.empty(0, dtype=torch.int64, device=DEVICE)]
     for reduction in ("mean", "none"):
-        check(loss, reference.softcap_cross_entropy, [*given_, 15.0, -1, reduction], [0])
+        check(loss, reference.softcap_cross_entropy, [*given_, kernels.SOFTCAP, -1, reduction], [0])
 
 
 @pytest.mark.parametrize("kernel", FILE.KERNELS, ids=lambda kernel: kernel.name)
@@ -246,13 +246,17 @@ def test_every_launch_configuration(kernel):
         [torch.ones(3, device=DEVICE)],
         [0],
     )
-    _, sums = PARTS.launch_losses(logits, targets, 15.0, -1)
+    _, sums = PARTS.launch_losses(logits, targets, kernels.SOFTCAP, -1)
     for parameters in kernel.space:
         if kernel.name == "cross_entropy_sums":
-            torch.testing.assert_close(PARTS.launch_losses(logits, targets, 15.0, -1, parameters)[0], expected)
+            torch.testing.assert_close(
+                PARTS.launch_losses(logits, targets, kernels.SOFTCAP, -1, parameters)[0], expected
+            )
         else:
             one = torch.ones((), device=DEVICE)
-            torch.testing.assert_close(PARTS.launch_gradient(logits, targets, sums, one, 15.0, -1, parameters), grad)
+            torch.testing.assert_close(
+                PARTS.launch_gradient(logits, targets, sums, one, kernels.SOFTCAP, -1, parameters), grad
+            )
 
 
 def test_offsets_are_64_bits_wide():
