@@ -3,11 +3,12 @@
 checkpoints/<stage>/step_000123/ holds
 
     model.safetensors  the weights, in float32
-    state/             optimizer shards and random states of every rank, written by torch.distributed.checkpoint, so that
-                       another number of ranks can load them
-    meta.json          step, configuration, hash of the tokenizer, positions of the loaders, and the size of every other file
+    state/             optimizer shards and random states of every rank, a safetensors file of each, written by
+                       torch.distributed.checkpoint, so that another number of ranks can load them
+    meta.json          step, configuration, hash of the tokenizer, positions of the loaders, and size and hash of every other file
 
-The directory is written under a temporary name, flushed to the disk, and renamed.
+The directory is written under a temporary name, flushed to the disk, and renamed. All of it is JSON and safetensors, which cannot
+run code when they are loaded.
 """
 
 import errno
@@ -16,6 +17,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -27,9 +29,13 @@ from nanochat.optim import MuonAdamW
 from nanochat.options.model import Implementations
 from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import UserError, remedy_for
-from nanochat.platform.files import flush
+from nanochat.platform.files import flush, sha256_of
 from nanochat.platform.paths import TRAINING_STAGES, Paths
+from nanochat.platform.shapes import check_shape
 from nanochat.tokenizer.bpe import Tokenizer
+
+WEIGHTS = "model.safetensors"
+META = {"step": int, "config": {str: object}, "tokenizer": str, "files": {str: object}}
 
 
 @dataclass(frozen=True)
@@ -48,12 +54,18 @@ class CheckpointStore:
     def path(self, step: int) -> Path:
         return self.directory / f"step_{step:06d}"
 
+    def sweep(self) -> None:
+        """Remove what a killed save or removal left behind. Only the process that holds the stage's lock may call it."""
+        for path in self.directory.glob(".step_*"):
+            if path.suffix in (".tmp", ".old"):
+                shutil.rmtree(path, ignore_errors=True)
+
     def save(self, step: int, model: GPT, optimizer: MuonAdamW, meta: dict) -> Path:
         """Write the checkpoint of a step; all ranks call it together. Raises UserError on all of them when one cannot write."""
-        from nanochat.training_state import save_state  # slow to import
+        from nanochat.training_state import save_state, shard_files  # slow to import
 
         final, temporary = self.path(step), self.directory / f".step_{step:06d}.tmp"
-        primary = self.runtime.primary
+        primary, contents = self.runtime.primary, []
 
         def begin() -> None:
             if primary:  # no rank may write before an earlier, incomplete attempt is removed
@@ -62,27 +74,34 @@ class CheckpointStore:
 
         def write() -> None:
             save_state(temporary / "state", optimizer, self.runtime)
+            files = [*(temporary / "state").glob(shard_files(self.runtime.rank))]
             if primary:
                 weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-                save_file(weights, temporary / "model.safetensors")
-                files = [path for path in temporary.rglob("*") if path.is_file()]
-                sizes = {str(path.relative_to(temporary)): path.stat().st_size for path in sorted(files)}
-                content = {"step": step, "config": model.config.to_dict(), **meta, "files": sizes}
-                (temporary / "meta.json").write_text(json.dumps(content, indent=1), "utf-8")
+                save_file(weights, temporary / WEIGHTS)
+                files.append(temporary / WEIGHTS)
+            for path in files:
                 # before the rename: after a loss of power, a renamed directory with empty files would look whole
-                for path in [*files, temporary / "meta.json", temporary / "state", temporary]:
-                    flush(path)
+                flush(path)
+                content = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+                contents.append((str(path.relative_to(temporary)), content))
 
         def finish() -> None:
-            if primary:
-                shutil.rmtree(final, ignore_errors=True)
-                temporary.rename(final)
-                flush(self.directory)  # the new name, before older checkpoints are deleted
-                for old in self.steps()[: -self.keep]:
-                    shutil.rmtree(self.path(old), ignore_errors=True)
+            if not primary:
+                return
+            content = {"step": step, "config": model.config.to_dict(), **meta, "files": dict(chain(*everything))}
+            (temporary / "meta.json").write_text(json.dumps(content, indent=1), "utf-8")
+            for path in (temporary / "meta.json", temporary / "state", temporary):
+                flush(path)
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            flush(self.directory)  # the new name, before older checkpoints are deleted
+            for old in self.steps()[: -self.keep]:
+                _remove(self.path(old))
 
+        everything: list = []
         for work in (begin, write, finish):
             failures = self._failures(work)
+            everything = self.runtime.gather(contents)
             if failures:
                 if primary:
                     shutil.rmtree(temporary, ignore_errors=True)
@@ -108,41 +127,75 @@ class CheckpointStore:
 
         Raises UserError for a damaged checkpoint, another model or another tokenizer.
         """
-        from nanochat.training_state import load_state  # slow to import
+        from nanochat.training_state import DamagedState, load_state  # slow to import
 
         path = self.path(step)
         meta = read_meta(path, tokenizer)
+        # each rank reads a part of the files; all of them stop when one is damaged
+        mine = sorted(meta["files"])[self.runtime.rank :: self.runtime.world_size]
+        problems = [problem for problem in self.runtime.gather(_first_problem(path, meta, mine)) if problem]
+        if problems:
+            raise damaged(path, problems[0])
         if meta["config"] != model.config.to_dict():
             different = {k: (v, meta["config"].get(k)) for k, v in model.config.to_dict().items()}
             different = ", ".join(f"{k} {a} (saved {b})" for k, (a, b) in different.items() if a != b)
             raise UserError(
                 f"{path} is of another model: {different}; use the saved values, or move {self.directory} away"
             )
-        load_weights(path, model)
-        load_state(path / "state", optimizer, self.runtime)
+        load_weights(path, model, meta)
+        try:
+            load_state(path / "state", optimizer, self.runtime)
+        except DamagedState as error:
+            raise damaged(path, str(error)) from error
         optimizer.steps = meta["step"]
         optimizer.refresh()  # load_weights has changed the weights, but not their copies in the compute dtype
         return meta
 
 
-def read_meta(path: Path, tokenizer: Tokenizer | None = None) -> dict:
-    """The content of meta.json, after checking that every file has its size and that the tokenizer is the one of the checkpoint.
+def damaged(path: Path, problem: str) -> UserError:
+    """The error for a checkpoint that cannot be used, with the newest whole one before it."""
+    before = []
+    for other in path.parent.glob("step_*"):
+        if other.name < path.name:
+            try:
+                read_meta(other, offer=False)
+                before.append(other)
+            except UserError:
+                continue
+    if before:
+        return UserError(
+            f"{problem}; remove {path} and run the same command again: it then takes {max(before)}, which is whole"
+        )
+    return UserError(f"{problem}; no whole checkpoint is before it: remove {path} and train this stage again")
 
-    Raises UserError when one of them is not.
+
+def read_meta(path: Path, tokenizer: Tokenizer | None = None, offer: bool = True) -> dict:
+    """The content of meta.json, after checking its shape, that every file has its size, and that the tokenizer is the checkpoint's.
+
+    Raises UserError when one of them is not, which names an earlier whole checkpoint if `offer`.
     """
     try:
-        meta = json.loads((path / "meta.json").read_text("utf-8"))
-        sizes = meta["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{path} is not a whole checkpoint ({error}); remove it and run the same command again"
-        ) from error
-    # sizes, not hashes: to hash a checkpoint of d20 would read 5.2 GB at every start
-    for name, size in sizes.items():
-        actual = (path / name).stat().st_size if (path / name).exists() else None
-        if actual != size:
-            problem = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
-            raise UserError(f"{path / name} {problem}; remove {path} and run the same command again")
+        try:
+            meta = json.loads((path / "meta.json").read_text("utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(
+                f"{path} is not a whole checkpoint (meta.json: {str(error) or type(error).__name__})"
+            ) from error
+        check_shape(meta, META, f"{path / 'meta.json'}")
+        if path.name != f"step_{meta['step']:06d}":
+            raise UserError(f"{path / 'meta.json'} is of step {meta['step']}")
+        if WEIGHTS not in meta["files"] or any(Path(name).is_absolute() or ".." in name for name in meta["files"]):
+            raise UserError(f"{path / 'meta.json'} does not list the files of a checkpoint")
+        for name, content in meta["files"].items():
+            size = content["bytes"] if isinstance(content, dict) else content
+            actual = (path / name).stat().st_size if (path / name).exists() else None
+            if actual != size:
+                found = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
+                raise UserError(f"{path / name} {found}")
+    except UserError as error:
+        if not offer:
+            raise
+        raise damaged(path, str(error)) from error
     if tokenizer is not None and meta["tokenizer"] != tokenizer.hash:
         raise UserError(
             f"{path} was trained with another tokenizer ({meta['tokenizer'][:12]}, now {tokenizer.hash[:12]}); "
@@ -151,12 +204,35 @@ def read_meta(path: Path, tokenizer: Tokenizer | None = None) -> dict:
     return meta
 
 
-def load_weights(path: Path, model: GPT) -> None:
-    """Copy the weights of a checkpoint into a model of the same shape. Raises UserError when they cannot be read."""
+def _first_problem(path: Path, meta: dict, names: list[str]) -> str | None:
+    """What is wrong with the content of one of these files, or None. Checkpoints of earlier versions have no hashes."""
+    for name in names:
+        content = meta["files"][name]
+        if isinstance(content, dict):
+            try:
+                if sha256_of(path / name) != content["sha256"]:
+                    return f"{path / name} is not what was saved (its SHA-256 differs)"
+            except OSError as error:
+                return f"{path / name} cannot be read ({error.strerror})"
+    return None
+
+
+def load_weights(path: Path, model: GPT, meta: dict) -> None:
+    """Copy the weights of a checkpoint into its model. Raises UserError when they are not what was saved."""
+    problem = _first_problem(path, meta, [WEIGHTS])
+    if problem:
+        raise damaged(path, problem)
     try:
-        weights = load_file(path / "model.safetensors", device=str(model.device))
+        weights = load_file(path / WEIGHTS, device=str(model.device))
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path / 'model.safetensors'} is damaged ({error}); remove {path}") from error
+        raise damaged(path, f"{path / WEIGHTS} cannot be read ({error})") from error
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    found = {name: tuple(weight.shape) for name, weight in weights.items()}
+    for name in sorted({*wanted, *found}):
+        if wanted.get(name) != found.get(name):
+            raise damaged(
+                path, f"{path / WEIGHTS}: {name} is {found.get(name, 'missing')}, wanted {wanted.get(name, 'nothing')}"
+            )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
@@ -172,7 +248,7 @@ def load_model(
     """
     path, tokenizer, meta = find_checkpoint(paths, stage, runtime, step)
     config = GPTConfig(**meta["config"], impl=impl or Implementations())
-    return create_model(path, config, runtime), tokenizer, meta
+    return create_model(path, config, runtime, meta), tokenizer, meta
 
 
 def find_checkpoint(
@@ -191,12 +267,19 @@ def find_checkpoint(
     return path, tokenizer, read_meta(path, tokenizer)
 
 
-def create_model(path: Path, config: GPTConfig, runtime: Runtime) -> GPT:
-    """A model with the weights of the checkpoint in `path`."""
+def create_model(path: Path, config: GPTConfig, runtime: Runtime, meta: dict) -> GPT:
+    """A model with the weights of the checkpoint in `path`, whose meta.json has the content `meta`."""
     model = GPT.create(config, runtime.device, runtime.compute_dtype)
-    load_weights(path, model)
+    load_weights(path, model, meta)
     model.keep_copies()
     return model
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; a kill in between leaves nothing that looks like one."""
+    old = path.with_name(f".{path.name}.old")
+    path.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _as_os_error(error: BaseException) -> OSError:

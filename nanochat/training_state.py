@@ -6,11 +6,12 @@ module only when it saves or loads such state.
 
 import warnings
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -20,13 +21,23 @@ from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import UserError
 
 
+class DamagedState(UserError):
+    """State that cannot be loaded; the message says what is wrong with it."""
+
+
+def shard_files(rank: int) -> str:
+    """The pattern of the files that save_state writes on a rank."""
+    return f"shard-{rank + 1:05d}-*.safetensors"
+
+
 def save_state(folder: Path, optimizer: MuonAdamW, runtime: Runtime) -> None:
     """Write the state of all ranks to a new folder; all ranks call it together. Raises OSError when one of them cannot write."""
     try:
         with warnings.catch_warnings():
             # torch warns that there is no process group, which is intended for one process
             warnings.simplefilter("ignore")
-            dcp.save(_tensors(optimizer, runtime), checkpoint_id=folder, no_dist=runtime.world_size == 1)
+            writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+            dcp.save(_tensors(optimizer, runtime), storage_writer=writer, no_dist=runtime.world_size == 1)
     except CheckpointException as error:  # a BaseException, with the exceptions of the ranks
         first = next(iter(error.failures.values()))[0] if error.failures else error
         if isinstance(first, KeyboardInterrupt | torch.OutOfMemoryError):
@@ -37,22 +48,26 @@ def save_state(folder: Path, optimizer: MuonAdamW, runtime: Runtime) -> None:
 def load_state(folder: Path, optimizer: MuonAdamW, runtime: Runtime) -> None:
     """Load this rank's part of the state into the optimizer and the random number generators.
 
-    Raises UserError for state that is damaged or lacks a part of the optimizer.
+    Raises DamagedState for state that is damaged or lacks a part of the optimizer, and UserError for that of an earlier version.
     """
+    if (folder / ".metadata").exists():
+        raise UserError(
+            f"{folder} was written by an earlier version, in a format that can run code when it is loaded, and is not read; its "
+            f"weights can still be evaluated and talked to. To train this stage again, move {folder.parent.parent} away"
+        )
     wanted = _tensors(optimizer, runtime)
     try:
-        saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        reader = HuggingFaceStorageReader(str(folder))
+        saved = reader.read_metadata().state_dict_metadata
         state = {name: tensor for name, tensor in wanted.items() if name in saved}  # a new rank has no random state
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp.load(state, checkpoint_id=folder, no_dist=runtime.world_size == 1)
-    except (CheckpointException, UnpicklingError, EOFError) as error:
-        raise UserError(f"{folder} is damaged ({type(error).__name__}); remove {folder.parent}") from error
+            dcp.load(state, storage_reader=reader, no_dist=runtime.world_size == 1)
+    except (CheckpointException, SafetensorError, OSError, ValueError, KeyError) as error:
+        raise DamagedState(f"{folder} is damaged ({type(error).__name__})") from error
     missing = [name for name in wanted if name.startswith("optimizer.") and name not in saved]
     if missing:
-        raise UserError(
-            f"{folder} has no {missing[0]}; it is of another version of the program: remove {folder.parent}"
-        )
+        raise DamagedState(f"{folder} has no {missing[0]}; it is of another version of the program")
     if f"rng.cpu.{runtime.rank}" in state:
         torch.set_rng_state(state[f"rng.cpu.{runtime.rank}"])
     if f"rng.cuda.{runtime.rank}" in state:

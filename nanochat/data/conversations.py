@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 
@@ -27,6 +28,10 @@ class Mixture:
         task, row = self._order[index]
         return self.tasks[task][row]
 
+    def files(self) -> list[Path]:
+        """The files that the rows are made from."""
+        return [path for task in self.tasks for path in task.files]
+
     def sizes(self) -> dict[str, int]:
         """The number of rows of each task, by its name."""
         sizes: dict[str, int] = {}
@@ -39,7 +44,7 @@ class Limited:
     """The first `limit` rows of a task; all of them when it has fewer or the limit is negative."""
 
     def __init__(self, task: Sequence[dict], limit: int):
-        self.task, self.name = task, task.name
+        self.task, self.name, self.files = task, task.name, task.files
         self._size = len(task) if limit < 0 else min(limit, len(task))
 
     def __len__(self) -> int:

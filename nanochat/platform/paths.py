@@ -56,6 +56,11 @@ class Paths:
         return self.base / "assets.json"
 
     @property
+    def hashes(self) -> Path:
+        """Hashes of the training data, with size and time of change of each file, so that it is read only once."""
+        return self.base / "hashes.json"
+
+    @property
     def stop(self) -> Path:
         """While this file exists, training saves and ends after its step. The speedrun makes it on a signal, for all nodes."""
         return self.base / "stop"

@@ -1,7 +1,7 @@
 """Tasks: each is a sequence of conversations to train on; those that can be evaluated also judge completions.
 
-A task has `name`, `__len__` and `__getitem__(i) → conversation`. One that can be evaluated also has `kind` ("categorical" or
-"generative"), `baseline` (the accuracy of guessing) and `judge(conversation, completion) → bool`.
+A task has `name`, `files` that its rows are made from, `__len__` and `__getitem__(i) → conversation`. One that can be evaluated also
+has `kind` ("categorical" or "generative"), `baseline` (the accuracy of guessing) and `judge(conversation, completion) → bool`.
 """
 
 from nanochat.tasks.arc import ARC

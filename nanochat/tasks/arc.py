@@ -10,7 +10,7 @@ class ARC(Categorical):
 
     def __init__(self, paths: Paths, subset: str, split: str):
         self.name = subset
-        self._rows = load_rows(paths, subset.lower(), split, ("question", "choices", "answerKey"))
+        self._rows, self.files = load_rows(paths, subset.lower(), split, ("question", "choices", "answerKey"))
 
     def __getitem__(self, index: int) -> dict:
         row = self._rows.slice(index, 1).to_pylist()[0]

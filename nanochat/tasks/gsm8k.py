@@ -33,7 +33,7 @@ class GSM8K:
     name, kind, baseline = "GSM8K", "generative", 0.0
 
     def __init__(self, paths: Paths, split: str):
-        self._rows = load_rows(paths, "gsm8k", split, ("question", "answer"))
+        self._rows, self.files = load_rows(paths, "gsm8k", split, ("question", "answer"))
 
     def __len__(self) -> int:
         return self._rows.num_rows

@@ -23,7 +23,7 @@ class HumanEval:
 
     def __init__(self, paths: Paths, split: str = "test"):
         columns = ("prompt", "canonical_solution", "test", "entry_point")
-        self._rows = load_rows(paths, "humaneval", split, columns)
+        self._rows, self.files = load_rows(paths, "humaneval", split, columns)
 
     def __len__(self) -> int:
         return self._rows.num_rows

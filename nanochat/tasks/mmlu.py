@@ -11,7 +11,7 @@ class MMLU(Categorical):
     name = "MMLU"
 
     def __init__(self, paths: Paths, split: str):
-        self._rows = load_rows(paths, "mmlu", split, ("question", "choices", "answer"))
+        self._rows, self.files = load_rows(paths, "mmlu", split, ("question", "choices", "answer"))
 
     def __getitem__(self, index: int) -> dict:
         row = self._rows.slice(index, 1).to_pylist()[0]

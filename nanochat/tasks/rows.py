@@ -10,8 +10,8 @@ from nanochat.platform.errors import GET_DATA, UserError
 from nanochat.platform.paths import Paths
 
 
-def load_rows(paths: Paths, source: str, split: str, columns: tuple[str, ...]) -> pa.Table:
-    """The rows of a split. Raises UserError for a missing source, split or column, and for a damaged file."""
+def load_rows(paths: Paths, source: str, split: str, columns: tuple[str, ...]) -> tuple[pa.Table, list[Path]]:
+    """The rows of a split, and their files. Raises UserError for a missing source, split or column, and for a damaged file."""
     directory = paths.chat_data / source
     files = sorted([*directory.glob(f"{split}*.parquet"), *directory.glob(f"{split}*.jsonl")])
     if not files:
@@ -26,7 +26,7 @@ def load_rows(paths: Paths, source: str, split: str, columns: tuple[str, ...]) -
         raise UserError(f"{files[0]} has no column {missing[0]!r} (it has {', '.join(table.column_names)}); {GET_DATA}")
     if table.num_rows == 0:
         raise UserError(f"{files[0]} has no rows; {GET_DATA}")
-    return table
+    return table, files
 
 
 def _read(path: Path) -> pa.Table:

@@ -10,7 +10,8 @@ class SmolTalk:
     name, source, split = "SmolTalk", "smoltalk", None
 
     def __init__(self, paths: Paths, split: str = "train"):
-        self._messages = load_rows(paths, self.source, self.split or split, ("messages",)).column("messages")
+        rows, self.files = load_rows(paths, self.source, self.split or split, ("messages",))
+        self._messages = rows.column("messages")
 
     def __len__(self) -> int:
         return len(self._messages)

@@ -26,7 +26,7 @@ class WordTask:
         self._words = [word for word in words if in_test("word", word) == (split == "test")]
         if not self._words:
             raise UserError(f"{paths.words} has no words for the {split} split; it needs some dozens of words")
-        self._split, self._size = split, size
+        self._split, self._size, self.files = split, size, [paths.words]
 
     def __len__(self) -> int:
         return self._size

@@ -2,6 +2,7 @@
 
 from nanochat.checkpoint import create_model, find_checkpoint
 from nanochat.data.conversations import Limited, Mixture, padded_batches
+from nanochat.data.fingerprint import fingerprint
 from nanochat.data.positions import conversation_position
 from nanochat.gate import take_gate
 from nanochat.gpt import GPTConfig
@@ -39,7 +40,7 @@ def finetune(options: TrainSftOptions, paths: Paths, runtime: Runtime) -> dict:
     path, tokenizer, mid_meta = find_checkpoint(paths, "mid", runtime)
     shape = GPTConfig(**mid_meta["config"], impl=options.impl)
     shape, micro_step_ms = take_gate(paths, shape, rows, runtime)
-    model = create_model(path, shape, runtime)
+    model = create_model(path, shape, runtime, mid_meta)
     length = shape.context_length
     accumulation = accumulation_steps(options.examples_per_step, rows, 1, runtime.world_size, "conversations")
     mixture = sft_mixture(options, paths)
@@ -62,6 +63,7 @@ def finetune(options: TrainSftOptions, paths: Paths, runtime: Runtime) -> dict:
         one_length=False,
     )
     settings = learning_settings(options) | {"mid_step": mid_meta["step"], "conversations": len(mixture)}
+    settings["data"] = fingerprint(mixture.files(), paths.hashes, runtime)
     optimizer = MuonAdamW(model, options.optimizer)
     trainer = Trainer(plan, model, optimizer, tokenizer, paths, runtime, options.run, settings, micro_step_ms)
     results = trainer.run()

@@ -2,6 +2,7 @@
 
 from nanochat.checkpoint import create_model, find_checkpoint
 from nanochat.data.conversations import Limited, Mixture, packed_batches
+from nanochat.data.fingerprint import fingerprint
 from nanochat.data.positions import conversation_position
 from nanochat.evaluate.bits_per_byte import bits_per_byte
 from nanochat.gate import take_gate
@@ -10,7 +11,6 @@ from nanochat.optim import MuonAdamW
 from nanochat.options.train import TrainMidOptions
 from nanochat.platform.console import say
 from nanochat.platform.distributed import Runtime
-from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
 from nanochat.tasks import GSM8K, MMLU, Identity, SimpleSpelling, SmolTalk, SpellingBee
 from nanochat.train.plan import Evaluation, Plan, accumulation_steps, learning_settings
@@ -38,7 +38,7 @@ def midtrain(options: TrainMidOptions, paths: Paths, runtime: Runtime) -> dict:
     path, tokenizer, base_meta = find_checkpoint(paths, "base", runtime)
     shape = GPTConfig(**base_meta["config"], impl=options.impl)
     shape, micro_step_ms = take_gate(paths, shape, rows, runtime)
-    model = create_model(path, shape, runtime)
+    model = create_model(path, shape, runtime, base_meta)
     length = shape.context_length
     accumulation = accumulation_steps(options.total_batch_size, rows, length, runtime.world_size, "tokens")
     mixture = mid_mixture(options, paths)
@@ -64,12 +64,8 @@ def midtrain(options: TrainMidOptions, paths: Paths, runtime: Runtime) -> dict:
         evaluations=[Evaluation(options.eval_every, measure_bpb, first=True)],
     )
     settings = learning_settings(options) | {"base_step": base_meta["step"], "conversations": len(mixture)}
+    settings["data"] = fingerprint(mixture.files(), paths.hashes, runtime)
     optimizer = MuonAdamW(model, options.optimizer)
     trainer = Trainer(plan, model, optimizer, tokenizer, paths, runtime, options.run, settings, micro_step_ms)
     results = trainer.run()
-    if results["steps"] == 0:
-        raise UserError(
-            f"{len(mixture)} conversations do not fill one step of {options.total_batch_size} tokens; "
-            "add conversations or lower --total-batch-size"
-        )
     return {"conversations": len(mixture)} | results

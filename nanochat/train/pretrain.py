@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
+from nanochat.data.fingerprint import fingerprint
 from nanochat.data.positions import START, TextPosition, text_position
 from nanochat.data.pretraining import TokenStream
 from nanochat.data.shards import Shards
@@ -75,7 +76,7 @@ def pretrain(options: TrainBaseOptions, paths: Paths, runtime: Runtime) -> dict:
             ],
         )
         optimizer = MuonAdamW(model, options.optimizer)
-        settings = learning_settings(options)
+        settings = learning_settings(options) | {"data": fingerprint(train.files, paths.hashes, runtime)}
         trainer = Trainer(plan, model, optimizer, tokenizer, paths, runtime, options.run, settings, micro_step_ms)
         results = trainer.run()
     shape_facts = {"parameters": shape.num_parameters, "flops_per_token": shape.flops_per_token}

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from nanochat.checkpoint import CheckpointStore
+from nanochat.checkpoint import CheckpointStore, damaged
 from nanochat.data.batches import Batch, prefetched
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
@@ -22,13 +22,14 @@ from nanochat.platform.console import format_duration, progress_bar, say
 from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import TrainingStopped, UserError
 from nanochat.platform.paths import Paths
+from nanochat.platform.shapes import check_shape
 from nanochat.tokenizer.bpe import Tokenizer
 from nanochat.train.diagnose import offending_tensor
 from nanochat.train.metrics import Metrics
 from nanochat.train.micro_step import MicroStep, choose_execution
 from nanochat.train.plan import Plan
 from nanochat.train.schedules import muon_momentum
-from nanochat.train.state import Pace, TrainState
+from nanochat.train.state import SHAPE, Pace, TrainState
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -124,16 +125,29 @@ class Trainer:
 
     def _resume(self) -> list | None:
         """Load the newest checkpoint; returns the positions of all ranks, or None when training starts at the beginning."""
+        if self.runtime.primary:
+            self.store.sweep()
         steps = self.store.steps()
         if not steps:
             return None
         self.saved_step = steps[-1]
+        path = self.store.path(self.saved_step)
         meta = self.store.load(self.saved_step, self.model, self.optimizer, self.tokenizer)
-        changed = [k for k in self.settings if self.settings[k] != meta["settings"].get(k)]
+        try:
+            check_shape(meta, SHAPE, str(path / "meta.json"))
+        except UserError as error:
+            raise damaged(path, str(error)) from error
+        saved = {"data": self.settings["data"]} | meta["settings"]  # earlier versions did not save what the data were
+        changed = [name for name in self.settings if self.settings[name] != saved.get(name)]
+        if changed == ["data"]:
+            raise UserError(
+                f"the data of {self.plan.stage} are not those that {path} was trained on; bring those back to resume, or move "
+                f"{self.store.directory} away to start again"
+            )
         if changed:
             raise UserError(
-                f"{self.store.path(self.saved_step)} was trained with other settings ({', '.join(changed)}); use the same "
-                f"ones to resume, or move {self.store.directory} away to start again"
+                f"{path} was trained with other settings ({', '.join(changed)}); use the same ones to resume, or move "
+                f"{self.store.directory} away to start again"
             )
         self.state = TrainState.from_meta(meta)
         if self.runtime.primary:
@@ -144,6 +158,11 @@ class Trainer:
         while True:
             micro_batches = self._take(batches) if self.state.step != self.plan.steps else []
             agreement = self._agree(micro_batches)
+            if agreement.ended and self.state.step == 0:
+                raise UserError(
+                    f"the data of {self.plan.stage} do not fill one step of {self.plan.accumulation} micro-batches on each of "
+                    f"{self.runtime.world_size} processes; add data, or take fewer rows or conversations per step"
+                )
             if agreement.stop:
                 self._stop()
             last = agreement.ended or self.state.step == self.plan.steps

@@ -1,16 +1,20 @@
 """Checkpoints: saved as a whole or not at all; rejected when damaged or of another model; loaded by another number of processes."""
 
 import json
+import pickle
 import shutil
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
-from nanochat.checkpoint import CheckpointStore, load_model, read_meta
+from nanochat.checkpoint import CheckpointStore, load_model, load_weights, read_meta
 from nanochat.gpt import GPT
+from nanochat.optim import MuonAdamW
 from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import UserError
+from nanochat.platform.files import sha256_of
 from nanochat.platform.paths import Paths
 from tests import forked
 from tests.conftest import TINY_BASE, assert_fails_with, environment, nanochat
@@ -48,8 +52,6 @@ def test_a_loaded_checkpoint_takes_the_same_next_step(tmp_path):
     store = CheckpointStore(tmp_path, runtime())
     store.save(3, model, optimizer, META)
     other, other_optimizer = GPT.create(SMALL, seed=5), None
-    from nanochat.optim import MuonAdamW
-
     other_optimizer = MuonAdamW(other)
     random_state = torch.get_rng_state()
     torch.rand(5)
@@ -78,20 +80,148 @@ def test_what_a_kill_left_behind_is_neither_loaded_nor_kept(tmp_path):
     assert store.steps() == [1, 2] and not (tmp_path / "step_000002" / "rubbish").exists()
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "state/.metadata", "meta.json"])
-@pytest.mark.parametrize("how", ["cut", "gone"])
-def test_damage_is_found_before_loading(tmp_path, name, how):
-    store = saved(tmp_path)
+STATE = "state/shard-00001-model-00001-of-00001.safetensors"
+
+
+def loaded(store: CheckpointStore, step: int) -> dict:
+    model = GPT.create(SMALL, seed=5)
+    return store.load(step, model, MuonAdamW(model), FakeTokenizer)
+
+
+def rewrite_meta(store: CheckpointStore, **changes) -> None:
+    path = store.path(3) / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", STATE, "meta.json"])
+@pytest.mark.parametrize("how", ["cut", "gone", "one bit"])
+def test_damage_is_found_before_loading_and_the_checkpoint_before_it_is_named(tmp_path, name, how):
+    store = saved(tmp_path, 2)
+    saved(tmp_path, 3)
     path = store.path(3) / name
-    content = path.read_bytes()
-    path.write_bytes(content[:-7]) if how == "cut" else path.unlink()
-    with pytest.raises(UserError, match="remove"):
-        read_meta(store.path(3), FakeTokenizer)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 64
+    path.write_bytes(content[:-7] if how == "cut" else content)
+    if how == "gone":
+        path.unlink()
+    with pytest.raises(
+        UserError, match=f"remove {store.path(3)} and run the same command again: it then takes .*step_000002"
+    ):
+        loaded(store, 3)
+    shutil.rmtree(store.path(3))
+    assert loaded(store, 2)["step"] == 2
+
+
+def test_without_a_whole_checkpoint_before_it_the_stage_is_trained_again(tmp_path):
+    store = saved(tmp_path, 2)
+    saved(tmp_path, 3)
+    for step in (2, 3):
+        (store.path(step) / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(
+        UserError, match="has 5 bytes instead of .*; no whole checkpoint is before it: remove .*step_000003"
+    ):
+        loaded(store, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step": 2}, "is of step 2"),
+        ({"step": "3"}, r"\['step'\] is '3', wanted an integer"),
+        ({"files": []}, r"\['files'\] is '\[\]', wanted an object"),
+        ({"files": {"../model.safetensors": 4}}, "does not list the files of a checkpoint"),
+        ({"config": None}, r"\['config'\] is 'None', wanted an object"),
+    ],
+)
+def test_meta_of_another_shape_is_rejected(tmp_path, changes, message):
+    store = saved(tmp_path)
+    rewrite_meta(store, **changes)
+    with pytest.raises(UserError, match=message):
+        read_meta(store.path(3))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", "[" * 100_000, "\ud800".encode("utf-8", "surrogatepass").decode("latin-1")]
+)
+def test_meta_that_is_no_object_is_rejected(tmp_path, text):
+    store = saved(tmp_path)
+    (store.path(3) / "meta.json").write_text(text)
+    with pytest.raises(UserError, match="step_000003"):
+        read_meta(store.path(3))
+
+
+@pytest.mark.parametrize("change", ["one row", "missing", "another"])
+def test_weights_of_another_shape_are_rejected(tmp_path, change):
+    """Also if size and hash are right: copying a single row would fill all rows with it."""
+    store = saved(tmp_path)
+    path = store.path(3) / "model.safetensors"
+    weights = load_file(path)
+    if change == "one row":
+        weights["head.weight"] = weights["head.weight"][:1].clone()
+    elif change == "missing":
+        del weights["head.weight"]
+    else:
+        weights["tail.weight"] = weights["head.weight"].clone()
+    save_file(weights, path)
+    files = read_files(store)
+    rewrite_meta(store, files=files | {"model.safetensors": {"bytes": path.stat().st_size, "sha256": sha256_of(path)}})
+    name = "tail.weight" if change == "another" else "head.weight"
+    with pytest.raises(UserError, match=rf"{name} is .*, wanted"):
+        loaded(store, 3)
+
+
+def read_files(store: CheckpointStore) -> dict:
+    return json.loads((store.path(3) / "meta.json").read_text())["files"]
+
+
+class Payload:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, witness):
+        self.witness = witness
+
+    def __reduce__(self):
+        return open, (str(self.witness), "w")
+
+
+def test_nothing_in_a_checkpoint_runs_code(tmp_path):
+    """A pickle in place of any file, with its right size and hash, or where torch.distributed.checkpoint keeps one by default."""
+    witness = tmp_path / "witness"
+    payload = pickle.dumps(Payload(witness))
+    for name in (*read_files(saved(tmp_path / "a")), "meta.json", "state/.metadata"):
+        store = saved(tmp_path / name.replace("/", "_"))
+        path = store.path(3) / name
+        path.write_bytes(payload)
+        if name != "meta.json" and name in read_files(store):
+            rewrite_meta(store, files=read_files(store) | {name: {"bytes": len(payload), "sha256": sha256_of(path)}})
+        with pytest.raises(UserError):
+            loaded(store, 3)
+        assert not witness.exists(), name
+
+
+def test_a_checkpoint_of_an_earlier_version_is_evaluated_but_not_resumed(tmp_path):
+    """It has sizes without hashes, and state with a pickle."""
+    store = saved(tmp_path)
+    (store.path(3) / "state" / ".metadata").write_bytes(b"pickle")
+    sizes = {name: content["bytes"] for name, content in read_files(store).items()}
+    rewrite_meta(store, files=sizes)
+    model = GPT.create(SMALL, seed=5)
+    load_weights(store.path(3), model, read_meta(store.path(3)))
+    with pytest.raises(
+        UserError, match="in a format that can run code .* is not read; its weights can still be evaluated"
+    ):
+        loaded(store, 3)
+
+
+def test_what_a_kill_left_behind_is_swept(tmp_path):
+    store = saved(tmp_path, 1)
+    for name in (".step_000002.tmp", ".step_000000.old"):
+        shutil.copytree(tmp_path / "step_000001", tmp_path / name)
+    store.sweep()
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
 
 
 def test_another_tokenizer_or_another_model_is_rejected(tmp_path):
-    from nanochat.optim import MuonAdamW
-
     store = saved(tmp_path)
     other = type("Other", (), {"hash": "o" * 64})
     with pytest.raises(UserError, match="another tokenizer"):
@@ -102,8 +232,6 @@ def test_another_tokenizer_or_another_model_is_rejected(tmp_path):
 
 
 def worker(rank: int, world_size: int, port: int, directory: str, load: bool) -> None:
-    from nanochat.optim import MuonAdamW
-
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     store = CheckpointStore(__import__("pathlib").Path(directory), runtime(rank, world_size))
@@ -122,8 +250,6 @@ def worker(rank: int, world_size: int, port: int, directory: str, load: bool) ->
 @pytest.mark.parametrize(("save", "load"), [(2, 1), (1, 2), (4, 2)])
 def test_another_number_of_processes_resumes_with_the_same_losses(save, load, tmp_path):
     """With 4 processes one has no matrix of a shape, because three ranks have one of the three matrices each."""
-    from nanochat.optim import MuonAdamW
-
     spawn(worker, save, str(tmp_path), False) if save > 1 else saved(tmp_path)
     reference = GPT.create(SMALL, seed=5)
     optimizer = MuonAdamW(reference)

@@ -8,12 +8,15 @@ import subprocess
 import time
 from itertools import count
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from nanochat.cli import main
 from nanochat.gpt import GPT
+from nanochat.platform.files import sha256_of
 from tests import forked
 from tests.conftest import TINY_BASE, TINY_MID, TINY_SFT, assert_fails_with, command, environment, nanochat
 
@@ -175,6 +178,32 @@ def test_other_settings_are_not_resumed(base):
     assert_fails_with(result, "other settings (optimizer)", "move")
 
 
+def test_other_data_are_not_resumed(base, trained_base):
+    """Texts changed in place, one shard more; and conversations changed in place, which midtraining has read."""
+    shutil.copytree(trained_base / "checkpoints", base / "checkpoints")
+    shutil.rmtree(base / "checkpoints" / "sft")
+    kept = copy(base, "kept")
+    shard = min((base / "text").glob("*.parquet"))
+    texts = pq.read_table(shard).column("text").to_pylist()
+    pq.write_table(pa.table({"text": [text[::-1] for text in texts]}), shard)
+    shutil.copy(shard, base / "text" / "shard_00000b.parquet")
+    chat = base / "chat" / "identity" / "conversations.jsonl"
+    chat.write_text(chat.read_text().replace("I am", "I was"))
+    for stage, arguments in (("base", TINY_BASE), ("mid", TINY_MID)):
+        result = nanochat(base, "train", stage, *arguments)
+        assert_fails_with(result, f"the data of {stage} are not those that", "bring those back to resume, or move")
+        assert nanochat(kept, "train", stage, *arguments).returncode == 0
+
+
+def test_data_that_fill_no_step_leave_no_checkpoint(base, trained_base):
+    """The stage after it would take such a checkpoint for a trained one."""
+    shutil.copytree(trained_base / "checkpoints" / "base", base / "checkpoints" / "base")
+    few = "--smoltalk 1 --mmlu 0 --gsm8k 0 --simple-spelling 0 --spelling-bee 0 --identity-repeats 0 --total-batch-size 4096"
+    result = nanochat(base, "train", "mid", *TINY_MID, *few.split())
+    assert_fails_with(result, "the data of mid do not fill one step of 32 micro-batches on each of 1 processes")
+    assert not any((base / "checkpoints" / "mid").glob("step_*"))
+
+
 def test_not_a_number_stops_training_and_names_the_tensor(base, trained_base):
     directory = base / "checkpoints" / "base"
     shutil.copytree(trained_base / "checkpoints" / "base", directory)
@@ -183,6 +212,9 @@ def test_not_a_number_stops_training_and_names_the_tensor(base, trained_base):
     tensors = load_file(path)
     tensors["blocks.0.mlp.expand.weight"][3, 5] = float("nan")
     save_file(tensors, path)
+    meta = json.loads((directory / "step_000020" / "meta.json").read_text())
+    meta["files"][path.name]["sha256"] = sha256_of(path)
+    (directory / "step_000020" / "meta.json").write_text(json.dumps(meta))
     result = nanochat(base, "train", "base", *TINY_BASE)
     assert_fails_with(result, "step 20", "the loss is nan", "weight blocks.0.mlp.expand.weight", "step_000020")
 

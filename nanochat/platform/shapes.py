@@ -1,0 +1,36 @@
+"""Checks that a value which was read from JSON has the shape that a reader relies on."""
+
+from nanochat.platform.errors import UserError
+
+NAMES = {int: "an integer", float: "a number", str: "a text", bool: "true or false", list: "a list", dict: "an object"}
+
+
+def check_shape(value: object, shape: object, place: str) -> None:
+    """Raise UserError, which names the place in the file, unless a value of JSON has a shape.
+
+    shape: a type (float also takes integers, object takes anything); [shape]: a list of that; {str: shape}: an object with any
+    keys; {"key": shape, …}: an object with these keys, and perhaps others.
+    """
+    if isinstance(shape, list):
+        _check_type(value, list, place)
+        for i, item in enumerate(value):
+            check_shape(item, shape[0], f"{place}[{i}]")
+    elif isinstance(shape, dict):
+        _check_type(value, dict, place)
+        wanted = dict.fromkeys(value, shape[str]) if str in shape else shape
+        for key, item in wanted.items():
+            if key not in value:
+                raise UserError(f"{place} has no {key!r}")
+            check_shape(value[key], item, f"{place}[{key!r}]")
+    else:
+        _check_type(value, shape, place)
+
+
+def _check_type(value: object, wanted: type, place: str) -> None:
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    if wanted in (int, float):
+        fits = is_number or (wanted is float and isinstance(value, float))
+    else:
+        fits = isinstance(value, wanted)
+    if not fits:
+        raise UserError(f"{place} is {str(value)[:40]!r}, wanted {NAMES[wanted]}")
