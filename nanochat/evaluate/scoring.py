@@ -1,14 +1,13 @@
 """Logits at chosen positions of many sequences, in padded batches; the head is applied at those positions only."""
 
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from nanochat.gpt import GPT
 
-TOKENS_AT_ONCE = 16384  # a batch of 8 rows at a context of 2048
+TOKENS_AT_ONCE = 16384  # padding included
 
 
 @torch.inference_mode()
@@ -17,19 +16,35 @@ def logits_at(
 ) -> Iterator[Tensor]:
     """For each sequence, in order, the float32 logits (end − start, V) that predict its tokens start … end − 1.
 
-    A sequence that is longer than the model's context is cut to its last tokens. start must be at least 1. advance: called with
+    A sequence that is longer than the model has positions is cut to its last tokens. start must be at least 1. advance: called with
     the number of sequences after each batch.
     """
-    context = model.config.context_length
-    work = iter(zip(sequences, spans, strict=True))
-    while batch := list(islice(work, max(1, TOKENS_AT_ONCE // context))):
-        cut = [(s[max(0, len(s) - context) :], max(0, len(s) - context), span) for s, span in batch]
-        width = max(len(tokens) for tokens, _, _ in cut)
-        inputs = torch.zeros(len(cut), width, dtype=torch.int64)
-        for row, (tokens, _, _) in enumerate(cut):
+    positions = model.cos.size(0)
+    cut = (
+        (tokens[max(0, len(tokens) - positions) :], max(0, len(tokens) - positions), span)
+        for tokens, span in zip(sequences, spans, strict=True)
+    )
+    for batch in _batches(cut):
+        width = max(len(tokens) for tokens, _, _ in batch)
+        inputs = torch.zeros(len(batch), width, dtype=torch.int64)
+        for row, (tokens, _, _) in enumerate(batch):
             inputs[row, : len(tokens)] = torch.tensor(tokens)
         hidden = model.hidden(inputs.to(model.device))  # padding is on the right, where causal attention ignores it
-        for row, (_, removed, (start, end)) in enumerate(cut):
+        for row, (_, removed, (start, end)) in enumerate(batch):
             yield model.logits(hidden[row, max(start - 1 - removed, 0) : max(end - 1 - removed, 0)])
         if advance:
             advance(len(batch))
+
+
+def _batches(work: Iterable[tuple]) -> Iterator[list[tuple]]:
+    """Items in order, as many together as fit when each is padded to the longest, at least one. The first of an item: its tokens."""
+    batch, width = [], 0
+    for item in work:
+        wider = max(width, len(item[0]))
+        if batch and (len(batch) + 1) * wider > TOKENS_AT_ONCE:
+            yield batch
+            batch, wider = [], len(item[0])
+        batch.append(item)
+        width = wider
+    if batch:
+        yield batch

@@ -18,7 +18,7 @@ class EvaluateBaseOptions(PresetOptions):
     """tokens of each split on which bits per byte are measured"""
     batch_size: Annotated[int, AtLeast(1)] = 32
     """rows per batch and process"""
-    core_max_per_task: int = 500
+    core_max_per_task: int = -1
     """maximum number of items of each CORE task; negative: all"""
     device: str = "auto"
     """auto, cuda, cpu or mps"""

@@ -109,10 +109,14 @@ class TrainBaseOptions(TrainOptions):
     """seed of the initial weights"""
 
 
+Unclipped = Annotated[OptimizerOptions, tyro.conf.arg(name="")]  # mid and sft do not clip the gradient by default
+
+
 @dataclass(frozen=True)
 class TrainMidOptions(TrainOptions):
     """Midtrain the base model on conversations."""
 
+    optimizer: Unclipped = field(default_factory=lambda: OptimizerOptions(grad_clip=0.0))
     device_batch_size: Annotated[int, AtLeast(1)] = 32
     """rows per micro-batch and process"""
     total_batch_size: Annotated[int, AtLeast(1)] = 524288
@@ -133,14 +137,15 @@ class TrainMidOptions(TrainOptions):
     """share of training at the end over which the learning rate falls to 0"""
     eval_every: int = 150
     """steps between measurements of bits per byte on held-out conversations"""
-    eval_rows: Annotated[int, AtLeast(1)] = 2048
-    """held-out conversations for each of these measurements"""
+    eval_rows: int = -1
+    """held-out general conversations for each of these measurements, beside questions and word problems; negative: all"""
 
 
 @dataclass(frozen=True)
 class TrainSftOptions(TrainOptions):
     """Fine-tune the midtrained model on conversations."""
 
+    optimizer: Unclipped = field(default_factory=lambda: OptimizerOptions(grad_clip=0.0))
     device_batch_size: Annotated[int, AtLeast(1)] = 4
     """conversations per micro-batch and process"""
     examples_per_step: Annotated[int, AtLeast(1)] = 32

@@ -10,8 +10,8 @@ class ARC(Categorical):
 
     def __init__(self, paths: Paths, subset: str, split: str):
         self.name = subset
-        self._rows, self.files = load_rows(paths, subset.lower(), split, ("question", "choices", "answerKey"))
+        self._rows = load_rows(paths, subset.lower(), split, ("question", "choices", "answerKey"))
 
     def __getitem__(self, index: int) -> dict:
-        row = self._rows.slice(index, 1).to_pylist()[0]
+        row = self._rows[index]
         return multiple_choice(row["question"], row["choices"]["text"], row["choices"]["label"], row["answerKey"])

@@ -3,7 +3,7 @@
 import re
 
 from nanochat.platform.paths import Paths
-from nanochat.tasks.rows import load_rows
+from nanochat.tasks.rows import RowTask, load_rows
 
 _CALL = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
 _ANSWER = re.compile(r"#### *(-?[\d.,]+)")
@@ -27,19 +27,16 @@ def solution_parts(answer: str) -> list[dict[str, str]]:
     return [part for part in parts if part["text"]]
 
 
-class GSM8K:
+class GSM8K(RowTask):
     """openai/gsm8k, main: question, answer."""
 
     name, kind, baseline = "GSM8K", "generative", 0.0
 
     def __init__(self, paths: Paths, split: str):
-        self._rows, self.files = load_rows(paths, "gsm8k", split, ("question", "answer"))
-
-    def __len__(self) -> int:
-        return self._rows.num_rows
+        self._rows = load_rows(paths, "gsm8k", split, ("question", "answer"))
 
     def __getitem__(self, index: int) -> dict:
-        row = self._rows.slice(index, 1).to_pylist()[0]
+        row = self._rows[index]
         answer = {"role": "assistant", "content": solution_parts(row["answer"])}
         return {"messages": [{"role": "user", "content": row["question"]}, answer]}
 

@@ -4,7 +4,7 @@ import re
 
 from nanochat.inference.sandbox import run_python
 from nanochat.platform.paths import Paths
-from nanochat.tasks.rows import load_rows
+from nanochat.tasks.rows import RowTask, load_rows
 
 _FENCE = re.compile(r"```(?:python)?[ \t]*\n(.*?)```", re.DOTALL)
 _IMPORT = re.compile(r"^(?:import|from)\s.*$", re.MULTILINE)
@@ -16,20 +16,17 @@ def extract_code(completion: str) -> str:
     return match.group(1) if match else completion
 
 
-class HumanEval:
+class HumanEval(RowTask):
     """openai/openai_humaneval: prompt, canonical_solution, test, entry_point."""
 
     name, kind, baseline = "HumanEval", "generative", 0.0
 
     def __init__(self, paths: Paths, split: str = "test"):
         columns = ("prompt", "canonical_solution", "test", "entry_point")
-        self._rows, self.files = load_rows(paths, "humaneval", split, columns)
-
-    def __len__(self) -> int:
-        return self._rows.num_rows
+        self._rows = load_rows(paths, "humaneval", split, columns)
 
     def __getitem__(self, index: int) -> dict:
-        row = self._rows.slice(index, 1).to_pylist()[0]
+        row = self._rows[index]
         return {"messages": code_messages(row), "row": row}
 
     def judge(self, conversation: dict, completion: str) -> bool:

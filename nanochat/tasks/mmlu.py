@@ -11,9 +11,9 @@ class MMLU(Categorical):
     name = "MMLU"
 
     def __init__(self, paths: Paths, split: str):
-        self._rows, self.files = load_rows(paths, "mmlu", split, ("question", "choices", "answer"))
+        self._rows = load_rows(paths, "mmlu", split, ("question", "choices", "answer"))
 
     def __getitem__(self, index: int) -> dict:
-        row = self._rows.slice(index, 1).to_pylist()[0]
+        row = self._rows[index]
         letters = list(LETTERS[: len(row["choices"])])
         return multiple_choice(row["question"], row["choices"], letters, letters[row["answer"]])

@@ -1,5 +1,7 @@
 """Multiple choice: questions as conversations whose answer is one letter."""
 
+from nanochat.tasks.rows import RowTask
+
 LETTERS = "ABCDEFGHIJ"
 
 
@@ -14,13 +16,10 @@ def multiple_choice(question: str, choices: list[str], letters: list[str], answe
     return {"messages": messages, "letters": letters}
 
 
-class Categorical:
+class Categorical(RowTask):
     """A multiple-choice task over a table of rows; a completion is right if it is the letter of the answer."""
 
     kind, baseline = "categorical", 0.25
-
-    def __len__(self) -> int:
-        return self._rows.num_rows
 
     def judge(self, conversation: dict, completion: str) -> bool:
         return completion == conversation["messages"][-1]["content"]

@@ -1,17 +1,53 @@
 """Loads the rows of a chat source: parquet or JSONL files chat/<source>/<split>*."""
 
 import json
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.platform.errors import GET_DATA, UserError
 from nanochat.platform.paths import Paths
 
+SHUFFLE_SEED = 42
 
-def load_rows(paths: Paths, source: str, split: str, columns: tuple[str, ...]) -> tuple[pa.Table, list[Path]]:
-    """The rows of a split, and their files. Raises UserError for a missing source, split or column, and for a damaged file."""
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a split in a shuffled order, the same in every run, so that a share of them is a sample of all."""
+
+    table: pa.Table
+    files: list[Path]
+
+    @cached_property
+    def order(self) -> np.ndarray:
+        return np.random.default_rng(SHUFFLE_SEED).permutation(self.table.num_rows)
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __getitem__(self, index: int) -> dict:
+        return self.table.slice(int(self.order[index]), 1).to_pylist()[0]
+
+
+class RowTask:
+    """A task whose items are made from rows."""
+
+    _rows: Rows
+
+    @property
+    def files(self) -> list[Path]:
+        return self._rows.files
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+def load_rows(paths: Paths, source: str, split: str, columns: tuple[str, ...]) -> Rows:
+    """The rows of a split. Raises UserError for a missing source, split or column, and for a damaged file."""
     directory = paths.chat_data / source
     files = sorted([*directory.glob(f"{split}*.parquet"), *directory.glob(f"{split}*.jsonl")])
     if not files:
@@ -26,7 +62,7 @@ def load_rows(paths: Paths, source: str, split: str, columns: tuple[str, ...]) -
         raise UserError(f"{files[0]} has no column {missing[0]!r} (it has {', '.join(table.column_names)}); {GET_DATA}")
     if table.num_rows == 0:
         raise UserError(f"{files[0]} has no rows; {GET_DATA}")
-    return table, files
+    return Rows(table, files)
 
 
 def _read(path: Path) -> pa.Table:

@@ -14,7 +14,7 @@ from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
 from nanochat.tasks import ARC, GSM8K, MMLU, Identity, SimpleSpelling, SmolTalk, SpellingBee
 from nanochat.train.plan import Plan, accumulation_steps, learning_settings
-from nanochat.train.schedules import linear_decay
+from nanochat.train.schedules import full_momentum, linear_decay
 from nanochat.train.trainer import Trainer
 
 
@@ -59,6 +59,7 @@ def finetune(options: TrainSftOptions, paths: Paths, runtime: Runtime) -> dict:
         batches=batches,
         accumulation=accumulation,
         lr_multiplier=linear_decay(options.init_lr_fraction),
+        momentum=full_momentum,
         steps=steps,
         one_length=False,
     )

@@ -17,6 +17,9 @@ from nanochat.train.plan import Evaluation, Plan, accumulation_steps, learning_s
 from nanochat.train.schedules import warmdown
 from nanochat.train.trainer import Trainer
 
+# rows of the test splits, in about the proportion in which the mixture has the tasks
+HELD_OUT_MMLU, HELD_OUT_GSM8K = 5200, 420
+
 
 def mid_mixture(options: TrainMidOptions, paths: Paths) -> Mixture:
     """The conversations of midtraining, shuffled."""
@@ -42,7 +45,13 @@ def midtrain(options: TrainMidOptions, paths: Paths, runtime: Runtime) -> dict:
     length = shape.context_length
     accumulation = accumulation_steps(options.total_batch_size, rows, length, runtime.world_size, "tokens")
     mixture = mid_mixture(options, paths)
-    held_out = Mixture([Limited(SmolTalk(paths, "test"), options.eval_rows), GSM8K(paths, "test"), MMLU(paths, "test")])
+    held_out = Mixture(
+        [
+            Limited(SmolTalk(paths, "test"), options.eval_rows),
+            Limited(MMLU(paths, "test"), HELD_OUT_MMLU),
+            Limited(GSM8K(paths, "test"), HELD_OUT_GSM8K),
+        ]
+    )
     if runtime.primary:
         say(f"{len(mixture):,} conversations: {', '.join(f'{k} {v:,}' for k, v in mixture.sizes().items())}")
 

@@ -7,6 +7,7 @@ from nanochat.data.batches import Batch
 from nanochat.gpt import GPTConfig
 from nanochat.options.train import TrainBaseOptions, TrainOptions
 from nanochat.platform.errors import UserError
+from nanochat.train.schedules import muon_momentum
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Plan:
     accumulation: int  # micro-batches per step on each rank
     lr_multiplier: Callable[[float], float]  # a function of the progress, 0 to 1
     steps: int | None  # None: until the data ends
+    momentum: Callable[[int], float] = muon_momentum  # of Muon, a function of the step
     one_length: bool = True  # the rows of all batches have the same length
     evaluations: list[Evaluation] = field(default_factory=list)
 

@@ -16,3 +16,8 @@ def linear_decay(start: float) -> Callable[[float], float]:
 def muon_momentum(step: int) -> float:
     """Muon's momentum at a step: it rises from 0.85 to 0.95 over the first 300 steps."""
     return 0.85 + 0.1 * min(step / 300, 1.0)
+
+
+def full_momentum(_step: int) -> float:
+    """Muon's momentum where it does not rise."""
+    return 0.95

@@ -28,7 +28,6 @@ from nanochat.train.diagnose import offending_tensor
 from nanochat.train.metrics import Metrics
 from nanochat.train.micro_step import MicroStep, choose_execution
 from nanochat.train.plan import Plan
-from nanochat.train.schedules import muon_momentum
 from nanochat.train.state import SHAPE, Pace, TrainState
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -236,7 +235,7 @@ class Trainer:
         loss = self.runtime.sum([rank_loss])[0] / world_size
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._stop_not_finite(loss, grad_norm, micro_batches)
-        self.optimizer.update(multiplier, muon_momentum(step))
+        self.optimizer.update(multiplier, self.plan.momentum(step))
         seconds = time.perf_counter() - started
         tokens = sum(batch.inputs.numel() for batch in micro_batches) * world_size
         self.state.advance(loss, tokens, seconds, micro_batches[-1].position)

@@ -15,6 +15,7 @@ class Parrot:
     """Say the word that the user says."""
 
     name, kind, baseline = "Parrot", "generative", 0.0
+    files = ()
 
     def __len__(self) -> int:
         return 7

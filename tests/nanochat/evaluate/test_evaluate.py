@@ -32,7 +32,7 @@ class Oracle:
     """A model that knows one text by heart: it expects each token of it after the three before, else token 0."""
 
     def __init__(self, vocab_size: int, texts: list[list[int]], context_length: int = 512):
-        self.config = SimpleNamespace(context_length=context_length)
+        self.config, self.cos = SimpleNamespace(context_length=context_length), torch.empty(10 * context_length, 1)
         self.texts, self.vocab_size, self.device = texts, vocab_size, torch.device("cpu")
 
     def hidden(self, tokens):
@@ -52,11 +52,16 @@ class Oracle:
         return out
 
 
-def test_logits_at_positions_equal_the_whole_forward_pass(model):
-    sequences = [torch.randint(500, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 40, 64, 90)]
-    spans = [(1, 5), (12, 20), (60, 64), (85, 90)]
+@pytest.mark.parametrize("at_once", [1, 128, 16384])
+def test_logits_at_positions_equal_the_whole_forward_pass(model, monkeypatch, at_once):
+    """Longer than the context too; only what exceeds the positions of the model is cut."""
+    monkeypatch.setattr("nanochat.evaluate.scoring.TOKENS_AT_ONCE", at_once)
+    lengths = (5, 40, 64, 90, 640, 700, 3)
+    sequences = [torch.randint(500, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
+    spans = [(1, 5), (12, 20), (60, 64), (85, 90), (1, 30), (690, 700), (1, 3)]
+    assert model.cos.size(0) == 640
     for sequence, (start, end), logits in zip(sequences, spans, logits_at(model, sequences, spans), strict=True):
-        kept = sequence[-64:]
+        kept = sequence[-640:]
         gone = len(sequence) - len(kept)
         whole = model(torch.tensor([kept]))[0]
         torch.testing.assert_close(logits, whole[start - 1 - gone : end - 1 - gone], rtol=1e-4, atol=1e-4)

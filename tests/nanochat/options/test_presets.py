@@ -2,8 +2,9 @@ import pytest
 
 from nanochat.cli import COMMANDS, parse
 from nanochat.gpt import GPTConfig
+from nanochat.options.evaluate import EvaluateBaseOptions
 from nanochat.options.presets import PRESETS, PresetOptions
-from nanochat.options.train import TrainBaseOptions, TrainMidOptions
+from nanochat.options.train import TrainBaseOptions, TrainMidOptions, TrainSftOptions
 from nanochat.platform.errors import UserError
 from nanochat.speedrun.preflight import most_rows
 from nanochat.train.plan import accumulation_steps, horizon
@@ -19,6 +20,18 @@ def test_d20_has_the_numbers_of_the_original_model():
     assert steps == 21_400
     assert steps * config.total_batch_size == 11_219_763_200
     assert f"{steps * config.total_batch_size * shape.flops_per_token:.3e}" == "3.918e+19"
+
+
+def test_only_pretraining_clips_the_gradient_by_default_and_only_training_limits_core():
+    stages = {"base": TrainBaseOptions, "mid": TrainMidOptions, "sft": TrainSftOptions}
+    assert {name: options().optimizer.grad_clip for name, options in stages.items()} == {
+        "base": 1.0,
+        "mid": 0.0,
+        "sft": 0.0,
+    }
+    chosen = parse(TrainSftOptions, "train sft", ["--grad-clip", "0.5"]).optimizer
+    assert (chosen.grad_clip, chosen.matrix_lr) == (0.5, 0.02)
+    assert (TrainBaseOptions().core_metric_max_per_task, EvaluateBaseOptions().core_max_per_task) == (500, -1)
 
 
 @pytest.mark.parametrize(("depth", "millions"), [(4, 36.7), (26, 1_081), (32, 1_879)])

@@ -2,8 +2,11 @@
 
 import shutil
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
+from nanochat.data.conversations import Limited
 from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
 from nanochat.tasks import GSM8K, HumanEval, SpellingBee
@@ -22,6 +25,18 @@ def test_answers_after_the_marks():
     ]  # fmt: skip
     assert extract_code("Here:\n```python\nx = 1\n```\n```python\ny\n```") == "x = 1\n"
     assert extract_code("x = 1") == "x = 1"
+
+
+def test_rows_come_in_a_shuffled_order_that_is_the_same_in_every_run(world):
+    """As the original shuffles them, so that its first rows are the first here too."""
+    [path] = (world.chat_data / "gsm8k").glob("train*.parquet")
+    questions = pq.read_table(path).column("question").to_pylist()
+    order = np.random.default_rng(42).permutation(len(questions))
+    task = GSM8K(world, "train")
+    found = [task[i]["messages"][0]["content"] for i in range(len(task))]
+    assert found == [questions[i] for i in order] and found != questions
+    share = Limited(task, 5)
+    assert [share[i]["messages"][0]["content"] for i in range(5)] == found[:5] and task.files == [path]
 
 
 def test_spelling_counts_what_it_asks(world):

@@ -4,7 +4,15 @@ import json
 
 import pytest
 
+from nanochat.cli import parse
+from nanochat.options.train import TrainBaseOptions, TrainMidOptions, TrainSftOptions
+from nanochat.platform.paths import Paths
+from nanochat.train.finetune import finetune
+from nanochat.train.midtrain import midtrain
+from nanochat.train.plan import Plan
+from nanochat.train.pretrain import pretrain
 from nanochat.train.state import SMOOTHING, Pace, TrainState
+from tests.conftest import TINY_BASE, TINY_MID, TINY_SFT
 
 
 def test_the_smoothed_loss_is_an_exponential_mean_without_a_bias_at_the_start():
@@ -32,3 +40,25 @@ def test_the_first_steps_say_nothing_of_the_time_that_is_left():
     pace = Pace()
     assert [pace.remaining(30.0, done) for done in (0.1, 0.2, 0.3)] == [None, None, None]
     assert pace.remaining(1.0, 0.4) == pytest.approx(6.0)
+
+
+def test_muons_momentum_rises_in_base_and_mid_and_not_in_sft(trained_base, cpu, monkeypatch):
+    momenta = {}
+
+    class Noted(Exception):
+        pass
+
+    def note(plan: Plan, *_):
+        momenta[plan.stage] = [round(plan.momentum(step), 3) for step in (0, 150, 300)]
+        raise Noted
+
+    for stage, train, options in (
+        ("pretrain", pretrain, parse(TrainBaseOptions, "train base", TINY_BASE)),
+        ("midtrain", midtrain, parse(TrainMidOptions, "train mid", TINY_MID)),
+        ("finetune", finetune, parse(TrainSftOptions, "train sft", TINY_SFT)),
+    ):
+        monkeypatch.setattr(f"nanochat.train.{stage}.Trainer", note)
+        with pytest.raises(Noted):
+            train(options, Paths(trained_base), cpu)
+    rising = [0.85, 0.9, 0.95]
+    assert momenta == {"base": rising, "mid": rising, "sft": [0.95] * 3}
