@@ -1,6 +1,5 @@
 """`nanochat cluster status`: the progress of a run, from the files that it writes, and its jobs if Slurm is installed."""
 
-import json
 import shutil
 import subprocess
 import time
@@ -9,7 +8,7 @@ from rich.table import Table
 
 from nanochat.options.cluster import StatusOptions
 from nanochat.platform.console import format_duration, say, show_table
-from nanochat.platform.files import read_json
+from nanochat.platform.files import json_lines, read_json
 from nanochat.platform.paths import Paths
 from nanochat.speedrun.records import record_path
 from nanochat.speedrun.stages import STAGES, Stage
@@ -25,7 +24,8 @@ def status(options: StatusOptions, paths: Paths) -> None:
         table.add_row(stage.name, *_state(paths, stage))
     show_table(table)
     say(f"files: {paths.base}")
-    ids = [json.loads(line)["id"] for line in paths.jobs.read_text("utf-8").splitlines()] if paths.jobs.exists() else []
+    jobs = [job for _, job in json_lines(paths.jobs)] if paths.jobs.exists() else []
+    ids = [str(job["id"]) for job in jobs if isinstance(job, dict) and "id" in job]  # a line may be cut off
     if ids and shutil.which("squeue"):
         queue = subprocess.run(
             ["squeue", "--noheader", "--format=%i %j %T %M of %l, %r", "--states=all", f"--jobs={','.join(ids[-8:])}"],

@@ -9,7 +9,6 @@ the scores. Li et al. 2024 (DCLM).
 """
 
 import csv
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +22,14 @@ from nanochat.gpt import GPT
 from nanochat.platform.console import progress_bar
 from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import UserError
+from nanochat.platform.files import read_json_lines
+from nanochat.platform.shapes import check_shape
 from nanochat.tokenizer.bpe import Tokenizer
 
 KEYS = {
-    "multiple_choice": ("query", "choices", "gold"),
-    "schema": ("context_options", "continuation", "gold"),
-    "language_modeling": ("context", "continuation"),
+    "multiple_choice": {"query": str, "choices": [str], "gold": int},
+    "schema": {"context_options": [str], "continuation": str, "gold": int},
+    "language_modeling": {"context": str, "continuation": str},
 }
 
 
@@ -60,15 +61,22 @@ def load_bundle(directory: Path) -> list[CoreTask]:
             raise UserError(f"{listing}: task {label} has the unknown type {kind!r}; known: {', '.join(KEYS)}")
         if label not in baselines:
             raise UserError(f"{meta} has no random baseline for the task {label}")
-        try:
-            items = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error}); fetch or generate the bundle again") from error
-        if not items or any(key not in item for item in items for key in KEYS[kind]):
-            raise UserError(f"{path} needs items with the keys {', '.join(KEYS[kind])}; fetch or generate it again")
+        lines = read_json_lines(path)
+        for number, item in lines:
+            _check_item(item, KEYS[kind], f"{path}, line {number}")
+        items = [item for _, item in lines]
+        if not items:
+            raise UserError(f"{path} has no items; fetch or generate the bundle again")
         delimiter = entry.get("continuation_delimiter", " ")
         tasks.append(CoreTask(label, kind, entry["num_fewshot"][0], delimiter, items, baselines[label]))
     return tasks
+
+
+def _check_item(item: object, keys: dict, place: str) -> None:
+    check_shape(item, keys, place)
+    answers = item.get("choices", item.get("context_options"))
+    if "gold" in keys and not 0 <= item["gold"] < len(answers):
+        raise UserError(f"{place} has {len(answers)} answers, of which {item['gold']} is not the number of one")
 
 
 def evaluate_core(

@@ -35,6 +35,35 @@ def read_json(path: Path) -> dict | None:
         return None
 
 
+def json_lines(path: Path) -> Iterator[tuple[int, object]]:
+    """The number of each line that is not blank, and its value: a ValueError where the line is no JSON in UTF-8.
+
+    Lines end with a line feed alone: U+2028 and other separators may stand inside of the texts.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")  # the mark that some editors put at the beginning
+            if line.strip():
+                try:
+                    yield number, json.loads(line.decode("utf-8"))
+                except (ValueError, RecursionError) as error:
+                    yield number, error if isinstance(error, ValueError) else ValueError("nested too deeply")
+
+
+def read_json_lines(path: Path) -> list[tuple[int, object]]:
+    """As json_lines, of a file in which every line counts. Raises UserError for one that is no JSON in UTF-8."""
+    lines = []
+    try:
+        for number, value in json_lines(path):
+            if isinstance(value, ValueError):
+                raise UserError(f"{path}, line {number} is no JSON in UTF-8 ({value}); correct the line")
+            lines.append((number, value))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); {remedy_for(error)}") from error
+    return lines
+
+
 @contextmanager
 def fresh_directory(final: Path) -> Iterator[Path]:
     """Give the block an empty temporary directory, which replaces `final` when the block ends without an error.

@@ -1,8 +1,9 @@
 """Loads the rows of a chat source: parquet or JSONL files chat/<source>/<split>*."""
 
-import json
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.platform.errors import GET_DATA, UserError
+from nanochat.platform.files import read_json_lines
 from nanochat.platform.paths import Paths
+from nanochat.tokenizer.chat_format import check_conversation
 
 SHUFFLE_SEED = 42
 
@@ -19,18 +22,35 @@ SHUFFLE_SEED = 42
 class Rows:
     """The rows of a split in a shuffled order, the same in every run, so that a share of them is a sample of all."""
 
-    table: pa.Table
     files: list[Path]
+    tables: list[pa.Table | list[dict]]
+    """the rows of each file"""
+
+    @cached_property
+    def ends(self) -> list[int]:
+        return list(accumulate(len(table) for table in self.tables))
 
     @cached_property
     def order(self) -> np.ndarray:
-        return np.random.default_rng(SHUFFLE_SEED).permutation(self.table.num_rows)
+        return np.random.default_rng(SHUFFLE_SEED).permutation(len(self))
 
     def __len__(self) -> int:
-        return self.table.num_rows
+        return self.ends[-1]
 
     def __getitem__(self, index: int) -> dict:
-        return self.table.slice(int(self.order[index]), 1).to_pylist()[0]
+        file, row = self._find(index)
+        table = self.tables[file]
+        return table[row] if isinstance(table, list) else table.slice(row, 1).to_pylist()[0]
+
+    def place(self, index: int) -> str:
+        """Where a row stands, for messages."""
+        file, row = self._find(index)
+        return f"{self.files[file]}, row {row + 1}"
+
+    def _find(self, index: int) -> tuple[int, int]:
+        number = int(self.order[index])
+        file = bisect_right(self.ends, number)
+        return file, number - (self.ends[file - 1] if file else 0)
 
 
 class RowTask:
@@ -47,7 +67,7 @@ class RowTask:
 
 
 def load_rows(paths: Paths, source: str, split: str, columns: tuple[str, ...]) -> Rows:
-    """The rows of a split. Raises UserError for a missing source, split or column, and for a damaged file."""
+    """The rows of a split. Raises UserError for a missing source, split, column or value, with its file and row, and a damaged file."""
     directory = paths.chat_data / source
     files = sorted([*directory.glob(f"{split}*.parquet"), *directory.glob(f"{split}*.jsonl")])
     if not files:
@@ -56,22 +76,44 @@ def load_rows(paths: Paths, source: str, split: str, columns: tuple[str, ...]) -
             f"the chat source {source}/{split} does not exist under {paths.chat_data}; "
             f"there are: {', '.join(existing) or 'none'}; {GET_DATA}"
         )
-    table = pa.concat_tables([_read(path) for path in files], promote_options="default")
-    missing = [column for column in columns if column not in table.column_names]
-    if missing:
-        raise UserError(f"{files[0]} has no column {missing[0]!r} (it has {', '.join(table.column_names)}); {GET_DATA}")
-    if table.num_rows == 0:
+    rows = Rows(files, [_read_lines(path) if path.suffix == ".jsonl" else _read_table(path, columns) for path in files])
+    if len(rows) == 0:
         raise UserError(f"{files[0]} has no rows; {GET_DATA}")
-    return Rows(table, files)
+    return rows
 
 
-def _read(path: Path) -> pa.Table:
+def _read_table(path: Path, columns: tuple[str, ...]) -> pa.Table:
     try:
-        if path.suffix == ".parquet":
-            return pq.read_table(path)
-        lines = path.read_text("utf-8").splitlines()
-        # each line is an array of messages, as in the identity conversations
-        return pa.table({"messages": [json.loads(line) for line in lines if line.strip()]})
-    except (pa.ArrowException, ValueError) as error:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} cannot be read ({reason}); remove it and fetch or generate it again") from error
+    for name in columns:
+        if name not in table.column_names:
+            raise UserError(f"{path} has no column {name!r} (it has {', '.join(table.column_names)}); {GET_DATA}")
+        column = table.column(name)
+        if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
+            raise UserError(f"{path}: the column {name!r} is {column.type}, wanted texts; {GET_DATA}")
+        if column.null_count:
+            row = column.is_null().to_pylist().index(True)
+            raise UserError(f"{path}, row {row + 1} has no {name}; fill or remove the row")
+    return table
+
+
+def _read_lines(path: Path) -> list[dict]:
+    """Conversations, each line an array of messages or an object with one under "messages"."""
+    rows = []
+    for number, value in read_json_lines(path):
+        row = value if isinstance(value, dict) else {"messages": value}
+        checked(row, f"{path}, line {number}")
+        rows.append(row)
+    return rows
+
+
+def checked(conversation: dict, place: str) -> dict:
+    """A conversation, after a check. Raises UserError with the place where a malformed one stands."""
+    try:
+        check_conversation(conversation)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
+    return conversation

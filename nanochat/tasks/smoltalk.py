@@ -1,7 +1,7 @@
 """SmolTalk: general conversations, for training."""
 
 from nanochat.platform.paths import Paths
-from nanochat.tasks.rows import RowTask, load_rows
+from nanochat.tasks.rows import RowTask, checked, load_rows
 
 
 class SmolTalk(RowTask):
@@ -13,4 +13,4 @@ class SmolTalk(RowTask):
         self._rows = load_rows(paths, self.source, self.split or split, ("messages",))
 
     def __getitem__(self, index: int) -> dict:
-        return {"messages": self._rows[index]["messages"]}
+        return checked({"messages": self._rows[index]["messages"]}, self._rows.place(index))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TextIO
 
 from nanochat.platform.console import say
-from nanochat.platform.files import write_atomically
+from nanochat.platform.files import json_lines, write_atomically
 
 
 class Metrics:
@@ -47,15 +47,7 @@ def read_metrics(path: Path) -> list[dict]:
     """The complete records of a metrics file; a line that a kill has cut off is left out. No file gives no records."""
     if not path.exists():
         return []
-    records = []
-    for line in path.read_text("utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "step" in record:
-            records.append(record)
-    return records
+    return [record for _, record in json_lines(path) if isinstance(record, dict) and "step" in record]
 
 
 class WandbLog:

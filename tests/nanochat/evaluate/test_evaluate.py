@@ -148,9 +148,24 @@ def test_a_broken_bundle_is_refused(tmp_path):
     with pytest.raises(UserError, match="t.jsonl cannot be read"):
         load_bundle(tmp_path)
     (tmp_path / "eval_data").mkdir()
-    (tmp_path / "eval_data" / "t.jsonl").write_text(json.dumps({"gold": 0}) + "\n")
-    with pytest.raises(UserError, match="needs items with the keys context_options, continuation, gold"):
-        load_bundle(tmp_path)
+    item = {"context_options": ["one", "two"], "continuation": "line\u2028separated", "gold": 1}
+    for line, message in (
+        ("", "t.jsonl has no items"),
+        ("{", "t.jsonl, line 2 is no JSON in UTF-8"),
+        ("[" * 100_000, "t.jsonl, line 2 is no JSON in UTF-8"),
+        (
+            json.dumps(item | {"context_options": "one"}),
+            r"t.jsonl, line 2\['context_options'\] is 'one', wanted a list",
+        ),
+        (json.dumps({"gold": 0}), "t.jsonl, line 2 has no 'context_options'"),
+        (json.dumps(item | {"gold": 2}), "line 2 has 2 answers, of which 2 is not the number of one"),
+        (json.dumps(item | {"gold": -1}), "line 2 has 2 answers, of which -1 is not the number of one"),
+    ):
+        (tmp_path / "eval_data" / "t.jsonl").write_text("\n" + line + "\n", "utf-8")
+        with pytest.raises(UserError, match=message):
+            load_bundle(tmp_path)
+    (tmp_path / "eval_data" / "t.jsonl").write_text(json.dumps(item, ensure_ascii=False) + "\n", "utf-8")
+    assert load_bundle(tmp_path)[0].items == [item]
 
 
 # --- chat tasks ---

@@ -101,6 +101,17 @@ def test_what_is_spoilt_is_no_data(d20, name, spoil, named):
     assert len(found) == 1 and named in found[0] and found[0].startswith(name)
 
 
+def test_a_users_own_identity_file_may_have_any_number_of_lines(d20):
+    asset = next(asset for asset in LIST if asset.name == "identity")
+    file = asset.present(d20)[0]
+    content = file.read_bytes()
+    try:
+        file.write_bytes(b"\n".join(content.splitlines()[:3]))
+        assert not [problem for _, _, problem in problems("d20", d20, SHARDS) if problem]
+    finally:
+        file.write_bytes(content)
+
+
 def test_a_file_that_shrank_after_it_was_fetched(d20):
     asset = next(asset for asset in LIST if asset.name == "words")
     note_fetched(d20, asset, {"words.txt": [1, ""]})

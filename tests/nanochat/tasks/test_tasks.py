@@ -1,15 +1,17 @@
 """Tasks: their conversations, and how each judges a completion."""
 
+import json
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from nanochat.data.conversations import Limited
 from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
-from nanochat.tasks import GSM8K, HumanEval, SpellingBee
+from nanochat.tasks import GSM8K, HumanEval, Identity, SmolTalk, SpellingBee
 from nanochat.tasks.gsm8k import final_number, solution_parts
 from nanochat.tasks.humaneval import extract_code
 from tests.conftest import assert_fails_with, nanochat
@@ -37,6 +39,76 @@ def test_rows_come_in_a_shuffled_order_that_is_the_same_in_every_run(world):
     assert found == [questions[i] for i in order] and found != questions
     share = Limited(task, 5)
     assert [share[i]["messages"][0]["content"] for i in range(5)] == found[:5] and task.files == [path]
+
+
+def say_again(*texts) -> list[dict]:
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def test_identity_lines_of_every_documented_kind(base):
+    """Arrays and objects, texts and lists of parts, separators of lines inside of texts, any number of lines, a mark at the start."""
+    paths = Paths(base)
+    parts = [{"type": "text", "text": "2*3 is "}, {"type": "python", "text": "2*3"}]
+    wanted = [say_again("who\u2028are\u0085you", "a model"), say_again("2*3?", parts)]
+    lines = [json.dumps(wanted[0], ensure_ascii=False), json.dumps({"messages": wanted[1]})]
+    path = paths.chat_data / "identity" / "conversations.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n\n".join(lines).encode())
+    found = [Identity(paths)[i]["messages"] for i in range(2)]
+    assert sorted(found, key=str) == sorted(wanted, key=str)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{", "line 3 is no JSON in UTF-8"),
+        (b'["\xff"]', "line 3 is no JSON in UTF-8"),
+        (b"[" * 100_000, "line 3 is no JSON in UTF-8"),
+        (b"7", "line 3: malformed conversation"),
+        (
+            json.dumps(say_again("a", None)).encode(),
+            "line 3: malformed conversation: message 1 .assistant. must be text",
+        ),
+        (
+            json.dumps(say_again("a", "b")[::-1]).encode(),
+            "line 3: malformed conversation: message 0 is from 'assistant'",
+        ),
+    ],
+)
+def test_a_bad_identity_line_is_named_before_training_begins(base, line, message):
+    paths = Paths(base)
+    path = paths.chat_data / "identity" / "conversations.jsonl"
+    path.write_bytes(json.dumps(say_again("a", "b")).encode() + b"\n\n" + line)
+    with pytest.raises(UserError, match=message):
+        Identity(paths)
+
+
+@pytest.mark.parametrize(
+    ("questions", "type_of", "message"),
+    [
+        (["a", None, "b"], pa.string(), "row 2 has no question"),
+        ([b"a"], pa.binary(), "'question' is binary, wanted texts"),
+    ],
+)
+def test_a_bad_value_of_a_table_is_named_before_training_begins(base, questions, type_of, message):
+    path = Paths(base).chat_data / "gsm8k" / "train.parquet"
+    for old in path.parent.glob("train*"):
+        old.unlink()
+    table = {"question": pa.array(questions, type_of), "answer": ["#### 1"] * len(questions)}
+    pq.write_table(pa.table(table), path)
+    with pytest.raises(UserError, match=message):
+        GSM8K(Paths(base), "train")
+
+
+def test_a_malformed_conversation_in_a_table_is_named_with_its_row(base):
+    path = Paths(base).chat_data / "smoltalk" / "train.parquet"
+    for old in path.parent.glob("train*"):
+        old.unlink()
+    pq.write_table(pa.table({"messages": [say_again("a", "b"), say_again("a", "b")[::-1], say_again("c", "d")]}), path)
+    task = SmolTalk(Paths(base))
+    with pytest.raises(UserError, match="train.parquet, row 2: malformed conversation: message 0 is from 'assistant'"):
+        for i in range(3):
+            task[i]
 
 
 def test_spelling_counts_what_it_asks(world):
