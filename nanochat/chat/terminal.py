@@ -1,5 +1,7 @@
 """`nanochat chat`: a chat in the terminal, or the answer to one prompt."""
 
+import contextlib
+import sys
 from collections.abc import Iterable, Iterator
 
 from nanochat.checkpoint import load_model
@@ -11,6 +13,10 @@ from nanochat.platform.distributed import start_runtime
 from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
 
+HELP = (
+    "/clear starts a new conversation, Ctrl-C ends an answer, the arrow keys recall questions, /quit or Ctrl-D leaves"
+)
+
 
 def chat(options: ChatOptions, paths: Paths) -> None:
     """Chat with the newest model of a stage until the user leaves, or answer the prompt of --prompt."""
@@ -21,18 +27,18 @@ def chat(options: ChatOptions, paths: Paths) -> None:
     if options.prompt:
         print_answer(session, options.prompt)
         return
-    say(f"nanochat ({options.source}); `clear` starts a new conversation, `quit` leaves")
-    while True:
-        try:
-            text = console.input("[bold]you:[/bold] ").strip()
-        except (EOFError, KeyboardInterrupt):
-            say("")
+    say(f"nanochat ({options.source}); /help names the commands, /quit leaves")
+    for text in questions(paths):
+        command = text.lower().removeprefix("/")
+        if command in ("quit", "exit"):
             return
-        if text.lower() in ("quit", "exit"):
-            return
-        if text.lower() == "clear":
+        if command == "clear":
             session.clear()
             say("(a new conversation)")
+        elif text.lower() == "/help":
+            say(HELP)
+        elif text.startswith("/"):
+            say(f"there is no command {text}; {HELP}")
         elif text:
             try:
                 print_answer(session, text)
@@ -40,11 +46,39 @@ def chat(options: ChatOptions, paths: Paths) -> None:
                 say(str(error))
 
 
+def questions(paths: Paths) -> Iterator[str]:
+    """What the user types, until the end of the input. In a terminal lines can be edited, recalled, and pasted with line ends."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        while (line := sys.stdin.readline()) != "":
+            console.print("[bold]you:[/bold] ", end="")
+            yield line.strip()
+        say("")
+        return
+    from prompt_toolkit import PromptSession, formatted_text, history  # slow to import
+
+    prompts = PromptSession(history=history.FileHistory(paths.chat_history))
+    while True:
+        try:
+            yield prompts.prompt(formatted_text.HTML("<b>you:</b> ")).strip()
+        except KeyboardInterrupt:  # drops the line that is typed
+            continue
+        except EOFError:
+            return
+
+
 def print_answer(session: Session, text: str) -> None:
-    """Print the answer to a message while it is generated."""
+    """Print the answer to a message while it is generated. An interrupt (Ctrl-C) ends the answer, not the chat."""
     console.print("[bold]nanochat:[/bold] ", end="")
-    for piece in shown(session.ask(text)):
-        console.print(piece, end="", markup=False)
+    answer = session.ask(text)
+    try:
+        for piece in shown(answer):
+            console.print(piece, end="", markup=False)
+    except KeyboardInterrupt:
+        with contextlib.suppress(KeyboardInterrupt):
+            answer.throw(
+                KeyboardInterrupt
+            )  # unless it was raised in there: what has been said stays in the conversation
+        console.print(" (stopped)", end="")
     say("")
 
 

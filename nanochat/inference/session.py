@@ -45,10 +45,13 @@ Event = Text | ToolCall | ToolResult | Forgotten
 
 
 class Session:
-    """A conversation with a model. sampling: temperature, top_k and seed as in Engine.stream; max_tokens: of an answer."""
+    """A conversation with a model. sampling: temperature and top_k as in Engine.stream; max_tokens: of an answer.
 
-    def __init__(self, engine: Engine, max_tokens: int = 512, **sampling) -> None:
-        self.engine, self.max_tokens, self.sampling = engine, max_tokens, sampling
+    seed: of the first answer; each answer after it is sampled with the next seed, so that the same question may get another answer.
+    """
+
+    def __init__(self, engine: Engine, max_tokens: int = 512, seed: int = 42, **sampling) -> None:
+        self.engine, self.max_tokens, self.seed, self.sampling = engine, max_tokens, seed, sampling
         self.turns: list[list[int]] = []  # each has the ids of a question and its answer
 
     def clear(self) -> None:
@@ -58,7 +61,8 @@ class Session:
     def ask(self, text: str) -> Iterator[Event]:
         """Answer a message; the events come while the answer is generated.
 
-        The message and its answer join the conversation only when the answer has been read to its end. Raises UserError when the
+        The message and its answer join the conversation when the answer has been read to its end, and what there is of it when the
+        user interrupts it; an answer that nobody reads to its end leaves the conversation as it was. Raises UserError when the
         message alone does not fit into the model's positions.
         """
         tokenizer = self.engine.tokenizer
@@ -70,13 +74,21 @@ class Session:
         answer: list[int] = []
 
         def tokens() -> Iterator[int]:
-            for [token], _ in self.engine.stream([prompt], self.max_tokens, **self.sampling):
+            for [token], _ in self.engine.stream([prompt], self.max_tokens, seed=self.seed, **self.sampling):
                 if token is not None:
                     answer.append(token)
                     yield token
 
-        yield from events(tokenizer, tokens())
-        self.turns = [*kept, [*question, *answer, tokenizer.special("assistant_end")]]
+        try:
+            yield from events(tokenizer, tokens())
+        except KeyboardInterrupt:
+            self._join(kept, question, answer)
+            raise
+        self._join(kept, question, answer)
+
+    def _join(self, kept: list[list[int]], question: list[int], answer: list[int]) -> None:
+        self.turns = [*kept, [*question, *answer, self.engine.tokenizer.special("assistant_end")]]
+        self.seed += 1
 
     def _newest_turns(self, question: int) -> list[list[int]]:
         """The newest turns that fit before a question of `question` tokens and its answer.
@@ -93,7 +105,10 @@ class Session:
 
 
 def events(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[Event]:
-    """Generated tokens as events: text in pieces of whole characters, each tool call and each result in one piece."""
+    """Generated tokens as events: text in pieces of whole characters, each tool call and each result in one piece.
+
+    Other special tokens, which a model may write at the wrong place, are not text and are left out.
+    """
     kinds = {tokenizer.special("python_start"): ToolCall, tokenizer.special("output_start"): ToolResult}
     ends = {tokenizer.special("python_end"), tokenizer.special("output_end")}
     kind, waiting = Text, []  # waiting: tokens that are not in an event yet
@@ -102,6 +117,8 @@ def events(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[Event]:
             if waiting or kind is not Text:
                 yield kind(tokenizer.decode(waiting))
             kind, waiting = kinds.get(token, Text), []
+            continue
+        if token >= len(tokenizer.ranks):
             continue
         waiting.append(token)
         # a character has at most four bytes, so that an incomplete one of more than eight tokens is not UTF-8

@@ -11,7 +11,7 @@ from nanochat.options.ranges import AtLeast
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """Chat with a model: type to talk, `clear` to start a new conversation, `quit` to leave."""
+    """Chat with a model: type to talk, /clear to start a new conversation, /quit to leave."""
 
     prompt: Annotated[str, tyro.conf.arg(aliases=["-p"])] = ""
     """answer only this prompt, without a chat"""
@@ -24,7 +24,7 @@ class ChatOptions:
     max_tokens: Annotated[int, AtLeast(1)] = 512
     """maximum number of tokens in an answer"""
     seed: int = 42
-    """seed of the sampling"""
+    """seed of the first answer; each answer after it takes the next one"""
     device: str = "auto"
     """auto, cuda, cpu or mps"""
     impl: Implementations = field(default_factory=Implementations)

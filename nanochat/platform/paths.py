@@ -61,6 +61,11 @@ class Paths:
         return self.base / "hashes.json"
 
     @property
+    def chat_history(self) -> Path:
+        """What was typed in chats."""
+        return self.base / "chat_history.txt"
+
+    @property
     def stop(self) -> Path:
         """While this file exists, training saves and ends after its step. The speedrun makes it on a signal, for all nodes."""
         return self.base / "stop"

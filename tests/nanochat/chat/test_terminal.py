@@ -20,9 +20,13 @@ def test_chat_and_evaluation_of_a_trained_model(trained_base, tmp_path):
     assert result.returncode == 0 and result.stdout.startswith("nanochat: "), result.stderr
     talk = forked.run(
         *command("chat", "--max-tokens", "4", "--source", "mid")[1:], env=environment(base),
-        given="hello\nclear\nhi again\nquit\nnever read\n",
+        given="hello\n/clear\n/help\n/nonsense\nhi again\n/quit\nnever read\n",
     )  # fmt: skip
     assert talk.returncode == 0 and talk.stdout.count("nanochat: ") == 2 and "a new conversation" in talk.stdout
+    assert (
+        "there is no command /nonsense; /clear starts" in talk.stdout
+        and talk.stdout.count("Ctrl-C ends an answer") == 2
+    )
 
     # two processes share the items and find what one finds
     results = []

@@ -11,12 +11,13 @@ class Scripted:
     """An engine that gives prepared answers and notes the prompts."""
 
     def __init__(self, tokenizer, answers, positions=10_000):
-        self.tokenizer, self.answers, self.prompts = tokenizer, list(answers), []
+        self.tokenizer, self.answers, self.prompts, self.seeds = tokenizer, list(answers), [], []
         self.model = type("Model", (), {"cos": type("Table", (), {"size": lambda self, axis: positions})()})()
 
     def stream(self, prompts, max_tokens, **sampling):
         [prompt] = prompts
         self.prompts.append(prompt)
+        self.seeds.append(sampling["seed"])
         for token in [*self.answers.pop(0), None]:
             yield [token], [True]
 
@@ -50,6 +51,52 @@ def test_tokens_that_text_would_not_give_back_are_kept(tokenizer):
     list(session.ask("a")), list(session.ask("b"))
     start = len([tokenizer.bos, *user_turn(tokenizer, "a")]) + 1
     assert engine.prompts[1][start : start + len(pieces)] == pieces
+
+
+class Interrupted(Scripted):
+    """An engine that is interrupted after two tokens of its first answer."""
+
+    def stream(self, prompts, max_tokens, **sampling):
+        for number, found in enumerate(super().stream(prompts, max_tokens, **sampling)):
+            if number == 2 and len(self.prompts) == 1:
+                raise KeyboardInterrupt
+            yield found
+
+
+@pytest.mark.parametrize("how", ["while it is generated", "while it is shown"])
+def test_an_interrupted_answer_stays_in_the_conversation(tokenizer, how):
+    said = [tokenizer.encode("a")[0], tokenizer.encode("b")[0], tokenizer.encode("c")[0]]
+    engine = (Interrupted if how == "while it is generated" else Scripted)(tokenizer, [said, said])
+    session = Session(engine)
+    answer = session.ask("one")
+    if how == "while it is generated":
+        with pytest.raises(KeyboardInterrupt):
+            list(answer)
+    else:
+        assert [next(answer).text, next(answer).text] == ["a", "b"]
+        with pytest.raises(KeyboardInterrupt):
+            answer.throw(KeyboardInterrupt)
+    list(session.ask("two"))
+    turn = [
+        *user_turn(tokenizer, "one"),
+        tokenizer.special("assistant_start"),
+        *said[:2],
+        tokenizer.special("assistant_end"),
+    ]
+    assert engine.prompts[1][1 : len(turn) + 1] == turn and len(session.turns) == 2
+
+
+def test_each_answer_has_a_seed_of_its_own(tokenizer):
+    engine = Scripted(tokenizer, [tokenizer.encode("x")] * 3)
+    session = Session(engine, seed=7)
+    for question in "abc":
+        list(session.ask(question))
+    assert engine.seeds == [7, 8, 9]
+
+
+def test_special_tokens_at_the_wrong_place_are_not_shown(tokenizer):
+    tokens = [tokenizer.bos, *tokenizer.encode("a"), tokenizer.special("user_start"), *tokenizer.encode("b")]
+    assert "".join(event.text for event in events(tokenizer, iter(tokens))) == "ab"
 
 
 def test_an_answer_as_events(tokenizer):
