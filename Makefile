@@ -4,7 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: speedrun test check bench clean
+.PHONY: help speedrun test check bench clean
+
+help:
+	@echo "make speedrun   the whole pipeline on the embedded data, from text to a chat, in minutes"
+	@echo "make test       lint, and all tests except the long ones"
+	@echo "make check      the long tests, planted faults, a real Slurm"
+	@echo "make bench      benchmarks of the data loader, the tokenizer, operations and a step on this machine"
+	@echo "make clean      removes .venv and build/; PYTHON=python3.12 chooses the Python for .venv"
 
 speedrun: $(INSTALLED)
 	$(BIN)/nanochat speedrun --preset cpu

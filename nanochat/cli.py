@@ -180,6 +180,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _dispatch(arguments: list[str]) -> None:
     if arguments[:1] == ["--version"]:
         return say(f"nanochat {__version__}")
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
     words = [word for word in arguments[:2] if not word.startswith("-")]
     name = next((n for n in (" ".join(words[:2]), " ".join(words[:1])) if n in COMMANDS), None)
     if name is None:
@@ -217,14 +219,20 @@ def parse(kind: type, name: str, arguments: list[str]):
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
             options = tyro.cli(kind, args=arguments, default=default, prog=f"nanochat {name}")
     except SystemExit as exit:
-        # tyro prints a box over several lines: keep its words
-        text = re.sub(r"\x1b\[[0-9;]*m", "", output.getvalue())
-        text = " ".join(re.sub(r"\s|[─-╿]|-{3,}", " ", text).split())
-        error = UserError(f"{text or 'bad options'} (nanochat {name} --help lists the options)")
+        error = UserError(f"{_message(output.getvalue())} (nanochat {name} --help lists the options)")
         error.exit_status = exit.code if isinstance(exit.code, int) else 2
         raise error from None
     check_ranges(options)
     return options
+
+
+def _message(box: str) -> str:
+    """What tyro says in a box whose parts are a title, the message, perhaps what was meant, and where help is."""
+    parts = re.split(r"\n[^\n]*(?:[─-╿]|-){5,}[^\n]*", "\n" + re.sub(r"\x1b\[[0-9;]*m", "", box))
+    texts = [" ".join(re.sub("[─-╿]", " ", part).split()) for part in parts]
+    message = texts[1].removesuffix(".") if len(texts) > 1 else "bad options"
+    meant = [re.search(r"--\S+", text) for text in texts[2:] if text.startswith("Perhaps you meant")]
+    return message.replace("('', ", "(") + "".join(f"; did you mean {option[0]}?" for option in meant if option)
 
 
 def _option(arguments: list[str], option: str) -> str | None:

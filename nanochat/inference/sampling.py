@@ -8,13 +8,16 @@ from nanochat.platform.errors import UserError
 
 def sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
     """One token per row (B,) for logits (B, V); temperature 0 takes the most likely one."""
-    if temperature == 0:
+    if temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(dim=-1)
+    logits = (
+        logits - logits.amax(dim=-1, keepdim=True)
+    ) / temperature  # quotients by small temperatures overflow to −inf alone
     if top_k is not None and top_k < logits.size(-1):
         values, candidates = logits.topk(top_k, dim=-1)
-        choice = torch.multinomial(torch.softmax(values / temperature, dim=-1), 1, generator=generator)
+        choice = torch.multinomial(torch.softmax(values, dim=-1), 1, generator=generator)
         return candidates.gather(-1, choice).squeeze(-1)
-    return torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1, generator=generator).squeeze(-1)
+    return torch.multinomial(torch.softmax(logits, dim=-1), 1, generator=generator).squeeze(-1)
 
 
 def check_sampling(

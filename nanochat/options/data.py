@@ -24,7 +24,7 @@ class GenerateOptions:
     """word problems for training (GSM8K's layout)"""
     identity: Annotated[int, AtLeast(1)] = 300
     """conversations about the model itself"""
-    words: Annotated[int, AtLeast(1)] = 4000
+    words: Annotated[int, AtLeast(40)] = 4000
     """words in the word list"""
     tests: Annotated[int, AtLeast(1)] = 200
     """maximum number of items in each test"""

@@ -27,7 +27,7 @@ def AtLeast(low: float) -> Between:
 
 
 def check_ranges(options: Any) -> None:
-    """Raise UserError for the first option, also in nested dataclasses, that is out of its range or not a finite number."""
+    """Raise UserError for the first option, also in nested dataclasses, that is out of its range, not finite, or too long."""
     hints = get_type_hints(type(options), include_extras=True)
     for field in fields(options):
         value = getattr(options, field.name)
@@ -35,6 +35,8 @@ def check_ranges(options: Any) -> None:
             check_ranges(value)
             continue
         option = f"--{field.name.replace('_', '-')}"
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise UserError(f"{option} must be an integer of 64 bits, got {value}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{option} must be a finite number, got {value}")
         for allowed in getattr(hints[field.name], "__metadata__", ()):

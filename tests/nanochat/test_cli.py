@@ -45,6 +45,34 @@ def test_help_and_errors_need_no_torch(arguments):
     assert "AssertionError" not in done.stderr and (done.stdout or "nanochat: error:" in done.stderr)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset"], "Missing value for argument '--preset'. Expected 1 values"),
+        (["--nope"], "Unrecognized options: --nope"),
+        (["--run.execution", "eager"], "Unrecognized options: --run.execution, eager; did you mean --execution?"),
+        (["--depth", "x"], "Error parsing --depth: invalid literal for int() with base 10: 'x'"),
+        (["--execution", "fast"], "invalid choice 'fast' for argument '--execution'. Expected one of ('auto', 'graph',"),
+        (["--seed", str(10**20)], "--seed must be an integer of 64 bits, got 100000000000000000000"),
+        (["--save-every", str(-(2**64))], "--save-every must be"),
+    ],
+)  # fmt: skip
+def test_an_error_of_the_options_is_said_once(capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        main(["train", "base", *arguments])
+    said = capsys.readouterr().err
+    assert said.startswith(f"nanochat: error: {message}") and len(said.splitlines()) == 1
+    assert said.count("--help") <= 1 and "full helptext" not in said and said.lower().count("unrecognized options") <= 1
+
+
+def test_help_is_a_command_too(capsys):
+    main(["help"])
+    assert "train base" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["help", "train", "base"])
+    assert ended.value.code == 0 and "--device-batch-size" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("module", ["evaluate.chat", "evaluate.base", "chat.terminal", "inference.engine"])
 def test_modules_that_do_not_train_import_nothing_slow(module):
     """torch._dynamo and torch.distributed.checkpoint took longer to import than torch itself. Making a model did it too."""

@@ -70,6 +70,14 @@ def test_top_k_and_temperature():
     torch.testing.assert_close(shares, torch.softmax(logits[0] / 0.5, 0), atol=0.03, rtol=0)
 
 
+@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-30, 1e-3, 1e38])
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_extreme_temperatures(temperature, top_k):
+    logits = torch.tensor([[-80.0, 3.0, 2.0, 80.0]]).repeat(50, 1)
+    found = set(sample(logits, temperature, top_k, torch.Generator().manual_seed(0)).tolist())
+    assert found == {3} if temperature < 1 else len(found) == (top_k or 4)
+
+
 class Script(Engine):
     """An engine whose model says what a script says, to watch the tool."""
 
