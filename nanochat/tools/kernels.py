@@ -91,7 +91,7 @@ def tune_kernels(options: KernelsTuneOptions) -> None:
 def run_gate(options: KernelsGateOptions, paths: Paths) -> None:
     """Validate and time every operation at the shapes of a preset, and write the choices to gate.json.
 
-    Raises UserError when the comparisons do not fit into the memory.
+    Raises UserError when the comparisons do not fit into the memory, and without a GPU unless --device cpu asks for it.
     """
     base = with_preset(TrainBaseOptions(), "train base", options.preset)
     vocabulary = options.vocab_size or (
@@ -102,10 +102,17 @@ def run_gate(options: KernelsGateOptions, paths: Paths) -> None:
         options.n_kv_head or base.n_kv_head,
     )  # fmt: skip
     with start_runtime(options.device) as runtime:
+        if options.device == "auto" and runtime.device.type == "cpu":
+            raise UserError(
+                "there is no GPU here, and the gate has to be measured where training will run; on a cluster: nanochat cluster "
+                "submit gate; to measure on this CPU: --device cpu"
+            )
         shape = run_shape(model, options.device_batch_size or most_rows(options.preset))
-        table = Table("operation", "training takes", "because", box=None)
+        operations, count = {}, len(dispatch.operations())
         try:
-            operations = dict(gate.examine(shape, runtime.device, runtime.compute_dtype))
+            for name, choice in gate.examine(shape, runtime.device, runtime.compute_dtype):
+                operations[name] = choice
+                say(f"[{len(operations)}/{count}] {name}: {choice['impl']} ({choice['why']})")
         except gate.GateError as error:
             raise UserError(str(error)) from error
         more = {}
@@ -113,11 +120,8 @@ def run_gate(options: KernelsGateOptions, paths: Paths) -> None:
             more["micro_step"] = choose_by_micro_step(operations, model, shape.rows, runtime)
             times = more["micro_step"]["ms"]
             why = ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items())
-            table.add_row("micro-step", min(times, key=times.__getitem__, default="graph"), why)
-        for operation, choice in operations.items():
-            table.add_row(operation, choice["impl"], choice["why"])
+            say(f"micro-step: {min(times, key=times.__getitem__, default='graph')} ({why})")
         gate.write(paths.gate, gate.identity(shape, runtime.device, runtime.compute_dtype), operations, **more)
-    show_table(table)
     say(f"wrote {paths.gate}; training on this device and at these shapes takes it from now on")
 
 

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
+import torch
 
 import nanochat.tools.kernels as tools
 from nanochat.gate import chosen_implementations, run_shape, take_gate
@@ -11,6 +12,7 @@ from nanochat.gpt import GPTConfig
 from nanochat.options.model import Implementations
 from nanochat.platform.errors import UserError
 from nanochat_kernels import gate
+from nanochat_kernels.dispatch import operations
 from tests.conftest import TINY_BASE, assert_fails_with, nanochat
 
 SIZES = "--device cpu --preset cpu --depth 1 --context-length 32 --device-batch-size 4".split()
@@ -18,7 +20,8 @@ SIZES = "--device cpu --preset cpu --depth 1 --context-length 32 --device-batch-
 
 def test_training_takes_the_gate(base):
     made = nanochat(base, "kernels", "gate", *SIZES)
-    assert made.returncode == 0, made.stderr
+    assert made.returncode == 0 and f"[1/{len(operations())}] " in made.stdout, made.stderr
+    assert all(f"] {name}: " in made.stdout for name in operations())
     found = json.loads((base / "gate.json").read_text())
     assert found["device"] == "cpu" and found["shape"]["vocab"] == 512
     assert "CUDA tensors" in found["operations"]["rms_norm"]["faults"]["triton"]
@@ -29,6 +32,14 @@ def test_training_takes_the_gate(base):
     assert_fails_with(other, "made for another shape", "'rows': 4", "'rows': 8", "nanochat kernels gate, or remove it")
     (base / "gate.json").write_text("{")
     assert_fails_with(nanochat(base, "train", "base", *TINY_BASE), "is not a gate file")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_gate_is_measured_only_when_asked_for(base):
+    """A login node would be busy for minutes, with choices that are of no use to the job."""
+    refused = nanochat(base, "kernels", "gate", *SIZES[2:])
+    assert_fails_with(refused, "there is no GPU here", "nanochat cluster submit gate", "--device cpu")
+    assert not (base / "gate.json").exists()
 
 
 def test_a_field_of_several_operations_is_fused_only_where_all_of_them_are():
