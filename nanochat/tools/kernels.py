@@ -117,10 +117,14 @@ def run_gate(options: KernelsGateOptions, paths: Paths) -> None:
             raise UserError(str(error)) from error
         more = {}
         if runtime.device.type == "cuda":  # only CUDA has a choice of executions
+            alone = {name: choice["impl"] for name, choice in operations.items()}
             more["micro_step"] = choose_by_micro_step(operations, model, shape.rows, runtime)
             times = more["micro_step"]["ms"]
             why = ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items())
             say(f"micro-step: {min(times, key=times.__getitem__, default='graph')} ({why})")
+            for name, choice in operations.items():
+                if choice["impl"] != alone[name]:
+                    say(f"{name}: {choice['impl']}, because the micro-step is faster with it")
         gate.write(paths.gate, gate.identity(shape, runtime.device, runtime.compute_dtype), operations, **more)
     say(f"wrote {paths.gate}; training on this device and at these shapes takes it from now on")
 
