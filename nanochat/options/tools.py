@@ -10,7 +10,12 @@ from nanochat.options.ranges import AtLeast
 
 @dataclass(frozen=True)
 class TraceOptions:
-    """Train a small model for a few steps, then show the result of every operation in a forward pass."""
+    """Show the result of every operation in a forward pass: of a small model after a few training steps, or of a trained one."""
+
+    stage: Literal["none", "base", "mid", "sft"] = "none"
+    """training stage whose newest model reads the prompt; none: a small model that reads random tokens"""
+    prompt: str = ""
+    """text that the stage's model reads"""
 
     depth: Annotated[int, AtLeast(1)] = 2
     """blocks"""

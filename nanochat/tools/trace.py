@@ -1,20 +1,29 @@
 """`nanochat trace`: the tensors of a forward pass, operation by operation, for people who study the architecture."""
 
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import nanochat_kernels as kernels
+from nanochat.checkpoint import load_model
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.options.model import Implementations
 from nanochat.options.tools import TraceOptions
-from nanochat.platform.console import say, show_table
+from nanochat.options.train import SAMPLE_PROMPTS
+from nanochat.platform.console import console, say, show_table
+from nanochat.platform.distributed import start_runtime
+from nanochat.platform.errors import UserError
+from nanochat.platform.paths import Paths
+
+TABLE_WIDTH = 170  # columns that the table with all of its texts takes
 
 # the references are plain PyTorch, whose every step can be observed; a fused kernel keeps its intermediate results on the chip
 REFERENCES = Implementations(**{field.name: "reference" for field in fields(Implementations)})
@@ -158,8 +167,25 @@ def observed_forward(model: GPT, tokens: Tensor, targets: Tensor) -> list[Row]:
     return [Row.of("tokens", tokens, "ids of the text, B rows of T"), *observer.rows]
 
 
-def trace(options: TraceOptions) -> list[Row]:
-    """Train a small model for a few steps, then show the tensors of one forward pass; returns the rows of the table."""
+def trace(options: TraceOptions, paths: Paths) -> list[Row]:
+    """Show the tensors of one forward pass: of a small model after a few training steps, or of the newest model of a stage that
+    reads the prompt. Returns the rows of the table. Raises UserError for a prompt without a stage.
+    """
+    if options.prompt and options.stage == "none":
+        raise UserError("--prompt needs --stage base, mid or sft: the model that reads it")
+    rows = _of_small_model(options) if options.stage == "none" else _of_checkpoint(options, paths)
+    if console.is_terminal and console.width < TABLE_WIDTH:
+        for line in narrow(rows, console.width):
+            console.print(line, highlight=False)
+    else:
+        show_table(_table(rows))
+    if options.markdown:
+        options.markdown.write_text(markdown(rows), "utf-8")
+        say(f"written to {options.markdown}")
+    return rows
+
+
+def _of_small_model(options: TraceOptions) -> list[Row]:
     shape = GPTConfig.from_depth(options.depth, options.vocab_size, options.tokens, impl=REFERENCES)
     model = GPT.create(shape)
     optimizer = MuonAdamW(model)
@@ -172,11 +198,24 @@ def trace(options: TraceOptions) -> list[Row]:
         norm = optimizer.synchronize()
         optimizer.update(1.0, 0.85)
         say(f"step {step}: loss {loss.item():.4f}, gradient norm {norm.item():.4f}")
-    rows = observed_forward(model, inputs, targets)
-    show_table(_table(rows))
-    if options.markdown:
-        options.markdown.write_text(markdown(rows), "utf-8")
-        say(f"written to {options.markdown}")
+    return observed_forward(model, inputs, targets)
+
+
+def _of_checkpoint(options: TraceOptions, paths: Paths) -> list[Row]:
+    with start_runtime("cpu") as runtime:
+        model, tokenizer, meta = load_model(paths, options.stage, runtime, REFERENCES)
+    tokens = [tokenizer.bos, *tokenizer.encode(options.prompt or SAMPLE_PROMPTS[0])]
+    if len(tokens) < 2:
+        raise UserError("the prompt has no tokens; give some text")
+    say(
+        f"{options.stage}, step {meta['step']}, reads {' '.join(repr(tokenizer.decode([token])) for token in tokens[1:])}"
+    )
+    ids = torch.tensor([tokens])
+    rows = observed_forward(model, ids[:, :-1], ids[:, 1:])
+    with torch.no_grad():
+        likely = model(ids)[0, -1].softmax(0).topk(3)
+    guesses = (f"{tokenizer.decode([int(i)])!r} {p:.0%}" for p, i in zip(*likely, strict=True))
+    say(f"most likely after it: {', '.join(guesses)}")
     return rows
 
 
@@ -190,6 +229,18 @@ def _table(rows: list[Row]) -> Table:
     for row in rows:
         table.add_row(*_cells(row))
     return table
+
+
+def narrow(rows: list[Row], width: int) -> Iterator[str]:
+    """The rows for a narrow terminal: name, shape and numbers on a line, and below it what happens; with rich's marks for colours."""
+    name = max(len(row.operation) for row in rows)
+    shape = max(len(row.shape) for row in rows)
+    yield f"[bold]{'operation':{name}} {'shape':{shape}} {'mean':>8} {'std':>8} {'min':>8} {'max':>8}[/bold]"
+    for row in rows:
+        numbers = " ".join(f"{value:8.2g}" for value in (row.mean, row.std, row.low, row.high))
+        yield f"[bold cyan]{row.operation:{name}}[/] [green]{row.shape:{shape}}[/] [magenta]{numbers}[/]"
+        for line in textwrap.wrap(f"{row.dtype}: {row.meaning}", width - 4):
+            yield f"    [dim]{escape(line)}[/dim]"
 
 
 def _cells(row: Row) -> list[str]:

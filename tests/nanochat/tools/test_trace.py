@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rich.text import Text
 
 from nanochat.gpt import GPTConfig
-from nanochat.tools.trace import REFERENCES, observed_forward
-from tests.conftest import nanochat
+from nanochat.tools.trace import REFERENCES, narrow, observed_forward
+from tests.conftest import assert_fails_with, nanochat
 from tests.nanochat.models import perturbed
 
 
@@ -42,6 +43,25 @@ def test_the_rows_are_observed_in_the_models_own_pass(n_kv_head):
     first = names.index("block 1 relu²")
     assert all(changed[name] == rows[name] for name in names[:first])
     assert all(changed[name] != rows[name] for name in names[first:])
+
+
+def test_a_trained_model_reads_a_prompt(trained_base):
+    result = nanochat(trained_base, "trace", "--stage", "base", "--prompt", "Tilda lives in")
+    assert result.returncode == 0, result.stderr
+    assert "base, step 24, reads 'T" in result.stdout and "most likely after it: '" in result.stdout
+    assert "final rms_norm" in result.stdout and "1×" in result.stdout
+    assert_fails_with(nanochat(trained_base, "trace", "--prompt", "Tilda"), "--prompt needs --stage base, mid or sft")
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_a_narrow_terminal_shows_every_word_and_number(width):
+    rows = observed_forward(
+        perturbed(GPTConfig.from_depth(12, 512, 64, impl=REFERENCES)), *torch.randint(512, (2, 4, 64))
+    )
+    lines = [Text.from_markup(line).plain for line in narrow(rows, width)]
+    assert all(len(line) <= width for line in lines)
+    words = " ".join(" ".join(lines).split())
+    assert all(row.operation in words and row.meaning in words and row.shape in words for row in rows)
 
 
 def test_an_operation_that_the_pass_does_not_take_is_an_error():
