@@ -28,11 +28,12 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def read_json(path: Path) -> dict | None:
-    """The dictionary that write_json wrote; None when the file is missing or damaged."""
+    """The dictionary that write_json wrote; None when the file is missing, damaged, or holds something else."""
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
+    return content if isinstance(content, dict) else None
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, object]]:
