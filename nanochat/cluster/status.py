@@ -36,8 +36,8 @@ def status(options: StatusOptions, paths: Paths) -> None:
 
 def _state(paths: Paths, stage: Stage) -> tuple[str, ...]:
     """State, step, loss, tokens per second and time left of a stage, as text."""
-    record = read_json(record_path(paths, stage))
-    metrics = [line for line in read_metrics(paths.metrics(stage.name)) if "tokens_per_second" in line]
+    record = read_json(record_path(paths, stage), {"seconds": float})
+    metrics = read_metrics(paths.metrics(stage.name), "tokens_per_second", "smoothed_loss")
     numbers = ("", "", "", "")
     if metrics:
         last = metrics[-1]

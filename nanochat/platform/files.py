@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nanochat.platform.errors import UserError, remedy_for
+from nanochat.platform.shapes import check_shape
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -27,13 +28,14 @@ def write_json(path: Path, content: dict) -> None:
     write_atomically(path, json.dumps(content, indent=1, default=str) + "\n")
 
 
-def read_json(path: Path) -> dict | None:
-    """The dictionary that write_json wrote; None when the file is missing, damaged, or holds something else."""
+def read_json(path: Path, shape: dict | None = None) -> dict | None:
+    """The dictionary that write_json wrote; None when the file is missing or damaged, or has another shape (see check_shape)."""
     try:
         content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        check_shape(content, shape or {str: object}, str(path))
+    except (OSError, ValueError, RecursionError, UserError):
         return None
-    return content if isinstance(content, dict) else None
+    return content
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, object]]:

@@ -69,7 +69,7 @@ def _final_table(sections: dict, paths: Paths) -> str:
         for stage in stages:
             results[column] |= sections[stage]["results"] if sections[stage] else {}
     for column in columns:
-        measured = [record["val_bpb"] for record in read_metrics(paths.metrics(column)) if "val_bpb" in record]
+        measured = [record["val_bpb"] for record in read_metrics(paths.metrics(column), "val_bpb")]
         if measured:
             results[column]["first_bpb"] = measured[0]
     metrics = {
@@ -81,7 +81,8 @@ def _final_table(sections: dict, paths: Paths) -> str:
     metrics |= tasks | {"CORE": "CORE"} | {name: name for name in TASKS} | {"ChatCORE": "ChatCORE"}
     lines = ["## Results", "", "| metric | chance | base | mid | sft |", "|---|---|---|---|---|"]
     for key, title in metrics.items():
-        values = [results[column].get(key) for column in columns]
+        found = [results[column].get(key) for column in columns]
+        values = [value if isinstance(value, int | float) else None for value in found]
         if any(value is not None for value in values):
             chance = {"world_choice": 0.25, "world_schema": 0.5, **CHANCE}.get(key)
             cells = [f"{value:.4f}" if value is not None else "–" for value in [chance, *values]]

@@ -17,11 +17,12 @@ BLUE, PALE, RED = "#1f4e8c", "#b9cde8", "#c0392b"
 
 def plot_metrics(paths: Paths, directory: Path) -> dict[str, Path]:
     """Write loss.png and throughput.png for the stages that have metrics; returns their paths by title."""
-    metrics = {stage: [r for r in read_metrics(paths.metrics(stage)) if "loss" in r] for stage in STAGES}
+    shown = ("loss", "smoothed_loss", "tokens_per_second")
+    metrics = {stage: read_metrics(paths.metrics(stage), *shown) for stage in STAGES}
     metrics = {stage: records for stage, records in metrics.items() if records}
     if not metrics:
         return {}
-    measured = {stage: [r for r in read_metrics(paths.metrics(stage)) if "val_bpb" in r] for stage in metrics}
+    measured = {stage: read_metrics(paths.metrics(stage), "val_bpb") for stage in metrics}
     figure, axes = plt.subplots(1, len(metrics), figsize=(5 * len(metrics), 3.6), squeeze=False, layout="constrained")
     for axis, (stage, records) in zip(axes[0], metrics.items(), strict=True):
         steps = [r["step"] for r in records]

@@ -16,6 +16,7 @@ TITLES = {
     "sft": "Fine-tuning",
     "sft-eval": "Evaluation after fine-tuning",
 }
+SHAPE = {"finished": str, "seconds": float, "processes": int, "settings": {str: object}, "results": {str: object}}
 
 
 def write_section(paths: Paths, stage: str, settings: dict, results: dict, seconds: float, processes: int) -> None:
@@ -33,4 +34,4 @@ def write_section(paths: Paths, stage: str, settings: dict, results: dict, secon
 
 def read_section(paths: Paths, stage: str) -> dict | None:
     """The section of a stage; None when it is missing or damaged."""
-    return read_json(paths.section(stage))
+    return read_json(paths.section(stage), SHAPE)

@@ -43,11 +43,20 @@ class Metrics:
                 self._file.close()
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The complete records of a metrics file; a line that a kill has cut off is left out. No file gives no records."""
+def read_metrics(path: Path, *names: str) -> list[dict]:
+    """The records of a metrics file that have a number for each of the names, and for "step". No file gives no records.
+
+    A line that a kill has cut off, or of another shape, is left out.
+    """
     if not path.exists():
         return []
-    return [record for _, record in json_lines(path) if isinstance(record, dict) and "step" in record]
+    return [record for _, record in json_lines(path) if _has_numbers(record, ("step", *names))]
+
+
+def _has_numbers(value: object, names: tuple[str, ...]) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(value.get(name), int | float) and not isinstance(value[name], bool) for name in names
+    )
 
 
 class WandbLog:
