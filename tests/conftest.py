@@ -50,6 +50,7 @@ LONGEST = (
     "test_optim",
     "test_relu2_mlp",
     "test_terminal",
+    "test_sandbox",
     "test_dispatch",
     "test_speedrun",
     "test_cli",

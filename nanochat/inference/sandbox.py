@@ -1,79 +1,154 @@
-"""Runs generated code in a process of its own: without network, in a temporary directory, with limits of time and memory.
+"""Tests generated code in two processes of its own: one runs the code, the other the tests, which ask it for answers.
 
-It protects against accidents of generated code, not against an attacker: the process runs as the same user.
+Only the tests' process gives the verdict, when they have run to their end; the code has no way to it. Where the kernel allows it,
+both are isolated: alone in new namespaces of users, processes, files and network, with a read-only view of the interpreter, an
+empty /tmp, and a filter of system calls. Elsewhere an audit hook refuses what Python reports. That protects against accidents
+of generated code, not against an attacker: the process runs as the same user.
 """
 
+import contextlib
+import functools
+import json
 import os
-import resource
+import select
 import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
 
-# An audit hook cannot be removed once it is set. This one forbids everything that could reach outside of the process or outlive it.
-_GUARD = """
-import os, sys
-home = os.getcwd()
-writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-forbidden = ("socket.", "subprocess.", "os.fork", "os.exec", "os.spawn", "os.posix_spawn", "os.system", "os.kill", "pty.",
-           "ctypes.", "os.putenv", "os.chdir", "signal.")
-changing = ("os.remove", "os.rmdir", "os.rename", "os.truncate", "os.chmod", "os.chown", "os.link", "os.symlink", "os.mkdir")
-def guard(event, args, join=os.path.join, normal=os.path.normpath):
-    if event.startswith(forbidden):
-        raise PermissionError(f"{event} is not allowed here")
-    if event == "open":
-        paths = args[:1] if (args[2] or 0) & writing or set(args[1] or "") & set("wax+") else ()
-    else:
-        paths = args if event.startswith(changing) else ()
-    for path in paths:
-        if isinstance(path, (str, bytes)) and not normal(join(home, os.fsdecode(path))).startswith(home + "/"):
-            raise PermissionError(f"changing {path} is not allowed here")
-sys.addaudithook(guard)
-exec(compile(sys.stdin.read(), "<generated>", "exec"), {"__name__": "__main__"})
-"""
+from nanochat.platform.environment import library_path
+from nanochat.platform.errors import UserError
+
+COMMAND = [sys.executable, "-I", "-S", "-u", str(Path(__file__).with_name("confined.py"))]
+START_SECONDS = 60.0  # a shared file system may be slow to start Python from
+OUTPUT_BYTES = 4096
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a program. ok: it ended by itself with status 0. reason: why not. output: the last 4 KiB it printed."""
+    """The verdict on a program. passed: its tests ran to their end. reason: why not. output: the last 4 KiB that it printed."""
 
-    ok: bool
+    passed: bool
     reason: str
     output: str
 
 
-def run_python(program: str, timeout: float = 5.0, memory: int = 256 * 2**20) -> Outcome:
-    """Run a Python program for at most `timeout` seconds, with at most `memory` bytes of address space."""
+@functools.cache
+def unsupported_reason() -> str:
+    """Why the kernel does not isolate processes here; empty when it does."""
+    try:
+        run_tests("def one(): return 1", "def check(one): assert one() == 1", "one", isolated=True)
+    except UserError as error:
+        return str(error)
+    return ""
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-        resource.setrlimit(resource.RLIMIT_CPU, (int(timeout) + 1, int(timeout) + 1))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
-    with tempfile.TemporaryDirectory(prefix="nanochat-sandbox-") as home, tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _GUARD],
-            cwd=home,
-            env={"PATH": "/usr/bin:/bin", "HOME": home},
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            preexec_fn=limit,
-            start_new_session=True,
-        )
-        try:
-            process.communicate(program.encode("utf-8", "replace"), timeout=timeout)
-            reason = "" if process.returncode == 0 else f"exit status {process.returncode}"
-        except subprocess.TimeoutExpired:
-            reason = f"ran past {timeout:g} s"
-        finally:
-            try:
-                os.killpg(process.pid, signal.SIGKILL)  # the whole session, whatever it started
-            except ProcessLookupError:
-                pass
-            process.wait()
-        size = output.seek(0, os.SEEK_END)
-        output.seek(max(0, size - 4096))
-        return Outcome(not reason, reason, output.read().decode("utf-8", "replace"))
+def run_tests(
+    program: str,
+    tests: str,
+    entry_point: str,
+    helpers: str = "",
+    timeout: float = 5.0,
+    memory: int = 256 * 2**20,
+    isolated: bool | None = None,
+) -> Outcome:
+    """Whether a function of a program passes its tests, which define check(function), within `timeout` seconds.
+
+    helpers: code that both the program and the tests begin with. memory: bytes of address space for each of the two processes.
+    Arguments and results travel by value. isolated: by the kernel or not; by default where the kernel allows it.
+    Raises UserError when a process cannot be started or isolated, never because of what the program does.
+    """
+    isolated = not unsupported_reason() if isolated is None else isolated
+    request = {"entry_point": entry_point, "helpers": helpers}
+    request |= {"memory": memory, "seconds": timeout, "isolated": isolated}
+    request["libraries"] = [folder for folder in library_path().split(":") if folder]
+    with contextlib.ExitStack() as stack:
+        home = stack.enter_context(tempfile.TemporaryDirectory(prefix="nanochat-sandbox-", ignore_cleanup_errors=True))
+        calls, results, output, answering, checking = (_pipe(stack) for _ in range(5))
+        request["home"] = home
+        answer = {"calls": calls[0], "results": results[1], "status": answering[1]}
+        check = {"calls": calls[1], "results": results[0], "status": checking[1]}
+        stack.enter_context(_process({**request, "role": "answer", "source": program}, answer, output[1]))
+        stack.enter_context(_process({**request, "role": "check", "source": tests}, check, subprocess.DEVNULL))
+        for end in (*answer.values(), *check.values(), output[1]):
+            end.close()
+        for status in (answering[0], checking[0]):
+            _wait_until_confined(status)
+        verdict, printed = _read_until_verdict(checking[0], output[0], time.monotonic() + timeout)
+    reason = verdict if verdict is not None else f"ran past {timeout:g} s"
+    return Outcome(not reason, reason, printed[-OUTPUT_BYTES:].decode("utf-8", "replace"))
+
+
+def _pipe(stack: contextlib.ExitStack) -> tuple[FileIO, FileIO]:
+    """The ends of a pipe, to read from and to write to."""
+    reading, writing = os.pipe()
+    return stack.enter_context(FileIO(reading, "r")), stack.enter_context(FileIO(writing, "w"))
+
+
+@contextlib.contextmanager
+def _process(request: dict, ends: dict[str, FileIO], stdout: FileIO | int) -> Iterator[None]:
+    """A process that has been sent its request; killed at the end. ends: its ends of pipes, by their names in the request."""
+    descriptors = {name: end.fileno() for name, end in ends.items()}
+    process = subprocess.Popen(
+        COMMAND,
+        cwd=request["home"],
+        env={"PATH": "/usr/bin:/bin", "HOME": request["home"], "LD_LIBRARY_PATH": library_path()},
+        stdin=subprocess.PIPE,
+        stdout=stdout,
+        stderr=subprocess.STDOUT,
+        pass_fds=descriptors.values(),
+        start_new_session=True,
+    )
+    try:
+        with contextlib.suppress(BrokenPipeError):  # it ended: it will not say that it is confined
+            process.stdin.write(json.dumps(request | descriptors).encode())
+            process.stdin.close()
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.wait()
+
+
+def _wait_until_confined(status: FileIO) -> None:
+    """Raises UserError unless the process says that it is confined."""
+    deadline, line = time.monotonic() + START_SECONDS, b""
+    while not line.endswith(b"\n"):
+        byte = status.read(1) if _readable([status], deadline) else b""
+        if not byte:
+            raise UserError(
+                f"no process for generated code starts here; to see why, run: {' '.join(COMMAND)} < /dev/null"
+            )
+        line += byte
+    if reason := json.loads(line):
+        raise UserError(f"generated code cannot be isolated: {reason}")
+
+
+def _readable(files: list[FileIO], deadline: float) -> list[FileIO]:
+    """The files that can be read from without waiting, at the latest at the deadline."""
+    return select.select(files, [], [], max(0.0, deadline - time.monotonic()))[0]
+
+
+def _read_until_verdict(status: FileIO, output: FileIO, deadline: float) -> tuple[str | None, bytes]:
+    """Why the tests failed, "" if they passed, None if they did not end; and the end of the program's output."""
+    verdict, printed, files = b"", b"", [status, output]
+    while not verdict.endswith(b"\n") and time.monotonic() < deadline:
+        for file in _readable(files, deadline):
+            data = file.read(65536)
+            if file is output:
+                printed = (printed + data)[-OUTPUT_BYTES:]
+            elif not data:
+                return "the tests ended without a verdict", printed
+            else:
+                verdict += data
+            if not data:
+                files = [status]
+    if _readable([output], 0):  # what was printed before the verdict
+        printed += output.read(65536)
+    return (json.loads(verdict) if verdict.endswith(b"\n") else None), printed

@@ -31,6 +31,11 @@ def collective_timeout() -> timedelta:
     return timedelta(seconds=int(value))
 
 
+def library_path() -> str:
+    """LD_LIBRARY_PATH, where Python itself may need libraries from."""
+    return os.environ.get("LD_LIBRARY_PATH", "")
+
+
 def all_variables() -> dict[str, str]:
     """The whole environment, for the variables that a site profile refers to."""
     return dict(os.environ)

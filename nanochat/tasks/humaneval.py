@@ -1,19 +1,29 @@
 """HumanEval: complete a function; an answer is right if the function's tests pass in the sandbox."""
 
+import ast
 import re
+import textwrap
 
-from nanochat.inference.sandbox import run_python
+from nanochat.inference.sandbox import run_tests
 from nanochat.platform.paths import Paths
 from nanochat.tasks.rows import RowTask, load_rows
 
-_FENCE = re.compile(r"```(?:python)?[ \t]*\n(.*?)```", re.DOTALL)
-_IMPORT = re.compile(r"^(?:import|from)\s.*$", re.MULTILINE)
+# a block ends with a fence that begins or ends its line, or with the text
+_FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:^[ \t]*```|```[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
 
 
 def extract_code(completion: str) -> str:
-    """The first fenced code block of a completion, or the whole text without one."""
-    match = _FENCE.search(completion)
-    return match.group(1) if match else completion
+    """The first fenced code block of a completion, or the whole text without one; without a common indentation."""
+    text = completion.replace("\r\n", "\n")
+    match = _FENCE.search(text)
+    return textwrap.dedent(match.group(1) if match else text).lstrip()
+
+
+def helpers(row: dict[str, str]) -> str:
+    """The code of a row's prompt without the function to complete: its imports, and the functions that it gives."""
+    tree = ast.parse(row["prompt"] + row["canonical_solution"])
+    tree.body = [node for node in tree.body if getattr(node, "name", None) != row["entry_point"]]
+    return ast.unparse(tree)
 
 
 class HumanEval(RowTask):
@@ -31,10 +41,7 @@ class HumanEval(RowTask):
 
     def judge(self, conversation: dict, completion: str) -> bool:
         row = conversation["row"]
-        # the prompt's imports come first: a completion often repeats the function without them
-        imports = "\n".join(_IMPORT.findall(row["prompt"]))
-        program = f"{imports}\n\n{extract_code(completion)}\n\n{row['test']}\ncheck({row['entry_point']})\n"
-        return run_python(program).ok
+        return run_tests(extract_code(completion), row["test"], row["entry_point"], helpers(row)).passed
 
 
 def code_messages(row: dict[str, str]) -> list[dict[str, str]]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import textwrap
 
 import numpy as np
 import pyarrow as pa
@@ -128,6 +129,45 @@ def test_solutions_of_the_generated_functions_pass(world):
         conversation = task[index]
         assert task.judge(conversation, conversation["messages"][-1]["content"])
         assert not task.judge(conversation, "```python\ndef wrong(x):\n    return None\n```")
+
+
+ROW = {
+    "prompt": 'from math import (\n    floor,\n)\n\ndef twice(x):\n    return 2 * x\n\ndef f(x):\n    """2·⌊x⌋"""\n',
+    "canonical_solution": "    return twice(floor(x))\n",
+    "test": "def check(candidate):\n    assert candidate(2.5) == twice(2)\n",
+    "entry_point": "f",
+}
+CODE = "def f(x):\n    return twice(floor(x))\n"
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        CODE,
+        f"```py\n{CODE}```",
+        f"```Python\n{CODE}```",
+        f"Here:\n\n```python3 title=x\n{CODE}```\nIt rounds.",
+        f"```python\n{CODE}```".replace("\n", "\r\n"),
+        f"```python\n{CODE}",
+        f"```\n{CODE}```\n```python\nprint(f(2.5))\n```",
+        f"```python\n{CODE.rstrip()}```",
+        f"  ```python\n{textwrap.indent(CODE, '  ')}  ```",
+        f"\n\n{textwrap.indent(CODE, '    ')}",
+        f" {CODE}",
+        f"```python\n{CODE}print('x' * 3_000_000)\n```",
+        f"```python\n{CODE}if __name__ == '__main__':\n    raise SystemExit(f(1))\n```",
+        "```python\ndef f(x):\n    '''Not the end: ``` or this.'''\n    return twice(floor(x))\n```",
+    ],
+)
+def test_right_completions_pass(world, completion):
+    assert HumanEval(world).judge({"row": ROW}, completion)
+
+
+@pytest.mark.parametrize(
+    "completion", ["", "import sys\nsys.exit(0)", "raise SystemExit", "import os\nos._exit(0)", "x = 1"]
+)
+def test_completions_that_only_end_do_not_pass(world, completion):
+    assert not HumanEval(world).judge({"row": ROW}, completion)
 
 
 def test_a_missing_chat_source_lists_those_there_are(base):
