@@ -6,6 +6,7 @@ The rows of a batch are decoded together. The cache keeps a length for each row,
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 
@@ -19,8 +20,9 @@ from nanochat.tokenizer.bpe import Tokenizer
 
 @dataclass
 class _Row:
-    """The state of a row while it is decoded."""
+    """The state of a row while it is decoded. room: the most tokens that may come."""
 
+    room: int
     done: bool = False
     expression: list[int] | None = None  # tokens since python_start
     forced: deque[int] = field(default_factory=deque)  # tokens of the calculator's answer, which come next
@@ -32,6 +34,7 @@ class Engine:
     def __init__(self, model: GPT, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer
         self.stops = {tokenizer.special("assistant_end"), tokenizer.bos}
+        self.positions = model.cos.size(0)
 
     @torch.inference_mode()
     def stream(
@@ -46,8 +49,9 @@ class Engine:
         """Generate up to max_tokens tokens for len(prompts)·samples rows, one token of every row at a time.
 
         Each item is (tokens, sampled), with an entry for every row; the samples of a prompt are adjacent rows. A token is None
-        once its row has ended with assistant_end or bos, which are not returned. sampled is False for a token that the calculator
-        forced. temperature 0 takes the most likely token; top_k None samples from the whole vocabulary.
+        once its row has ended: with assistant_end or bos, which are not returned, after max_tokens, or where the model has no more
+        positions, however long the other rows are. sampled is False for a token that the calculator forced. temperature 0 takes
+        the most likely token; top_k None samples from the whole vocabulary.
         Raises UserError for arguments that cannot be sampled from and for a prompt that fills the model's positions.
         """
         check_sampling(prompts, max_tokens, temperature, top_k, samples)
@@ -56,11 +60,12 @@ class Engine:
         generator = torch.Generator(device=device).manual_seed(seed % 2**63 if seed >= 0 else 2**63 + seed % 2**63)
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         longest = int(lengths.max())
-        capacity = min(longest + max_tokens, model.cos.size(0))
-        if longest >= capacity:
+        if longest >= self.positions:
             raise UserError(
-                f"a prompt of {longest} tokens leaves none of the model's {capacity} positions for an answer; shorten it"
+                f"a prompt of {longest} tokens leaves none of the model's {self.positions} positions for an answer; shorten it"
             )
+        room = [min(max_tokens, self.positions - len(prompt)) for prompt in prompts]
+        capacity = max(len(prompt) + tokens for prompt, tokens in zip(prompts, room, strict=True))
         padded = torch.zeros(len(prompts), longest, dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             padded[row, : len(prompt)] = torch.tensor(prompt)
@@ -71,19 +76,25 @@ class Engine:
         last = hidden[torch.arange(len(prompts), device=device), lengths.to(device) - 1]
         logits = model.logits(last).repeat_interleave(samples, dim=0)
         cache.repeat(samples)  # the prompt is computed once for all of its samples
-        rows = [_Row() for _ in range(len(prompts) * samples)]
-        for step in range(capacity - longest):
+        rows = [_Row(tokens) for tokens in room for _ in range(samples)]
+        filled = [len(prompt) for prompt in prompts for _ in range(samples)]  # positions of each row
+        for step in count(1):
             sampled = sample(logits, temperature, top_k, generator).tolist()
             column = [self._next(row, token) for row, token in zip(rows, sampled, strict=True)]
             yield (
                 [None if row.done else token for row, (token, _) in zip(rows, column, strict=True)],
                 [not forced for _, forced in column],
             )
-            if all(row.done for row in rows) or step == capacity - longest - 1:
+            for row in rows:
+                row.done = row.done or step == row.room
+            if all(row.done for row in rows):
                 return
             tokens = torch.tensor([[token] for token, _ in column], device=device)
             hidden = model.hidden(tokens, cache)
-            cache.advance(1, cache.longest + 1)
+            # a row that has ended stays where it is, and what it computes is not used
+            grown = [int(not row.done) for row in rows]
+            filled = [length + more for length, more in zip(filled, grown, strict=True)]
+            cache.advance(torch.tensor(grown, device=device), max(filled))
             logits = model.logits(hidden[:, -1])
 
     def generate(self, prompts: list[list[int]], max_tokens: int, **sampling) -> list[list[int]]:

@@ -56,6 +56,18 @@ def test_samples_share_a_prefill_and_differ(engine):
     assert same[0] == same[1] == engine.generate([[1, 2, 3]], 8, temperature=0.0)[0]
 
 
+def test_a_long_prompt_takes_no_room_from_others(engine):
+    """With 640 positions, a prompt of 630 tokens leaves room for 10, and the others get all of theirs."""
+    engine = Engine(engine.model, engine.tokenizer)
+    engine.stops = set()
+    engine._next = lambda row, token: _plain(engine, row, token)
+    long, short = [3] * 630, [[1, 2, 3], [4, 5]]
+    alone = [engine.generate([prompt], 40, temperature=0.0)[0] for prompt in [short[0], long, short[1]]]
+    together = engine.generate([short[0], long, short[1]], 40, temperature=0.0, samples=2)
+    assert [len(row) for row in alone] == [40, 10, 40]
+    assert together == [row for row in alone for _ in range(2)]
+
+
 def test_seed_k_and_minus_k_differ(engine):
     drawn = {seed: engine.generate([[1, 2]], 12, temperature=1.0, seed=seed)[0] for seed in (3, -3, 0, 1, -1)}
     assert len({tuple(row) for row in drawn.values()}) == 5
