@@ -9,13 +9,14 @@ import torch
 from nanochat.data.batches import Batch
 from nanochat.gpt import GPT
 from nanochat.platform.distributed import Runtime
+from nanochat.platform.errors import UserError
 
 
 @torch.inference_mode()
 def bits_per_byte(model: GPT, batches: Iterable[Batch], token_bytes: np.ndarray, runtime: Runtime) -> float:
     """Bits per byte of a model over the batches of all ranks. Special tokens and ignored targets (−1) do not count.
 
-    token_bytes: int32 (V,), the length of each token in bytes, 0 for special tokens.
+    token_bytes: int32 (V,), the length of each token in bytes, 0 for special tokens. Raises UserError when there is no text.
     """
     lengths = torch.from_numpy(token_bytes).to(runtime.device)
     nats, count = 0.0, 0
@@ -26,7 +27,12 @@ def bits_per_byte(model: GPT, batches: Iterable[Batch], token_bytes: np.ndarray,
         nats += torch.where(weight > 0, losses, 0.0).cpu().double().sum().item()  # MPS has no float64
         count += int(weight.sum())
     nats, count = runtime.sum([nats, float(count)])
-    return nats / (math.log(2) * count) if count else math.inf
+    if not count:
+        raise UserError(
+            f"there is no text to measure bits per byte on: the data do not fill a row of tokens on any of {runtime.world_size} "
+            "process(es); take more data, fewer processes or shorter rows, or train with --eval-every -1"
+        )
+    return nats / (math.log(2) * count)
 
 
 def unigram_bits_per_byte(train: Iterable[Batch], val: Iterable[Batch], token_bytes: np.ndarray) -> float:

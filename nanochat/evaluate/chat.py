@@ -33,8 +33,12 @@ def chat_accuracies(
     runtime: Runtime,
     options: ChatTaskOptions,
     names: tuple[str, ...] = tuple(TASKS),
-) -> dict[str, float]:
-    """The accuracy of each task by its name, and "ChatCORE": the mean of (accuracy − baseline) / (1 − baseline)."""
+) -> dict[str, float | str]:
+    """The accuracy of each task by its name, and, if all tasks were measured, "ChatCORE": the mean of
+    (accuracy − baseline) / (1 − baseline).
+
+    For a task with answers that did not fit into the model's positions, which count as wrong, also their number.
+    """
     results, centred = {}, []
     for name in names:
         task = TASKS[name](paths)
@@ -42,51 +46,67 @@ def chat_accuracies(
         count = len(task) if options.max_per_task < 0 else min(len(task), options.max_per_task)
         mine = range(runtime.rank, count, runtime.world_size)
         with progress_bar(f"evaluate {name}", len(mine), quiet=not runtime.primary) as advance:
-            right = evaluate(model, tokenizer, task, mine, options, advance)
-        [right] = runtime.sum([float(right)])
+            verdicts = evaluate(model, tokenizer, task, mine, options, advance)
+        right, unfit = runtime.sum([float(verdicts.count(True)), float(verdicts.count(None))])
         results[name] = right / count
+        if unfit:
+            results[f"{name}: did not fit"] = f"{unfit:.0f} of {count}, counted as wrong"
+        if hasattr(task, "conditions"):
+            results |= task.conditions()
         centred.append((results[name] - task.baseline) / (1 - task.baseline))
-    return results | {"ChatCORE": sum(centred) / len(centred)}
+    return results | ({"ChatCORE": sum(centred) / len(centred)} if set(names) == set(TASKS) else {})
 
 
-def _categorical(model: GPT, tokenizer: Tokenizer, task, indices: range, options: ChatTaskOptions, advance) -> int:
+def _categorical(
+    model: GPT, tokenizer: Tokenizer, task, indices: range, options: ChatTaskOptions, advance
+) -> list[bool | None]:
+    """Whether each answer is right."""
     conversations = [task[index] for index in indices]
     prompts = [render_prompt(tokenizer, conversation) for conversation in conversations]
     spans = [(len(prompt), len(prompt) + 1) for prompt in prompts]  # the token after the prompt
-    right = 0
+    verdicts: list[bool | None] = []
     for conversation, logits in zip(conversations, logits_at(model, prompts, spans, advance), strict=True):
         letters = conversation["letters"]
         ids = [tokenizer.encode(letter)[0] for letter in letters]
-        right += task.judge(conversation, letters[int(logits[0, ids].argmax())])
-    return right
+        verdicts.append(task.judge(conversation, letters[int(logits[0, ids].argmax())]))
+    return verdicts
 
 
-def _generative(model: GPT, tokenizer: Tokenizer, task, indices: range, options: ChatTaskOptions, advance) -> int:
-    engine, right = Engine(model, tokenizer), 0
+def _generative(
+    model: GPT, tokenizer: Tokenizer, task, indices: range, options: ChatTaskOptions, advance
+) -> list[bool | None]:
+    """Whether each answer is right; None where the model's positions ended before the prompt or the answer did."""
+    engine, verdicts = Engine(model, tokenizer), []
     for first in range(0, len(indices), options.rows):
         conversations = [task[index] for index in indices[first : first + options.rows]]
         prompts = [render_prompt(tokenizer, conversation) for conversation in conversations]
-        answers = engine.generate(prompts, options.max_tokens, temperature=0.0)
-        for conversation, answer in zip(conversations, answers, strict=True):
-            right += task.judge(conversation, tokenizer.decode(answer))
+        fitting = [row for row, prompt in enumerate(prompts) if len(prompt) < engine.positions]
+        requests = [prompts[row] for row in fitting]
+        answers = engine.generate(requests, options.max_tokens, temperature=0.0) if requests else []
+        answer_of = dict(zip(fitting, answers, strict=True))
+        for row, conversation in enumerate(conversations):
+            answer = answer_of.get(row)
+            fits = answer is not None and len(prompts[row]) + len(answer) < engine.positions
+            verdicts.append(task.judge(conversation, tokenizer.decode(answer)) if fits else None)
             advance()
-    return right
+    return verdicts
 
 
-def evaluate_chat(options: EvaluateChatOptions, paths: Paths, runtime: Runtime) -> dict[str, float]:
+def evaluate_chat(options: EvaluateChatOptions, paths: Paths, runtime: Runtime) -> dict[str, float | str]:
     """`nanochat evaluate chat`: evaluate the newest checkpoint of a stage; returns accuracies. Raises UserError for unknown tasks."""
     unknown = [name for name in options.tasks if name not in TASKS]
     if unknown:
         raise UserError(f"unknown task {unknown[0]!r}; choose from: {', '.join(TASKS)}")
     model, tokenizer, _ = load_model(paths, options.stage, runtime, options.impl)
-    results = chat_accuracies(model, tokenizer, paths, runtime, options.options, options.tasks or tuple(TASKS))
+    names = tuple(dict.fromkeys(options.tasks or TASKS))
+    results = chat_accuracies(model, tokenizer, paths, runtime, options.options, names)
     say_accuracies(results, runtime)
     return results
 
 
-def say_accuracies(results: dict[str, float], runtime: Runtime, skip: tuple[str, ...] = ()) -> None:
+def say_accuracies(results: dict[str, float | str], runtime: Runtime, skip: tuple[str, ...] = ()) -> None:
     """Print a line for each result, on the first rank only."""
     if runtime.primary:
         for name, value in results.items():
             if name not in skip:
-                say(f"{name:18} {value:.4f}")
+                say(f"{name:18} {value:.4f}" if isinstance(value, float) else f"{name}: {value}")

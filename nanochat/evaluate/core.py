@@ -92,10 +92,11 @@ def evaluate_core(
 
 
 def evaluate_task(model: GPT, tokenizer: Tokenizer, task: CoreTask, runtime: Runtime, max_per_task: int = -1) -> float:
-    """The accuracy on a task, whose items the ranks share; with max_per_task > 0, on that many items, chosen by a fixed shuffle."""
+    """The accuracy on a task, whose items the ranks share; unless max_per_task is negative, on that many items, chosen by a
+    fixed shuffle."""
     items = list(task.items)
     random.Random(1337).shuffle(items)
-    if max_per_task > 0:
+    if max_per_task >= 0:
         items = items[:max_per_task]
     mine = range(runtime.rank, len(items), runtime.world_size)
     prepared = [_sequences(task, items, index, tokenizer) for index in mine]

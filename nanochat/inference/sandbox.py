@@ -48,6 +48,16 @@ def unsupported_reason() -> str:
     return ""
 
 
+def confinement() -> str:
+    """What confines generated code here, for a report."""
+    reason = unsupported_reason()
+    return (
+        f"an audit hook, which holds against accidents only ({reason})"
+        if reason
+        else "namespaces and a filter of system calls"
+    )
+
+
 def run_tests(
     program: str,
     tests: str,

@@ -7,7 +7,7 @@ import tyro
 
 from nanochat.options.model import Implementations
 from nanochat.options.presets import PresetOptions
-from nanochat.options.ranges import AtLeast
+from nanochat.options.ranges import AtLeast, SomeOrAll
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class EvaluateBaseOptions(PresetOptions):
     """tokens of each split on which bits per byte are measured"""
     batch_size: Annotated[int, AtLeast(1)] = 32
     """rows per batch and process"""
-    core_max_per_task: int = -1
-    """maximum number of items of each CORE task; negative: all"""
+    core_max_per_task: Annotated[int, SomeOrAll()] = -1
+    """maximum number of items of each CORE task"""
     device: str = "auto"
     """auto, cuda, cpu or mps"""
     impl: Implementations = field(default_factory=Implementations)
@@ -29,8 +29,8 @@ class EvaluateBaseOptions(PresetOptions):
 class ChatTaskOptions:
     """How chat tasks are evaluated."""
 
-    max_per_task: int = -1
-    """maximum number of items of each task; negative: all"""
+    max_per_task: Annotated[int, SomeOrAll()] = -1
+    """maximum number of items of each task"""
     max_tokens: Annotated[int, AtLeast(1)] = 512
     """maximum number of tokens in an answer"""
     rows: Annotated[int, AtLeast(1)] = 64

@@ -21,6 +21,19 @@ class Between:
         return self.low <= value <= self.high
 
 
+@dataclass(frozen=True)
+class SomeOrAll(Between):
+    """Numbers of items: from 1 on, or a negative number, which stands for all."""
+
+    low: float = -math.inf
+
+    def __str__(self) -> str:
+        return "at least 1, or negative for all"
+
+    def __contains__(self, value: float) -> bool:
+        return value != 0
+
+
 def AtLeast(low: float) -> Between:
     """The numbers from `low` on."""
     return Between(low)

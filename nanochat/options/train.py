@@ -7,7 +7,7 @@ import tyro
 
 from nanochat.options.model import Implementations
 from nanochat.options.presets import PresetOptions
-from nanochat.options.ranges import AtLeast, Between
+from nanochat.options.ranges import AtLeast, Between, SomeOrAll
 
 Execution = Literal["auto", "graph", "compile", "eager"]
 SAMPLE_PROMPTS = (
@@ -99,7 +99,7 @@ class TrainBaseOptions(TrainOptions):
     """tokens for each of these measurements"""
     core_metric_every: int = 2000
     """steps between evaluations of CORE; negative: never"""
-    core_metric_max_per_task: int = 500
+    core_metric_max_per_task: Annotated[int, SomeOrAll()] = 500
     """maximum number of items of each CORE task"""
     sample_every: int = 2000
     """steps between samples of text; negative: never"""

@@ -1,7 +1,8 @@
 """Tasks: each is a sequence of conversations to train on; those that can be evaluated also judge completions.
 
 A task has `name`, `files` that its rows are made from, `__len__` and `__getitem__(i) → conversation`. One that can be evaluated also
-has `kind` ("categorical" or "generative"), `baseline` (the accuracy of guessing) and `judge(conversation, completion) → bool`.
+has `kind` ("categorical" or "generative"), `baseline` (the accuracy of guessing) and `judge(conversation, completion) → bool`. It
+may have `conditions()`: what the results have to say about the way in which it judges here, by name.
 """
 
 from nanochat.tasks.arc import ARC

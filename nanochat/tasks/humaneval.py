@@ -4,7 +4,7 @@ import ast
 import re
 import textwrap
 
-from nanochat.inference.sandbox import run_tests
+from nanochat.inference.sandbox import confinement, run_tests
 from nanochat.platform.paths import Paths
 from nanochat.tasks.rows import RowTask, load_rows
 
@@ -38,6 +38,9 @@ class HumanEval(RowTask):
     def __getitem__(self, index: int) -> dict:
         row = self._rows[index]
         return {"messages": code_messages(row), "row": row}
+
+    def conditions(self) -> dict[str, str]:
+        return {"HumanEval is confined by": confinement()}
 
     def judge(self, conversation: dict, completion: str) -> bool:
         row = conversation["row"]

@@ -102,7 +102,7 @@ class Trainer:
     def run(self) -> dict:
         """Train to the end; returns the newest evaluations, steps, tokens, loss, seconds and tokens per second.
 
-        Raises TrainingStopped after a signal, and UserError when memory runs out or the loss is not finite.
+        Raises TrainingStopped after a signal, and UserError when memory runs out, the loss is not finite or a step has no targets.
         """
         torch.use_deterministic_algorithms(self.options.deterministic, warn_only=True)
         positions = self._resume()
@@ -168,6 +168,11 @@ class Trainer:
             self._boundary(last)
             if last:
                 return self._summary()
+            if not agreement.targets:
+                raise UserError(
+                    f"step {self.state.step} of {self.plan.stage} has nothing to learn: none of its tokens is one that the assistant "
+                    "has to produce; check that the conversations have answers, and that these begin within the context length"
+                )
             self._step(micro_batches, agreement, advance)
 
     def _take(self, batches: Iterator[Batch]) -> list[Batch]:
@@ -228,7 +233,7 @@ class Trainer:
         self.micro_step.loss.zero_()
         for batch in micro_batches:
             # every target has the same weight in the step; world_size undoes the mean over ranks in synchronize
-            self.micro_step(batch, int((batch.targets != -1).sum()) * world_size / max(agreement.targets, 1.0))
+            self.micro_step(batch, int((batch.targets != -1).sum()) * world_size / agreement.targets)
         norm = self.optimizer.synchronize()
         # the only wait for the device in a step; the weights are not touched before loss and norm are known to be finite
         rank_loss, grad_norm = self.runtime.read(torch.stack([self.micro_step.loss, norm]))

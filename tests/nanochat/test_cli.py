@@ -124,6 +124,16 @@ def test_help_text_has_defaults_and_units(capsys):
         (["train", "base", "--matrix-lr", "nan"], ("--matrix-lr must be a finite number, got nan",)),
         (["train", "base", "--keep-checkpoints", "0"], ("--keep-checkpoints must be at least 1, got 0",)),
         (["train", "base", "--preset", "d21"], ("unknown preset 'd21'", "tiny, cpu, d20, d26, d32")),
+        (["evaluate", "chat", "--rows", "-1"], ("--rows must be at least 1, got -1",)),
+        (
+            ["evaluate", "chat", "--max-per-task", "0"],
+            ("--max-per-task must be at least 1, or negative for all, got 0",),
+        ),
+        (
+            ["evaluate", "base", "--core-max-per-task", "0"],
+            ("--core-max-per-task must be at least 1, or negative for all",),
+        ),
+        (["train", "base", "--core-metric-max-per-task", "0"], ("must be at least 1, or negative for all, got 0",)),
         (["speedrun", "--from", "nowhere"], ("nowhere", "no such stage", "tokenizer")),
         (["speedrun", "--from", "sft", "--to", "base"], ("comes after",)),
         (["speedrun", "--preset", "d20"], ("of 241 shards of FineWeb-Edu 241 are missing", "nanochat fetch")),

@@ -40,4 +40,4 @@ def test_chat_and_evaluation_of_a_trained_model(trained_base, tmp_path):
             )
             assert section["processes"] == processes
             results.append({k: v for k, v in section["results"].items() if not k.endswith("bpb")})
-    assert results[:2] == results[2:] and results[0].keys() == {"ARC-Easy", "SpellingBee", "ChatCORE"}
+    assert results[:2] == results[2:] and results[0].keys() == {"ARC-Easy", "SpellingBee"}

@@ -197,13 +197,15 @@ def test_chat_tasks_score_what_the_model_knows(tokenizer, world, cpu, monkeypatc
     from nanochat.evaluate import chat
 
     task = Fixed(kind=kind)
-    monkeypatch.setitem(chat.TASKS, "fixed", lambda paths: task)
+    monkeypatch.setattr(chat, "TASKS", {"fixed": lambda paths: task})  # all tasks there are
     texts = [render(tokenizer, task[i])[0] for i in range(known)]
     oracle = Oracle(tokenizer.vocab_size, texts)
     if kind == "generative":
         answers = {tuple(render_prompt(tokenizer, task[i])): task[i]["messages"][-1]["content"] for i in range(known)}
 
         class Engine:
+            positions = 512
+
             def __init__(self, *_): ...
 
             def generate(self, prompts, max_tokens, temperature):
@@ -216,3 +218,74 @@ def test_chat_tasks_score_what_the_model_knows(tokenizer, world, cpu, monkeypatc
     )  # not knowing, it says A, which is right every other time
     assert results["fixed"] == (known + max(guessed, 0)) / 4
     assert results["ChatCORE"] == pytest.approx((results["fixed"] - 0.25) / 0.75)
+
+
+def test_chatcore_is_given_only_for_all_tasks(tokenizer, world, cpu, monkeypatch):
+    from nanochat.evaluate import chat
+
+    monkeypatch.setattr(chat, "TASKS", {name: lambda paths: Fixed() for name in ("first", "second")})
+    oracle = Oracle(tokenizer.vocab_size, [])
+    arguments = (oracle, tokenizer, world, cpu, ChatTaskOptions())
+    assert chat_accuracies(*arguments, ("first",)).keys() == {"first"}
+    assert chat_accuracies(*arguments, ("second", "first")).keys() == {"first", "second", "ChatCORE"}
+
+
+@dataclass
+class Arithmetic:
+    """GSM8K's kind of task; question 1 alone is nearly, and question 2 more than, as long as the model's 640 positions allow."""
+
+    name: str = "arithmetic"
+    kind: str = "generative"
+    baseline: float = 0.0
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        words = {1: 1254, 2: 1400}.get(index, 3)  # two are a token
+        return {"messages": [{"role": "user", "content": "\n" * words}, {"role": "assistant", "content": "#### 4"}]}
+
+    def judge(self, conversation, completion):
+        return len(completion) > 0
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_an_item_that_does_not_fit_is_counted_as_wrong_and_reported(tokenizer, world, cpu, monkeypatch, model, rows):
+    from nanochat.evaluate import chat
+
+    assert (
+        len(render_prompt(tokenizer, Arithmetic()[1]))
+        < model.cos.size(0)
+        < len(render_prompt(tokenizer, Arithmetic()[2]))
+    )
+
+    class Engine(chat.Engine):
+        """Says 7 for ever."""
+
+        def _next(self, row, sampled):
+            return (sampled if row.done else 7), False
+
+    monkeypatch.setattr(chat, "Engine", Engine)
+    monkeypatch.setitem(chat.TASKS, "arithmetic", lambda paths: Arithmetic())
+    results = chat_accuracies(model, tokenizer, world, cpu, ChatTaskOptions(rows=rows, max_tokens=20), ("arithmetic",))
+    assert results == {"arithmetic": 0.5, "arithmetic: did not fit": "2 of 4, counted as wrong"}
+
+
+@pytest.mark.parametrize("reason", ["", "unshare: Operation not permitted"])
+def test_the_results_tell_what_confined_generated_code(tokenizer, world, cpu, monkeypatch, model, reason):
+    from nanochat.inference import sandbox
+
+    monkeypatch.setattr(sandbox, "unsupported_reason", lambda: reason)
+    results = chat_accuracies(
+        model, tokenizer, world, cpu, ChatTaskOptions(max_per_task=1, max_tokens=4), ("HumanEval",)
+    )
+    told = "an audit hook, which holds against accidents only (unshare: Operation not permitted)"
+    assert results == {
+        "HumanEval": 0.0,
+        "HumanEval is confined by": told if reason else "namespaces and a filter of system calls",
+    }
+
+
+def test_bits_per_byte_of_nothing_is_not_a_number_but_an_error(model, cpu):
+    with pytest.raises(UserError, match="no text to measure bits per byte on"):
+        bits_per_byte(model, [], np.ones(model.config.vocab_size, dtype=np.int32), cpu)

@@ -257,3 +257,17 @@ def test_bad_options_leave_nothing_behind(base, arguments, parts):
     before = sorted(base.rglob("*"))
     assert_fails_with(nanochat(base, "train", "base", *TINY_BASE, *arguments), *parts)
     assert sorted(base.rglob("*")) == before
+
+
+def test_a_step_without_anything_to_learn_ends_the_run(trained_base, tmp_path):
+    """Its loss would be 0, which was not measured: the questions alone fill the 32 tokens of a row."""
+    base = shutil.copytree(trained_base, tmp_path / "base")
+    shutil.rmtree(base / "checkpoints" / "sft")
+    for path in (base / "chat" / "identity").iterdir():
+        path.unlink()
+    talk = [{"role": "user", "content": "who are you? " * 30}, {"role": "assistant", "content": "nobody"}]
+    (base / "chat" / "identity" / "conversations.jsonl").write_text(f"{json.dumps(talk)}\n" * 16)
+    others = "--arc-easy 0 --arc-challenge 0 --gsm8k 0 --smoltalk 0 --identity 16 --simple-spelling 0 --spelling-bee 0".split()
+    result = nanochat(base, "train", "sft", *TINY_SFT, *others)
+    assert_fails_with(result, "step 0 of sft has nothing to learn", "within the context length")
+    assert "loss" not in result.stdout
