@@ -6,11 +6,11 @@ from nanochat.platform.paths import Paths
 from nanochat.tasks.rows import RowTask, load_rows
 
 _CALL = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
-_ANSWER = re.compile(r"#### *(-?[\d.,]+)")
+_ANSWER = re.compile(r"#### (-?\.?[0-9][0-9.,]*)")
 
 
 def final_number(text: str) -> str | None:
-    """The number after ####, without commas and a full stop at its end; None when there is no such number."""
+    """The number after the first "#### " that has one, without commas and a full stop at its end; None when there is no such number."""
     match = _ANSWER.search(text)
     return match.group(1).replace(",", "").rstrip(".") if match else None
 

@@ -61,19 +61,18 @@ def check_conversation(conversation: dict) -> list[dict]:
     for index, message in enumerate(messages):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise UserError(f"malformed conversation: message {index} needs the keys role and content, got {message!r}")
-    if messages[0]["role"] == "system":
-        if len(messages) < 2 or messages[1]["role"] != "user":
-            raise UserError("malformed conversation: a system message must be followed by a user message")
-        merged = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-        messages = [merged, *messages[2:]]
-    for index, message in enumerate(messages):
-        role, content = message["role"], message["content"]
-        expected = "user" if index % 2 == 0 else "assistant"
+    system = messages[0]["role"] == "system"
+    if system and (len(messages) < 2 or messages[1]["role"] != "user"):
+        raise UserError("malformed conversation: a system message must be followed by a user message")
+    for index, message in enumerate(messages[system:], int(system)):
+        role, expected = message["role"], "user" if index % 2 == system else "assistant"
         if role != expected:
             raise UserError(f"malformed conversation: message {index} is from {role!r}, wanted {expected!r} in turn")
+    for index, message in enumerate(messages):
+        role, content = message["role"], message["content"]
         if isinstance(content, str):
             continue
-        if role == "user" or not isinstance(content, list):
+        if role != "assistant" or not isinstance(content, list):
             raise UserError(
                 f"malformed conversation: message {index} ({role}) must be text, got {type(content).__name__}"
             )
@@ -87,4 +86,7 @@ def check_conversation(conversation: dict) -> list[dict]:
                     f"malformed conversation: message {index} has a part that is not "
                     f"{{'type': {' | '.join(PART_TYPES)}, 'text'}}: {part!r}"
                 )
+    if system:
+        merged = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+        return [merged, *messages[2:]]
     return messages

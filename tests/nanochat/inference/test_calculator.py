@@ -20,7 +20,16 @@ from nanochat.inference.calculator import MAX_LENGTH, calculate
         ("0.1+0.2", "0.3"),
         ("'banana'.count('a')", "3"),
         ('"banana".count("an")', "2"),
+        ("'a,b,c'.count(',')", "2"),
+        ("'1,000'.count(',')", "1"),
         ("  3 *3 ", "9"),
+        ("7//2", "3"),
+        ("7.5//2", "3"),
+        ("1,234,567*2", "2469134"),
+        ("100000000.0*100000000.0", "10000000000000000"),
+        ("1/3000000", "0.0000003333333333"),
+        ("2.5*-2", "-5"),
+        (".5+.25", "0.75"),
     ],
 )
 def test_sums_and_counting(expression, result):
@@ -31,7 +40,9 @@ def test_sums_and_counting(expression, result):
     "expression",
     [
         "2**8", "1/0", "", "2+", "__import__('os')", "open('x')", "'a'.upper()", "'a'*9", "x", "True+1", "[1]", "1<2",
-        "'a'.count('a', 0)", "'a'.count(sub='a')", "().__class__", "9//2", "7%3", "1j", "lambda: 1", "(1, 2)", "'%s'%1",
+        "'a'.count('a', 0)", "'a'.count(sub='a')", "().__class__", "9//0", "7%3", "1e5", "0x10", "0b11",
+        "1_000", "(1,2)", "1,2", "12,34", "1e999", "1e999-1e999",
+        "b'a'.count(b'a')", "'a'.count('a')+1", "٣+١", "1j", "lambda: 1", "(1, 2)", "'%s'%1",
     ],
 )  # fmt: skip
 def test_other_expressions_are_rejected(expression):

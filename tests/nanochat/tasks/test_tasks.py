@@ -21,7 +21,9 @@ from tests.conftest import assert_fails_with, nanochat
 def test_answers_after_the_marks():
     assert final_number("so 5\n#### 1,250.") == "1250"
     assert final_number("#### -3.5 apples") == "-3.5"
-    assert final_number("the answer is 5") is None
+    assert final_number("#### 5\n#### 6") == "5" and final_number("#### .5") == ".5"
+    for text in ("the answer is 5", "####5", "#### five", "#### ..", "####\n5"):
+        assert final_number(text) is None
     parts = solution_parts("2*3 = <<2*3=6>>6\n#### 6")
     assert [(p["type"], p["text"]) for p in parts] == [
         ("text", "2*3 = "), ("python", "2*3"), ("python_output", "6"), ("text", "6\n#### 6"),

@@ -100,6 +100,18 @@ def test_a_prompt_ends_where_the_answer_begins(tokenizer):
             "message 1 is from 'user'",
         ),
         ({"messages": [{"role": "system", "content": "a"}]}, "must be followed by a user message"),
+        (
+            {"messages": [{"role": "system", "content": None}, {"role": "user", "content": "a"}]},
+            "message 0 \\(system\\) must be text, got NoneType",
+        ),
+        (
+            {"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": ["b"]}]},
+            "message 1 \\(user\\) must be text, got list",
+        ),
+        (
+            {"messages": [{"role": role, "content": "a"} for role in ("system", "user", "user")]},
+            "message 2 is from 'user', wanted 'assistant'",
+        ),
         ({"messages": [{"role": "user", "content": ["a"]}]}, "message 0 \\(user\\) must be text"),
         (
             {
