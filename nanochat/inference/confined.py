@@ -72,6 +72,24 @@ CLONE = (56, 220)  # refused without the flag CLONE_THREAD
 NEWER_CALLS = 424  # from here on, on both: pidfds, io_uring, clone3, new ways to mount, and what later kernels add
 
 
+def architecture() -> int:
+    """The number of this machine's architecture among those above."""
+    if sys.platform != "linux" or platform.machine() not in ARCHITECTURES:
+        raise OSError(
+            f"isolation needs Linux on {' or '.join(ARCHITECTURES)}, got {sys.platform} on {platform.machine()}"
+        )
+    return list(ARCHITECTURES).index(platform.machine())
+
+
+def c_library() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def end_with_parent() -> None:
+    """Let the kernel end this process when its parent ends. The filter of system calls refuses to change that."""
+    checked(c_library().prctl(1, signal.SIGKILL, 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
+
+
 def checked(result: int, what: str) -> None:
     if result:
         number = ctypes.get_errno()
@@ -84,11 +102,7 @@ def isolate(home: str, readable: list[str], inherited: set[int]) -> None:
     Returns in a child; the parent waits for it and never returns. home: an empty folder, to mount on. readable: the folders
     to see. inherited: the descriptors of pipes. Raises OSError when the kernel does not allow it.
     """
-    machine = platform.machine()
-    if sys.platform != "linux" or machine not in ARCHITECTURES:
-        raise OSError(f"isolation needs Linux on {' or '.join(ARCHITECTURES)}, got {sys.platform} on {machine}")
-    architecture = list(ARCHITECTURES).index(machine)
-    libc = ctypes.CDLL(None, use_errno=True)
+    machine, libc = architecture(), c_library()
     uid, gid = os.getuid(), os.getgid()
     checked(libc.unshare(NEW_USER | NEW_MOUNT | NEW_PID | NEW_NET | NEW_IPC | NEW_UTS), "unshare")
     for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
@@ -99,16 +113,13 @@ def isolate(home: str, readable: list[str], inherited: set[int]) -> None:
         for descriptor in inherited:
             os.close(descriptor)  # so that a pipe ends when the child does
         os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255)
-    # the filter below refuses prctl, so that the program cannot outlive the parent
-    checked(libc.prctl(1, signal.SIGKILL, 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
-    enter_view(libc, home, readable, architecture)
-    checked(libc.prctl(38, 1, 0, 0, 0), "prctl(PR_SET_NO_NEW_PRIVS)")
+    end_with_parent()
+    enter_view(libc, home, readable, machine)
     header, none = struct.pack("Ii", 0x20080522, 0), bytes(24)
     checked(libc.capset(header, none), "capset")
-    filter_calls(libc, architecture)
 
 
-def enter_view(libc: ctypes.CDLL, root: str, readable: list[str], architecture: int) -> None:
+def enter_view(libc: ctypes.CDLL, root: str, readable: list[str], machine: int) -> None:
     """Make the readable folders and an empty /tmp all there is. There is no /proc."""
 
     def mount(source: str, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
@@ -134,30 +145,35 @@ def enter_view(libc: ctypes.CDLL, root: str, readable: list[str], architecture: 
             mount("none", point, None, BIND | REMOUNT | READ_ONLY | NOSUID | NODEV | kept)
     mount("tmpfs", f"{root}/tmp", "tmpfs", NOSUID | NODEV, f"size={FILE_BYTES},nr_inodes=1000,mode=700")
     os.chdir(root)
-    checked(libc.syscall(REFUSED["pivot_root"][architecture], b".", b"."), "pivot_root")
+    checked(libc.syscall(REFUSED["pivot_root"][machine], b".", b"."), "pivot_root")
     checked(libc.umount2(b".", 2), "umount2")
     os.chdir("/tmp")
     os.environ["HOME"] = "/tmp"
 
 
-def filter_calls(libc: ctypes.CDLL, architecture: int) -> None:
-    """Let the kernel refuse the system calls above, and every way to start a process; threads are allowed."""
+def filter_calls() -> None:
+    """Let the kernel refuse the system calls above, and every way to start a process; threads are allowed.
+
+    Raises OSError when it does not do that.
+    """
+    machine, libc = architecture(), c_library()
     load, equal, at_least, any_bit, result = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, refuse, missing, kill = 0x7FFF0000, 0x50000 | 1, 0x50000 | 38, 0x80000000  # errors EPERM and ENOSYS
     code = [
         (load, 0, 0, 4),
-        (equal, 1, 0, list(ARCHITECTURES.values())[architecture]),
+        (equal, 1, 0, list(ARCHITECTURES.values())[machine]),
         (result, 0, 0, kill),
         (load, 0, 0, 0),
     ]
     code += [(at_least, 0, 1, NEWER_CALLS), (result, 0, 0, missing)]
     for numbers in REFUSED.values():
-        if numbers[architecture] >= 0:
-            code += [(equal, 0, 1, numbers[architecture]), (result, 0, 0, refuse)]
-    code += [(equal, 1, 0, CLONE[architecture]), (result, 0, 0, allow)]
+        if numbers[machine] >= 0:
+            code += [(equal, 0, 1, numbers[machine]), (result, 0, 0, refuse)]
+    code += [(equal, 1, 0, CLONE[machine]), (result, 0, 0, allow)]
     code += [(load, 0, 0, 16), (any_bit, 1, 0, 0x10000), (result, 0, 0, refuse), (result, 0, 0, allow)]  # CLONE_THREAD
     filters = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
     described = struct.pack("HxxxxxxP", len(code), ctypes.addressof(filters))
+    checked(libc.prctl(38, 1, 0, 0, 0), "prctl(PR_SET_NO_NEW_PRIVS)")
     checked(libc.prctl(22, 2, described, 0, 0), "prctl(PR_SET_SECCOMP)")
 
 
@@ -310,9 +326,15 @@ def main() -> None:
     readable = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", f"{sys.base_prefix}/lib", *request["libraries"], *sys.path]
     inherited = {request[name] for name in ("calls", "results", "status")}
     try:
+        if sys.platform == "linux":
+            end_with_parent()
+            if os.getppid() != request["parent"]:
+                return
         if request["isolated"]:
             isolate(request["home"], readable, inherited)
-    except (OSError, AttributeError) as error:
+        with contextlib.nullcontext() if request["isolated"] else contextlib.suppress(OSError):
+            filter_calls()
+    except OSError as error:
         print(json.dumps(last_line(error)), file=status, flush=True)
         return
     size, cpu = FILE_BYTES if request["isolated"] else FILE_SIZE, int(request["seconds"]) + 1

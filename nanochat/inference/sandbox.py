@@ -10,7 +10,7 @@ import contextlib
 import functools
 import json
 import os
-import select
+import selectors
 import signal
 import subprocess
 import sys
@@ -76,6 +76,7 @@ def run_tests(
     isolated = not unsupported_reason() if isolated is None else isolated
     request = {"entry_point": entry_point, "helpers": helpers}
     request |= {"memory": memory, "seconds": timeout, "isolated": isolated}
+    request["parent"] = os.getpid()
     request["libraries"] = [folder for folder in library_path().split(":") if folder]
     with contextlib.ExitStack() as stack:
         home = stack.enter_context(tempfile.TemporaryDirectory(prefix="nanochat-sandbox-", ignore_cleanup_errors=True))
@@ -142,7 +143,10 @@ def _wait_until_confined(status: FileIO) -> None:
 
 def _readable(files: list[FileIO], deadline: float) -> list[FileIO]:
     """The files that can be read from without waiting, at the latest at the deadline."""
-    return select.select(files, [], [], max(0.0, deadline - time.monotonic()))[0]
+    with selectors.DefaultSelector() as selector:
+        for file in files:
+            selector.register(file, selectors.EVENT_READ)
+        return [key.fileobj for key, _ in selector.select(max(0.0, deadline - time.monotonic()))]
 
 
 def _read_until_verdict(status: FileIO, output: FileIO, deadline: float) -> tuple[str | None, bytes]:

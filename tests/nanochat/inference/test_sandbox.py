@@ -72,6 +72,7 @@ CHEATS = {
         "print(len(found), 'BROKE' if any('f(3) ' + '== 9' in text for text in found) else 'held')\ndef f(x): return 5",
         "AssertionError",
     ),
+    "an answer without end": ("def f(x): return 'x' * 10**8", "MemoryError"),
     "syntax": ("def broken(:", "ended before it answered"),
     "no function": ("x = 1", "ended before it answered"),
     "closed descriptors": ("import os\nos.closerange(0, 64)\ndef f(x): return 4", "ended before it answered"),
@@ -217,10 +218,28 @@ def test_nothing_of_a_judged_program_is_left(isolated, monkeypatch):
         "def f(x):\n    threading.Thread(target=time.sleep, args=(60,)).start()\n    return x * x\n"
     )
     assert run_tests(program, TESTS, "f", isolated=isolated).passed
-    deadline = time.monotonic() + 10
-    while marked(mark) and time.monotonic() < deadline:  # the kernel ends an isolated process just after its parent
+    wait_until(lambda: not marked(mark))  # the kernel ends an isolated process just after its parent
+
+
+def test_a_judged_program_ends_with_the_process_that_judges(isolated):
+    mark = f"nanochat-orphan-of-{os.getpid()}"
+    code = (
+        "import os\nfrom nanochat.inference import sandbox\nsandbox.COMMAND.append(os.environ['MARK'])\n"
+        f"sandbox.run_tests('import time; time.sleep(60)', 'def check(f): f()', 'f', timeout=60, isolated={isolated})"
+    )
+    judging = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "MARK": mark})
+    wait_until(lambda: len(marked(mark)) == 2 * (1 + isolated))  # isolated ones have a parent outside of the namespace
+    time.sleep(0.5)  # until they are confined
+    judging.kill()
+    judging.wait()
+    wait_until(lambda: not marked(mark))
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 20
+    while not condition() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not marked(mark)
+    assert condition()
 
 
 def marked(mark: str) -> list[Path]:
