@@ -5,19 +5,14 @@ It uses the standard library only, and knows two roles: "answer" runs generated 
 so that generated code sees neither the tests nor their verdict.
 """
 
-import contextlib
 import ctypes
-import decimal
-import fractions
 import json
 import os
-import platform
 import re
 import resource
 import signal
 import struct
 import sys
-import traceback
 import types
 
 FILE_BYTES = 16 * 2**20  # of everything that a program may store
@@ -74,11 +69,11 @@ NEWER_CALLS = 424  # from here on, on both: pidfds, io_uring, clone3, new ways t
 
 def architecture() -> int:
     """The number of this machine's architecture among those above."""
-    if sys.platform != "linux" or platform.machine() not in ARCHITECTURES:
-        raise OSError(
-            f"isolation needs Linux on {' or '.join(ARCHITECTURES)}, got {sys.platform} on {platform.machine()}"
-        )
-    return list(ARCHITECTURES).index(platform.machine())
+    system = os.uname()
+    if system.sysname != "Linux" or system.machine not in ARCHITECTURES:
+        wanted = " or ".join(ARCHITECTURES)
+        raise OSError(f"isolation needs Linux on {wanted}, found {system.sysname} on {system.machine}")
+    return list(ARCHITECTURES).index(system.machine)
 
 
 def c_library() -> ctypes.CDLL:
@@ -87,6 +82,7 @@ def c_library() -> ctypes.CDLL:
 
 def end_with_parent() -> None:
     """Let the kernel end this process when its parent ends. The filter of system calls refuses to change that."""
+    architecture()  # so that there is prctl
     checked(c_library().prctl(1, signal.SIGKILL, 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
 
 
@@ -236,7 +232,6 @@ def add_audit_hook(home: str, readable: list[str]) -> None:
 # --- the two roles ---
 
 SEQUENCES = {kind.__name__: kind for kind in (list, tuple, set, frozenset)}
-NUMBERS = {kind.__name__: kind for kind in (decimal.Decimal, fractions.Fraction)}
 
 
 class Other:
@@ -252,9 +247,8 @@ def packed(value):
     for name, kind in SEQUENCES.items():
         if isinstance(value, kind):
             return {name: [packed(item) for item in value]}
-    for name, kind in NUMBERS.items():
-        if isinstance(value, kind):
-            return {name: str(value)}
+    if hasattr(value, "as_integer_ratio"):  # a Fraction or a Decimal
+        return {"ratio": list(value.as_integer_ratio())}
     if isinstance(value, complex):
         return {"complex": [value.real, value.imag]}
     return {"bytes": value.hex()} if isinstance(value, bytes) else {"other": ""}
@@ -269,8 +263,10 @@ def unpacked(value):
         return {unpacked(key): unpacked(item) for key, item in content}
     if name in SEQUENCES:
         return SEQUENCES[name]([unpacked(item) for item in content])
-    if name in NUMBERS:
-        return NUMBERS[name](content)
+    if name == "ratio":
+        from fractions import Fraction  # seldom needed, and slow to import
+
+        return Fraction(*content)
     if name == "complex":
         return complex(*content)
     return bytes.fromhex(content) if name == "bytes" else Other()
@@ -290,7 +286,7 @@ def answer(request: dict, module: types.ModuleType) -> None:
             args, kwargs = unpacked(json.loads(line))
             reply = json.dumps({"value": packed(function(*args, **kwargs))})
         except BaseException as error:
-            reply = json.dumps({"error": last_line(error)})
+            reply = json.dumps({"error": described(error)})
         print(reply, file=results, flush=True)
 
 
@@ -299,9 +295,11 @@ def check(request: dict, module: types.ModuleType) -> None:
     calls, results = os.fdopen(request["calls"], "w"), os.fdopen(request["results"])
 
     def candidate(*args, **kwargs):
-        with contextlib.suppress(BrokenPipeError):
+        try:
             print(json.dumps(packed((args, kwargs))), file=calls, flush=True)
-        line = results.readline()
+            line = results.readline()
+        except BrokenPipeError:
+            line = ""
         if not line.endswith("\n"):
             raise EOFError("the program ended before it answered")
         reply = json.loads(line)
@@ -314,8 +312,8 @@ def check(request: dict, module: types.ModuleType) -> None:
     module.check(candidate)
 
 
-def last_line(error: BaseException) -> str:
-    return "".join(traceback.format_exception_only(type(error), error)).strip()[-1000:]
+def described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".removesuffix(": ")[:1000]
 
 
 def main() -> None:
@@ -326,17 +324,16 @@ def main() -> None:
     readable = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", f"{sys.base_prefix}/lib", *request["libraries"], *sys.path]
     inherited = {request[name] for name in ("calls", "results", "status")}
     try:
-        if sys.platform == "linux":
-            end_with_parent()
-            if os.getppid() != request["parent"]:
-                return
+        end_with_parent()
+        if os.getppid() != request["parent"]:
+            return
         if request["isolated"]:
             isolate(request["home"], readable, inherited)
-        with contextlib.nullcontext() if request["isolated"] else contextlib.suppress(OSError):
-            filter_calls()
+        filter_calls()
     except OSError as error:
-        print(json.dumps(last_line(error)), file=status, flush=True)
-        return
+        if request["isolated"]:
+            print(json.dumps(described(error)), file=status, flush=True)
+            return
     size, cpu = FILE_BYTES if request["isolated"] else FILE_SIZE, int(request["seconds"]) + 1
     limits = {"AS": request["memory"], "CPU": cpu, "FSIZE": size, "CORE": 0, "NOFILE": 64}
     for name, limit in limits.items():
@@ -356,7 +353,7 @@ def main() -> None:
         check(request, module)
         verdict = ""
     except BaseException as error:
-        verdict = last_line(error)
+        verdict = described(error)
     print(json.dumps(verdict), file=status, flush=True)
 
 
