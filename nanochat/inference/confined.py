@@ -209,12 +209,14 @@ def add_audit_hook(home: str, readable: list[str]) -> None:
         if len(made) > MOST_FILES:
             raise PermissionError(f"making more than {MOST_FILES} files is not allowed here")
 
-    def guard(event, args):
+    def guard(event, args, is_folder=os.path.isdir):
         if event.startswith(FORBIDDEN) or (event == "import" and args[0] in FORBIDDEN_MODULES):
             raise PermissionError(f"{event} {args[0] if event == 'import' else ''} is not allowed here")
         if event == "open":
             writes = (args[2] or 0) & writing
             check(args[0], inside if writes else seen)
+            if is_folder(args[0]):
+                raise PermissionError("opening a folder, to reach files from it, is not allowed here")
             count_file(writes)
         elif event in ("os.listdir", "os.scandir"):
             check(args[0], seen)

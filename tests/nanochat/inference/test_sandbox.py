@@ -126,6 +126,9 @@ ATTACKS = {
     "remove relative to a folder": "os.remove('kept', dir_fd=os.open(OUTSIDE, os.O_RDONLY))",
     "write": "open(OUTSIDE + '/kept', 'w')",
     "write relative to a folder": "os.open('new', os.O_CREAT | os.O_WRONLY, dir_fd=os.open(OUTSIDE, os.O_RDONLY | os.O_DIRECTORY))",
+    "write beside the library": "open(os.__file__ + '.new', 'w')",
+    "write relative to the library": "folder = os.open(os.path.dirname(os.__file__), os.O_RDONLY)\n"
+        "os.open('nanochat-new', os.O_CREAT | os.O_WRONLY, dir_fd=folder)",
     "write through a link": "os.symlink(OUTSIDE, 'link')\nopen('link/new', 'w')",
     "hard link": "os.link(OUTSIDE + '/kept', 'kept')\nopen('kept', 'w')",
     "mkfifo": "os.mkfifo(OUTSIDE + '/new')",
