@@ -22,6 +22,7 @@ from nanochat.platform.console import console, say
 from nanochat.platform.errors import UserError
 from nanochat.platform.files import write_json
 
+DESCRIPTION = "\n\n".join(line for line in __doc__.splitlines() if line)  # the help joins the lines of a paragraph
 COLUMNS = (
     "op",
     "shape",
@@ -209,7 +210,7 @@ def main(arguments: list[str]) -> None:
         config = tyro.cli(CompareConfig, args=rest, prog=prog)
         sys.exit(1 if compare(config.before, config.after) else 0)
     else:
-        run(tyro.cli(RunConfig, args=rest, prog=prog, description=__doc__), command)
+        run(tyro.cli(RunConfig, args=rest, prog=prog, description=DESCRIPTION), command)
 
 
 if __name__ == "__main__":

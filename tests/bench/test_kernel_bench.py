@@ -94,6 +94,14 @@ def test_command_line_refuses(arguments, message):
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 
 
+def test_each_example_of_the_help_is_a_line():
+    done = forked.run("-m", "bench", "--help", cwd=ROOT, env=environment(None))
+    examples = [
+        line for line in done.stdout.splitlines() if line.startswith("python -m bench") and "time the" not in line
+    ]
+    assert len(examples) == 4 and all(line.count("python -m bench") == 1 for line in examples), done.stdout
+
+
 def test_list_names_every_operation_and_its_baselines():
     done = forked.run("-m", "bench", "--list", cwd=ROOT, env=environment(None))
     assert done.returncode == 0, done.stderr
