@@ -21,11 +21,11 @@ from typing import Any, NoReturn
 import tyro
 
 from nanochat import __version__
-from nanochat.options.presets import PRESETS, PresetOptions, with_preset
+from nanochat.options.presets import PRESETS, NamedRun, NewestRun, PresetOptions, with_preset
 from nanochat.options.ranges import check_ranges
 from nanochat.platform.console import console, say
 from nanochat.platform.errors import NO_SPACE, UserError, remedy_for
-from nanochat.platform.paths import base_paths
+from nanochat.platform.paths import DEFAULT_RUN, Paths, base_paths
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def run(name: str, options: Any) -> None:
     command = COMMANDS[name]
     function = command.load_function()
     parameters = inspect.signature(function).parameters
-    paths = base_paths() if "paths" in parameters or command.section else None
+    paths = _paths(options) if "paths" in parameters or command.section else None
     arguments = {"paths": paths} if "paths" in parameters else {}
     started, primary, processes = time.perf_counter(), True, 1
     if "runtime" in parameters:
@@ -149,6 +149,15 @@ def run(name: str, options: Any) -> None:
         section = command.section.format(**{"stage": getattr(options, "stage", "")})
         seconds = max(time.perf_counter() - started, results.get("train_seconds", 0.0))
         write_section(paths, section, asdict(options), results, seconds, processes)
+
+
+def _paths(options: Any) -> Paths:
+    """The paths of the run that the options name."""
+    paths = base_paths()
+    if not isinstance(options, NamedRun):
+        return paths
+    newest = paths.runs[-1:] if isinstance(options, NewestRun) else []
+    return paths.of_run(options.run_name or getattr(options, "preset", "") or (newest or [DEFAULT_RUN])[0])
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -28,4 +28,4 @@ def show_conversation(paths: Paths, preset: str, device: str) -> None:
         say(f"you: {prompt}")
         print_answer(session, prompt)
         session.clear()
-    say(f"\nThe report is {paths.report / 'report.html'}. Chat on with: nanochat chat")
+    say(f"\nThe report is {paths.report / 'report.html'}. Chat on with: nanochat chat{paths.as_option}")

@@ -27,7 +27,7 @@ def chat(options: ChatOptions, paths: Paths) -> None:
     if options.prompt:
         print_answer(session, options.prompt)
         return
-    say(f"nanochat ({options.source}); /help names the commands, /quit leaves")
+    say(f"nanochat ({options.source} of the run {paths.run_name}); /help names the commands, /quit leaves")
     for text in questions(paths):
         command = text.lower().removeprefix("/")
         if command in ("quit", "exit"):

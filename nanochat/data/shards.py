@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.platform.errors import GET_DATA, UserError
+from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
 
 
@@ -30,7 +30,7 @@ class Shards:
         if len(files) < 2:
             raise UserError(
                 f"{paths.text} has {len(files)} parquet shards, wanted two or more (the last is for validation); "
-                f"{GET_DATA}"
+                f"{paths.get_data}"
             )
         missing = _first_gap(files[:-1])  # the validation shard is the last of the whole set, far from the others
         if missing:
@@ -70,7 +70,9 @@ def _open(path: Path) -> pq.ParquetFile:
     except (pa.ArrowException, OSError) as error:
         raise _damaged(path, error) from error
     if "text" not in file.schema_arrow.names:
-        raise UserError(f"{path} has no column 'text' (it has {', '.join(file.schema_arrow.names)}); {GET_DATA}")
+        raise UserError(
+            f"{path} has no column 'text' (it has {', '.join(file.schema_arrow.names)}); fetch or generate it again"
+        )
     if file.metadata.num_rows == 0:
         raise UserError(f"{path} has no rows; fetch or generate it again")
     return file

@@ -6,11 +6,12 @@ from typing import Annotated, Literal
 import tyro
 
 from nanochat.options.model import Implementations
+from nanochat.options.presets import NewestRun
 from nanochat.options.ranges import AtLeast
 
 
 @dataclass(frozen=True)
-class ChatOptions:
+class ChatOptions(NewestRun):
     """Chat with a model: type to talk, /clear to start a new conversation, /quit to leave."""
 
     prompt: Annotated[str, tyro.conf.arg(aliases=["-p"])] = ""

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import Annotated
 
+from nanochat.options.presets import Changed, NamedRun
 from nanochat.options.ranges import AtLeast
 
 
 @dataclass(frozen=True)
-class GenerateOptions:
+class GenerateOptions(NamedRun):
     """Generate the embedded data: a small closed world as text, conversations and tests."""
 
     seed: int = 1
@@ -28,3 +29,5 @@ class GenerateOptions:
     """words in the word list"""
     tests: Annotated[int, AtLeast(1)] = 200
     """maximum number of items in each test"""
+    changed: Changed = "refuse"
+    """what to do if the run's data have files that nanochat did not write: refuse, keep all data as they are, or replace them"""

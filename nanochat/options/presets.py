@@ -7,11 +7,28 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
 PresetName = Literal["", "tiny", "cpu", "d20", "d26", "d32"]
+Changed = Literal["refuse", "keep", "replace"]
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, kw_only=True)
+class NamedRun:
+    """The option of all commands that work on a run."""
+
+    run_name: str = ""
+    """run whose files are read and written, in runs/<name>; by default the one named as the preset, or else `default`"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewestRun(NamedRun):
+    """The option of commands that show a run."""
+
+    run_name: str = ""
+    """run that is shown, from runs/<name>; by default the one that was worked on last"""
+
+
 @dataclass(frozen=True)
-class PresetOptions:
+class PresetOptions(NamedRun):
     """The options that all commands with presets share."""
 
     preset: PresetName = ""

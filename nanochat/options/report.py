@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import Annotated
 
+from nanochat.options.presets import NewestRun
 from nanochat.options.ranges import AtLeast
 
 
 @dataclass(frozen=True)
-class ReportOptions:
+class ReportOptions(NewestRun):
     """Write report.md and report.html about the stages that have finished so far."""
 
     price_per_hour: Annotated[float, AtLeast(0)] = 0.0

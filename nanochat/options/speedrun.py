@@ -5,12 +5,12 @@ from typing import Annotated
 
 import tyro
 
-from nanochat.options.presets import PresetName
+from nanochat.options.presets import Changed, NamedRun, PresetName
 from nanochat.options.ranges import AtLeast
 
 
 @dataclass(frozen=True)
-class SpeedrunOptions:
+class SpeedrunOptions(NamedRun):
     """Run the whole pipeline, from text to chat. Repeating the command continues where the last run stopped."""
 
     preset: PresetName = "cpu"
@@ -23,6 +23,8 @@ class SpeedrunOptions:
     """training processes; 0: one per GPU, or one on a machine without GPUs"""
     device: str = "auto"
     """auto, cuda, cpu or mps"""
+    changed: Changed = "refuse"
+    """what to do if files of a finished stage have changed since: refuse, keep them and go on, or replace them by running it again"""
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,12 @@ class FetchOptions:
     """fetch only these assets"""
     workers: Annotated[int, AtLeast(1)] = 8
     """files that are downloaded at the same time"""
+    changed: Changed = "refuse"
+    """what to do with files in the place of data that nanochat did not write: refuse, keep them as the data, or replace them"""
 
 
 @dataclass(frozen=True)
-class PreflightOptions:
+class PreflightOptions(NamedRun):
     """Check data, GPUs, disk space, time and gate file before a run. Names every problem, the stages it affects and the remedy."""
 
     preset: PresetName = "d20"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from nanochat.options.presets import PresetOptions
+from nanochat.options.presets import NewestRun, PresetOptions
 from nanochat.options.ranges import AtLeast
 
 
@@ -20,5 +20,5 @@ class TokenizerTrainOptions(PresetOptions):
 
 
 @dataclass(frozen=True)
-class TokenizerEvalOptions:
+class TokenizerEvalOptions(NewestRun):
     """Measure bytes per token on several kinds of text."""

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from nanochat.options.presets import PresetName
+from nanochat.options.presets import NamedRun, NewestRun, PresetName
 from nanochat.options.ranges import AtLeast
 
 
 @dataclass(frozen=True)
-class TraceOptions:
+class TraceOptions(NewestRun):
     """Show the result of every operation in a forward pass: of a small model after a few training steps, or of a trained one."""
 
     stage: Literal["none", "base", "mid", "sft"] = "none"
@@ -60,7 +60,7 @@ class KernelsTuneOptions:
 
 
 @dataclass(frozen=True)
-class KernelsGateOptions:
+class KernelsGateOptions(NamedRun):
     """Validate and time every operation on the device and at the shapes of training, and write the choice to gate.json."""
 
     preset: PresetName = "d20"

@@ -3,7 +3,6 @@
 import errno
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-GET_DATA = "generate the embedded data with: nanochat data generate, or fetch the real data with: nanochat fetch"
 
 
 class UserError(Exception):

@@ -11,6 +11,8 @@ from pathlib import Path
 from nanochat.platform.errors import UserError, remedy_for
 from nanochat.platform.shapes import check_shape
 
+MANIFEST = "manifest.json"
+
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace the content of a file, or make the file with its directory; text is written as UTF-8."""
@@ -103,6 +105,29 @@ def _reported_as_unwritable(path: Path) -> Iterator[None]:
         raise UserError(
             f"cannot write {path} ({error.strerror or error}); {remedy_for(error)}, then run the command again"
         ) from error
+
+
+def all_files(directory: Path) -> list[Path]:
+    """All files in a directory and below it, and all symbolic links, which are not followed; sorted."""
+    return sorted(path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
+
+
+def write_manifest(directory: Path) -> None:
+    """Write the hashes of all files of a directory into it, by which foreign_files recognises them."""
+    write_json(directory / MANIFEST, {str(p.relative_to(directory)): sha256_of(p) for p in all_files(directory)})
+
+
+def foreign_files(directory: Path) -> list[Path]:
+    """The files of a directory that were added, or changed, since its manifest was written; all of them if it has none."""
+    known = read_json(directory / MANIFEST) or {}
+    files = [path for path in all_files(directory) if not known or path != directory / MANIFEST]
+    return [p for p in files if p.is_symlink() or known.get(str(p.relative_to(directory))) != sha256_of(p)]
+
+
+def name_some(files: list[Path]) -> str:
+    """The first few of some files, and the number of the others, for a message."""
+    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+    return ", ".join(map(str, files[:3])) + more
 
 
 def flush(path: Path) -> None:

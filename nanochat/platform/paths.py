@@ -1,44 +1,114 @@
-"""Every path nanochat reads or writes, all under the base directory: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat."""
+"""Every path nanochat reads or writes, all under the base directory: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat.
+
+What was fetched is in the base directory itself and shared by all runs. Everything else belongs to a run, in runs/<name>/.
+"""
 
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanochat.platform.environment import configured_base_directory, home_directory
 from nanochat.platform.errors import UserError, remedy_for
 
 TRAINING_STAGES = ("base", "mid", "sft")  # the stages that write checkpoints, in order
+DEFAULT_RUN = "default"  # the run of a command without a preset
+PARTS_OF_A_RUN = ("tokenizer", "checkpoints", "metrics", "records", "report", "gate.json")
 
 
 @dataclass(frozen=True)
 class Paths:
-    """The path of everything that nanochat reads or writes."""
+    """The path of everything that a run reads or writes."""
 
     base: Path
+    run_name: str = DEFAULT_RUN
+
+    @property
+    def run(self) -> Path:
+        """The directory of the run: its tokenizer, checkpoints, report, and its embedded data if it has some."""
+        return self.base / "runs" / self.run_name
+
+    def of_run(self, name: str) -> "Paths":
+        """The paths of another run.
+
+        Raises UserError for a name that is no name of a directory, and when the base directory itself holds a run, as it did in
+        earlier versions.
+        """
+        if not re.fullmatch(r"\w[\w.+-]*", name):
+            raise UserError(f"--run-name {name!r} must begin with a letter or digit, and have only those and . _ + -")
+        own_tokenizer = self.base / "tokenizer" / "tokenizer.json"
+        if own_tokenizer.exists() or any(any((self.base / "checkpoints" / s).glob("step_*")) for s in TRAINING_STAGES):
+            parts = " ".join(str(self.base / part) for part in PARTS_OF_A_RUN if (self.base / part).exists())
+            raise UserError(
+                f"{self.base} holds a run of an earlier version, and runs now have directories of their own; move it to one with: "
+                f"mkdir -p {self.base}/runs/NAME && mv {parts} {self.base}/runs/NAME (NAME is its preset, such as d20, or any "
+                "name, which --run-name takes)"
+            )
+        return replace(self, run_name=name)
+
+    @property
+    def runs(self) -> list[str]:
+        """The names of all runs; the one that was worked on last comes last."""
+        # a file that is replaced changes its directory; directories, unlike files, are not removed while this looks at them
+        changed = {
+            run.name: max(
+                path.stat().st_mtime for path in (run, *run.glob("[!.]*"), *run.glob("[!.]*/*")) if path.is_dir()
+            )
+            for run in (self.base / "runs").glob("[!.]*")
+            if run.is_dir()
+        }
+        return sorted(changed, key=lambda name: changed[name])
+
+    @property
+    def as_option(self) -> str:
+        """The option that names the run in a command, for a message; empty for the default run."""
+        return "" if self.run_name == DEFAULT_RUN else f" --run-name {self.run_name}"
+
+    @property
+    def other_runs(self) -> str:
+        """The other runs that could be meant, for the end of a message; empty if there are none."""
+        others = ", ".join(name for name in self.runs if name != self.run_name)
+        return f"; this is about the run {self.run_name}, other runs: {others} (--run-name)" if others else ""
+
+    @property
+    def embedded(self) -> Path:
+        """The data that nanochat generated for the run."""
+        return self.run / "embedded"
+
+    @property
+    def data(self) -> Path:
+        """Where the data are that the run reads: its embedded ones if it has some, else those that were fetched."""
+        return self.embedded if self.embedded.exists() else self.base
+
+    @property
+    def get_data(self) -> str:
+        """What a user can do if the run has no data, for a message."""
+        generate = f"nanochat data generate{self.as_option}"
+        return f"generate the embedded data with: {generate}, or fetch the real data with: nanochat fetch"
 
     @property
     def text(self) -> Path:
         """Pretraining shards, shard_00000.parquet …; the last of the set is validation."""
-        return self.base / "text"
+        return self.data / "text"
 
     @property
     def chat_data(self) -> Path:
         """Chat sources, chat/<source>/<split>.parquet or .jsonl."""
-        return self.base / "chat"
+        return self.data / "chat"
 
     @property
     def words(self) -> Path:
         """The word list of the spelling tasks, one word per line."""
-        return self.base / "words.txt"
+        return self.data / "words.txt"
 
     @property
     def eval_bundle(self) -> Path:
         """core.yaml, eval_meta_data.csv and the tasks' JSONL files."""
-        return self.base / "eval_bundle"
+        return self.data / "eval_bundle"
 
     @property
     def tokenizer(self) -> Path:
-        return self.base / "tokenizer"
+        return self.run / "tokenizer"
 
     @property
     def encodings(self) -> Path:
@@ -48,7 +118,7 @@ class Paths:
     @property
     def gate(self) -> Path:
         """The best implementation of each operation on the GPU that trains, as `nanochat kernels gate` measured it."""
-        return self.base / "gate.json"
+        return self.run / "gate.json"
 
     @property
     def assets(self) -> Path:
@@ -68,7 +138,7 @@ class Paths:
     @property
     def stop(self) -> Path:
         """While this file exists, training saves and ends after its step. The speedrun makes it on a signal, for all nodes."""
-        return self.base / "stop"
+        return self.run / "stop"
 
     @property
     def logs(self) -> Path:
@@ -83,17 +153,17 @@ class Paths:
     @property
     def records(self) -> Path:
         """Completion records of the stages."""
-        return self.base / "records"
+        return self.run / "records"
 
     @property
     def report(self) -> Path:
-        return self.base / "report"
+        return self.run / "report"
 
     def checkpoints(self, stage: str) -> Path:
-        return self.base / "checkpoints" / stage
+        return self.run / "checkpoints" / stage
 
     def metrics(self, stage: str) -> Path:
-        return self.base / "metrics" / f"{stage}.jsonl"
+        return self.run / "metrics" / f"{stage}.jsonl"
 
     def section(self, stage: str) -> Path:
         """The settings and results of a stage, for the report."""
@@ -101,7 +171,7 @@ class Paths:
 
 
 def base_paths() -> Paths:
-    """The paths under the base directory, which is made if it does not exist.
+    """The paths of the default run under the base directory, which is made if it does not exist.
 
     Raises UserError when neither NANOCHAT_BASE_DIR nor HOME is set, or when the directory cannot be written to.
     """

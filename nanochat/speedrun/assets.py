@@ -16,6 +16,7 @@ from nanochat.platform.paths import Paths
 VALIDATION_SHARD = 1822  # the last shard of the whole data set
 MAX_GROWTH = 1.05  # a data set may have this many times the rows that were counted, since data sets grow
 CORE_TASKS = 22
+KEPT = "kept"  # in the record of a file that a user has put in the place of one that is fetched
 ALL_EVALUATIONS = ("mid-eval", "sft-eval")
 
 
@@ -46,11 +47,6 @@ class Asset:
         if target.is_dir():
             return sorted(path for path in target.rglob("*") if path.is_file())
         return [target] if target.exists() else []
-
-    @property
-    def remedy(self) -> str:
-        """The command that gets the asset, for error messages."""
-        return f"fetch it on a node with internet: nanochat fetch --only {self.name}"
 
 
 def _chat(
@@ -98,11 +94,14 @@ def assets(preset: str, shards: int = 0) -> tuple[Asset, ...]:
     return () if preset in EMBEDDED else (text_asset(shards or SHARDS[preset]), *_ASSETS)
 
 
-def verify(asset: Asset, paths: Paths) -> int:
-    """Open every file of an asset; returns its number of rows (of shards, for text). Raises UserError that names the problem."""
+def verify(asset: Asset, paths: Paths, record: dict[str, list] | None = None) -> int:
+    """Open every file of an asset; returns its number of rows (of shards, for text). Raises UserError that names the problem.
+
+    record: what is known of the asset's files, by default from the record of all that was fetched.
+    """
     files = asset.present(paths)
-    record = read_fetched(paths).get(asset.name, {})
-    for name, (size, _) in record.items():
+    record = read_fetched(paths).get(asset.name, {}) if record is None else record
+    for name, (size, *_) in record.items():
         actual = (paths.base / name).stat().st_size if (paths.base / name).exists() else None
         if actual != size:
             problem = "is missing" if actual is None else f"has {actual} of {size} bytes"
@@ -121,7 +120,8 @@ def verify(asset: Asset, paths: Paths) -> int:
         raise _asset_error(asset, f"there is nothing at {paths.base / asset.target}")
     rows = sum(_rows(asset, path) for path in files) if asset.name != "eval_bundle" else _bundle_tasks(asset, paths)
     # what is generated may be replaced by the user's own, which has any number of rows
-    if (asset.repo or asset.url) and not asset.rows <= rows <= asset.rows * MAX_GROWTH:
+    kept = not (asset.repo or asset.url) or any(KEPT in file for file in record.values())
+    if not kept and not asset.rows <= rows <= asset.rows * MAX_GROWTH:
         raise _asset_error(
             asset, f"it has {rows:,} rows, wanted {asset.rows:,}: it is another configuration, or incomplete"
         )
@@ -146,13 +146,13 @@ def _rows(asset: Asset, path: Path) -> int:
 
 def _bundle_tasks(asset: Asset, paths: Paths) -> int:
     try:
-        return len(load_bundle(paths.eval_bundle))
+        return len(load_bundle(paths.base / asset.target))
     except (UserError, OSError, KeyError, ValueError) as error:
         raise _asset_error(asset, str(error).partition(";")[0]) from error
 
 
 def _asset_error(asset: Asset, problem: str) -> UserError:
-    return UserError(f"{asset.name}, which the stages {', '.join(asset.stages)} read: {problem}; {asset.remedy}")
+    return UserError(f"{asset.name}, which the stages {', '.join(asset.stages)} read: {problem}")
 
 
 def problems(preset: str, paths: Paths, shards: int = 0) -> Iterator[tuple[Asset, int, str]]:
@@ -164,8 +164,16 @@ def problems(preset: str, paths: Paths, shards: int = 0) -> Iterator[tuple[Asset
             yield asset, 0, str(error)
 
 
+def remedy(preset: str, missing: list[Asset], shards: int = 0) -> str:
+    """The one command that gets all missing assets of a preset, for a message."""
+    everything = len(missing) == len(assets(preset, shards))
+    only = "" if everything else f" --only {' '.join(asset.name for asset in missing)}"
+    number = f" --shards {shards}" if shards else ""
+    return f"fetch it on a node with internet: nanochat fetch{only} --preset {preset}{number}"
+
+
 def read_fetched(paths: Paths) -> dict[str, dict[str, list]]:
-    """The files that were fetched: asset → path under the base directory → [bytes, SHA-256]."""
+    """The files that were fetched: asset → path under the base directory → [bytes, SHA-256]; and KEPT for a user's own."""
     return read_json(paths.assets) or {}
 
 

@@ -17,7 +17,7 @@ from nanochat.platform.distributed import Runtime, compute_dtype, pick_device
 from nanochat.platform.environment import slurm_seconds_left
 from nanochat.platform.errors import UserError
 from nanochat.platform.paths import TRAINING_STAGES, Paths
-from nanochat.speedrun.assets import problems
+from nanochat.speedrun.assets import problems, remedy
 from nanochat.tokenizer.bpe import Tokenizer
 from nanochat.train.plan import horizon
 
@@ -27,10 +27,11 @@ OTHER_STAGES = 0.35  # the time of all other stages, as a share of pretraining's
 
 def preflight(options: PreflightOptions, paths: Paths) -> None:
     """Check everything and print a line for each check. Raises UserError at the end when a check failed."""
-    failures = []
+    failures, missing = [], []
     for asset, rows, problem in problems(options.preset, paths, options.shards):
         if problem:
             failures.append(problem)
+            missing.append(asset)
         else:
             say(f"ok   {asset.name}: {rows:,} {'shards' if asset.name == 'text' else 'rows'}")
     if options.preset in EMBEDDED:
@@ -41,7 +42,8 @@ def preflight(options: PreflightOptions, paths: Paths) -> None:
         say(f"BAD  {failure}")
     if failures:
         more = f" and {len(failures) - 1} more, see above" if len(failures) > 1 else ""
-        raise UserError(f"preflight of {options.preset}: {failures[0]}{more}")
+        what_to_do = f"; {remedy(options.preset, missing, options.shards)}" if missing else ""
+        raise UserError(f"preflight of {options.preset}: {failures[0]}{more}{what_to_do}")
     say(f"preflight of {options.preset}: everything is there")
 
 

@@ -4,10 +4,11 @@ A record is valid as long as the same command would run on the same inputs, and 
 """
 
 import hashlib
+import json
 import time
 from pathlib import Path
 
-from nanochat.platform.files import read_json, sha256_of, write_json
+from nanochat.platform.files import all_files, read_json, sha256_of, write_json
 from nanochat.platform.paths import Paths
 from nanochat.speedrun.stages import Stage
 
@@ -17,12 +18,12 @@ def record_path(paths: Paths, stage: Stage) -> Path:
 
 
 def write_record(paths: Paths, stage: Stage, command: list[str], made_from: str, seconds: float) -> dict:
-    """Record a stage as finished after `seconds`; returns the record. made_from: the hash of all files of earlier stages."""
+    """Record a stage as finished after `seconds`; returns the record. made_from: hash_of the files of all earlier stages."""
     record = {
         "stage": stage.name,
         "command": command,
         "made_from": made_from,
-        "made": hash_of(stage.outputs(paths)),
+        "made": hashes(paths, stage),
         "seconds": seconds,
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
@@ -35,16 +36,27 @@ def valid_record(paths: Paths, stage: Stage, command: list[str], made_from: str)
     record = read_json(record_path(paths, stage))
     if record is None or record.get("command") != command or record.get("made_from") != made_from:
         return None
-    return record if record.get("made") == hash_of(stage.outputs(paths)) else None
+    return record if record.get("made") == hashes(paths, stage) else None
 
 
-def hash_of(files: list[Path]) -> str:
-    """SHA-256 over the names and contents of files, and of all files in directories; a missing file has a hash of its own."""
-    total = hashlib.sha256()
-    for path in files:
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_dir():
-                continue
-            total.update(str(file.relative_to(path.parent)).encode())
-            total.update(bytes.fromhex(sha256_of(file)) if file.exists() else b"missing")
-    return total.hexdigest()
+def changed_files(paths: Paths, stage: Stage) -> list[Path]:
+    """The files of a finished stage that were changed or added since, and that running the stage again would replace.
+
+    A training stage replaces none: it resumes from its newest checkpoint, whichever that is.
+    """
+    record = read_json(record_path(paths, stage))
+    if record is None or stage.trains or not isinstance(record.get("made"), dict):
+        return []
+    return [paths.run / name for name, digest in hashes(paths, stage).items() if record["made"].get(name) != digest]
+
+
+def hashes(paths: Paths, stage: Stage) -> dict[str, str]:
+    """The SHA-256 of each file that a stage has written, by its path in the directory of the run."""
+    outputs = stage.outputs(paths)
+    files = [file for path in outputs for file in (all_files(path) if path.is_dir() else [path])]
+    return {str(file.relative_to(paths.run)): sha256_of(file) for file in files if file.is_file()}
+
+
+def hash_of(*parts: object) -> str:
+    """SHA-256 over values that JSON knows, in this order."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

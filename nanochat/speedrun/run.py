@@ -4,7 +4,6 @@ The same command skips stages whose records are still valid. A training stage th
 checkpoint; any other stage starts again.
 """
 
-import hashlib
 import signal
 import subprocess
 import sys
@@ -21,9 +20,10 @@ from nanochat.options.presets import EMBEDDED
 from nanochat.options.speedrun import SpeedrunOptions
 from nanochat.platform.console import console, say
 from nanochat.platform.errors import TrainingStopped, UserError
+from nanochat.platform.files import name_some
 from nanochat.platform.paths import Paths
-from nanochat.speedrun.assets import problems
-from nanochat.speedrun.records import valid_record, write_record
+from nanochat.speedrun.assets import problems, remedy
+from nanochat.speedrun.records import changed_files, hash_of, valid_record, write_record
 from nanochat.speedrun.stages import NAMES, STAGES, Stage, command_of
 
 
@@ -45,27 +45,45 @@ def run_stages(options: SpeedrunOptions, paths: Paths, stages: Sequence[Stage] =
     stages = [stage for stage in stages if embedded or stage.name != "data"]
     processes = options.processes or max(1, torch.cuda.device_count() if options.device in ("auto", "cuda") else 1)
     started = time.perf_counter()
+    missing = {asset: problem for asset, _, problem in problems(preset, paths) if problem}
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(
+            f"{next(iter(missing.values()))}{more}; {remedy(preset, list(missing))}; nanochat preflight names everything that is "
+            "missing"
+        )
     with _lock(paths), Stop(paths) as stop:
-        missing = next((problem for _, _, problem in problems(preset, paths) if problem), None)
-        if missing:
-            raise UserError(f"{missing}; nanochat preflight names everything that is missing")
         made_from = ""  # hash of all files that earlier stages wrote
         for number, stage in enumerate(stages, 1):
-            command = command_of(stage, preset, options.device)
+            if NAMES.index(stage.name) > last:
+                break
+            command = command_of(stage, preset, options.device, paths.run_name)
             record = valid_record(paths, stage, command, made_from)
             title = f"[{number}/{len(stages)}] {stage.name}"
-            if first <= NAMES.index(stage.name) <= last:
+            changed = changed_files(paths, stage) if record is None else []
+            if changed and options.changed == "refuse":
+                raise UserError(
+                    f"stage {stage.name} has finished, and these files of it have changed since: {name_some(changed)}; to keep "
+                    "them and go on, add --changed keep; to replace them by running the stage again, add --changed replace"
+                )
+            if changed and options.changed == "keep":
+                record = write_record(paths, stage, command, made_from, 0.0)
+                say(f"{title}: kept with the files that have changed: {name_some(changed)}")
+            if first <= NAMES.index(stage.name):
                 if record is None:
                     say(f"{title}: nanochat {' '.join(command)}")
-                    record = _run(stage, command, processes, paths, made_from, stop)
+                    told = ["--changed", options.changed] if stage.asks_about_changes else []
+                    seconds = _run(stage, command + told, processes, stop)
+                    record = write_record(paths, stage, command, made_from, seconds)
                     say(f"{title}: done in {record['seconds']:.0f} s")
                 else:
                     say(f"{title}: finished before, skipped")
-            elif NAMES.index(stage.name) > last:
-                break
             elif record is None:
-                raise UserError(f"stage {stage.name} has not finished (or its files have changed); run without --from")
-            made_from = hashlib.sha256((made_from + record["made"]).encode()).hexdigest()
+                raise UserError(
+                    f"stage {stage.name} has not finished (or its files are missing, or earlier stages ran again since); run "
+                    "without --from"
+                )
+            made_from = hash_of(made_from, record["made"])
     console.rule()
     say(f"all stages up to {options.last} are done; this command took {time.perf_counter() - started:.0f} s")
 
@@ -124,8 +142,8 @@ class Stop:
             raise TrainingStopped(message, 128 + self.received)
 
 
-def _run(stage: Stage, command: list[str], processes: int, paths: Paths, made_from: str, stop: Stop) -> dict:
-    """Run a stage in processes of its own; returns its record. Raises UserError with its exit status when it fails."""
+def _run(stage: Stage, command: list[str], processes: int, stop: Stop) -> float:
+    """Run a stage in processes of its own; returns the seconds that it took. Raises UserError with its exit status when it fails."""
     stop.check(stage)
     launcher = distributed_launcher(processes) if stage.distributed else [sys.executable]
     started = time.perf_counter()
@@ -153,17 +171,16 @@ def _run(stage: Stage, command: list[str], processes: int, paths: Paths, made_fr
         )
         error.exit_status = status if status > 0 else 128 - status
         raise error
-    return write_record(paths, stage, command, made_from, time.perf_counter() - started)
+    return time.perf_counter() - started
 
 
 @contextmanager
 def _lock(paths: Paths) -> Iterator[None]:
-    """Lock the base directory against other speedruns. Raises UserError when one is running there."""
+    """Lock the directory of the run against other speedruns. Raises UserError when one is running there."""
+    paths.run.mkdir(parents=True, exist_ok=True)
     try:
-        lock = FileLock(paths.base / ".speedrun.lock").acquire(timeout=0)
+        lock = FileLock(paths.run / ".speedrun.lock").acquire(timeout=0)
     except Timeout:
-        raise UserError(
-            f"another speedrun is running in {paths.base}; wait for it or set another NANOCHAT_BASE_DIR"
-        ) from None
+        raise UserError(f"another speedrun is running in {paths.run}; wait for it or give another --run-name") from None
     with lock:
         yield

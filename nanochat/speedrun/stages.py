@@ -17,6 +17,7 @@ class Stage:
     distributed: bool = False  # takes --device, and runs in one process per GPU
     trains: bool = False  # saves on a signal and resumes from its checkpoint; other stages start again
     has_preset: bool = True  # takes --preset
+    asks_about_changes: bool = False  # takes --changed
 
 
 def _newest_checkpoint(stage: str) -> Callable[[Paths], list[Path]]:
@@ -36,7 +37,7 @@ def _tokenizer(paths: Paths) -> list[Path]:
 
 
 STAGES = (
-    Stage("data", ("data", "generate"), lambda p: [p.words, p.text, p.chat_data, p.eval_bundle], has_preset=False),
+    Stage("data", ("data", "generate"), lambda p: [p.embedded], has_preset=False, asks_about_changes=True),
     Stage("tokenizer", ("tokenizer", "train"), _tokenizer),
     Stage("tokenizer-eval", ("tokenizer", "eval"), _section("tokenizer-eval"), has_preset=False),
     Stage("base", ("train", "base"), _newest_checkpoint("base"), distributed=True, trains=True),
@@ -50,11 +51,13 @@ STAGES = (
 NAMES = tuple(stage.name for stage in STAGES)
 
 
-def command_of(stage: Stage, preset: str, device: str) -> list[str]:
+def command_of(stage: Stage, preset: str, device: str, run_name: str) -> list[str]:
     """The words after `nanochat` that run a stage."""
     command = [*stage.command]
     if stage.has_preset:
         command += ["--preset", preset]
+    if not stage.has_preset or run_name != preset:
+        command += ["--run-name", run_name]
     if stage.distributed and device != "auto":
         command += ["--device", device]
     return command

@@ -1,6 +1,7 @@
 """Generates the embedded data: text, conversations and tests, in the same file layouts as the real data sets.
 
-Each directory is written under a temporary name and renamed, so that an incomplete set is never taken for a complete one.
+They are in a directory of their own, which is written under a temporary name and renamed, so that an incomplete set is never taken
+for a complete one. It replaces only files that this program wrote: the directory's manifest has their hashes.
 """
 
 import csv
@@ -15,8 +16,9 @@ import yaml
 
 from nanochat.data.splits import digest, in_test
 from nanochat.options.data import GenerateOptions
-from nanochat.platform.console import progress_bar
-from nanochat.platform.files import fresh_directory, write_atomically
+from nanochat.platform.console import progress_bar, say
+from nanochat.platform.errors import UserError
+from nanochat.platform.files import all_files, foreign_files, fresh_directory, name_some, write_manifest
 from nanochat.platform.paths import Paths
 from nanochat.synthetic import world
 from nanochat.synthetic.identity import identity_conversations
@@ -27,35 +29,51 @@ ROW_GROUP = 1024  # documents, as in the real shards
 
 
 def generate(options: GenerateOptions, paths: Paths) -> dict[str, int]:
-    """`nanochat data generate`: write all embedded data under the base directory; returns the number of items of each kind."""
+    """`nanochat data generate`: write the embedded data of a run; returns the number of items of each kind.
+
+    Raises UserError when it would replace files that it did not write, unless the options say what to do with them.
+    """
+    foreign = foreign_files(paths.embedded)
+    if foreign and options.changed == "refuse":
+        raise UserError(
+            f"nanochat did not write these files, and generating the data would delete them: {name_some(foreign)}; to use the "
+            "data as they are, add --changed keep; to replace all of them, add --changed replace"
+        )
+    if foreign and options.changed == "keep":
+        say(f"the data in {paths.embedded} stay as they are")
+        return {"files": len(all_files(paths.embedded))}
+    with fresh_directory(paths.embedded) as directory:
+        counts = _write_data(options, directory)
+        write_manifest(directory)
+    return counts
+
+
+def _write_data(options: GenerateOptions, directory: Path) -> dict[str, int]:
     rng = random.Random(digest("generate", options.seed))
     people = _by_name(world.facts(options.seed))
     word_list = world.words(options.seed, options.words)
-    write_atomically(paths.words, "\n".join(word_list) + "\n")
+    (directory / "words.txt").write_text("\n".join(word_list) + "\n", "utf-8")
     counts = {"words": len(word_list)}
 
-    bar = progress_bar("generate shards of text", options.shards + 1)
-    with fresh_directory(paths.text) as directory, bar as advance:
+    (directory / "text").mkdir()
+    with progress_bar("generate shards of text", options.shards + 1) as advance:
         for index in range(options.shards + 1):
             documents = _documents(rng, people, word_list, options.documents)
-            _write_parquet(directory / f"shard_{index:05d}.parquet", pa.table({"text": list(documents)}))
+            _write_parquet(directory / "text" / f"shard_{index:05d}.parquet", pa.table({"text": list(documents)}))
             advance()
     counts["documents"] = (options.shards + 1) * options.documents
 
     sources = _chat_sources(options, rng, people)
-    with fresh_directory(paths.chat_data) as directory:
-        for name, rows in sources.items():
-            (directory / name).parent.mkdir(exist_ok=True)
-            _write_parquet(directory / f"{name}.parquet", pa.Table.from_pylist(rows))
-            counts[name] = len(rows)
-        conversations = identity_conversations(options.seed, options.identity)
-        (directory / "identity").mkdir()
-        _write_lines(directory / "identity" / "conversations.jsonl", conversations)
-        counts["identity/conversations"] = len(conversations)
-
-    with fresh_directory(paths.eval_bundle) as directory:
-        counts |= _write_bundle(directory, rng, people, options.tests)
-    return counts
+    chat = directory / "chat"
+    for name, rows in sources.items():
+        (chat / name).parent.mkdir(parents=True, exist_ok=True)
+        _write_parquet(chat / f"{name}.parquet", pa.Table.from_pylist(rows))
+        counts[name] = len(rows)
+    conversations = identity_conversations(options.seed, options.identity)
+    (chat / "identity").mkdir()
+    _write_lines(chat / "identity" / "conversations.jsonl", conversations)
+    counts["identity/conversations"] = len(conversations)
+    return counts | _write_bundle(directory / "eval_bundle", rng, people, options.tests)
 
 
 def _by_name(facts: list[world.Fact]) -> dict[str, list[world.Fact]]:
@@ -270,7 +288,7 @@ def _write_bundle(directory: Path, rng: random.Random, people: dict, size: int) 
         "world_completion": ("language_modeling", completion, 0.0, " "),
         "world_schema": ("schema", schema, 50.0, " "),
     }
-    (directory / "eval_data").mkdir()
+    (directory / "eval_data").mkdir(parents=True)
     entries = []
     for label, (kind, items, _, delimiter) in tasks.items():
         _write_lines(directory / "eval_data" / f"{label}.jsonl", items)

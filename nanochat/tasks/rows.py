@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.platform.errors import GET_DATA, UserError
+from nanochat.platform.errors import UserError
 from nanochat.platform.files import read_json_lines
 from nanochat.platform.paths import Paths
 from nanochat.tokenizer.chat_format import check_conversation
@@ -74,11 +74,11 @@ def load_rows(paths: Paths, source: str, split: str, columns: tuple[str, ...]) -
         existing = [f"{p.parent.name}/{p.stem}" for p in sorted(paths.chat_data.glob("*/*")) if p.is_file()]
         raise UserError(
             f"the chat source {source}/{split} does not exist under {paths.chat_data}; "
-            f"there are: {', '.join(existing) or 'none'}; {GET_DATA}"
+            f"there are: {', '.join(existing) or 'none'}; {paths.get_data}"
         )
     rows = Rows(files, [_read_lines(path) if path.suffix == ".jsonl" else _read_table(path, columns) for path in files])
     if len(rows) == 0:
-        raise UserError(f"{files[0]} has no rows; {GET_DATA}")
+        raise UserError(f"{files[0]} has no rows; {paths.get_data}")
     return rows
 
 
@@ -90,10 +90,12 @@ def _read_table(path: Path, columns: tuple[str, ...]) -> pa.Table:
         raise UserError(f"{path} cannot be read ({reason}); remove it and fetch or generate it again") from error
     for name in columns:
         if name not in table.column_names:
-            raise UserError(f"{path} has no column {name!r} (it has {', '.join(table.column_names)}); {GET_DATA}")
+            raise UserError(
+                f"{path} has no column {name!r} (it has {', '.join(table.column_names)}); fetch or generate it again"
+            )
         column = table.column(name)
         if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
-            raise UserError(f"{path}: the column {name!r} is {column.type}, wanted texts; {GET_DATA}")
+            raise UserError(f"{path}: the column {name!r} is {column.type}, wanted texts; fetch or generate it again")
         if column.null_count:
             row = column.is_null().to_pylist().index(True)
             raise UserError(f"{path}, row {row + 1} has no {name}; fill or remove the row")

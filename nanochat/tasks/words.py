@@ -21,7 +21,7 @@ class WordTask:
 
     def __init__(self, paths: Paths, split: str, size: int):
         if not paths.words.exists():
-            raise UserError(f"the word list {paths.words} does not exist; make it with: nanochat data generate")
+            raise UserError(f"the word list {paths.words} does not exist; {paths.get_data}")
         words = paths.words.read_text("utf-8").split()
         self._words = [word for word in words if in_test("word", word) == (split == "test")]
         if not self._words:

@@ -37,7 +37,7 @@ def train_tokenizer(options: TokenizerTrainOptions, paths: Paths) -> dict:
         if dependent:
             raise UserError(
                 f"the tokenizer in {paths.tokenizer} would change, but checkpoints depend on it: {', '.join(dependent)}; "
-                "remove those checkpoints first, or train in another NANOCHAT_BASE_DIR"
+                "move those checkpoints away first, or give the new tokenizer a run of its own: --run-name NAME"
             )
     tokenizer.save(paths.tokenizer)
     lengths = tokenizer.token_bytes[tokenizer.token_bytes > 0]

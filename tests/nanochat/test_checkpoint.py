@@ -271,7 +271,7 @@ def test_a_full_disk_loses_nothing_saved(base):
     """A limit on file sizes stands in for the full disk: the operating system refuses the write in the same place."""
     result = nanochat(base, "train", "base", *TINY_BASE, "--num-iterations", "8")
     assert result.returncode == 0, result.stderr
-    directory = base / "checkpoints" / "base"
+    directory = Paths(base).run / "checkpoints" / "base"
     before = {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
     shutil.rmtree(directory / "step_000008")
     limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); sys.argv[0] = 'nanochat'; "
@@ -296,7 +296,7 @@ def test_the_error_for_a_missing_model_lists_those_that_exist(base, cpu):
 
 def test_a_tokenizer_that_does_not_match_is_rejected(trained_base, tmp_path):
     base = shutil.copytree(trained_base, tmp_path / "base")
-    path = base / "tokenizer" / "tokenizer.json"
+    path = Paths(base).run / "tokenizer" / "tokenizer.json"
     stored = json.loads(path.read_text())
     stored["ranks"][300], stored["ranks"][301] = stored["ranks"][301], stored["ranks"][300]
     path.write_text(json.dumps(stored))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from nanochat.platform.paths import Paths
 from tests import forked
 from tests.conftest import copy_packages, environment
 
@@ -31,9 +32,11 @@ GREET_OPTIONS = '''"""The options of `nanochat greet`."""
 
 from dataclasses import dataclass
 
+from nanochat.options.presets import NamedRun
+
 
 @dataclass(frozen=True)
-class GreetOptions:
+class GreetOptions(NamedRun):
     """Greet the reader of the report."""
 
     word: str = "hello"
@@ -136,7 +139,7 @@ def test_a_stage_takes_its_function_its_options_and_a_line_in_four_files(tree, t
     assert "greeting: finished before, skipped" in tree.run(base, *speedrun)
     assert "greeting" in tree.run(base, "-m", "nanochat", "cluster", "status")
     tree.run(base, "-m", "nanochat", "report")
-    assert "## The greeting" in (base / "report" / "report.md").read_text("utf-8")
+    assert "## The greeting" in (Paths(base, "cpu").run / "report" / "report.md").read_text("utf-8")
 
 
 def test_an_option_takes_one_field(tree, tmp_path):

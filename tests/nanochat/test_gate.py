@@ -11,18 +11,19 @@ from nanochat.gate import chosen_implementations, run_shape, take_gate
 from nanochat.gpt import GPTConfig
 from nanochat.options.model import Implementations
 from nanochat.platform.errors import UserError
+from nanochat.platform.paths import Paths
 from nanochat_kernels import gate
 from nanochat_kernels.dispatch import operations
 from tests.conftest import TINY_BASE, assert_fails_with, nanochat
 
-SIZES = "--device cpu --preset cpu --depth 1 --context-length 32 --device-batch-size 4".split()
+SIZES = "--device cpu --preset cpu --run-name default --depth 1 --context-length 32 --device-batch-size 4".split()
 
 
 def test_training_takes_the_gate(base):
     made = nanochat(base, "kernels", "gate", *SIZES)
     assert made.returncode == 0 and f"[1/{len(operations())}] " in made.stdout, made.stderr
     assert all(f"] {name}: " in made.stdout for name in operations())
-    found = json.loads((base / "gate.json").read_text())
+    found = json.loads((Paths(base).run / "gate.json").read_text())
     assert found["device"] == "cpu" and found["shape"]["vocab"] == 512
     assert "CUDA tensors" in found["operations"]["rms_norm"]["faults"]["triton"]
     run = nanochat(base, "train", "base", *TINY_BASE, "--num-iterations", "2")
@@ -30,7 +31,7 @@ def test_training_takes_the_gate(base):
     assert "chose fused nothing" in run.stdout
     other = nanochat(base, "train", "base", *TINY_BASE, "--device-batch-size", "8", "--total-batch-size", "256")
     assert_fails_with(other, "made for another shape", "'rows': 4", "'rows': 8", "nanochat kernels gate, or remove it")
-    (base / "gate.json").write_text("{")
+    (Paths(base).run / "gate.json").write_text("{")
     assert_fails_with(nanochat(base, "train", "base", *TINY_BASE), "is not a gate file")
 
 
@@ -39,7 +40,7 @@ def test_without_a_gpu_the_gate_is_measured_only_when_asked_for(base):
     """A login node would be busy for minutes, with choices that are of no use to the job."""
     refused = nanochat(base, "kernels", "gate", *SIZES[2:])
     assert_fails_with(refused, "there is no GPU here", "nanochat cluster submit gate", "--device cpu")
-    assert not (base / "gate.json").exists()
+    assert not (Paths(base).run / "gate.json").exists()
 
 
 def test_a_field_of_several_operations_is_fused_only_where_all_of_them_are():

@@ -19,7 +19,7 @@ class Run:
     """A base directory whose run is submitted, again and again."""
 
     def __init__(self, slurm: dict, base: Path, *options: str, preset: str = "tiny"):
-        self.paths, self.options, self.preset = Paths(base), options, preset
+        self.paths, self.options, self.preset = Paths(base, preset), options, preset
         self.env = environment(base, **slurm, NANOCHAT_VENV=sys.prefix)
         self.held: dict[tuple[str, str], float] = {}
 

@@ -5,6 +5,7 @@ import shutil
 
 from nanochat.chat.terminal import shown
 from nanochat.inference.session import Text, ToolCall, ToolResult
+from nanochat.platform.paths import Paths
 from tests import forked
 from tests.conftest import TINY_EVALUATE_BASE, TINY_EVALUATE_CHAT, command, environment, nanochat
 
@@ -36,7 +37,9 @@ def test_chat_and_evaluation_of_a_trained_model(trained_base, tmp_path):
             run = nanochat(base, "evaluate", kind, *arguments, processes=processes)
             assert run.returncode == 0, run.stderr
             section = json.loads(
-                (base / "report" / "sections" / f"{'sft' if kind == 'chat' else 'base'}-eval.json").read_text()
+                (
+                    Paths(base).run / "report" / "sections" / f"{'sft' if kind == 'chat' else 'base'}-eval.json"
+                ).read_text()
             )
             assert section["processes"] == processes
             results.append({k: v for k, v in section["results"].items() if not k.endswith("bpb")})

@@ -17,6 +17,7 @@ from nanochat.data.positions import conversation_position, text_position
 from nanochat.data.pretraining import TokenStream
 from nanochat.data.shards import Shards
 from nanochat.platform.errors import UserError
+from nanochat.platform.paths import Paths
 from nanochat.tasks import MMLU, Identity, SmolTalk, SpellingBee
 from nanochat.tokenizer.chat_format import render
 from tests.conftest import assert_fails_with, nanochat
@@ -104,7 +105,7 @@ def test_an_empty_corpus_is_rejected(tmp_path):
 
 
 def damage(base, how):
-    files = sorted((base / "text").glob("*.parquet"))
+    files = sorted((Paths(base).data / "text").glob("*.parquet"))
     if how == "missing":
         files[0].unlink()
         shutil.copy(files[1], files[1].with_name("shard_00002.parquet"))
@@ -132,7 +133,7 @@ def test_bad_shards_are_rejected_before_training(base, how, message):
     damage(base, how)
     result = nanochat(base, "train", "base", "--depth", "1", "--num-iterations", "1", "--total-batch-size", "65536")
     assert_fails_with(result, message)
-    assert not (base / "checkpoints").exists()
+    assert not (Paths(base).run / "checkpoints").exists()
 
 
 # --- conversations ---

@@ -17,7 +17,7 @@ from tests.conftest import nanochat
 
 
 def test_a_report_names_what_has_not_run(base):
-    (base / "report" / "sections").mkdir(parents=True)
+    (Paths(base).run / "report" / "sections").mkdir(parents=True)
     section = {
         "stage": "tokenizer",
         "finished": "now",
@@ -26,11 +26,11 @@ def test_a_report_names_what_has_not_run(base):
         "settings": {"a|b": 1},
         "results": {},
     }
-    (base / "report" / "sections" / "tokenizer.json").write_text(json.dumps(section))
-    (base / "report" / "sections" / "base.json").write_text("{broken")
+    (Paths(base).run / "report" / "sections" / "tokenizer.json").write_text(json.dumps(section))
+    (Paths(base).run / "report" / "sections" / "base.json").write_text("{broken")
     result = nanochat(base, "report", "--price-per-hour", "24")
     assert result.returncode == 0, result.stderr
-    text = (base / "report" / "report.md").read_text()
+    text = (Paths(base).run / "report" / "report.md").read_text()
     assert "1 min 1 s" in text and "This stage (base) has not run." in text and "0.41 for this run" in text
 
 
@@ -47,9 +47,9 @@ def test_json_of_another_shape_is_left_out(trained_base, tmp_path, capsys, value
         write_json(paths.records / "base.json", {"seconds": 1.0, "command": []})
         paths.jobs.write_text('{"id": "7", "job": "speedrun"}\n')
         shown = [
-            *(base / "report" / "sections").glob("*.json"),
+            *(paths.report / "sections").glob("*.json"),
             *paths.records.glob("*.json"),
-            *base.glob("metrics/*"),
+            *paths.run.glob("metrics/*"),
             paths.jobs,
         ]
         for path in shown:

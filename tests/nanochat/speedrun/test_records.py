@@ -13,9 +13,9 @@ COMMAND = ["tokenizer", "train"]
 def finished(tmp_path):
     """Paths, and a stage that is recorded as finished."""
     paths = Paths(tmp_path)
-    stage = Stage("thing", tuple(COMMAND), lambda p: [p.base / "file", p.base / "folder"])
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "file").write_text("a"), (tmp_path / "folder" / "part").write_text("b")
+    stage = Stage("thing", tuple(COMMAND), lambda p: [p.run / "file", p.run / "folder"])
+    (paths.run / "folder").mkdir(parents=True)
+    (paths.run / "file").write_text("a"), (paths.run / "folder" / "part").write_text("b")
     write_record(paths, stage, COMMAND, "inputs", 1.5)
     return paths, stage
 
@@ -33,11 +33,11 @@ def test_another_command_or_other_inputs_make_a_record_invalid(finished, command
 def test_changed_outputs_make_a_record_invalid(finished, change):
     paths, stage = finished
     if change == "content":
-        (paths.base / "folder" / "part").write_text("c")
+        (paths.run / "folder" / "part").write_text("c")
     elif change == "missing":
-        (paths.base / "file").unlink()
+        (paths.run / "file").unlink()
     elif change == "more":
-        (paths.base / "folder" / "more").touch()
+        (paths.run / "folder" / "more").touch()
     elif change == "no record":
         record_path(paths, stage).unlink()
     else:

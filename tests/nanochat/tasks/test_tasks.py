@@ -173,7 +173,7 @@ def test_completions_that_only_end_do_not_pass(world, completion):
 
 
 def test_a_missing_chat_source_lists_those_there_are(base):
-    shutil.rmtree(base / "chat" / "gsm8k")
+    shutil.rmtree(Paths(base).data / "chat" / "gsm8k")
     result = nanochat(base, "evaluate", "chat", "--tasks", "GSM8K", "--stage", "sft")
     assert_fails_with(result, "no checkpoint of sft", "nanochat train sft")
     with pytest.raises(

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.platform.errors import UserError
+from nanochat.platform.paths import Paths
 from nanochat.tokenizer.bpe import SPECIALS, Tokenizer
 from nanochat.tokenizer.chat_format import render, render_prompt
 from tests.conftest import assert_fails_with, nanochat
@@ -137,17 +138,17 @@ def test_vocabulary_too_small_or_too_large_for_the_text():
 
 
 def test_the_same_command_again_changes_nothing(base):
-    before = (base / "tokenizer" / "tokenizer.json").read_bytes()
+    before = (Paths(base).run / "tokenizer" / "tokenizer.json").read_bytes()
     result = nanochat(base, "tokenizer", "train", "--vocab-size", "512")
     assert result.returncode == 0, result.stderr
-    assert (base / "tokenizer" / "tokenizer.json").read_bytes() == before
+    assert (Paths(base).run / "tokenizer" / "tokenizer.json").read_bytes() == before
 
 
 def test_a_tokenizer_under_a_checkpoint_is_not_replaced(base):
-    (base / "checkpoints" / "base" / "step_000004").mkdir(parents=True)
-    before = (base / "tokenizer" / "tokenizer.json").read_bytes()
+    (Paths(base).run / "checkpoints" / "base" / "step_000004").mkdir(parents=True)
+    before = (Paths(base).run / "tokenizer" / "tokenizer.json").read_bytes()
     assert_fails_with(nanochat(base, "tokenizer", "train", "--vocab-size", "400"), "checkpoints depend on it: base")
-    assert (base / "tokenizer" / "tokenizer.json").read_bytes() == before
+    assert (Paths(base).run / "tokenizer" / "tokenizer.json").read_bytes() == before
 
 
 def test_evaluation_names_encodings_that_are_not_there(base):
