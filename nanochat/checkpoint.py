@@ -122,6 +122,11 @@ class CheckpointStore:
             failure = _as_os_error(error)
         return [failure for failure in self.runtime.gather(failure) if failure]
 
+    def check_model(self, config: GPTConfig) -> None:
+        """Raise UserError if the newest checkpoint is of another model: before a model is made, which may take long."""
+        if steps := self.steps():
+            _require_same_model(self.path(steps[-1]), read_meta(self.path(steps[-1])), config)
+
     def load(self, step: int, model: GPT, optimizer: MuonAdamW, tokenizer: Tokenizer) -> dict:
         """Load the weights and the training state of a step into model and optimizer; returns the content of meta.json.
 
@@ -136,12 +141,7 @@ class CheckpointStore:
         problems = [problem for problem in self.runtime.gather(_first_problem(path, meta, mine)) if problem]
         if problems:
             raise damaged(path, problems[0])
-        if meta["config"] != model.config.to_dict():
-            different = {k: (v, meta["config"].get(k)) for k, v in model.config.to_dict().items()}
-            different = ", ".join(f"{k} {a} (saved {b})" for k, (a, b) in different.items() if a != b)
-            raise UserError(
-                f"{path} is of another model: {different}; use the saved values, or move {self.directory} away"
-            )
+        _require_same_model(path, meta, model.config)
         load_weights(path, model, meta)
         try:
             load_state(path / "state", optimizer, self.runtime)
@@ -150,6 +150,16 @@ class CheckpointStore:
         optimizer.steps = meta["step"]
         optimizer.refresh()  # load_weights has changed the weights, but not their copies in the compute dtype
         return meta
+
+
+def _require_same_model(path: Path, meta: dict, config: GPTConfig) -> None:
+    different = {name: (value, meta["config"].get(name)) for name, value in config.to_dict().items()}
+    different = ", ".join(f"{name} {a} (saved {b})" for name, (a, b) in different.items() if a != b)
+    if different:
+        raise UserError(
+            f"{path} is of another model: {different}; use the saved values (or their --preset), or give the new model a run of its "
+            "own: --run-name NAME"
+        )
 
 
 def damaged(path: Path, problem: str) -> UserError:
@@ -199,7 +209,7 @@ def read_meta(path: Path, tokenizer: Tokenizer | None = None, offer: bool = True
     if tokenizer is not None and meta["tokenizer"] != tokenizer.hash:
         raise UserError(
             f"{path} was trained with another tokenizer ({meta['tokenizer'][:12]}, now {tokenizer.hash[:12]}); "
-            "restore that tokenizer, or train this stage again in another NANOCHAT_BASE_DIR"
+            "restore that tokenizer, or train this stage again with another --run-name"
         )
     return meta
 
@@ -260,8 +270,14 @@ def find_checkpoint(
     if not steps or (step is not None and step not in steps):
         trained = [name for name in TRAINING_STAGES if CheckpointStore(paths.checkpoints(name), runtime).steps()]
         wanted = f"step {step} of {stage}" if steps else stage
-        remedy = f"steps: {', '.join(map(str, steps))}" if steps else f"train it with: nanochat train {stage}"
-        raise UserError(f"no checkpoint of {wanted}; there are: {', '.join(trained) or 'none'}; {remedy}")
+        remedy = (
+            f"steps: {', '.join(map(str, steps))}"
+            if steps
+            else f"train it with: nanochat train {stage}{paths.as_option}"
+        )
+        raise UserError(
+            f"no checkpoint of {wanted}; there are: {', '.join(trained) or 'none'}; {remedy}{paths.other_runs}"
+        )
     path = store.path(steps[-1] if step is None else step)
     tokenizer = Tokenizer.load(paths.tokenizer)
     return path, tokenizer, read_meta(path, tokenizer)

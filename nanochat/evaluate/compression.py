@@ -50,7 +50,7 @@ ENCODINGS = {
 
 def evaluate_tokenizer(options: TokenizerEvalOptions, paths: Paths) -> dict[str, float]:
     """`nanochat tokenizer eval`: print UTF-8 bytes per token for each text and encoding; returns them as "text", "text (gpt2)"."""
-    tokenizer = Tokenizer.load(paths.tokenizer)
+    tokenizer = Tokenizer.load(paths.tokenizer, f"nanochat tokenizer train{paths.as_option}")
     texts = dict(TEXTS)
     for split in ("train", "val"):
         texts[split] = "\n".join(islice(Shards.of(paths, split).documents(), 200))

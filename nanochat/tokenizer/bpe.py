@@ -80,17 +80,17 @@ class Tokenizer:
         write_atomically(directory / "token_bytes.npy", lengths.getvalue())
 
     @classmethod
-    def load(cls, directory: Path) -> "Tokenizer":
-        """The tokenizer that `save` wrote. Raises UserError when it is missing or damaged."""
+    def load(cls, directory: Path, command: str = "nanochat tokenizer train") -> "Tokenizer":
+        """The tokenizer that `save` wrote. Raises UserError, with the command that makes it, when it is missing or damaged."""
         path = directory / "tokenizer.json"
         if not path.exists():
-            raise UserError(f"no tokenizer in {directory}; make one with: nanochat tokenizer train")
+            raise UserError(f"no tokenizer in {directory}; make one with: {command}")
         try:
             stored = json.loads(path.read_text("utf-8"))
             ranks = [base64.b64decode(token) for token in stored["ranks"]]
             return cls(ranks, stored["pattern"], stored["specials"])
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error}); remove it and run: nanochat tokenizer train") from error
+            raise UserError(f"{path} is damaged ({error}); remove it and run: {command}") from error
 
     @cached_property
     def _serialised(self) -> bytes:

@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
+from nanochat.checkpoint import CheckpointStore
 from nanochat.data.fingerprint import fingerprint
 from nanochat.data.positions import START, TextPosition, text_position
 from nanochat.data.pretraining import TokenStream
@@ -25,7 +26,7 @@ from nanochat.train.trainer import Trainer
 
 def pretrain(options: TrainBaseOptions, paths: Paths, runtime: Runtime) -> dict:
     """`nanochat train base`: run or resume pretraining; returns its results."""
-    tokenizer = Tokenizer.load(paths.tokenizer)
+    tokenizer = Tokenizer.load(paths.tokenizer, f"nanochat tokenizer train{paths.as_option}{paths.other_runs}")
     shape = GPTConfig.from_depth(
         options.depth, tokenizer.vocab_size, options.context_length, options.n_kv_head, impl=options.impl
     )
@@ -34,6 +35,7 @@ def pretrain(options: TrainBaseOptions, paths: Paths, runtime: Runtime) -> dict:
     steps = horizon(options, shape)
     train, val = Shards.of(paths, "train"), Shards.of(paths, "val")
     shape, micro_step_ms = take_gate(paths, shape, rows, runtime)
+    CheckpointStore(paths.checkpoints("base"), runtime).check_model(shape)
     model = GPT.create(shape, runtime.device, runtime.compute_dtype, options.seed)
     if runtime.primary:
         say(

@@ -16,13 +16,17 @@ from safetensors.torch import load_file, save_file
 
 from nanochat.cli import main
 from nanochat.gpt import GPT
+from nanochat.options.train import TrainBaseOptions
+from nanochat.platform.errors import UserError
 from nanochat.platform.files import sha256_of
+from nanochat.platform.paths import Paths
+from nanochat.train.pretrain import pretrain
 from tests import forked
 from tests.conftest import TINY_BASE, TINY_MID, TINY_SFT, assert_fails_with, command, environment, nanochat
 
 
 def losses(base, stage: str = "base") -> dict[int, float]:
-    lines = (base / "metrics" / f"{stage}.jsonl").read_text().splitlines()
+    lines = (Paths(base).run / "metrics" / f"{stage}.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     steps = [r["step"] for r in records if "loss" in r]
     assert steps == sorted(set(steps)), "a step was logged twice"
@@ -30,12 +34,12 @@ def losses(base, stage: str = "base") -> dict[int, float]:
 
 
 def evaluations(base) -> dict[int, float]:
-    lines = (base / "metrics" / "base.jsonl").read_text().splitlines()
+    lines = (Paths(base).run / "metrics" / "base.jsonl").read_text().splitlines()
     return {r["step"]: r["val_bpb"] for r in map(json.loads, lines) if "val_bpb" in r}
 
 
 def weights(base, stage: str = "base") -> bytes:
-    newest = sorted((base / "checkpoints" / stage).glob("step_*"))[-1]
+    newest = sorted((Paths(base).run / "checkpoints" / stage).glob("step_*"))[-1]
     return (newest / "model.safetensors").read_bytes()
 
 
@@ -65,8 +69,8 @@ def test_a_run_killed_at_random_instants_and_inside_saves_ends_the_same(base):
     arguments = ["train", "base", *TINY_BASE, "--num-iterations", "60"]
     whole = copy(base, "whole")
     assert nanochat(whole, *arguments).returncode == 0
-    rng, saving, metrics = random.Random(0), 0, base / "metrics" / "base.jsonl"
-    directory = base / "checkpoints" / "base"
+    rng, saving, metrics = random.Random(0), 0, Paths(base).run / "metrics" / "base.jsonl"
+    directory = Paths(base).run / "checkpoints" / "base"
     for attempt in range(12):
         process = start(base, *arguments)
         if attempt % 2:  # inside a save: while the temporary directory exists
@@ -94,13 +98,13 @@ def test_a_run_killed_at_random_instants_and_inside_saves_ends_the_same(base):
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_the_same_command_resumes(base, trained_base, number, status):
     arguments = ["train", "base", *TINY_BASE, "--save-every", "0"]
-    process, metrics = start(base, *arguments), base / "metrics" / "base.jsonl"
+    process, metrics = start(base, *arguments), Paths(base).run / "metrics" / "base.jsonl"
     assert wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 4, process)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == status, err
     assert len(err.strip().splitlines()) == 1 and "everything is saved" in err and "Traceback" not in out + err
-    stopped = int(next((base / "checkpoints" / "base").glob("step_*")).name[-6:])
+    stopped = int(next((Paths(base).run / "checkpoints" / "base").glob("step_*")).name[-6:])
     assert 0 < stopped < 24
     result = nanochat(base, *arguments)
     assert result.returncode == 0 and f"resuming base at step {stopped}" in result.stdout
@@ -108,10 +112,10 @@ def test_a_signal_saves_and_the_same_command_resumes(base, trained_base, number,
 
 
 def test_mid_and_sft_resume_exactly(base, trained_base):
-    shutil.copytree(trained_base / "checkpoints" / "base", base / "checkpoints" / "base")
+    shutil.copytree(Paths(trained_base).run / "checkpoints" / "base", Paths(base).run / "checkpoints" / "base")
     for stage, arguments in (("mid", TINY_MID), ("sft", TINY_SFT)):
-        process, metrics = start(base, "train", stage, *arguments), base / "metrics" / f"{stage}.jsonl"
-        directory = base / "checkpoints" / stage
+        process, metrics = start(base, "train", stage, *arguments), Paths(base).run / "metrics" / f"{stage}.jsonl"
+        directory = Paths(base).run / "checkpoints" / stage
         assert wait_for(lambda d=directory, m=metrics: any(d.glob("step_*")) and m.exists(), process)
         process.kill()
         process.communicate()
@@ -125,14 +129,14 @@ def test_one_process_resumes_what_two_have_trained(base):
     arguments = ["train", "base", *TINY_BASE, "--device-batch-size", "2"]
     result = nanochat(base, *arguments, "--num-iterations", "8", "--warmdown-ratio", "0", processes=2)
     assert result.returncode == 0, result.stderr
-    meta = json.loads((base / "checkpoints" / "base" / "step_000008" / "meta.json").read_text())
+    meta = json.loads((Paths(base).run / "checkpoints" / "base" / "step_000008" / "meta.json").read_text())
     assert len(meta["positions"]) == 2
     first = losses(base)
     result = nanochat(base, *arguments, "--num-iterations", "8", "--warmdown-ratio", "0")
     assert result.returncode == 0 and "resuming base at step 8" in result.stdout
     assert losses(base) == first
     # the longer run resumes from there with one process
-    path = base / "checkpoints" / "base" / "step_000008" / "meta.json"
+    path = Paths(base).run / "checkpoints" / "base" / "step_000008" / "meta.json"
     path.write_text(json.dumps(meta | {"settings": meta["settings"] | {"num_iterations": 12}}))
     result = nanochat(base, *arguments, "--num-iterations", "12", "--warmdown-ratio", "0")
     assert (
@@ -180,14 +184,14 @@ def test_other_settings_are_not_resumed(base):
 
 def test_other_data_are_not_resumed(base, trained_base):
     """Texts changed in place, one shard more; and conversations changed in place, which midtraining has read."""
-    shutil.copytree(trained_base / "checkpoints", base / "checkpoints")
-    shutil.rmtree(base / "checkpoints" / "sft")
+    shutil.copytree(Paths(trained_base).run / "checkpoints", Paths(base).run / "checkpoints")
+    shutil.rmtree(Paths(base).run / "checkpoints" / "sft")
     kept = copy(base, "kept")
-    shard = min((base / "text").glob("*.parquet"))
+    shard = min((Paths(base).data / "text").glob("*.parquet"))
     texts = pq.read_table(shard).column("text").to_pylist()
     pq.write_table(pa.table({"text": [text[::-1] for text in texts]}), shard)
-    shutil.copy(shard, base / "text" / "shard_00000b.parquet")
-    chat = base / "chat" / "identity" / "conversations.jsonl"
+    shutil.copy(shard, Paths(base).data / "text" / "shard_00000b.parquet")
+    chat = Paths(base).data / "chat" / "identity" / "conversations.jsonl"
     chat.write_text(chat.read_text().replace("I am", "I was"))
     for stage, arguments in (("base", TINY_BASE), ("mid", TINY_MID)):
         result = nanochat(base, "train", stage, *arguments)
@@ -197,16 +201,16 @@ def test_other_data_are_not_resumed(base, trained_base):
 
 def test_data_that_fill_no_step_leave_no_checkpoint(base, trained_base):
     """The stage after it would take such a checkpoint for a trained one."""
-    shutil.copytree(trained_base / "checkpoints" / "base", base / "checkpoints" / "base")
+    shutil.copytree(Paths(trained_base).run / "checkpoints" / "base", Paths(base).run / "checkpoints" / "base")
     few = "--smoltalk 1 --mmlu 0 --gsm8k 0 --simple-spelling 0 --spelling-bee 0 --identity-repeats 0 --total-batch-size 4096"
     result = nanochat(base, "train", "mid", *TINY_MID, *few.split())
     assert_fails_with(result, "the data of mid do not fill one step of 32 micro-batches on each of 1 processes")
-    assert not any((base / "checkpoints" / "mid").glob("step_*"))
+    assert not any((Paths(base).run / "checkpoints" / "mid").glob("step_*"))
 
 
 def test_not_a_number_stops_training_and_names_the_tensor(base, trained_base):
-    directory = base / "checkpoints" / "base"
-    shutil.copytree(trained_base / "checkpoints" / "base", directory)
+    directory = Paths(base).run / "checkpoints" / "base"
+    shutil.copytree(Paths(trained_base).run / "checkpoints" / "base", directory)
     shutil.rmtree(directory / "step_000024")
     path = directory / "step_000020" / "model.safetensors"
     tensors = load_file(path)
@@ -262,12 +266,18 @@ def test_bad_options_leave_nothing_behind(base, arguments, parts):
 def test_a_step_without_anything_to_learn_ends_the_run(trained_base, tmp_path):
     """Its loss would be 0, which was not measured: the questions alone fill the 32 tokens of a row."""
     base = shutil.copytree(trained_base, tmp_path / "base")
-    shutil.rmtree(base / "checkpoints" / "sft")
-    for path in (base / "chat" / "identity").iterdir():
+    shutil.rmtree(Paths(base).run / "checkpoints" / "sft")
+    for path in (Paths(base).data / "chat" / "identity").iterdir():
         path.unlink()
     talk = [{"role": "user", "content": "who are you? " * 30}, {"role": "assistant", "content": "nobody"}]
-    (base / "chat" / "identity" / "conversations.jsonl").write_text(f"{json.dumps(talk)}\n" * 16)
+    (Paths(base).data / "chat" / "identity" / "conversations.jsonl").write_text(f"{json.dumps(talk)}\n" * 16)
     others = "--arc-easy 0 --arc-challenge 0 --gsm8k 0 --smoltalk 0 --identity 16 --simple-spelling 0 --spelling-bee 0".split()
     result = nanochat(base, "train", "sft", *TINY_SFT, *others)
     assert_fails_with(result, "step 0 of sft has nothing to learn", "within the context length")
     assert "loss" not in result.stdout
+
+
+def test_a_checkpoint_of_another_model_is_noticed_before_the_model_is_made(trained_base, cpu, monkeypatch):
+    monkeypatch.setattr(GPT, "create", lambda *_: pytest.fail("a model of depth 20 was made"))
+    with pytest.raises(UserError, match=r"of another model: depth 20 \(saved 1\).*--run-name NAME"):
+        pretrain(TrainBaseOptions(), Paths(trained_base), cpu)
