@@ -18,18 +18,20 @@ from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 
-from nanochat.options.presets import EMBEDDED
+from nanochat.options.presets import EMBEDDED, Changed
 from nanochat.options.speedrun import FetchOptions
 from nanochat.platform.console import progress_bar, say
 from nanochat.platform.errors import UserError
-from nanochat.platform.files import sha256_of, write_atomically
+from nanochat.platform.files import all_files, name_some, sha256_of, write_atomically
 from nanochat.platform.paths import Paths
-from nanochat.speedrun.assets import Asset, assets, note_fetched, read_fetched, verify
+from nanochat.speedrun.assets import KEPT, Asset, assets, note_fetched, read_fetched, verify
 from nanochat.synthetic.identity import identity_conversations
 
 ATTEMPTS = 4  # per file; within each, the hub's library repeats requests and resumes where a connection was cut off
-NOT_WORTH_RETRYING = (EntryNotFoundError, RepositoryNotFoundError, GatedRepoError, OfflineModeIsEnabled)
+NOT_WORTH_RETRYING = (UserError, EntryNotFoundError, RepositoryNotFoundError, GatedRepoError, OfflineModeIsEnabled)
 IDENTITY_SEED = 42
+# files, and what the record says of each besides its size: its SHA-256, and KEPT for a user's own
+Noted = dict[Path, list[str]]
 
 
 def fetch(options: FetchOptions, paths: Paths) -> None:
@@ -49,11 +51,12 @@ def fetch(options: FetchOptions, paths: Paths) -> None:
         raise UserError(f"another fetch is running in {paths.base}; wait for it") from None
     with lock:
         chosen = [asset for asset in wanted if not options.only or asset.name in options.only]
-        _fetch(chosen, options.workers, paths)
+        _fetch(chosen, options.workers, paths, options.changed)
+    say(f"next: nanochat preflight --preset {options.preset}")
 
 
-def _fetch(wanted: list[Asset], workers: int, paths: Paths) -> None:
-    missing = [asset for asset in wanted if not _complete(asset, paths)]
+def _fetch(wanted: list[Asset], workers: int, paths: Paths, changed: Changed = "refuse") -> None:
+    missing = [asset for asset in wanted if not _complete(asset, paths, changed)]
     needed, free = sum(asset.megabytes for asset in missing) * 1e6, shutil.disk_usage(paths.base).free
     present = sum(path.stat().st_size for asset in missing for path in asset.present(paths))
     if needed - present > free:
@@ -71,20 +74,20 @@ def _fetch(wanted: list[Asset], workers: int, paths: Paths) -> None:
         for asset in missing:
             fetched: dict[str, list] = {}
             try:
-                downloads = _downloads(asset, paths)
+                downloads = _downloads(asset, paths, changed)
                 pending = {pool.submit(download): name for name, download in downloads.items()}
                 reasons = []
                 for done in as_completed(pending):
                     try:
-                        for path, digest in done.result().items():
-                            fetched[str(path.relative_to(paths.base))] = [path.stat().st_size, digest]
+                        for path, noted in done.result().items():
+                            fetched[str(path.relative_to(paths.base))] = [path.stat().st_size, *noted]
                             received += path.stat().st_size
                             advance(path.stat().st_size / 1e6)
                     except Exception as error:  # network, hub or disk: reported at the end, while the others continue
                         reasons.append(f"{pending[done]}: {_reason(error)}")
                 if reasons:
                     raise UserError(f"{len(reasons)} of {len(downloads)} files failed, {min(reasons)}")
-                verify(asset, paths)
+                verify(asset, paths, fetched)
                 note_fetched(paths, asset, fetched)
                 say(f"  {asset.name}: done")
             except Exception as error:
@@ -98,51 +101,76 @@ def _fetch(wanted: list[Asset], workers: int, paths: Paths) -> None:
             f"{len(failed)} of {len(wanted)} assets are missing: {summary}; the same command continues from here"
         )
     shutil.rmtree(_staging(paths), ignore_errors=True)
-    say(f"all {len(wanted)} assets are complete; next: nanochat preflight")
+    say(f"all {len(wanted)} assets are complete")
 
 
-def _complete(asset: Asset, paths: Paths) -> bool:
+def _complete(asset: Asset, paths: Paths, changed: Changed) -> bool:
+    """Whether all of an asset is there; a user's own file is none of it if it is to be replaced."""
     try:
         verify(asset, paths)
     except UserError:
         return False
-    return asset.name in read_fetched(paths) or not (asset.repo or asset.url)
+    record = read_fetched(paths).get(asset.name)
+    if changed == "replace":
+        return record is not None and not any(KEPT in file for file in record.values())
+    return record is not None or not (asset.repo or asset.url)
 
 
-def _downloads(asset: Asset, paths: Paths) -> dict[str, Callable[[], dict[Path, str]]]:
-    """For each file of an asset, by its name, a function that fetches it and returns the resulting files with their SHA-256."""
+def _downloads(asset: Asset, paths: Paths, changed: Changed) -> dict[str, Callable[[], Noted]]:
+    """For each file of an asset, by its name, a function that fetches it and returns the resulting files."""
     if asset.url:
-        return {asset.url: lambda: _from_web(asset, paths)}
+        return {asset.url: lambda: _from_web(asset, paths, changed)}
     if not asset.repo:
-        return {asset.name: lambda: _generated(asset, paths)}
+        return {asset.name: lambda: _generated(asset, paths, changed)}
     names = list(asset.files)
     if any("*" in name for name in names):
         listed = HfApi().list_repo_files(asset.repo, repo_type="dataset")
         names = [name for name in listed if any(fnmatch(name, pattern) for pattern in asset.files)]
         if not names:
             raise UserError(f"{asset.repo} has no file that matches {', '.join(asset.files)}")
-    return {name: lambda name=name: _from_hub(asset, name, paths) for name in names}
+    return {name: lambda name=name: _from_hub(asset, name, paths, changed) for name in names}
 
 
-def _from_hub(asset: Asset, name: str, paths: Paths) -> dict[Path, str]:
+def _kept(asset: Asset, files: list[Path], arriving: dict[Path, str], paths: Paths, changed: Changed) -> Noted:
+    """The files to keep of those that are where an asset's files go: none, unless some are the user's own and are to be kept.
+
+    Our own are those that are as they were fetched, or as `arriving` has their SHA-256. Raises UserError for others if the user
+    has not said what to do with them.
+    """
+    known, digests = read_fetched(paths).get(asset.name, {}), {path: sha256_of(path) for path in files if path.exists()}
+    own = {paths.base / name: digest for name, (_, digest, *kept) in known.items() if KEPT not in kept}
+    foreign = [path for path, digest in digests.items() if digest not in (own.get(path), arriving.get(path))]
+    if foreign and changed == "refuse":
+        raise UserError(
+            f"nanochat did not fetch {name_some(foreign)} as it is now, and fetching {asset.name} would delete it; to use it as it "
+            "is, add --changed keep; to replace it, add --changed replace"
+        )
+    return {path: [digest, KEPT] for path, digest in digests.items()} if foreign and changed == "keep" else {}
+
+
+def _from_hub(asset: Asset, name: str, paths: Paths, changed: Changed) -> Noted:
     """Download a file from the hub, check it against the hub's hash, and move it to the base directory."""
     target = paths.base / asset.target / name.rpartition("/")[2]
     known = read_fetched(paths).get(asset.name, {}).get(str(target.relative_to(paths.base)))
-    if known and target.exists() and [target.stat().st_size, sha256_of(target)] == known:
-        return {target: known[1]}
+    reusable = known and target.exists() and not (KEPT in known and changed == "replace")
+    if reusable and [target.stat().st_size, sha256_of(target)] == known[:2]:
+        return {target: known[1:]}
     staging = _staging(paths) / asset.repo.replace("/", "--")
     for attempt in range(1, ATTEMPTS + 1):
         try:
+            stated = get_hf_file_metadata(hf_hub_url(asset.repo, name, repo_type="dataset")).etag
+            if target.exists():  # as the fetch left it that was interrupted, or the user
+                if _is_stated(target, stated):
+                    return {target: [sha256_of(target)]}
+                if kept := _kept(asset, [target], {}, paths, changed):
+                    return kept
             file = Path(hf_hub_download(asset.repo, name, repo_type="dataset", local_dir=staging))
-            stated = get_hf_file_metadata(hf_hub_url(asset.repo, name, repo_type="dataset"))
-            digest = sha256_of(file)
-            # the etag of a large file is its SHA-256, that of a small one git's SHA-1 of the blob
-            if stated.etag not in (digest, None) and (len(stated.etag) == 64 or _blob_hash(file) != stated.etag):
+            if stated is not None and not _is_stated(file, stated):
                 file.unlink()
-                raise OSError(f"its hash is not the {stated.etag} that the hub states")
+                raise OSError(f"its hash is not the {stated} that the hub states")
             target.parent.mkdir(parents=True, exist_ok=True)
             file.replace(target)
-            return {target: digest}
+            return {target: [sha256_of(target)]}
         except NOT_WORTH_RETRYING:
             raise
         except Exception as error:
@@ -153,33 +181,46 @@ def _from_hub(asset: Asset, name: str, paths: Paths) -> dict[Path, str]:
     raise AssertionError
 
 
-def _blob_hash(path: Path) -> str:
+def _is_stated(path: Path, etag: str | None) -> bool:
+    """Whether a file has the hash that the hub states: of a large file its SHA-256, of a small one git's SHA-1 of the blob."""
+    if etag is None or len(etag) == 64:
+        return sha256_of(path) == etag
     content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == etag
 
 
-def _from_web(asset: Asset, paths: Paths) -> dict[Path, str]:
+def _from_web(asset: Asset, paths: Paths, changed: Changed) -> Noted:
     """Download the file at an asset's address, and unpack it if it is an archive."""
     staging, target = _staging(paths), paths.base / asset.target
+    if changed == "keep" and (kept := _kept(asset, asset.present(paths), {}, paths, changed)):
+        return kept
     name = f"{asset.name}.download"
     loader = pooch.create(staging, base_url="", registry={name: None}, urls={name: asset.url}, retry_if_failed=ATTEMPTS)
     (staging / name).unlink(missing_ok=True)  # its hash is not known, so that an old file cannot be trusted
     file = Path(loader.fetch(name, downloader=pooch.HTTPDownloader(timeout=30)))
     if not zipfile.is_zipfile(file):
+        _kept(asset, asset.present(paths), {target: sha256_of(file)}, paths, changed)
         file.replace(target)
-        return {target: sha256_of(target)}
+        return {target: [sha256_of(target)]}
     with zipfile.ZipFile(file) as archive:
         archive.extractall(staging)
+    unpacked = staging / asset.target
+    arriving = {target / path.relative_to(unpacked): sha256_of(path) for path in all_files(unpacked)}
+    _kept(asset, asset.present(paths), arriving, paths, changed)
     shutil.rmtree(target, ignore_errors=True)
-    (staging / asset.target).replace(target)
-    return {path: sha256_of(path) for path in asset.present(paths)}
+    unpacked.replace(target)
+    return {path: [digest] for path, digest in arriving.items()}
 
 
-def _generated(asset: Asset, paths: Paths) -> dict[Path, str]:
+def _generated(asset: Asset, paths: Paths, changed: Changed) -> Noted:
     target = paths.base / asset.target
     lines = [json.dumps(messages) for messages in identity_conversations(IDENTITY_SEED, asset.rows)]
-    write_atomically(target, "\n".join(lines) + "\n")
-    return {target: sha256_of(target)}
+    content = ("\n".join(lines) + "\n").encode()
+    digest = hashlib.sha256(content).hexdigest()
+    if kept := _kept(asset, asset.present(paths), {target: digest}, paths, changed):
+        return kept
+    write_atomically(target, content)
+    return {target: [digest]}
 
 
 def _staging(paths: Paths) -> Path:

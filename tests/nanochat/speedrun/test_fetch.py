@@ -15,7 +15,7 @@ from nanochat.speedrun.fetch import _fetch, fetch
 from tests import forked
 from tests.conftest import assert_fails_with, command, environment, nanochat
 from tests.nanochat.speedrun.hub import Hub
-from tests.nanochat.speedrun.world_of_d20 import content
+from tests.nanochat.speedrun.world_of_d20 import content, parquet
 
 SHARDS = 5
 ON_HUB = [asset for asset in assets("d20", SHARDS) if asset.repo]
@@ -168,6 +168,55 @@ def test_the_web_and_what_is_made(tmp_path, monkeypatch):
         paths.words.unlink()
         with pytest.raises(UserError, match="words .*the server answered 404"):
             _fetch([replace(wanted["words"], url=at["words"])], 1, paths)
+
+
+def test_a_users_own_files_are_not_overwritten(hub, tmp_path):
+    """A shard, of an asset that was fetched, and one that was there before: refused, kept, and replaced on demand."""
+    [changed, early] = [tmp_path / "text" / "shard_00001.parquet", tmp_path / "chat/gsm8k/test-00000-of-00001.parquet"]
+    early.parent.mkdir(parents=True)
+    early.write_bytes(parquet(7, ("question", "answer")))
+    only = ("text", "gsm8k/test")
+    refused = nanochat(tmp_path, *arguments(*only), **around(hub))
+    assert_fails_with(
+        refused, "1 of 2 assets are missing: gsm8k/test", str(early), "--changed keep", "--changed replace"
+    )
+    changed.write_bytes(own := parquet(3, ("text",)))
+    before = {path: path.read_bytes() for path in (changed, early)}
+    refused = nanochat(tmp_path, *arguments(*only), **around(hub))
+    assert_fails_with(refused, "2 of 2 assets are missing", f"did not fetch {changed} as it is now", str(early))
+    assert {path: path.read_bytes() for path in before} == before
+
+    kept = nanochat(tmp_path, *arguments(*only), "--changed", "keep", **around(hub))
+    assert kept.returncode == 0 and {path: path.read_bytes() for path in before} == before, kept.stderr
+    again = nanochat(tmp_path, *arguments(*only), **around(hub))
+    assert "2 of 2 assets are complete; 0 to fetch" in again.stdout and changed.read_bytes() == own
+    replaced = nanochat(tmp_path, *arguments(*only), "--changed", "replace", **around(hub))
+    assert replaced.returncode == 0 and changed.read_bytes() == hub.files[shard(1)], replaced.stderr
+    assert early.read_bytes() == hub.files["openai/gsm8k/main/test-00000-of-00001.parquet"]
+
+
+def test_a_users_own_files_of_the_web_and_of_what_is_made_are_not_overwritten(tmp_path):
+    wanted = {asset.name: asset for asset in assets("d20", SHARDS) if not asset.repo}
+    archive = next(iter(content(wanted["eval_bundle"]).values()))
+    paths = Paths(tmp_path)
+    mine = [tmp_path / wanted["identity"].target, tmp_path / "eval_bundle" / "eval_data" / "mine.jsonl", paths.words]
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('["mine"]\n')
+    with Hub({"web/words": b"word\n" * wanted["words"].rows, "web/bundle": archive}) as server:
+        at = {"words": f"{server.url}/web/words", "eval_bundle": f"{server.url}/web/bundle", "identity": ""}
+        chosen = [replace(asset, url=at[name]) for name, asset in wanted.items()]
+        # identity conversations of any number are whole, and need no permission
+        with pytest.raises(UserError, match="2 of 3 assets are missing: .*--changed keep") as error:
+            _fetch(chosen, 4, paths)
+        assert all(str(path) in str(error.value) for path in mine[1:])
+        assert all(path.read_text() == '["mine"]\n' for path in mine)
+        with pytest.raises(UserError, match="1 of 3 assets are missing: eval_bundle"):  # kept, it is no whole bundle
+            _fetch(chosen, 4, paths, "keep")
+        assert all(path.read_text() == '["mine"]\n' for path in mine)
+        _fetch(chosen, 4, paths, "replace")
+        assert mine[2].read_bytes() == b"word\n" * wanted["words"].rows and not mine[1].exists()
+        assert len(mine[0].read_text().splitlines()) == wanted["identity"].rows
 
 
 def test_mistakes_are_named(tmp_path):
