@@ -3,9 +3,13 @@
 site="${NANOCHAT_SITE:-generic}"
 [[ "$site" == *.env ]] || site="slurm/$site.env"
 [[ -f "$site" ]] || { echo "there is no site profile $site; copy slurm/generic.env" >&2; return 1; }
-chosen_base="${NANOCHAT_BASE_DIR:-}"
+chosen_base="${NANOCHAT_BASE_DIR:-}" chosen_account="${NANOCHAT_ACCOUNT:-}"
 # shellcheck disable=SC1090
 source "$site"
+if [[ -z "$chosen_account" && -f .env.local ]]; then
+    chosen_account="$(sed -n "s/^\(export \)\{0,1\}NANOCHAT_ACCOUNT=//p" .env.local | tr -d "\"' ")"
+fi
+NANOCHAT_ACCOUNT="${chosen_account:-${NANOCHAT_ACCOUNT:-}}"
 if [[ -n "${NANOCHAT_MODULES:-}" ]]; then
     type module > /dev/null 2>&1 || { echo "the profile $site names modules, and there is no module command" >&2; return 1; }
     # shellcheck disable=SC2086

@@ -73,22 +73,30 @@ def base_directory(site: Site) -> str:
     return f"{site.scratch}/nanochat-cache" if site.scratch else str(Path.home() / ".cache" / "nanochat")
 
 
+def account(option: str, site: Site, folder: Path = ROOT) -> str:
+    """The account that Slurm charges: the option, else NANOCHAT_ACCOUNT of the environment or of .env.local, else the site's."""
+    return option or _personal(folder, "NANOCHAT_ACCOUNT") or site.account
+
+
 def mail_user(option: str, folder: Path = ROOT) -> str:
     """The address for Slurm's mail: the option, else MAIL_USER or NANOCHAT_MAIL_USER of the environment or of .env.local.
 
-    The case of the variables' names does not matter. Raises UserError for something that is not an address.
+    Raises UserError for something that is not an address.
     """
-    address = option or _mail_variable(environment.all_variables())
-    if not address and (folder / ".env.local").is_file():
-        pairs = (line.partition("=") for line in (folder / ".env.local").read_text("utf-8").splitlines())
-        address = _mail_variable(
-            {name.strip().removeprefix("export "): value.strip(" \"'") for name, _, value in pairs}
-        )
+    address = option or _personal(folder, "NANOCHAT_MAIL_USER", "MAIL_USER")
     if address and not re.fullmatch(r"[^\s@,]+@[^\s@,]+", address):
         raise UserError(f"--mail-user {address!r} is not an address; expected name@host")
     return address
 
 
-def _mail_variable(values: dict[str, str]) -> str:
-    upper = {name.upper(): value for name, value in values.items()}
-    return upper.get("NANOCHAT_MAIL_USER") or upper.get("MAIL_USER") or ""
+def _personal(folder: Path, *names: str) -> str:
+    """The value of the first of some variables that is set in the environment, else in the folder's .env.local; else "".
+
+    The case of the variables' names does not matter.
+    """
+    sources = [environment.all_variables()]
+    if (folder / ".env.local").is_file():
+        pairs = (line.partition("=") for line in (folder / ".env.local").read_text("utf-8").splitlines())
+        sources.append({name.strip().removeprefix("export "): value.strip(" \"'") for name, _, value in pairs})
+    found = ({name.upper(): value for name, value in values.items()} for values in sources)
+    return next((values[name] for values in found for name in names if values.get(name)), "")

@@ -25,6 +25,7 @@ class Job:
     after: str = ""
     signal_seconds: int = SIGNAL_SECONDS
     stages: str = ""  # --from and --to of the speedrun
+    run_name: str = ""
 
 
 def sbatch_command(job: Job, site: Site, base: str) -> list[str]:
@@ -52,6 +53,7 @@ def sbatch_command(job: Job, site: Site, base: str) -> list[str]:
     passed = {"NANOCHAT_SITE": site.name, "NANOCHAT_BASE_DIR": base, "NANOCHAT_PRESET": job.preset}
     passed |= {"NANOCHAT_SIGNAL_SECONDS": str(job.signal_seconds)} if job.name == "speedrun" else {}
     passed |= {"NANOCHAT_STAGES": job.stages} if job.stages else {}
+    passed |= {"NANOCHAT_RUN_NAME": job.run_name} if job.run_name else {}
     if any("," in value for value in passed.values()):
         raise UserError(f"Slurm cannot pass values with a comma on: {passed}; rename the directory")
     arguments = [f"--{name}={value}" for name, value in options.items() if value]

@@ -5,9 +5,10 @@ import shlex
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from nanochat.cluster.site import ROOT, base_directory, load_site, mail_user
+from nanochat.cluster.site import ROOT, account, base_directory, load_site, mail_user
 from nanochat.cluster.slurm import Job, sbatch_command, seconds_of
 from nanochat.options.cluster import SubmitOptions
 from nanochat.options.presets import EMBEDDED
@@ -25,6 +26,7 @@ def submit(options: SubmitOptions) -> None:
     Raises UserError when Slurm is not installed or rejects the job.
     """
     site = load_site(options.site)
+    site = replace(site, account=account(options.account, site))
     base = base_directory(site)
     gpus = options.gpus
     if gpus < 0:
@@ -51,6 +53,7 @@ def submit(options: SubmitOptions) -> None:
         job = Job(
             name, options.preset, options.nodes if is_speedrun else 1, gpus if is_speedrun else min(gpus, 1),
             options.tasks_per_node if is_speedrun else 1, options.time, mail, submitted, options.signal_seconds, stages,
+            options.run_name,
         )  # fmt: skip
         command = sbatch_command(job, site, base)
         if options.dry_run:

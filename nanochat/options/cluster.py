@@ -5,14 +5,14 @@ from typing import Annotated, Literal
 
 import tyro
 
-from nanochat.options.presets import PresetName
+from nanochat.options.presets import NamedRun, NewestRun, PresetName
 from nanochat.options.ranges import AtLeast
 
 SIGNAL_SECONDS = 600  # an evaluation that is running must end before training can save
 
 
 @dataclass(frozen=True)
-class SubmitOptions:
+class SubmitOptions(NamedRun):
     """Submit a job to Slurm. However a run ended, submitting it again continues it."""
 
     job: Annotated[Literal["speedrun", "gate", "bench", "profile"], tyro.conf.Positional] = "speedrun"
@@ -37,6 +37,8 @@ class SubmitOptions:
     """time limit in Slurm's notation, by default the site's. A run that does not finish in time is queued again until it is done"""
     signal_seconds: Annotated[int, AtLeast(0)] = SIGNAL_SECONDS
     """seconds before the time limit at which the run is told to save"""
+    account: str = ""
+    """account that Slurm charges; by default NANOCHAT_ACCOUNT of the environment or of .env.local, or else the site's"""
     mail_user: str = ""
     """address for Slurm's mail at begin, end and failure; by default MAIL_USER of the environment or of .env.local"""
     dry_run: bool = False
@@ -44,5 +46,5 @@ class SubmitOptions:
 
 
 @dataclass(frozen=True)
-class StatusOptions:
+class StatusOptions(NewestRun):
     """Show the progress of a run (stages, step, tokens/s, time left) and, if Slurm is installed, its jobs."""

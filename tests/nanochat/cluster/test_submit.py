@@ -1,12 +1,14 @@
 """The sbatch calls word for word, site profiles, and what is refused."""
 
+import shutil
 import subprocess
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from nanochat.cluster.site import base_directory, load_site, mail_user
+from nanochat.cluster.site import account, base_directory, load_site, mail_user
 from nanochat.cluster.slurm import Job, distributed_launcher, sbatch_command, seconds_of
 from nanochat.platform.environment import collective_timeout
 from nanochat.platform.errors import UserError
@@ -14,7 +16,7 @@ from tests.conftest import assert_fails_with, nanochat
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = """
-sbatch --parsable --job-name=nanochat-speedrun --account=class-cse8990 --partition=gpu-a100 --nodes=1 --ntasks-per-node=1
+sbatch --parsable --job-name=nanochat-speedrun --account=abc123 --partition=gpu-a100 --nodes=1 --ntasks-per-node=1
 --gres=gpu:a100:8 --cpus-per-task=16 --mem=256G --time=12:00:00 --signal=B:USR1@600 --open-mode=append
 --output=/scratch/ptolemy/users/ada/nanochat-cache/logs/%x-%j.log --dependency=afterok:41 --mail-user=ada@example.edu
 --mail-type=BEGIN,END,FAIL --requeue
@@ -26,12 +28,12 @@ slurm/speedrun.sbatch
 @pytest.fixture(autouse=True)
 def somebody(monkeypatch):
     monkeypatch.setenv("USER", "ada")
-    for name in ("NANOCHAT_BASE_DIR", "MAIL_USER", "NANOCHAT_MAIL_USER", "mail_user"):
+    for name in ("NANOCHAT_BASE_DIR", "NANOCHAT_ACCOUNT", "MAIL_USER", "NANOCHAT_MAIL_USER", "mail_user"):
         monkeypatch.delenv(name, raising=False)
 
 
 def test_the_call_word_for_word():
-    site = load_site("ptolemy")
+    site = replace(load_site("ptolemy"), account="abc123")
     job = Job("speedrun", "d20", gpus=8, mail="ada@example.edu", after="41")
     assert sbatch_command(job, site, base_directory(site)) == GOLDEN
 
@@ -42,16 +44,17 @@ def test_sites_and_gpus(name, gpus):
     site = load_site(name)
     call = sbatch_command(Job("speedrun", "d20", nodes=2, gpus=gpus), site, "/data")
     assert (f"--gres={site.gres}:{gpus}" in call) == (gpus > 0) and "--nodes=2" in call
-    assert ("--account=class-cse8990" in call) == (name == "ptolemy")
-    assert not any(word.startswith(("--mail", "--dependency")) or word.endswith("=") for word in call)
+    assert not any(word.startswith(("--account", "--mail", "--dependency")) or word.endswith("=") for word in call)
 
 
 def test_a_dry_run_calls_nothing(tmp_path):
     shown = nanochat(
-        tmp_path / "new", "cluster", "submit", "speedrun", "--site", "ptolemy", "--after-gate", "--dry-run"
-    )
+        tmp_path / "new", *"cluster submit speedrun --site ptolemy --after-gate --dry-run".split(),
+        *"--account abc123 --run-name other".split(),
+    )  # fmt: skip
     gate, speedrun = shown.stdout.splitlines()
     assert "slurm/gate.sbatch" in gate and "--gres=gpu:a100:1" in gate
+    assert all("--account=abc123" in call and ",NANOCHAT_RUN_NAME=other" in call for call in (gate, speedrun))
     assert "afterok:<gate>" in speedrun and "--gres=gpu:a100:8" in speedrun
     assert not (tmp_path / "new").exists()
 
@@ -63,6 +66,17 @@ def test_the_address_is_found(tmp_path, monkeypatch, line):
     assert mail_user("", tmp_path) == "a@b.edu"
     monkeypatch.setenv("mail_user", "bob@example.edu")
     assert mail_user("", tmp_path) == "bob@example.edu" and mail_user("eve@example.edu", tmp_path) == "eve@example.edu"
+
+
+def test_an_account_is_personal_and_no_profile_has_one(tmp_path, monkeypatch):
+    site = replace(load_site("generic"), account="of-the-site")
+    assert account("", site, tmp_path) == "of-the-site"
+    (tmp_path / ".env.local").write_text("NANOCHAT_ACCOUNT=mine\n")
+    assert account("", site, tmp_path) == "mine"
+    monkeypatch.setenv("NANOCHAT_ACCOUNT", "of-the-shell")
+    assert account("", site, tmp_path) == "of-the-shell" and account("named", site, tmp_path) == "named"
+    for profile in (ROOT / "slurm").glob("*.env"):
+        assert not load_site(str(profile)).account, profile
 
 
 def test_time_limits():
@@ -152,6 +166,16 @@ def test_a_job_without_an_installation_fails_with_the_remedy(tmp_path):
     for name in ("speedrun", "gate", "bench", "profile"):
         done = subprocess.run(["bash", ROOT / "slurm" / f"{name}.sbatch"], capture_output=True, text=True, env=env)
         assert done.returncode == 1 and "run slurm/setup.sh first" in done.stderr and "all" not in done.stdout
+
+
+def test_the_scripts_take_the_account_of_the_user(tmp_path):
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
+    (tmp_path / ".env.local").write_text("MAIL_USER=a@b.edu\nexport NANOCHAT_ACCOUNT='mine'\n")
+    call = ["bash", "-c", "set -Eeuo pipefail; source slurm/environment.sh; echo account $NANOCHAT_ACCOUNT"]
+    for env, told in (({}, "account mine"), ({"NANOCHAT_ACCOUNT": "of-the-shell"}, "account of-the-shell")):
+        env |= {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+        done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, env=env)
+        assert told in done.stdout, done.stdout + done.stderr
 
 
 def test_modules_are_loaded_or_missed(tmp_path):
