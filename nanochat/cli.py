@@ -25,6 +25,7 @@ from nanochat.options.presets import PRESETS, NamedRun, NewestRun, PresetOptions
 from nanochat.options.ranges import check_ranges
 from nanochat.platform.console import console, say
 from nanochat.platform.errors import NO_SPACE, UserError, remedy_for
+from nanochat.platform.lock import locked
 from nanochat.platform.paths import DEFAULT_RUN, Paths, base_paths
 
 
@@ -128,27 +129,39 @@ COMMANDS = {
 
 
 def run(name: str, options: Any) -> None:
-    """Call a command's function with the arguments that it takes, and write its section of the report."""
+    """Call a command's function with the arguments that it takes, and write its section of the report.
+
+    A command with a section holds a lock of that name: two of its kind would write the same files.
+    """
     command = COMMANDS[name]
     function = command.load_function()
     parameters = inspect.signature(function).parameters
-    paths = _paths(options) if "paths" in parameters or command.section else None
+    section = command.section.format(stage=getattr(options, "stage", ""))
+    paths = _paths(options) if "paths" in parameters or section else None
     arguments = {"paths": paths} if "paths" in parameters else {}
-    started, primary, processes = time.perf_counter(), True, 1
-    if "runtime" in parameters:
-        from nanochat.platform.distributed import start_runtime
+    started = time.perf_counter()
+    with _runtime(options) if "runtime" in parameters else contextlib.nullcontext() as runtime:
+        if runtime is not None:
+            arguments["runtime"] = runtime
+        if not section:
+            return function(options, **arguments)
+        primary = runtime is None or runtime.primary
+        with locked(paths.lock(section), name) if primary else contextlib.nullcontext():
+            if runtime is not None:
+                runtime.barrier()  # no process reads what the holder of the lock may still be writing
+            results = function(options, **arguments)
+            if primary:
+                from nanochat.report.sections import write_section
 
-        with start_runtime(options.device) as runtime:
-            results = function(options, **arguments, runtime=runtime)
-            primary, processes = runtime.primary, runtime.world_size
-    else:
-        results = function(options, **arguments)
-    if command.section and primary:
-        from nanochat.report.sections import write_section
+                seconds = max(time.perf_counter() - started, results.get("train_seconds", 0.0))
+                processes = 1 if runtime is None else runtime.world_size
+                write_section(paths, section, asdict(options), results, seconds, processes)
 
-        section = command.section.format(**{"stage": getattr(options, "stage", "")})
-        seconds = max(time.perf_counter() - started, results.get("train_seconds", 0.0))
-        write_section(paths, section, asdict(options), results, seconds, processes)
+
+def _runtime(options: Any) -> contextlib.AbstractContextManager:
+    from nanochat.platform.distributed import start_runtime
+
+    return start_runtime(options.device)
 
 
 def _paths(options: Any) -> Paths:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nanochat.platform.environment import collective_timeout
 from nanochat.platform.errors import UserError
+from nanochat.platform.signals import end_with_parent
 
 # dense bf16 FLOP/s from the vendors' datasheets, by a part of the device's name; the first match counts
 PEAK_FLOPS = {
@@ -120,6 +121,7 @@ def start_runtime(device: str = "auto") -> Iterator[Runtime]:
         return
     if kind == "mps":
         raise UserError("mps serves one process only; start nanochat without torchrun")
+    end_with_parent(os.getppid())
     local = dist.get_node_local_rank(fallback_rank=0)
     if kind == "cuda":
         if local >= torch.cuda.device_count():

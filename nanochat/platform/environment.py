@@ -46,6 +46,11 @@ def slurm_tasks() -> int:
     return int(os.environ.get("SLURM_NTASKS", "1") or 1)
 
 
+def slurm_job_id() -> str:
+    """The id of the Slurm job; empty outside of a job."""
+    return os.environ.get("SLURM_JOB_ID", "")
+
+
 def slurm_job() -> tuple[int, str, int]:
     """The Slurm job's id, its compressed list of nodes, and the number of times it was requeued."""
     return (

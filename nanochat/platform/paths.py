@@ -159,6 +159,10 @@ class Paths:
     def report(self) -> Path:
         return self.run / "report"
 
+    def lock(self, name: str) -> Path:
+        """While this file exists, a command writes, and no other one of its kind can start (nanochat/platform/lock.py)."""
+        return self.run / f"{name}.lock"
+
     def checkpoints(self, stage: str) -> Path:
         return self.run / "checkpoints" / stage
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import huggingface_hub
 import pooch
 import requests
-from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars
@@ -23,6 +22,7 @@ from nanochat.options.speedrun import FetchOptions
 from nanochat.platform.console import progress_bar, say
 from nanochat.platform.errors import UserError
 from nanochat.platform.files import all_files, name_some, sha256_of, write_atomically
+from nanochat.platform.lock import locked
 from nanochat.platform.paths import Paths
 from nanochat.speedrun.assets import KEPT, Asset, assets, note_fetched, read_fetched, verify
 from nanochat.synthetic.identity import identity_conversations
@@ -45,11 +45,7 @@ def fetch(options: FetchOptions, paths: Paths) -> None:
         raise UserError(f"--only {', '.join(sorted(unknown))}: no such asset; there are: {names}")
     disable_progress_bars()  # one bar per file would be hundreds
     pooch.get_logger().setLevel("ERROR")
-    try:
-        lock = FileLock(paths.base / ".fetch.lock").acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"another fetch is running in {paths.base}; wait for it") from None
-    with lock:
+    with locked(paths.base / "fetch.lock", "fetch"):
         chosen = [asset for asset in wanted if not options.only or asset.name in options.only]
         _fetch(chosen, options.workers, paths, options.changed)
     say(f"next: nanochat preflight --preset {options.preset}")

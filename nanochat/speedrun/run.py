@@ -4,15 +4,16 @@ The same command skips stages whose records are still valid. A training stage th
 checkpoint; any other stage starts again.
 """
 
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 
 import torch
-from filelock import FileLock, Timeout
 
 from nanochat.chat.demo import show_conversation
 from nanochat.cluster.slurm import distributed_launcher
@@ -21,10 +22,14 @@ from nanochat.options.speedrun import SpeedrunOptions
 from nanochat.platform.console import console, say
 from nanochat.platform.errors import TrainingStopped, UserError
 from nanochat.platform.files import name_some
+from nanochat.platform.lock import locked
 from nanochat.platform.paths import Paths
+from nanochat.platform.signals import end_with_parent, handled
 from nanochat.speedrun.assets import problems, remedy
 from nanochat.speedrun.records import changed_files, hash_of, valid_record, write_record
 from nanochat.speedrun.stages import NAMES, STAGES, Stage, command_of
+
+ERROR = "nanochat: error: "  # how the last line of a command that fails begins
 
 
 def speedrun(options: SpeedrunOptions, paths: Paths) -> None:
@@ -52,7 +57,7 @@ def run_stages(options: SpeedrunOptions, paths: Paths, stages: Sequence[Stage] =
             f"{next(iter(missing.values()))}{more}; {remedy(preset, list(missing))}; nanochat preflight names everything that is "
             "missing"
         )
-    with _lock(paths), Stop(paths) as stop:
+    with locked(paths.lock("speedrun"), "speedrun"), Stop(paths).handling() as stop:
         made_from = ""  # hash of all files that earlier stages wrote
         for number, stage in enumerate(stages, 1):
             if NAMES.index(stage.name) > last:
@@ -100,46 +105,51 @@ def _chosen_range(options: SpeedrunOptions) -> tuple[int, int]:
 
 
 class Stop:
-    """Handles SIGUSR1 and SIGTERM: a training stage saves and ends, any other stage is terminated, and no further stage starts.
+    """Handles signals that ask to end: a training stage saves and ends, any other stage is terminated, and no further stage starts.
 
-    The signal is passed on to training through a file under the base directory, because the processes of a stage may run on
-    other nodes.
+    The first signal is passed on to training through a file under the base directory, because the processes of a stage may run on
+    other nodes. Each further one terminates the stage.
     """
 
     def __init__(self, paths: Paths):
-        self.file, self.received, self.process = paths.stop, 0, None
+        self.file, self.received, self.process, self.asks = paths.stop, 0, None, False
 
-    def __enter__(self) -> "Stop":
+    @contextmanager
+    def handling(self) -> Iterator["Stop"]:
+        """Handle the signals while the block runs."""
         self.file.unlink(missing_ok=True)
-        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGUSR1, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exc) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self.file.unlink(missing_ok=True)
+        try:
+            with handled(self._receive):
+                yield self
+        finally:
+            self.file.unlink(missing_ok=True)
 
     def _receive(self, number: int, frame) -> None:
-        self.received = number
-        self.file.write_text(f"{signal.Signals(number).name}\n", "utf-8")
-        if self.process is not None:
+        again, self.received = self.received, number
+        try:
+            self.file.write_text(f"{signal.Signals(number).name}\n", "utf-8")
+        except OSError:  # a full disk: the stage cannot be asked
+            again = number
+        if self.process is None and again:
+            raise KeyboardInterrupt
+        if self.process is not None and (again or not self.asks):
             self.process.terminate()
 
     @contextmanager
     def watching(self, stage: Stage, process: subprocess.Popen) -> Iterator[None]:
         """While the block waits for a stage: a signal terminates its process, unless it is a training stage, which sees the file."""
-        self.process = None if stage.trains else process
+        self.process, self.asks = process, stage.trains
         if self.received and not stage.trains:
             process.terminate()
         yield
         self.process = None
 
-    def check(self, stage: Stage) -> None:
-        """Raise TrainingStopped if a signal has been received."""
+    def check(self, stage: Stage, reason: str = "") -> None:
+        """Raise TrainingStopped if a signal has been received. reason: what the stage said at its end."""
         if self.received:
-            name = signal.Signals(self.received).name
-            message = f"stopped by {name} in stage {stage.name}; training is saved, and the same command resumes it"
-            raise TrainingStopped(message, 128 + self.received)
+            message = f"stopped by {signal.Signals(self.received).name} in stage {stage.name}"
+            remedy = f": {reason}" if reason else "; the same command continues there"
+            raise TrainingStopped(message + remedy, 128 + self.received)
 
 
 def _run(stage: Stage, command: list[str], processes: int, stop: Stop) -> float:
@@ -149,38 +159,29 @@ def _run(stage: Stage, command: list[str], processes: int, stop: Stop) -> float:
     started = time.perf_counter()
     # stderr goes through this process, so that the error of a failed stage can be repeated at the end of a long run
     process = subprocess.Popen(
-        [*launcher, "-m", "nanochat", *command], stderr=subprocess.PIPE, text=True, errors="replace"
+        [*launcher, "-m", "nanochat", *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        preexec_fn=partial(end_with_parent, os.getpid()),
     )
-    cause = ""
-    try:
-        with stop.watching(stage, process):
-            for line in process.stderr:
+    error, last = "", ""
+    with stop.watching(stage, process):
+        for line in process.stderr:
+            with suppress(OSError):  # of a closed terminal or a full disk, which must not end the stage
                 sys.stderr.write(line)
                 sys.stderr.flush()
-                if line.startswith("nanochat: error:") or not cause.startswith("nanochat: error:"):
-                    cause = line.strip()
-            status = process.wait()
-    except KeyboardInterrupt:  # the terminal has sent SIGINT to the stage too, which saves and ends
+            last = line.strip() or last
+            if not error and line.startswith(ERROR):
+                error = last.removeprefix(ERROR)
         status = process.wait()
     if status:
-        stop.check(stage)
-        error = UserError(
-            f"stage {stage.name} failed with exit status {status}"
-            + (f" ({cause.removeprefix('nanochat: error: ')})" if cause else "")
-            + "; fix the cause and run the same command again: finished stages are skipped, and this one resumes"
+        stop.check(stage, error)
+        reason = error or last
+        failure = UserError(
+            f"stage {stage.name} failed with exit status {status}{f' ({reason})' if reason else ''}; fix the cause and run the same "
+            "command again: finished stages are skipped, and this one resumes"
         )
-        error.exit_status = status if status > 0 else 128 - status
-        raise error
+        failure.exit_status = status if status > 0 else 128 - status
+        raise failure
     return time.perf_counter() - started
-
-
-@contextmanager
-def _lock(paths: Paths) -> Iterator[None]:
-    """Lock the directory of the run against other speedruns. Raises UserError when one is running there."""
-    paths.run.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(paths.run / ".speedrun.lock").acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"another speedrun is running in {paths.run}; wait for it or give another --run-name") from None
-    with lock:
-        yield

@@ -5,9 +5,11 @@ is resumed from a checkpoint continues exactly as the uninterrupted run did.
 """
 
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from typing import NamedTuple
 
@@ -23,6 +25,7 @@ from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import TrainingStopped, UserError
 from nanochat.platform.paths import Paths
 from nanochat.platform.shapes import check_shape
+from nanochat.platform.signals import handled
 from nanochat.tokenizer.bpe import Tokenizer
 from nanochat.train.diagnose import offending_tensor
 from nanochat.train.metrics import Metrics
@@ -30,32 +33,50 @@ from nanochat.train.micro_step import MicroStep, choose_execution
 from nanochat.train.plan import Plan
 from nanochat.train.state import SHAPE, Pace, TrainState
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SAME_REQUEST = (
+    1.0  # seconds in which a second signal is the first one again: torchrun passes on what a terminal has sent to all
+)
 
 
 class Interrupt:
-    """Remembers a signal until the loop checks for it at the end of a step; a second signal stops the process at once."""
+    """Remembers a signal until the loop checks for it at the end of a step; a second signal ends the process at once.
+
+    In an evaluation the first one ends it: everything was saved before.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._previous: dict = {}
+        self._when = 0.0
+        self._stopped: Callable[[], Exception] | None = None
 
-    def __enter__(self) -> "Interrupt":
+    def handling(self) -> AbstractContextManager:
+        """Handle signals while the block runs."""
+        return handled(self._receive)
+
+    @contextmanager
+    def ending_at_once(self, stopped: Callable[[], Exception]) -> Iterator[None]:
+        """While the block runs, a signal raises the exception that `stopped` makes; so does one that came before."""
+        self._stopped = stopped
         try:
-            self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
-        except ValueError:  # only the main thread may handle signals
-            self._previous = {}
-        return self
-
-    def __exit__(self, *exc) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            if self.received is not None:
+                raise stopped()
+            yield
+        finally:
+            self._stopped = None
 
     def _receive(self, number: int, frame) -> None:
+        name = signal.Signals(number).name
         if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = number
-        say(f"{signal.Signals(number).name} received: finishing this step, then saving (again: stop at once)")
+            if time.monotonic() - self._when > SAME_REQUEST:
+                say(f"{name} received again: ending at once, without saving")
+                # not by an exception, which would wait for threads that may never end
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        self.received, self._when = number, time.monotonic()
+        if self._stopped is not None:
+            raise self._stopped()
+        say(f"{name} received: finishing this step, then saving (again: ending at once)")
 
 
 class Agreement(NamedTuple):
@@ -106,7 +127,7 @@ class Trainer:
         """
         torch.use_deterministic_algorithms(self.options.deterministic, warn_only=True)
         positions = self._resume()
-        with self.interrupt:
+        with self.interrupt.handling():
             if self.runtime.primary:
                 wandb = self.options.wandb_run, self.options.wandb_mode
                 self.metrics.open(self.state.step, *wandb, self.plan.stage, self.settings)
@@ -163,7 +184,8 @@ class Trainer:
                     f"{self.runtime.world_size} processes; add data, or take fewer rows or conversations per step"
                 )
             if agreement.stop:
-                self._stop()
+                self._save()
+                raise self._stopped()
             last = agreement.ended or self.state.step == self.plan.steps
             self._boundary(last)
             if last:
@@ -190,15 +212,15 @@ class Trainer:
         )
         return Agreement(stops > 0, shorts > 0, all_targets, all_progress / self.runtime.world_size)
 
-    def _stop(self) -> None:
-        """Save, then raise TrainingStopped with the exit status of the signal."""
-        self._save()
+    def _stopped(self) -> TrainingStopped:
+        """What says that training was stopped, and what is saved; its exit status is that of the signal."""
         number = self.interrupt.received or signal.SIGUSR1
         cause = signal.Signals(number).name if self.interrupt.received else f"the file {self.paths.stop}"
-        raise TrainingStopped(
-            f"training {self.plan.stage} stopped at step {self.state.step} by {cause}; everything is saved in "
-            f"{self.store.path(self.state.step)}; the same command resumes from there",
-            128 + number,
+        saved = "nothing had to be saved; the same command starts again"
+        if self.saved_step == self.state.step:
+            saved = f"everything is saved in {self.store.path(self.saved_step)}; the same command resumes from there"
+        return TrainingStopped(
+            f"training {self.plan.stage} stopped at step {self.state.step} by {cause}; {saved}", 128 + number
         )
 
     def _boundary(self, last: bool) -> None:
@@ -210,8 +232,9 @@ class Trainer:
         if not due:
             return
         results = {}
-        for evaluation in due:
-            results |= evaluation.measure()
+        with self.interrupt.ending_at_once(self._stopped):
+            for evaluation in due:
+                results |= evaluation.measure()
         self.results |= results
         self.metrics.write({"step": step, **results})
         shown = [f"{name} {value:.4f}" for name, value in results.items() if isinstance(value, float)]

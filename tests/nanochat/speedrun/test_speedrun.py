@@ -6,22 +6,32 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from filelock import FileLock, Timeout
 
 from nanochat.options import presets
 from nanochat.options.speedrun import SpeedrunOptions
 from nanochat.platform.errors import TrainingStopped, UserError
+from nanochat.platform.lock import locked
 from nanochat.platform.paths import Paths
 from nanochat.speedrun.run import run_stages
 from nanochat.speedrun.stages import NAMES, STAGES, Stage
 from tests import forked
-from tests.conftest import TINY_BASE, TINY_EVALUATE_BASE, TINY_EVALUATE_CHAT, TINY_MID, TINY_SFT, environment, nanochat
+from tests.conftest import (
+    TINY_BASE,
+    TINY_EVALUATE_BASE,
+    TINY_EVALUATE_CHAT,
+    TINY_MID,
+    TINY_SFT,
+    assert_fails_with,
+    environment,
+    nanochat,
+)
 
 TINY = {
     "data": (*"data generate --shards 2 --documents 1100 --chats 60 --questions 60 --problems 40 --identity 10".split(),
@@ -207,19 +217,74 @@ def test_by_default_every_stage_runs():
 
 
 def test_one_speedrun_at_a_time(tiny):
-    with FileLock(tiny.run / ".speedrun.lock"), pytest.raises(UserError, match="another speedrun is running"):
+    with locked(tiny.lock("speedrun"), "speedrun"), pytest.raises(UserError, match="another speedrun is running"):
         run(SpeedrunOptions(), tiny)
 
 
 def test_a_lock_that_a_stage_waits_for_is_not_reported_as_another_speedrun(tmp_path, monkeypatch):
     def other_lock(*arguments):
-        raise Timeout("another file")
+        with locked(tmp_path / "other.lock", "thing"):
+            pass
 
     monkeypatch.setattr("nanochat.speedrun.run.valid_record", other_lock)
-    with pytest.raises(Timeout, match="another file"):
+    with locked(tmp_path / "other.lock", "thing"), pytest.raises(UserError, match="another thing is running"):
         run(SpeedrunOptions(), Paths(tmp_path))
-    with FileLock(Paths(tmp_path).run / ".speedrun.lock").acquire(timeout=0):  # released
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]  # released
+
+
+STARTED = """
+import os, pathlib, sys
+from nanochat.options.speedrun import SpeedrunOptions
+from nanochat.platform.paths import Paths
+from nanochat.speedrun.run import run_stages
+from nanochat.speedrun.stages import Stage
+base = Paths(pathlib.Path(os.environ["NANOCHAT_BASE_DIR"]))
+run_stages(SpeedrunOptions(last="base", device="cpu"), base, [
+    Stage("base", tuple(sys.argv[1:]), lambda paths: [paths.checkpoints("base")], has_preset=False, trains=True)
+])
+"""
+
+
+def training_under_way(base: Path) -> tuple[subprocess.Popen, int]:
+    """A speedrun of one training stage, and the process of the stage, which has done some steps."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", STARTED, "train", "base", *TINY_BASE, "--num-iterations", "100000", "--save-every", "0"],
+        env=environment(base), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    metrics, lock = Paths(base).metrics("base"), Paths(base).lock("base")
+    until(lambda: process.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") > 3))
+    assert process.poll() is None, process.communicate()[0]
+    return process, json.loads(lock.read_text())["process"]
+
+
+def until(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened in time"
+        time.sleep(0.05)
+
+
+def test_a_stage_saves_and_ends_when_its_speedrun_is_killed(base):
+    speedrun, stage = training_under_way(base)
+    second = nanochat(base, "train", "base", *TINY_BASE)  # while the first one trains
+    assert_fails_with(second, f"another train base is running in {Paths(base).run} (process {stage} on", "remove", "base.lock")
+    speedrun.kill()
+    speedrun.wait()
+    until(lambda: not Path("/proc", str(stage), "cmdline").exists() or not Paths(base).lock("base").exists())
+    assert list(Paths(base).checkpoints("base").glob("step_*")) and not Paths(base).lock("base").exists()
+    with locked(Paths(base).lock("speedrun"), "speedrun"):  # that of the killed process counts no more
         pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_a_speedrun_gives_what_the_stage_said(base, number):
+    speedrun, stage = training_under_way(base)
+    if number == signal.SIGINT:  # as a terminal sends it: to both
+        os.kill(stage, number)
+    speedrun.send_signal(number)
+    said = speedrun.communicate(timeout=60)[0]
+    assert speedrun.returncode and f"stopped by {number.name} in stage base: training base stopped at step" in said
+    assert said.count("everything is saved in") == 2 and "fix the cause" not in said, said
 
 
 def test_every_preset_names_commands_that_exist():

@@ -1,0 +1,192 @@
+"""Locks on what a command writes. They work on any storage, and say who holds them.
+
+A lock is a file that only one process can create. It names its holder: host, process, Slurm job, command, since when. flock
+would not do: clusters mount Lustre without it, or with one that other nodes do not see. Instead a holder that was killed is
+recognised: on the same host by its process, which is gone, and on another host by its heartbeat, which has stopped.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from nanochat.platform.console import say
+from nanochat.platform.environment import slurm_job_id
+from nanochat.platform.errors import UserError
+
+BEAT = 10.0  # seconds between two heartbeats, each of which changes the time of the file
+DEAD = 60.0  # a holder on another host is dead when its file has not changed for so many seconds
+
+
+class Seen(NamedTuple):
+    """A lock file as it was read: its holder, empty if the file is damaged, and the time of its last change."""
+
+    holder: dict
+    changed: int  # in nanoseconds, by the clock of the storage or of the holder: only to be compared with itself
+
+
+@contextmanager
+def locked(path: Path, command: str) -> Iterator[None]:
+    """Hold the lock while the block runs. Raises UserError, with its holder, when another process holds it.
+
+    The process ends at once if it loses the lock, because another one may write the same files from then on.
+    """
+    mine = {
+        **_place(),
+        "process": os.getpid(),
+        "started": _start_of(os.getpid()),
+        "job": slurm_job_id(),
+        "command": command,
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+    made = not path.parent.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _acquire(path, mine)
+    released = threading.Event()
+    heart = threading.Thread(target=_beat, args=(path, mine, released), name="nanochat-lock", daemon=True)
+    heart.start()
+    try:
+        yield
+    finally:
+        released.set()
+        heart.join()
+        _remove(path, mine)
+        if made:
+            with suppress(OSError):  # it has files
+                path.parent.rmdir()
+
+
+def _acquire(path: Path, mine: dict) -> None:
+    while True:
+        with suppress(FileExistsError):
+            with path.open("x", encoding="utf-8") as file:
+                json.dump(mine, file)
+            return
+        seen = _read(path)
+        if seen is None:  # removed since
+            continue
+        if not _is_dead(path, seen):
+            if _read(path) is None:
+                continue
+            raise UserError(_held(path, mine["command"], seen.holder))
+        _remove_dead(path, seen)
+
+
+def _remove_dead(path: Path, seen: Seen) -> None:
+    """Remove the lock of a dead holder, unless another process has done so; that one may hold the lock by now."""
+    claim = path.with_name(f"{path.name}.{seen.changed}")  # who makes this file removes the lock
+    try:
+        claim.open("x").close()
+    except FileExistsError:
+        time.sleep(0.1)
+        with suppress(FileNotFoundError):
+            if time.time() - claim.stat().st_mtime > DEAD:  # its maker was killed
+                claim.unlink()
+        return
+    try:
+        if _read(path) == seen:
+            path.unlink(missing_ok=True)
+    finally:
+        claim.unlink(missing_ok=True)
+
+
+def _held(path: Path, command: str, holder: dict) -> str:
+    who = "a process that left no name"
+    if holder:
+        job = f", job {holder['job']}" if holder["job"] else ""
+        who = f"process {holder['process']} on {holder['host']}{job}, since {holder['since']}"
+    return (
+        f"another {command} is running in {path.parent} ({who}); wait for it or end it; if it is "
+        f"certain that it no longer runs, remove {path}"
+    )
+
+
+def _is_dead(path: Path, seen: Seen) -> bool:
+    """Whether a holder no longer lives; to know it of one on another host, this watches its heartbeat."""
+    here = _place()
+    if seen.holder and here.items() <= seen.holder.items():
+        started = _start_of(seen.holder["process"])
+        return started is None or started != seen.holder["started"]
+    say(
+        f"{path} is there, of {seen.holder.get('host', 'an unknown host')}: waiting up to {DEAD:.0f} s for its heartbeat"
+    )
+    end = time.monotonic() + DEAD
+    while time.monotonic() < end:
+        time.sleep(min(BEAT, DEAD) / 20)
+        if _read(path) != seen:
+            return False
+    return True
+
+
+def _beat(path: Path, mine: dict, released: threading.Event) -> None:
+    while not released.wait(BEAT):
+        try:
+            seen = _read(path)
+            if seen is not None and seen.holder == mine:
+                os.utime(path)
+                continue
+        except OSError:  # of a storage that does not answer: the next heartbeat tells
+            continue
+        if not released.is_set():
+            print(
+                f"nanochat: error: the lock {path} was removed or taken by another process; this one ends at once, because "
+                "both would write the same files",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(1)
+
+
+def _remove(path: Path, mine: dict) -> None:
+    with suppress(OSError):
+        seen = _read(path)
+        if seen is not None and seen.holder == mine:
+            path.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> Seen | None:
+    """The lock file as it is; None when there is none. It is opened, because NFS may know only an old time of a closed file."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            changed = os.fstat(file.fileno()).st_mtime_ns
+            try:
+                holder = json.load(file)
+            except ValueError:
+                holder = {}
+    except FileNotFoundError:
+        return None
+    whole = isinstance(holder, dict) and {"host", "process", "started", "job", "since"} <= holder.keys()
+    return Seen(holder if whole else {}, changed)
+
+
+def _place() -> dict[str, str]:
+    """Where numbers of processes mean the same: the host, and within it the namespace, which containers have of their own."""
+    namespace = Path("/proc/self/ns/pid")
+    return {"host": socket.gethostname(), "namespace": os.readlink(namespace) if namespace.exists() else ""}
+
+
+def _start_of(process: int) -> str | None:
+    """When a process of this host was started, to tell it from a later one with its number: "" where the system does not tell.
+
+    None when there is no such process, or when it has ended and nobody has asked for its status yet.
+    """
+    stat = Path("/proc", str(process), "stat")
+    if Path("/proc/self/stat").exists():
+        try:
+            state, *fields = stat.read_text("utf-8", errors="replace").rpartition(")")[2].split()
+        except OSError:
+            return None
+        return None if state in "ZX" else fields[18]
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return ""
