@@ -36,11 +36,19 @@ class TokenStream:
         self.shards, self.tokenizer, self.rank, self.world_size, self.pool = shards, tokenizer, rank, world_size, pool
 
     def documents(self, position: TextPosition) -> Iterator[tuple[TextPosition, np.ndarray]]:
-        """The documents from a position on, without end, as (position of the first token, tokens)."""
+        """The documents from a position on, without end, as (position of the first token, tokens).
+
+        Raises UserError when no document of this rank has text.
+        """
         epoch, row_group, document, token = position
         row_group = self.rank if row_group < 0 else row_group
+        mine = range(self.rank, len(self.shards.row_groups), self.world_size)
+        without_text = 0  # row groups, one after another
         while True:
             texts = self.shards.read(row_group)
+            without_text = 0 if texts else without_text + 1
+            if without_text == len(mine):
+                raise self.shards.without_text(mine)
             for first in range(document, len(texts), DOCUMENTS_AT_ONCE):
                 chunk = texts[first : first + DOCUMENTS_AT_ONCE]
                 for index, tokens in enumerate(self.tokenizer.encode_batch(chunk, self.pool), first):

@@ -1,6 +1,6 @@
 """Reads the parquet shards of pretraining text by row groups."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -40,19 +40,33 @@ class Shards:
         return cls(chosen, tuple(row_groups))
 
     def read(self, index: int) -> list[str]:
-        """The documents of row group number `index`."""
+        """The documents of row group number `index` that have text; none if all of them are null or empty."""
         file, row_group = self.row_groups[index]
         path = self.files[file]
         try:
             column = _open(path).read_row_group(row_group, columns=["text"]).column("text")
         except (pa.ArrowException, OSError) as error:
             raise _damaged(path, error) from error
-        return [text for text in column.to_pylist() if text is not None]
+        return [text for text in column.to_pylist() if text]
 
     def documents(self) -> Iterator[str]:
-        """All documents, in order."""
-        for index in range(len(self.row_groups)):
-            yield from self.read(index)
+        """All documents with text, in order. Raises UserError when there is none."""
+        everything, found = range(len(self.row_groups)), False
+        for index in everything:
+            for text in self.read(index):
+                found = True
+                yield text
+        if not found:
+            raise self.without_text(everything)
+
+    def without_text(self, row_groups: Sequence[int]) -> UserError:
+        """The error that none of the documents of these row groups has text."""
+        files = [str(self.files[file]) for file in sorted({self.row_groups[index][0] for index in row_groups})]
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        return UserError(
+            f"{files[0]}{more}: all texts of {len(row_groups)} row groups are null or empty, wanted documents; remove these "
+            "files and fetch or generate them again"
+        )
 
 
 def _first_gap(files: list[Path]) -> str | None:

@@ -16,7 +16,7 @@ def train_tokenizer(options: TokenizerTrainOptions, paths: Paths) -> dict:
     Raises UserError when checkpoints depend on a stored tokenizer and the new one differs from it.
     """
     shards = Shards.of(paths, "train")
-    total = 0
+    total = 0  # characters
 
     def texts(advance) -> Iterator[str]:
         nonlocal total
@@ -28,6 +28,8 @@ def train_tokenizer(options: TokenizerTrainOptions, paths: Paths) -> dict:
                 if total >= options.max_chars:
                     return
             advance()
+        if not total:
+            raise shards.without_text(range(len(shards.row_groups)))
 
     with progress_bar("read text for the tokenizer", len(shards.row_groups)) as advance:
         tokenizer = Tokenizer.train(texts(advance), options.vocab_size)

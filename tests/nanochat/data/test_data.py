@@ -20,7 +20,7 @@ from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
 from nanochat.tasks import MMLU, Identity, SmolTalk, SpellingBee
 from nanochat.tokenizer.chat_format import render
-from tests.conftest import assert_fails_with, nanochat
+from tests.conftest import TINY_BASE, assert_fails_with, nanochat
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +134,49 @@ def test_bad_shards_are_rejected_before_training(base, how, message):
     result = nanochat(base, "train", "base", "--depth", "1", "--num-iterations", "1", "--total-batch-size", "65536")
     assert_fails_with(result, message)
     assert not (Paths(base).run / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("text", [None, ""])
+@pytest.mark.parametrize(("split", "commands"), [
+    ("train", (("train", "base", *TINY_BASE), ("tokenizer", "train", "--vocab-size", "512"), ("tokenizer", "eval"))),
+    ("val", (("train", "base", *TINY_BASE), ("tokenizer", "eval"))),
+])  # fmt: skip
+def test_shards_without_text_end_with_a_line_that_names_them(base, text, split, commands):
+    chosen = Shards.of(Paths(base), split).files
+    for shard in chosen:
+        pq.write_table(pa.table({"text": pa.array([text] * 8, pa.string())}), shard, row_group_size=4)
+    for words in commands:
+        result = nanochat(base, *words)
+        parts = f"{chosen[0]}", f"all texts of {2 * len(chosen)} row groups are null or empty", "generate them again"
+        assert_fails_with(result, *parts)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_row_groups_without_text_among_others_are_passed_over(tmp_path, tokenizer, pool, world_size):
+    """A rank whose row groups all have none cannot go on; another one can."""
+    for number in (0, 1):
+        column = pa.array([None, "", "a b", None, "", None, "c", ""], pa.string())
+        path = tmp_path / f"text/shard_{number:05d}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table({"text": column}), path, row_group_size=2)
+    shards = Shards.of(Paths(tmp_path), "train")
+    assert list(shards.documents()) == ["a b", "c"]
+    starts = [
+        [
+            position
+            for position, _ in islice(
+                TokenStream(shards, tokenizer, rank, world_size, pool).documents((0, -1, 0, 0)), 3
+            )
+        ]
+        for rank in range(1, world_size)
+    ]
+    assert starts == [[(0, 1, 0, 0), (0, 3, 0, 0), (1, 1, 0, 0)]] * (world_size - 1)
+    first = TokenStream(shards, tokenizer, 0, world_size, pool).documents((0, -1, 0, 0))
+    if world_size == 1:
+        assert [position for position, _ in islice(first, 3)] == [(0, 1, 0, 0), (0, 3, 0, 0), (1, 1, 0, 0)]
+    else:
+        with pytest.raises(UserError, match="shard_00000.parquet: all texts of 2 row groups"):
+            next(first)
 
 
 # --- conversations ---
