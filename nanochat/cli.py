@@ -23,7 +23,7 @@ import tyro
 from nanochat import __version__
 from nanochat.options.presets import PRESETS, NamedRun, NewestRun, PresetOptions, with_preset
 from nanochat.options.ranges import check_ranges
-from nanochat.platform.console import console, say
+from nanochat.platform.console import console, output, say
 from nanochat.platform.errors import NO_SPACE, UserError, remedy_for
 from nanochat.platform.lock import locked
 from nanochat.platform.paths import DEFAULT_RUN, Paths, base_paths
@@ -146,7 +146,7 @@ def run(name: str, options: Any) -> None:
         if not section:
             return function(options, **arguments)
         primary = runtime is None or runtime.primary
-        with locked(paths.lock(section), name) if primary else contextlib.nullcontext():
+        with output.may_fail(), locked(paths.lock(section), name) if primary else contextlib.nullcontext():
             if runtime is not None:
                 runtime.barrier()  # no process reads what the holder of the lock may still be writing
             results = function(options, **arguments)
@@ -273,8 +273,9 @@ def _overview(names: list[str] | None = None) -> None:
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    sys.stdout.flush()
-    print(f"nanochat: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    for stream, text in ((sys.stdout, ""), (sys.stderr, f"nanochat: error: {' '.join(message.split())}\n")):
+        with contextlib.suppress(OSError):  # of a closed terminal, for example; the status remains
+            print(text, end="", file=stream, flush=True)
     # the other processes may wait in a collective, and a regular exit would wait for them: exit at once
     if _distributed():
         os._exit(status)

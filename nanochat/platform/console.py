@@ -1,13 +1,83 @@
 """Output to the user while a command runs: lines, and a progress bar with the time left."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-console = Console(highlight=False, soft_wrap=True)
+
+class Output:
+    """Standard output, whose errors can be kept from ending the work that is under way.
+
+    error: why it cannot be written, while that is so: a full disk behind a log, a closed terminal, a pipe that nobody reads.
+    """
+
+    def __init__(self) -> None:
+        self.error: OSError | None = None
+        self._may_fail = self._told = False
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:  # closed by the caller: no other file may get its number
+                setattr(sys, name, open(os.devnull, "w"))
+
+    @contextmanager
+    def may_fail(self) -> Iterator[None]:
+        """While the block runs, an error is told on stderr once, and raised nowhere."""
+        self._may_fail, before = True, self._may_fail
+        try:
+            yield
+        finally:
+            self._may_fail = before
+            if self.error and not before:  # what is still buffered would fail once more when the process ends
+                with suppress(OSError, ValueError), open(os.devnull, "w") as nothing:
+                    os.dup2(nothing.fileno(), self.fileno())
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        if self._try(self._stream.flush):
+            self.error = None
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    @property
+    def encoding(self) -> str:
+        return self._stream.encoding or "utf-8"
+
+    @property
+    def _stream(self):
+        return getattr(sys.stdout, "rich_proxied_file", sys.stdout)  # a progress bar puts a proxy in its place
+
+    def _try(self, action: Callable) -> bool:
+        try:
+            action()
+        except OSError as error:
+            if not self._may_fail:
+                raise
+            self.error = error
+            if not self._told:
+                self._told = True
+                with suppress(OSError):
+                    print(
+                        f"nanochat: cannot write the output ({error.strerror}); the work goes on",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+            return False
+        return True
+
+
+output = Output()
+console = Console(file=output, highlight=False, soft_wrap=True)
 
 
 def say(line: str) -> None:

@@ -19,7 +19,7 @@ from nanochat.chat.demo import show_conversation
 from nanochat.cluster.slurm import distributed_launcher
 from nanochat.options.presets import EMBEDDED
 from nanochat.options.speedrun import SpeedrunOptions
-from nanochat.platform.console import console, say
+from nanochat.platform.console import console, output, say
 from nanochat.platform.errors import TrainingStopped, UserError
 from nanochat.platform.files import name_some
 from nanochat.platform.lock import locked
@@ -37,9 +37,10 @@ def speedrun(options: SpeedrunOptions, paths: Paths) -> None:
 
     Raises UserError, with its exit status, when a stage fails, and TrainingStopped after a signal.
     """
-    run_stages(options, paths)
-    if options.last == NAMES[-1]:
-        show_conversation(paths, options.preset or "cpu", options.device)
+    with output.may_fail():
+        run_stages(options, paths)
+        if options.last == NAMES[-1]:
+            show_conversation(paths, options.preset or "cpu", options.device)
 
 
 def run_stages(options: SpeedrunOptions, paths: Paths, stages: Sequence[Stage] = STAGES) -> None:

@@ -15,6 +15,7 @@ class Metrics:
 
     def __init__(self, path: Path):
         self.path = path
+        self.error: OSError | None = None  # why the file cannot be written, while that is so
         self._file: TextIO | None = None
         self._wandb = WandbLog()
 
@@ -32,7 +33,9 @@ class Metrics:
         try:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
+            self.error = None
         except OSError as error:
+            self.error = error
             warnings.warn(f"cannot write {self.path}: {error}; training continues", stacklevel=2)
         self._wandb.write(record)
 

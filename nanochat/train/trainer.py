@@ -20,7 +20,7 @@ from nanochat.data.batches import Batch, prefetched
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.options.train import RunOptions
-from nanochat.platform.console import format_duration, progress_bar, say
+from nanochat.platform.console import format_duration, output, progress_bar, say
 from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import TrainingStopped, UserError
 from nanochat.platform.paths import Paths
@@ -206,21 +206,33 @@ class Trainer:
         targets = sum(int((batch.targets != -1).sum()) for batch in micro_batches)
         short = len(micro_batches) < self.plan.accumulation
         progress = micro_batches[-1].progress if micro_batches else 1.0
-        stop = self.interrupt.received is not None or (self.runtime.primary and self.paths.stop.exists())
+        stop = self.interrupt.received is not None or (
+            self.runtime.primary and (self._unseen or self.paths.stop.exists())
+        )
         stops, shorts, all_targets, all_progress = self.runtime.sum(
             [float(x) for x in (stop, short, targets, progress)]
         )
         return Agreement(stops > 0, shorts > 0, all_targets, all_progress / self.runtime.world_size)
 
+    @property
+    def _unseen(self) -> bool:
+        """Whether nothing tells of the training any more: neither the output nor the file of metrics can be written."""
+        return output.error is not None and self.metrics.error is not None
+
     def _stopped(self) -> TrainingStopped:
-        """What says that training was stopped, and what is saved; its exit status is that of the signal."""
-        number = self.interrupt.received or signal.SIGUSR1
-        cause = signal.Signals(number).name if self.interrupt.received else f"the file {self.paths.stop}"
+        """What says why training was stopped, and what is saved; its exit status is that of the signal, or 1."""
+        number, status = self.interrupt.received, 128 + signal.SIGUSR1
+        if number is not None:
+            cause, status = signal.Signals(number).name, 128 + number
+        elif self._unseen:
+            cause, status = f"output that cannot be written ({output.error.strerror}), nor can {self.metrics.path}", 1
+        else:
+            cause = f"the file {self.paths.stop}" if self.runtime.primary else "another process"
         saved = "nothing had to be saved; the same command starts again"
         if self.saved_step == self.state.step:
             saved = f"everything is saved in {self.store.path(self.saved_step)}; the same command resumes from there"
         return TrainingStopped(
-            f"training {self.plan.stage} stopped at step {self.state.step} by {cause}; {saved}", 128 + number
+            f"training {self.plan.stage} stopped at step {self.state.step} by {cause}; {saved}", status
         )
 
     def _boundary(self, last: bool) -> None:

@@ -1,5 +1,7 @@
 """Training that is killed, stopped, broken or repeated resumes as if nothing had happened."""
 
+import errno
+import io
 import json
 import os
 import random
@@ -24,6 +26,7 @@ from nanochat.platform.files import sha256_of
 from nanochat.platform.paths import Paths
 from nanochat.train.pretrain import pretrain
 from nanochat.platform.signals import handled
+from nanochat.train.trainer import Trainer
 from tests import forked
 from tests.conftest import TINY_BASE, TINY_MID, TINY_SFT, assert_fails_with, command, environment, nanochat
 
@@ -338,6 +341,59 @@ def test_logging_never_alters_training(base, trained_base, tmp_path):
         assert result.returncode == 0, result.stderr
         assert ("training continues" in result.stdout) == (name != "works")
         assert losses(logged) == losses(trained_base) and weights(logged) == weights(trained_base)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_output_that_nobody_reads_changes_nothing(base, trained_base, closed):
+    """As with `| head`: a pipe whose reader has ended. Or standard output is closed."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    shell = ["sh", "-c", 'exec "$@" >&-', "sh"] if closed else []
+    done = subprocess.run(
+        [*shell, *command("train", "base", *TINY_BASE)],
+        env=environment(base),
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    assert done.returncode == 0
+    assert done.stderr == ("" if closed else "nanochat: cannot write the output (Broken pipe); the work goes on\n")
+    assert losses(base) == losses(trained_base) and weights(base) == weights(trained_base)
+
+
+def test_training_that_can_write_nothing_saves_and_ends(base, trained_base, monkeypatch, capsys):
+    """A full disk behind the log and behind the metrics, from step 5 on; a full disk behind one of them ends nothing."""
+
+    class Full(io.StringIO):
+        def flush(self):
+            if self.full():
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    after, report = {"log": 3, "metrics": 5}, Trainer._report
+    log, reached = Full(), []
+
+    def reporting(trainer, *given):
+        reached.append(trainer.state.step)
+        trainer.metrics._file = Full()
+        trainer.metrics._file.full = lambda: len(reached) >= after["metrics"]
+        report(trainer, *given)
+
+    log.full = lambda: len(reached) >= after["log"]
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(SystemExit) as ended,
+        pytest.warns(UserWarning, match="cannot write"),
+    ):
+        patch.setattr(sys, "stdout", log)
+        patch.setattr(Trainer, "_report", reporting)
+        main(["train", "base", *TINY_BASE])
+    assert ended.value.code == 1
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nanochat")]
+    assert told[0] == "nanochat: cannot write the output (No space left on device); the work goes on"
+    assert "stopped at step 5 by output that cannot be written" in told[1] and "everything is saved in" in told[1]
+    assert nanochat(base, "train", "base", *TINY_BASE).returncode == 0 and weights(base) == weights(trained_base)
 
 
 @pytest.mark.parametrize(
