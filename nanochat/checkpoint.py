@@ -30,7 +30,7 @@ from nanochat.options.model import Implementations
 from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import UserError, remedy_for
 from nanochat.platform.files import flush, sha256_of
-from nanochat.platform.paths import TRAINING_STAGES, Paths
+from nanochat.platform.paths import TRAINING_STAGES, Paths, steps_in
 from nanochat.platform.shapes import check_shape
 from nanochat.tokenizer.bpe import Tokenizer
 
@@ -48,8 +48,7 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, in ascending order."""
-        written = self.directory.glob("step_*/meta.json")
-        return sorted(int(path.parent.name.removeprefix("step_")) for path in written)
+        return list(steps_in(self.directory))
 
     def path(self, step: int) -> Path:
         return self.directory / f"step_{step:06d}"

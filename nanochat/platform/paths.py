@@ -174,6 +174,13 @@ class Paths:
         return self.report / "sections" / f"{stage}.json"
 
 
+def steps_in(checkpoints: Path) -> dict[int, Path]:
+    """The checkpoints in the directory of a stage, by their steps in ascending order; a copy under another name is none."""
+    written = [path.parent for path in checkpoints.glob("step_*/meta.json")]
+    numbers = {path: path.name.removeprefix("step_") for path in written}
+    return dict(sorted((int(n), path) for path, n in numbers.items() if n.isdecimal() and n == f"{int(n):06d}"))
+
+
 def base_paths() -> Paths:
     """The paths of the default run under the base directory, which is made if it does not exist.
 

@@ -16,7 +16,7 @@ from nanochat.platform.console import say
 from nanochat.platform.distributed import Runtime, compute_dtype, pick_device
 from nanochat.platform.environment import slurm_seconds_left
 from nanochat.platform.errors import UserError
-from nanochat.platform.paths import TRAINING_STAGES, Paths
+from nanochat.platform.paths import TRAINING_STAGES, Paths, steps_in
 from nanochat.speedrun.assets import problems, remedy
 from nanochat.tokenizer.bpe import Tokenizer
 from nanochat.train.plan import horizon
@@ -61,7 +61,7 @@ def _check_machine(options: PreflightOptions, paths: Paths) -> list[str]:
     # a checkpoint has 4 bytes for each weight, each momentum of a matrix, and each mean and variance of embedding and head
     embeddings = 2 * model.vocab_size * model.width
     checkpoint = 8 * (model.num_parameters - embeddings) + 12 * embeddings
-    kept = sum(len(list(paths.checkpoints(stage).glob("step_*"))) for stage in TRAINING_STAGES)
+    kept = sum(len(steps_in(paths.checkpoints(stage))) for stage in TRAINING_STAGES)
     needed, free = checkpoint * max(1, 2 * len(TRAINING_STAGES) + 1 - kept), shutil.disk_usage(paths.base).free
     line = f"disk: {free / 1e9:.1f} GB free, checkpoints take up to {needed / 1e9:.1f} more"
     if free < needed:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.platform.paths import Paths
+from nanochat.platform.paths import Paths, steps_in
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Stage:
 
 def _newest_checkpoint(stage: str) -> Callable[[Paths], list[Path]]:
     def files(paths: Paths) -> list[Path]:
-        metas = sorted(paths.checkpoints(stage).glob("step_*/meta.json"))
-        return [metas[-1], metas[-1].with_name("model.safetensors")] if metas else [paths.checkpoints(stage) / "none"]
+        newest = [paths.checkpoints(stage) / "none", *steps_in(paths.checkpoints(stage)).values()][-1]
+        return [newest / "meta.json", newest / "model.safetensors"]
 
     return files
 

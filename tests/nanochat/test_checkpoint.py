@@ -15,7 +15,8 @@ from nanochat.optim import MuonAdamW
 from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import UserError
 from nanochat.platform.files import sha256_of
-from nanochat.platform.paths import Paths
+from nanochat.platform.paths import Paths, steps_in
+from nanochat.speedrun.stages import STAGES
 from tests import forked
 from tests.conftest import TINY_BASE, assert_fails_with, environment, nanochat
 from tests.nanochat.models import SMALL, rows_of, train_three_steps
@@ -45,6 +46,32 @@ def train_a_step(model: GPT, optimizer, rank: int = 0, world_size: int = 1) -> N
     model(rows[:, :-1], rows[:, 1:]).backward()
     optimizer.synchronize()
     optimizer.update(0.5, 0.95)
+
+
+def test_only_names_that_are_exactly_a_step_are_checkpoints(tmp_path):
+    paths = Paths(tmp_path)
+    directory = paths.checkpoints("base")
+    store = saved(directory, step=7)
+    for copy in (
+        "step_000007_backup",
+        "step_000009.old",
+        "step_9",
+        "step_0000010",
+        "step_",
+        "step_+00011",
+        "step_00١٢٣٤",
+    ):
+        shutil.copytree(store.path(7), directory / copy)
+    (directory / "step_000012").mkdir()  # has nothing
+    (directory / "step_000013").write_text("a file")
+    saved(directory, step=1_000_001)
+    names = {path.name for path in directory.iterdir()}
+    assert store.steps() == [7, 1_000_001] and {path.name for path in steps_in(directory).values()} <= names
+    [stage] = [stage for stage in STAGES if stage.name == "base"]
+    assert {path.parent.name for path in stage.outputs(paths)} == {"step_1000001"}
+    saved(directory, step=1_000_002)  # removes the oldest, and nothing that is no checkpoint
+    assert store.steps() == [1_000_001, 1_000_002]
+    assert names - {"step_000007"} < {path.name for path in directory.iterdir()}
 
 
 def test_a_loaded_checkpoint_takes_the_same_next_step(tmp_path):
