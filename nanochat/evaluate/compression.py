@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 
 import tiktoken
@@ -11,7 +12,7 @@ from nanochat.data.shards import Shards
 from nanochat.options.tokenizer import TokenizerEvalOptions
 from nanochat.platform.console import say
 from nanochat.platform.paths import Paths
-from nanochat.tokenizer.bpe import Tokenizer
+from nanochat.tokenizer.bpe import Tokenizer, encode_ordinary
 
 TEXTS = {
     "news": (
@@ -67,7 +68,7 @@ def evaluate_tokenizer(options: TokenizerEvalOptions, paths: Paths) -> dict[str,
     return results
 
 
-def _other_encodings(paths: Paths) -> Iterator[tuple[str, Callable[[str], list[int]]]]:
+def _other_encodings(paths: Paths) -> Iterator[tuple[str, Callable[[str], Sequence[int]]]]:
     for name, files in ENCODINGS.items():
         missing = [
             path
@@ -78,4 +79,4 @@ def _other_encodings(paths: Paths) -> Iterator[tuple[str, Callable[[str], list[i
             say(f"{name}: left out, {missing[0]} is not there")
             continue
         os.environ["TIKTOKEN_CACHE_DIR"] = str(paths.encodings)  # read by tiktoken alone
-        yield name, tiktoken.get_encoding(name).encode_ordinary
+        yield name, partial(encode_ordinary, tiktoken.get_encoding(name))

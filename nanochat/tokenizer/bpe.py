@@ -4,9 +4,11 @@ import base64
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,36 @@ SPECIALS = tuple(
         "output_end",
     )
 )
+
+
+# characters of white space in one run: the regular expressions of tiktoken and rustbpe fail when they have to go back further
+LONGEST_SPACE = 999_998
+
+
+def pieces_of(text: str) -> list[str]:
+    """The text, cut inside of runs of white space that are longer than LONGEST_SPACE. The last piece of a run keeps its end."""
+    if len(text) <= LONGEST_SPACE:
+        return [text]
+    runs = [run.span() for run in re.finditer(r"\s+", text)]
+    cuts = [cut for start, end in runs for cut in range(start + LONGEST_SPACE, end, LONGEST_SPACE)]
+    return [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
+
+
+def encode_ordinary(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
+    """The ids of a text without special tokens: those of the whole text if tiktoken can encode it, else those of its pieces."""
+
+    def encode(part: str) -> np.ndarray:
+        return encoding.encode_to_numpy(part, disallowed_special=())
+
+    try:
+        return encode(text)
+    except UnicodeEncodeError:
+        raise
+    except ValueError:
+        pieces = pieces_of(text)
+        if len(pieces) == 1:
+            raise
+    return np.concatenate([encode(piece) for piece in pieces])
 
 
 class Tokenizer:
@@ -62,7 +94,8 @@ class Tokenizer:
                 f"vocab_size {vocab_size} is too small; it must be at least {smallest} (bytes and specials)"
             )
         trainer = rustbpe.Tokenizer()
-        trainer.train_from_iterator(iter(texts), vocab_size - len(SPECIALS), pattern=PATTERN)
+        pieces = (piece for text in texts for piece in pieces_of(text))
+        trainer.train_from_iterator(pieces, vocab_size - len(SPECIALS), pattern=PATTERN)
         ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
         missing = vocab_size - len(SPECIALS) - len(ranks)
         if missing > 0:
@@ -123,7 +156,7 @@ class Tokenizer:
     def encode_numpy(self, text: str) -> np.ndarray:
         """The ids of a text as an array; other threads can run meanwhile."""
         try:
-            return self._encoding.encode_to_numpy(text, disallowed_special=())
+            return encode_ordinary(self._encoding, text)
         except UnicodeEncodeError as error:
             raise UserError(
                 f"the text has a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}; "

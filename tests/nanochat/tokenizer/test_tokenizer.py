@@ -1,13 +1,16 @@
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanochat.data.shards import Shards
 from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
-from nanochat.tokenizer.bpe import SPECIALS, Tokenizer
+from nanochat.tokenizer.bpe import LONGEST_SPACE, SPECIALS, Tokenizer, encode_ordinary, pieces_of
 from nanochat.tokenizer.chat_format import render, render_prompt
-from tests.conftest import assert_fails_with, nanochat
+from tests.conftest import TINY_BASE, assert_fails_with, nanochat
 
 any_text = st.text(st.characters(exclude_categories=("Cs",)))
 TALK = {
@@ -32,6 +35,47 @@ def test_any_text_comes_back(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.token_bytes[ids].sum() == len(text.encode("utf-8"))
+
+
+@pytest.mark.parametrize("space", [" ", "\t", " \t", "\u3000", "\n", "\r\n", " \n"])
+def test_a_long_run_of_white_space_comes_back(tokenizer, space):
+    text = f"a b{space * (2_500_000 // len(space))} y z"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and ids[-4:] == tokenizer.encode(f"{space} y z")[-4:]
+
+
+@pytest.mark.parametrize("length", [LONGEST_SPACE - 1, LONGEST_SPACE])
+def test_what_can_be_encoded_as_a_whole_is(tokenizer, length):
+    text = f"the first{' ' * length}one"
+    assert pieces_of(text) == [text]
+    assert tokenizer.encode(text) == tokenizer._encoding.encode_to_numpy(text).tolist()
+    with pytest.raises(ValueError, match="stack size"):  # and the length is the longest that can be
+        tokenizer._encoding.encode_to_numpy(f"the first{' ' * (LONGEST_SPACE + 1)}one")
+
+
+def test_other_errors_of_an_encoding_are_raised(tokenizer):
+    with pytest.raises(ValueError, match="of the encoding"):
+        encode_ordinary(BrokenEncoding(), " " * 2_000_000)
+
+
+class BrokenEncoding:
+    def encode_to_numpy(self, text: str, **options):
+        raise ValueError("of the encoding")
+
+
+def test_a_document_of_white_space_among_others_is_read_by_all_stages(base):
+    """A tokenizer is trained on it and evaluated, and a model trained."""
+    shard = Shards.of(Paths(base), "train").files[0]
+    text = pq.read_table(shard).column("text").to_pylist()
+    text[0] = f"Tilda lives{' ' * 1_000_000}in Dunmere."
+    pq.write_table(pa.table({"text": text}), shard, row_group_size=256)
+    for words in (
+        ("tokenizer", "train", "--vocab-size", "512", "--doc-cap", "2000000"),
+        ("tokenizer", "eval"),
+        ("train", "base", *TINY_BASE, "--eval-every", "-1"),
+    ):
+        done = nanochat(base, *words)
+        assert done.returncode == 0, done.stderr
 
 
 @given(before=any_text, special=st.sampled_from(SPECIALS), after=any_text)
