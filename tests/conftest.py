@@ -42,6 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 LONGEST = (
     "test_slurm",
     "test_resume",
+    "test_stopping",
     "test_distributed",
     "test_qkv_projection",
     "test_checkpoint",

@@ -33,9 +33,8 @@ from nanochat.train.micro_step import MicroStep, choose_execution
 from nanochat.train.plan import Plan
 from nanochat.train.state import SHAPE, Pace, TrainState
 
-SAME_REQUEST = (
-    1.0  # seconds in which a second signal is the first one again: torchrun passes on what a terminal has sent to all
-)
+# seconds in which a second signal repeats the first: torchrun passes on what a terminal has sent to all of its processes
+SAME_REQUEST = 1.0
 
 
 class Interrupt:

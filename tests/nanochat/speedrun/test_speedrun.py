@@ -267,7 +267,9 @@ def until(condition) -> None:
 def test_a_stage_saves_and_ends_when_its_speedrun_is_killed(base):
     speedrun, stage = training_under_way(base)
     second = nanochat(base, "train", "base", *TINY_BASE)  # while the first one trains
-    assert_fails_with(second, f"another train base is running in {Paths(base).run} (process {stage} on", "remove", "base.lock")
+    assert_fails_with(
+        second, f"another train base is running in {Paths(base).run} (process {stage} on", "remove", "base.lock"
+    )
     speedrun.kill()
     speedrun.wait()
     until(lambda: not Path("/proc", str(stage), "cmdline").exists() or not Paths(base).lock("base").exists())
