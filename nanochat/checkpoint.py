@@ -167,8 +167,8 @@ def damaged(path: Path, problem: str) -> UserError:
     for other in path.parent.glob("step_*"):
         if other.name < path.name:
             try:
-                read_meta(other, offer=False)
-                before.append(other)
+                if not _first_problem(other, meta := read_meta(other, offer=False), list(meta["files"])):
+                    before.append(other)
             except UserError:
                 continue
     if before:
@@ -196,6 +196,8 @@ def read_meta(path: Path, tokenizer: Tokenizer | None = None, offer: bool = True
         if WEIGHTS not in meta["files"] or any(Path(name).is_absolute() or ".." in name for name in meta["files"]):
             raise UserError(f"{path / 'meta.json'} does not list the files of a checkpoint")
         for name, content in meta["files"].items():
+            if isinstance(content, dict):
+                check_shape(content, {"bytes": int, "sha256": str}, f"{path / 'meta.json'}: {name}")
             size = content["bytes"] if isinstance(content, dict) else content
             actual = (path / name).stat().st_size if (path / name).exists() else None
             if actual != size:

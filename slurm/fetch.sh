@@ -5,4 +5,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source slurm/environment.sh
 need_nanochat
 nanochat fetch "$@"
-nanochat preflight --data-only "$@"
+chosen=() # of the options, those that preflight has too
+while (($#)); do
+  case "$1" in
+    --preset | --shards) chosen+=("$1" "$2") && shift ;;
+    --preset=* | --shards=*) chosen+=("$1") ;;
+  esac
+  shift
+done
+nanochat preflight --data-only "${chosen[@]}"

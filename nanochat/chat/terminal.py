@@ -49,6 +49,8 @@ def chat(options: ChatOptions, paths: Paths) -> None:
 def questions(paths: Paths) -> Iterator[str]:
     """What the user types, until the end of the input. In a terminal lines can be edited, recalled, and pasted with line ends."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="replace")
         while (line := sys.stdin.readline()) != "":
             console.print("[bold]you:[/bold] ", end="")
             yield line.strip()
@@ -56,7 +58,12 @@ def questions(paths: Paths) -> Iterator[str]:
         return
     from prompt_toolkit import PromptSession, formatted_text, history  # slow to import
 
-    prompts = PromptSession(history=history.FileHistory(paths.chat_history))
+    class History(history.FileHistory):
+        def store_string(self, string: str) -> None:
+            with contextlib.suppress(OSError):  # a full disk ends no chat
+                super().store_string(string)
+
+    prompts = PromptSession(history=History(paths.chat_history))
     while True:
         try:
             yield prompts.prompt(formatted_text.HTML("<b>you:</b> ")).strip()

@@ -23,7 +23,7 @@ def status(options: StatusOptions, paths: Paths) -> None:
     for stage in STAGES:
         table.add_row(stage.name, *_state(paths, stage))
     show_table(table)
-    say(f"files: {paths.base}")
+    say(f"run {paths.run_name}: {paths.run}")
     jobs = [job for _, job in json_lines(paths.jobs)] if paths.jobs.exists() else []
     ids = [str(job["id"]) for job in jobs if isinstance(job, dict) and "id" in job]  # a line may be cut off
     if ids and shutil.which("squeue"):

@@ -42,9 +42,9 @@ def submit(options: SubmitOptions) -> None:
             f"--time {limit} leaves less than {SHORTEST_RUN} s before the signal to save, {options.signal_seconds} s before the "
             "end: the job would be queued again and again; raise --time or lower --signal-seconds"
         )
-    stages = " ".join(
-        f"{option} {name}" for option, name in (("--from", options.first), ("--to", options.last)) if name
-    )
+    run = Paths(Path(base)).of_run(options.run_name or options.preset)
+    chosen = {"--from": options.first, "--to": options.last, "--changed": options.changed.replace("refuse", "")}
+    stages = " ".join(f"{option} {value}" for option, value in chosen.items() if value)
     mail = mail_user(options.mail_user)
     names = ["gate", "speedrun"] if options.job == "speedrun" and options.after_gate else [options.job]
     submitted = ""
@@ -69,7 +69,7 @@ def submit(options: SubmitOptions) -> None:
         say(f"  tail -F {base}/logs/nanochat-{name}-{submitted}.log")
     if not options.dry_run:
         say("watch it with:")
-        say(f"  squeue --me\n  NANOCHAT_BASE_DIR={base} nanochat cluster status")
+        say(f"  squeue --me\n  NANOCHAT_BASE_DIR={shlex.quote(base)} nanochat cluster status --run-name {run.run_name}")
 
 
 def _call(command: list[str]) -> str:

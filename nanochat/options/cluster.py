@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from nanochat.options.presets import NamedRun, NewestRun, PresetName
+from nanochat.options.presets import Changed, NamedRun, NewestRun, PresetName
 from nanochat.options.ranges import AtLeast
 
 SIGNAL_SECONDS = 600  # an evaluation that is running must end before training can save
@@ -25,6 +25,8 @@ class SubmitOptions(NamedRun):
     """stage of the speedrun to begin with; earlier ones must have finished"""
     last: Annotated[str, tyro.conf.arg(name="to")] = ""
     """stage of the speedrun to end with"""
+    changed: Changed = "refuse"
+    """what to do with files of your own in place of generated ones, as in `nanochat speedrun`"""
     after_gate: bool = False
     """submit the gate's job too, and begin only after it has succeeded"""
     nodes: Annotated[int, AtLeast(1)] = 1

@@ -66,7 +66,12 @@ def _acquire(path: Path, mine: dict) -> None:
     while True:
         with suppress(FileExistsError):
             with path.open("x", encoding="utf-8") as file:
-                json.dump(mine, file)
+                try:
+                    file.write(json.dumps(mine))
+                    file.flush()
+                except OSError:
+                    path.unlink(missing_ok=True)  # an empty lock would seem to be another's
+                    raise
             return
         seen = _read(path)
         if seen is None:  # removed since
@@ -112,7 +117,7 @@ def _is_dead(path: Path, seen: Seen) -> bool:
     here = _place()
     if seen.holder and here.items() <= seen.holder.items():
         started = _start_of(seen.holder["process"])
-        return started is None or started != seen.holder["started"]
+        return started is None or (started != "" and started != seen.holder["started"])
     say(
         f"{path} is there, of {seen.holder.get('host', 'an unknown host')}: waiting up to {DEAD:.0f} s for its heartbeat"
     )
@@ -166,9 +171,16 @@ def _read(path: Path) -> Seen | None:
 
 
 def _place() -> dict[str, str]:
-    """Where numbers of processes mean the same: the host, and within it the namespace, which containers have of their own."""
-    namespace = Path("/proc/self/ns/pid")
-    return {"host": socket.gethostname(), "namespace": os.readlink(namespace) if namespace.exists() else ""}
+    """Where numbers of processes mean the same: a start of a host, and in it the namespace, which containers have of their own.
+
+    Two hosts may have the same name, and their first namespaces have the same number.
+    """
+    namespace, boot = Path("/proc/self/ns/pid"), Path("/proc/sys/kernel/random/boot_id")
+    number = os.readlink(namespace) if namespace.exists() else ""
+    return {
+        "host": socket.gethostname(),
+        "namespace": number + (boot.read_text("ascii").strip() if boot.exists() else ""),
+    }
 
 
 def _start_of(process: int) -> str | None:
@@ -180,9 +192,9 @@ def _start_of(process: int) -> str | None:
     if Path("/proc/self/stat").exists():
         try:
             state, *fields = stat.read_text("utf-8", errors="replace").rpartition(")")[2].split()
-        except OSError:
-            return None
-        return None if state in "ZX" else fields[18]
+            return None if state in "ZX" else fields[18]
+        except OSError:  # it has ended, or belongs to another user, whose processes are hidden
+            pass
     try:
         os.kill(process, 0)
     except ProcessLookupError:

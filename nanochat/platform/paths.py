@@ -37,12 +37,12 @@ class Paths:
         if not re.fullmatch(r"\w[\w.+-]*", name):
             raise UserError(f"--run-name {name!r} must begin with a letter or digit, and have only those and . _ + -")
         own_tokenizer = self.base / "tokenizer" / "tokenizer.json"
-        if own_tokenizer.exists() or any(any((self.base / "checkpoints" / s).glob("step_*")) for s in TRAINING_STAGES):
+        if own_tokenizer.exists() or any(steps_in(self.base / "checkpoints" / stage) for stage in TRAINING_STAGES):
             parts = " ".join(str(self.base / part) for part in PARTS_OF_A_RUN if (self.base / part).exists())
             raise UserError(
                 f"{self.base} holds a run of an earlier version, and runs now have directories of their own; move it to one with: "
                 f"mkdir -p {self.base}/runs/NAME && mv {parts} {self.base}/runs/NAME (NAME is its preset, such as d20, or any "
-                "name, which --run-name takes)"
+                "name, which --run-name takes); its models can be evaluated and talked to, but their training does not go on"
             )
         return replace(self, run_name=name)
 

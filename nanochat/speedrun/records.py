@@ -40,12 +40,13 @@ def valid_record(paths: Paths, stage: Stage, command: list[str], made_from: str)
 
 
 def changed_files(paths: Paths, stage: Stage) -> list[Path]:
-    """The files of a finished stage that were changed or added since, and that running the stage again would replace.
+    """The files of a finished stage that a user has changed or added since, and that running the stage again would replace.
 
-    A training stage replaces none: it resumes from its newest checkpoint, whichever that is.
+    A training stage replaces none: it resumes from its newest checkpoint, whichever that is. What other commands write too,
+    sections and the report, is made again.
     """
     record = read_json(record_path(paths, stage))
-    if record is None or stage.trains or not isinstance(record.get("made"), dict):
+    if record is None or not stage.may_be_replaced or not isinstance(record.get("made"), dict):
         return []
     return [paths.run / name for name, digest in hashes(paths, stage).items() if record["made"].get(name) != digest]
 

@@ -18,6 +18,7 @@ class Stage:
     trains: bool = False  # saves on a signal and resumes from its checkpoint; other stages start again
     has_preset: bool = True  # takes --preset
     asks_about_changes: bool = False  # takes --changed
+    may_be_replaced: bool = False  # a user may put files of their own in place of its outputs; others are made again
 
 
 def _newest_checkpoint(stage: str) -> Callable[[Paths], list[Path]]:
@@ -37,8 +38,15 @@ def _tokenizer(paths: Paths) -> list[Path]:
 
 
 STAGES = (
-    Stage("data", ("data", "generate"), lambda p: [p.embedded], has_preset=False, asks_about_changes=True),
-    Stage("tokenizer", ("tokenizer", "train"), _tokenizer),
+    Stage(
+        "data",
+        ("data", "generate"),
+        lambda p: [p.embedded],
+        has_preset=False,
+        asks_about_changes=True,
+        may_be_replaced=True,
+    ),
+    Stage("tokenizer", ("tokenizer", "train"), _tokenizer, may_be_replaced=True),
     Stage("tokenizer-eval", ("tokenizer", "eval"), _section("tokenizer-eval"), has_preset=False),
     Stage("base", ("train", "base"), _newest_checkpoint("base"), distributed=True, trains=True),
     Stage("base-eval", ("evaluate", "base"), _section("base-eval"), distributed=True),

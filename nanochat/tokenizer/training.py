@@ -6,7 +6,7 @@ from nanochat.data.shards import Shards
 from nanochat.options.tokenizer import TokenizerTrainOptions
 from nanochat.platform.console import progress_bar, say
 from nanochat.platform.errors import UserError
-from nanochat.platform.paths import TRAINING_STAGES, Paths
+from nanochat.platform.paths import TRAINING_STAGES, Paths, steps_in
 from nanochat.tokenizer.bpe import Tokenizer
 
 
@@ -35,7 +35,7 @@ def train_tokenizer(options: TokenizerTrainOptions, paths: Paths) -> dict:
         tokenizer = Tokenizer.train(texts(advance), options.vocab_size)
     existing = Tokenizer.load(paths.tokenizer) if (paths.tokenizer / "tokenizer.json").exists() else None
     if existing is not None and existing.hash != tokenizer.hash:
-        dependent = [stage for stage in TRAINING_STAGES if any(paths.checkpoints(stage).glob("step_*"))]
+        dependent = [stage for stage in TRAINING_STAGES if steps_in(paths.checkpoints(stage))]
         if dependent:
             raise UserError(
                 f"the tokenizer in {paths.tokenizer} would change, but checkpoints depend on it: {', '.join(dependent)}; "

@@ -126,7 +126,9 @@ def run_gate(options: KernelsGateOptions, paths: Paths) -> None:
                 if choice["impl"] != alone[name]:
                     say(f"{name}: {choice['impl']}, because the micro-step is faster with it")
         gate.write(paths.gate, gate.identity(shape, runtime.device, runtime.compute_dtype), operations, **more)
-    say(f"wrote {paths.gate}; training on this device and at these shapes takes it from now on")
+    say(
+        f"wrote {paths.gate}; training of the run {paths.run_name} on this device and at these shapes takes it from now on"
+    )
 
 
 def choose_by_micro_step(operations: dict[str, dict], model: GPTConfig, rows: int, runtime: Runtime) -> dict:

@@ -1,6 +1,7 @@
 """The hash of the training data: it follows names and contents, and files that have not changed are read once."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -49,6 +50,18 @@ def test_files_that_have_not_changed_are_read_once(files, tmp_path, cpu, monkeyp
         known.write_text(damage)
         read.clear()
         assert fingerprint(files, known, cpu) and sorted(read) == ["a", "b"]
+
+
+def test_many_files_are_read_a_few_at_a_time(files, tmp_path, cpu, monkeypatch):
+    """Between them the other ranks hear from the primary, and what is read is kept: also where it cannot be written down."""
+    whole = fingerprint(files, tmp_path / "known.json", cpu)
+    monkeypatch.setattr(module, "TOGETHER", 1)
+    monkeypatch.setattr(module, "write_json", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    asked = []
+    runtime = replace(cpu)
+    monkeypatch.setattr(type(runtime), "gather", lambda self, value: asked.append(value) or [value])
+    assert fingerprint(files, tmp_path / "none.json", runtime) == whole == asked[-1] and len(asked) == 2
+    assert fingerprint([], tmp_path / "none.json", runtime) == ""
 
 
 def test_a_file_that_cannot_be_read_is_named(files, tmp_path, cpu):

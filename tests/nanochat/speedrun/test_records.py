@@ -1,10 +1,12 @@
 """A record is valid while command, inputs and outputs are those it was written for."""
 
+from dataclasses import replace
+
 import pytest
 
 from nanochat.platform.paths import Paths
-from nanochat.speedrun.records import record_path, valid_record, write_record
-from nanochat.speedrun.stages import Stage
+from nanochat.speedrun.records import changed_files, record_path, valid_record, write_record
+from nanochat.speedrun.stages import STAGES, Stage
 
 COMMAND = ["tokenizer", "train"]
 
@@ -43,3 +45,16 @@ def test_changed_outputs_make_a_record_invalid(finished, change):
     else:
         record_path(paths, stage).write_text('{"stage": "thi')
     assert valid_record(paths, stage, COMMAND, "inputs") is None
+
+
+@pytest.mark.parametrize(("may_be_replaced", "asks"), [(True, ["file"]), (False, [])])
+def test_only_files_that_a_user_may_replace_are_asked_about(finished, may_be_replaced, asks):
+    """A section of the report, which the command run by hand writes too, is made again without a question."""
+    paths, stage = finished
+    (paths.run / "file").write_text("c")
+    stage = replace(stage, may_be_replaced=may_be_replaced)
+    assert [path.name for path in changed_files(paths, stage)] == asks and valid_record(
+        paths, stage, COMMAND, "inputs"
+    ) is None
+    wanted = {"data", "tokenizer"}
+    assert {stage.name for stage in STAGES if stage.may_be_replaced} == wanted
