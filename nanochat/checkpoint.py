@@ -141,7 +141,7 @@ class CheckpointStore:
         if problems:
             raise damaged(path, problems[0])
         _require_same_model(path, meta, model.config)
-        load_weights(path, model, meta)
+        load_weights(path, model)
         try:
             load_state(path / "state", optimizer, self.runtime)
         except DamagedState as error:
@@ -167,7 +167,7 @@ def damaged(path: Path, problem: str) -> UserError:
     for other in path.parent.glob("step_*"):
         if other.name < path.name:
             try:
-                if not _first_problem(other, meta := read_meta(other, offer=False), list(meta["files"])):
+                if not _first_problem(other, meta := _read_complete(other), list(meta["files"])):
                     before.append(other)
             except UserError:
                 continue
@@ -178,40 +178,44 @@ def damaged(path: Path, problem: str) -> UserError:
     return UserError(f"{problem}; no whole checkpoint is before it: remove {path} and train this stage again")
 
 
-def read_meta(path: Path, tokenizer: Tokenizer | None = None, offer: bool = True) -> dict:
+def read_meta(path: Path, tokenizer: Tokenizer | None = None) -> dict:
     """The content of meta.json, after checking its shape, that every file has its size, and that the tokenizer is the checkpoint's.
 
-    Raises UserError when one of them is not, which names an earlier whole checkpoint if `offer`.
+    Raises UserError when one of them is not, which names an earlier whole checkpoint.
     """
     try:
-        try:
-            meta = json.loads((path / "meta.json").read_text("utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(
-                f"{path} is not a whole checkpoint (meta.json: {str(error) or type(error).__name__})"
-            ) from error
-        check_shape(meta, META, f"{path / 'meta.json'}")
-        if path.name != f"step_{meta['step']:06d}":
-            raise UserError(f"{path / 'meta.json'} is of step {meta['step']}")
-        if WEIGHTS not in meta["files"] or any(Path(name).is_absolute() or ".." in name for name in meta["files"]):
-            raise UserError(f"{path / 'meta.json'} does not list the files of a checkpoint")
-        for name, content in meta["files"].items():
-            if isinstance(content, dict):
-                check_shape(content, {"bytes": int, "sha256": str}, f"{path / 'meta.json'}: {name}")
-            size = content["bytes"] if isinstance(content, dict) else content
-            actual = (path / name).stat().st_size if (path / name).exists() else None
-            if actual != size:
-                found = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
-                raise UserError(f"{path / name} {found}")
+        meta = _read_complete(path)
     except UserError as error:
-        if not offer:
-            raise
         raise damaged(path, str(error)) from error
     if tokenizer is not None and meta["tokenizer"] != tokenizer.hash:
         raise UserError(
             f"{path} was trained with another tokenizer ({meta['tokenizer'][:12]}, now {tokenizer.hash[:12]}); "
             "restore that tokenizer, or train this stage again with another --run-name"
         )
+    return meta
+
+
+def _read_complete(path: Path) -> dict:
+    """The content of meta.json. Raises UserError when it has another shape, or a file has not its size."""
+    try:
+        meta = json.loads((path / "meta.json").read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} is not a whole checkpoint (meta.json: {str(error) or type(error).__name__})"
+        ) from error
+    check_shape(meta, META, f"{path / 'meta.json'}")
+    if path.name != f"step_{meta['step']:06d}":
+        raise UserError(f"{path / 'meta.json'} is of step {meta['step']}")
+    if WEIGHTS not in meta["files"] or any(Path(name).is_absolute() or ".." in name for name in meta["files"]):
+        raise UserError(f"{path / 'meta.json'} does not list the files of a checkpoint")
+    for name, content in meta["files"].items():
+        if isinstance(content, dict):
+            check_shape(content, {"bytes": int, "sha256": str}, f"{path / 'meta.json'}: {name}")
+        size = content["bytes"] if isinstance(content, dict) else content
+        actual = (path / name).stat().st_size if (path / name).exists() else None
+        if actual != size:
+            found = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
+            raise UserError(f"{path / name} {found}")
     return meta
 
 
@@ -228,11 +232,8 @@ def _first_problem(path: Path, meta: dict, names: list[str]) -> str | None:
     return None
 
 
-def load_weights(path: Path, model: GPT, meta: dict) -> None:
-    """Copy the weights of a checkpoint into its model. Raises UserError when they are not what was saved."""
-    problem = _first_problem(path, meta, [WEIGHTS])
-    if problem:
-        raise damaged(path, problem)
+def load_weights(path: Path, model: GPT) -> None:
+    """Copy the weights of a checkpoint into its model. Raises UserError when names or shapes are others."""
     try:
         weights = load_file(path / WEIGHTS, device=str(model.device))
     except (SafetensorError, OSError) as error:
@@ -285,9 +286,12 @@ def find_checkpoint(
 
 
 def create_model(path: Path, config: GPTConfig, runtime: Runtime, meta: dict) -> GPT:
-    """A model with the weights of the checkpoint in `path`, whose meta.json has the content `meta`."""
+    """A model with the weights of the checkpoint in `path`, whose meta.json has the content `meta`. Raises UserError for damage."""
+    problem = _first_problem(path, meta, [WEIGHTS])
+    if problem:
+        raise damaged(path, problem)
     model = GPT.create(config, runtime.device, runtime.compute_dtype)
-    load_weights(path, model, meta)
+    load_weights(path, model)
     model.keep_copies()
     return model
 

@@ -12,7 +12,7 @@ from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import UserError, remedy_for
 from nanochat.platform.files import read_json, sha256_of, write_json
 
-LARGE = 4 * 2**30  # bytes, which take a few seconds
+LARGE = 2**29  # bytes, which take a noticeable time
 TOGETHER = 16  # files between two exchanges with the other ranks
 
 
@@ -22,39 +22,39 @@ def fingerprint(files: Iterable[Path], known: Path, runtime: Runtime) -> str:
     known: a file that keeps the hash of each file with its size and time of change, so that it is read only once. Raises
     UserError on all ranks when a file cannot be read.
     """
-    files, found = sorted(set(files)), ""
-    # a few at a time: the other ranks would give up on one that does not answer for minutes, and what is read is not read again
-    for end in range(TOGETHER, len(files) + TOGETHER, TOGETHER):
+    files, total = sorted(set(files)), hashlib.sha256()
+    # a few files at a time: the other ranks would give up on one that does not answer for minutes
+    for start in range(0, len(files), TOGETHER):
+        problem, some = None, files[start : start + TOGETHER]
         if runtime.primary:
             try:
-                found = _hash_of(files[:end], known)
+                for path, digest in _hashes_of(some, known, f"{start + len(some)} of {len(files)}").items():
+                    total.update(f"{path.name}\0{digest}\n".encode())
             except OSError as error:
-                found = UserError(f"{error.filename} cannot be read ({error.strerror}); {remedy_for(error)}")
-        found = runtime.gather(found)[0]
-        if isinstance(found, UserError):
-            raise found
-    return found
+                problem = UserError(f"{error.filename} cannot be read ({error.strerror}); {remedy_for(error)}")
+        problem = runtime.gather(problem)[0]
+        if problem:
+            raise problem
+    return runtime.gather(total.hexdigest())[0]
 
 
-def _hash_of(files: list[Path], known: Path) -> str:
+def _hashes_of(files: list[Path], known: Path, progress: str) -> dict[Path, str]:
     before = read_json(known) or {}
-    states = {path: (str(path.resolve()), path.stat()) for path in files}
-    marks = {path: [stat.st_size, stat.st_mtime_ns] for path, (_, stat) in states.items()}
-    hashes = {}
-    for path, (name, _) in states.items():
-        entry = before.get(name)
-        if isinstance(entry, list) and entry[:2] == marks[path] and len(entry) == 3:
-            hashes[path] = entry[2]
+    names = {path: str(path.resolve()) for path in files}
+    marks = {path: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+    entries = {path: before.get(name) for path, name in names.items()}
+    hashes = {
+        path: entry[2]
+        for path, entry in entries.items()
+        if isinstance(entry, list) and len(entry) == 3 and entry[:2] == marks[path]
+    }
     new = [path for path in files if path not in hashes]
     size = sum(marks[path][0] for path in new)
-    if size > LARGE // 8:
-        say(f"reading {size / 1e9:.1f} GB of training data once, to know them again when the run is resumed")
+    if size > LARGE:
+        say(f"reading {size / 1e9:.1f} GB of training data to know it again when the run is resumed ({progress} files)")
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         hashes |= zip(new, pool.map(sha256_of, new), strict=True)
     if new:
-        with suppress(OSError):  # they are then read again
-            write_json(known, before | {states[path][0]: [*marks[path], hashes[path]] for path in new})
-    total = hashlib.sha256()
-    for path in files:
-        total.update(f"{path.name}\0{hashes[path]}\n".encode())
-    return total.hexdigest()
+        with suppress(OSError):  # they are then read again in the next run
+            write_json(known, before | {names[path]: [*marks[path], hashes[path]] for path in new})
+    return {path: hashes[path] for path in files}

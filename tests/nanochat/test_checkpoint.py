@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from nanochat.checkpoint import CheckpointStore, load_model, load_weights, read_meta
+from nanochat.checkpoint import CheckpointStore, create_model, load_model, load_weights, read_meta
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.platform.distributed import Runtime
@@ -201,6 +201,17 @@ def read_files(store: CheckpointStore) -> dict:
     return json.loads((store.path(3) / "meta.json").read_text())["files"]
 
 
+def test_a_flipped_bit_in_the_weights_is_seen_where_nothing_is_trained(tmp_path):
+    store = saved(tmp_path)
+    meta, path = read_meta(store.path(3)), store.path(3) / "model.safetensors"
+    assert create_model(store.path(3), SMALL, runtime(), meta).config == SMALL
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="is not what was saved .its SHA-256 differs."):
+        create_model(store.path(3), SMALL, runtime(), meta)
+
+
 class Payload:
     """Runs code when it is unpickled."""
 
@@ -233,7 +244,8 @@ def test_a_checkpoint_of_an_earlier_version_is_evaluated_but_not_resumed(tmp_pat
     sizes = {name: content["bytes"] for name, content in read_files(store).items()}
     rewrite_meta(store, files=sizes)
     model = GPT.create(SMALL, seed=5)
-    load_weights(store.path(3), model, read_meta(store.path(3)))
+    read_meta(store.path(3))
+    load_weights(store.path(3), model)
     with pytest.raises(
         UserError, match="in a format that can run code .* is not read; its weights can still be evaluated"
     ):
