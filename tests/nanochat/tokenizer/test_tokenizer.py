@@ -189,7 +189,9 @@ def test_the_same_command_again_changes_nothing(base):
 
 
 def test_a_tokenizer_under_a_checkpoint_is_not_replaced(base):
-    (Paths(base).run / "checkpoints" / "base" / "step_000004").mkdir(parents=True)
+    checkpoint = Paths(base).run / "checkpoints" / "base" / "step_000004"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "meta.json").write_text("{}")
     before = (Paths(base).run / "tokenizer" / "tokenizer.json").read_bytes()
     assert_fails_with(nanochat(base, "tokenizer", "train", "--vocab-size", "400"), "checkpoints depend on it: base")
     assert (Paths(base).run / "tokenizer" / "tokenizer.json").read_bytes() == before
