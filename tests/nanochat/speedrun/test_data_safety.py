@@ -129,6 +129,7 @@ def test_runs_do_not_collide(stages):
     """As two presets in one base directory, of which the first has checkpoints."""
     first = stages(DATA, TOKENIZER, name="cpu")
     (first.checkpoints("base") / "step_000001").mkdir(parents=True)
+    (first.checkpoints("base") / "step_000001" / "meta.json").write_text("{}")
     before = contents(first)
     larger = Stage("tokenizer", ("tokenizer", "train", "--vocab-size", "600"), TOKENIZER.outputs, has_preset=False)
     second = stages(DATA, larger, name="tiny")
