@@ -5,12 +5,11 @@ the test in that module which must fail).
 """
 
 import importlib
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.conftest import copy_packages, environment
 
 HERE = Path(__file__).parent
@@ -30,20 +29,32 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("planted", planted, ids=lambda key: f"{key[0]}: {key[1]}")
 
 
+def run_in_copy(directory: Path, module: str, test: str, file: str = "", sound: str = "", faulty: str = ""):
+    """Run a test in a copy of the packages, of which one file is changed."""
+    copy_packages(directory)
+    if file:
+        path = directory / "kernels" / f"{file}.py"
+        path.write_text(path.read_text("utf-8").replace(sound, faulty), "utf-8")
+    # the copy must also serve the processes that tests start
+    env = environment(None, PYTHONPATH=str(directory))
+    node = f"tests/kernels/{module}.py::{test}"
+    return forked.run(
+        "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "", node, cwd=directory, env=env, timeout=1500
+    )
+
+
 def test_fault_is_caught(planted, tmp_path):
     file, sound, faulty, test = FAULTS[planted]
-    copy_packages(tmp_path)
-    path = tmp_path / "kernels" / f"{file}.py"
-    path.write_text(path.read_text("utf-8").replace(sound, faulty), "utf-8")
-    # the copy must also serve the processes that tests start
-    env = environment(None, PYTHONPATH=str(tmp_path))
-    node = f"tests/kernels/{planted[0]}.py::{test}"
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "", node]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
+    done = run_in_copy(tmp_path, planted[0], test, file, sound, faulty)
     # 1: tests failed; negative: a stray memory access killed the process, which counts as well
     assert done.returncode == 1 or done.returncode < 0, (
-        f"{node} does not fail with: {planted[1]}\n{done.stdout[-1500:]}{done.stderr[-500:]}"
+        f"{planted[0]}.{test} does not fail with: {planted[1]}\n{done.stdout[-1500:]}{done.stderr[-500:]}"
     )
+
+
+def test_copy_without_a_fault_passes(tmp_path):
+    done = run_in_copy(tmp_path, "test_rms_norm", "test_derivatives_that_do_not_exist_raise")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("key", FAULTS, ids=lambda key: f"{key[0]}: {key[1]}")
