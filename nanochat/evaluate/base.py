@@ -29,7 +29,7 @@ def evaluate_base(options: EvaluateBaseOptions, paths: Paths, runtime: Runtime) 
         batches = {split: list(islice(stream.batches(rows, length), count)) for split, stream in streams.items()}
     for split, part in batches.items():
         results[f"{split}_bpb"] = bits_per_byte(model, part, tokenizer.token_bytes, runtime)
-    results["unigram_bpb"] = unigram_bits_per_byte(batches["train"], batches["val"], tokenizer.token_bytes)
+    results["unigram_bpb"] = unigram_bits_per_byte(batches["train"], batches["val"], tokenizer.token_bytes, runtime)
     if runtime.primary:
         say(
             f"bits per byte: validation {results['val_bpb']:.4f}, train {results['train_bpb']:.4f}, "

@@ -35,12 +35,21 @@ def bits_per_byte(model: GPT, batches: Iterable[Batch], token_bytes: np.ndarray,
     return nats / (math.log(2) * count)
 
 
-def unigram_bits_per_byte(train: Iterable[Batch], val: Iterable[Batch], token_bytes: np.ndarray) -> float:
-    """Bits per byte on `val` of a model that knows only token frequencies, counted on `train` with one added to each count."""
-    counts = np.ones(len(token_bytes))
-    for batch in train:
-        counts += np.bincount(batch.targets.numpy().ravel(), minlength=len(counts))
+def unigram_bits_per_byte(
+    train: Iterable[Batch], val: Iterable[Batch], token_bytes: np.ndarray, runtime: Runtime
+) -> float:
+    """Bits per byte on `val` of a model that knows only token frequencies, counted on `train` with one added to each count.
+
+    Both are the batches of all ranks, of which a rank may have none.
+    """
+
+    def count(batches: Iterable[Batch]) -> np.ndarray:
+        counts = np.zeros(len(token_bytes))
+        for batch in batches:
+            counts += np.bincount(batch.targets.numpy().ravel(), minlength=len(counts))
+        return np.array(runtime.sum(counts.tolist()))
+
+    counts = 1 + count(train)
     nats = -np.log(counts / counts.sum())
-    targets = np.concatenate([batch.targets.numpy().ravel() for batch in val])
-    targets = targets[token_bytes[targets] > 0]
-    return float(nats[targets].sum() / (math.log(2) * token_bytes[targets].sum()))
+    seen = np.where(token_bytes > 0, count(val), 0)
+    return float(nats @ seen / (math.log(2) * (token_bytes @ seen)))

@@ -77,12 +77,17 @@ def test_bits_per_byte_counts_only_targets_with_bytes(model, cpu):
     assert bits_per_byte(model, [Batch(inputs, targets, ())], token_bytes, cpu) == pytest.approx(expected, rel=1e-5)
 
 
-def test_unigram_baseline():
+def test_unigram_baseline_counts_the_batches_of_all_ranks(cpu, monkeypatch):
     token_bytes = np.array([1, 2, 0])
     train = [Batch(torch.zeros(0), torch.tensor([[0, 0, 0, 1]]), ())]  # counts with one added: 4, 2, 1
     val = [Batch(torch.zeros(0), torch.tensor([[0, 1, 2]]), ())]
     expected = (-math.log2(4 / 7) - math.log2(2 / 7)) / 3
-    assert unigram_bits_per_byte(train, val, token_bytes) == pytest.approx(expected)
+    assert unigram_bits_per_byte(train, val, token_bytes, cpu) == pytest.approx(expected)
+    of_another_rank = iter(([3, 1, 0], [1, 1, 1]))
+    monkeypatch.setattr(
+        Runtime, "sum", lambda self, mine: [a + b for a, b in zip(mine, next(of_another_rank), strict=True)]
+    )
+    assert unigram_bits_per_byte([], [], token_bytes, cpu) == pytest.approx(expected)
 
 
 ITEMS = {
