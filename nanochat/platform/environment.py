@@ -37,7 +37,7 @@ def library_path() -> str:
 
 
 def all_variables() -> dict[str, str]:
-    """The whole environment, for the variables that a site profile refers to."""
+    """The whole environment, for a child process and for the variables that a site profile refers to."""
     return dict(os.environ)
 
 

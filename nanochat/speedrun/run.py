@@ -19,6 +19,7 @@ from nanochat.chat.demo import show_conversation
 from nanochat.cluster.slurm import distributed_launcher
 from nanochat.options.presets import EMBEDDED
 from nanochat.options.speedrun import SpeedrunOptions
+from nanochat.platform import environment
 from nanochat.platform.console import console, output, say
 from nanochat.platform.errors import TrainingStopped, UserError
 from nanochat.platform.files import name_some
@@ -30,6 +31,8 @@ from nanochat.speedrun.records import changed_files, hash_of, valid_record, writ
 from nanochat.speedrun.stages import NAMES, STAGES, Stage, command_of
 
 ERROR = "nanochat: error: "  # how the last line of a command that fails begins
+# seconds that torchrun (torch 2.12 or newer) leaves its processes to save after a signal, where it would kill them after 30
+PATIENCE = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}
 
 
 def speedrun(options: SpeedrunOptions, paths: Paths) -> None:
@@ -164,6 +167,7 @@ def _run(stage: Stage, command: list[str], processes: int, stop: Stop) -> float:
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
+        env=PATIENCE | environment.all_variables(),
         preexec_fn=partial(end_with_parent, os.getpid()),
     )
     error, last = "", ""
