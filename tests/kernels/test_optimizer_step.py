@@ -50,6 +50,7 @@ def agree(operation, in_place, others, results=()):
 
 
 @property_test
+@example(batch=3, m=50, n=40, dtype=torch.bfloat16, clip=0.3, seed=1)
 @given(batch=st.integers(0, 3), m=sizes, n=sizes, dtype=dtypes, clip=st.sampled_from((1.0, 0.3)), seed=seeds)
 def test_nesterov_momentum(batch, m, n, dtype, clip, seed):
     gradient = randn(batch, m, n, dtype=torch.float32, seed=seed)
@@ -103,6 +104,7 @@ def test_apply_update(rows, columns, dtype, copied, seed):
 
 @property_test
 @example(rows=1, columns=1, clip=1.0, step=1, seed=1, stride=1)
+@example(rows=70, columns=40, clip=0.3, step=20, seed=1, stride=3)
 @given(
     rows=st.integers(1, 70),
     columns=sizes,

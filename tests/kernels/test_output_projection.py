@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import nanochat_kernels as kernels
@@ -47,6 +47,14 @@ def inputs(rows, width, k, dtype, seed=0, layouts=("contiguous",) * 3):
 
 
 @harness.property_test
+@example(
+    rows=[5, 9], width=70, k=40, dtype=torch.bfloat16, layouts=("slice", "transposed", "slice"), has_residual=True,
+    parameters=harness.PRODUCTS[0], seed=1,
+)  # fmt: skip
+@example(
+    rows=[9], width=48, k=33, dtype=torch.float16, layouts=("columns",) * 3, has_residual=False,
+    parameters=harness.PRODUCTS[1], seed=2,
+)  # fmt: skip
 @given(
     rows=st.lists(st.integers(1, 9), min_size=1, max_size=2),
     width=st.integers(16, 70),

@@ -38,7 +38,7 @@ def run_in_copy(directory: Path, module: str, test: str, file: str = "", sound: 
         path.write_text(path.read_text("utf-8").replace(sound, faulty), "utf-8")
     # the copy must also serve the processes that tests start; Triton is imported before the tests' conftest sets its mode
     mode = {"TRITON_INTERPRET": "1"} if "TRITON_INTERPRET" in os.environ else {}
-    env = environment(None, PYTHONPATH=str(directory), **mode)
+    env = environment(None, PYTHONPATH=str(directory), ONLY_STATED_EXAMPLES="1", **mode)
     node = f"tests/kernels/{module}.py::{test}"
     return forked.run(
         "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "", node, cwd=directory, env=env, timeout=1500

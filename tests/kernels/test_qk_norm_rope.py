@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import nanochat_kernels as kernels
@@ -34,6 +34,17 @@ def inputs(batch, tokens, groups, share, width, dtype, seed=0, layouts=("contigu
 
 
 @harness.property_test
+@example(
+    batch=2,
+    tokens=19,
+    groups=2,
+    share=3,
+    width=48,
+    dtype=torch.bfloat16,
+    layouts=("slice", "transposed"),
+    offset=5,
+    seed=1,
+)
 @given(
     batch=st.integers(1, 2),
     tokens=st.integers(1, 19),

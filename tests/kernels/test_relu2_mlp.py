@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import nanochat_kernels as kernels
@@ -55,6 +55,14 @@ def inputs(rows, width, hidden, dtype, seed=0, layouts=("contiguous",) * 4):
 
 
 @harness.property_test
+@example(
+    rows=[5, 9], width=40, hidden=50, dtype=torch.bfloat16, layouts=("slice", "transposed", "slice", "slice"),
+    residual="another", parameters=harness.PRODUCTS[0], seed=1,
+)  # fmt: skip
+@example(
+    rows=[9], width=33, hidden=48, dtype=torch.float32, layouts=("columns",) * 4, residual="x",
+    parameters=harness.PRODUCTS[1], seed=2,
+)  # fmt: skip
 @given(
     rows=st.lists(st.integers(4, 9), min_size=1, max_size=2),
     width=st.integers(16, 40),

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import nanochat_kernels as kernels
@@ -100,6 +100,8 @@ def add_norm(x, update):
 
 
 @harness.property_test
+@example(rows=[3, 5], width=40, dtype=torch.bfloat16, layout="slice", seed=1)
+@example(rows=[5], width=40, dtype=torch.float32, layout="transposed", seed=2)
 @given(
     rows=st.lists(st.integers(1, 5), max_size=2),
     width=widths,
@@ -112,6 +114,7 @@ def test_rms_norm(rows, width, dtype, layout, seed):
 
 
 @harness.property_test
+@example(rows=5, width=40, dtype=torch.bfloat16, layouts=("slice", "contiguous"), seed=1)
 @given(
     rows=st.integers(1, 5),
     width=widths,

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nanochat_kernels import configs
@@ -47,6 +47,8 @@ sizes = st.integers(1, 2000 if GPU else 40)
 
 
 @fewer_examples
+@example(batch=3, m=33, n=48, k=40, dtype=torch.bfloat16, x_transposed=False, y_transposed=True, gamma=1.5, seed=1)
+@example(batch=2, m=48, n=33, k=17, dtype=torch.float16, x_transposed=True, y_transposed=False, gamma=0.0, seed=2)
 @given(
     batch=st.integers(1, 3), m=sizes, n=sizes, k=sizes, dtype=halves, x_transposed=st.booleans(),
     y_transposed=st.booleans(), gamma=st.sampled_from((0.0, 1.5)), seed=seeds,
@@ -62,6 +64,8 @@ def test_product(batch, m, n, k, dtype, x_transposed, y_transposed, gamma, seed)
 
 
 @fewer_examples
+@example(batch=3, m=50, k=40, dtype=torch.bfloat16, tall=False, wide=True, seed=1)
+@example(batch=2, m=50, k=40, dtype=torch.float16, tall=True, wide=False, seed=2)
 @given(batch=st.integers(1, 3), m=sizes, k=sizes, dtype=halves, tall=st.booleans(), wide=st.booleans(), seed=seeds)
 def test_symmetric_products(batch, m, k, dtype, tall, wide, seed):
     """x·xᵀ, xᵀ·x and b·A + c·A² are symmetric bit for bit, with square tiles and with tiles twice as wide as high."""

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import nanochat_kernels as kernels
@@ -96,6 +96,21 @@ def inputs(rows, vocabulary, dtype, seed=0, layout="contiguous", scale=4.0, igno
 
 
 @harness.property_test
+@example(
+    rows=6,
+    vocabulary=70,
+    dtype=torch.bfloat16,
+    layout="slice",
+    softcap=15.0,
+    reduction="mean",
+    scale=4.0,
+    weight="row",
+    seed=1,
+)
+@example(
+    rows=5, vocabulary=1000, dtype=torch.float32, layout="columns", softcap=30.0, reduction="none", scale=30.0, weight=None,
+    seed=2,
+)  # fmt: skip
 @given(
     rows=st.integers(1, 6),
     vocabulary=st.one_of(st.integers(1, 70), st.sampled_from((128, 1000, 1024))),
