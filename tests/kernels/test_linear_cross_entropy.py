@@ -74,6 +74,7 @@ def inputs(rows, width, vocabulary, dtype, seed=0, ignored=0.2):
 @harness.property_test
 @example(rows=33, width=54, vocabulary=274, dtype=torch.bfloat16, reduction="mean", ignored=0.3, weight="row", seed=1)
 @example(rows=33, width=54, vocabulary=274, dtype=torch.float16, reduction="none", ignored=0.3, weight="row", seed=2)
+@example(rows=9, width=30, vocabulary=3, dtype=torch.bfloat16, reduction="mean", ignored=0.3, weight="row", seed=1)
 @given(
     rows=st.integers(0, 40), width=st.integers(1, 70), vocabulary=st.integers(1, 300), dtype=harness.dtypes,
     reduction=st.sampled_from(("mean", "none")), ignored=st.sampled_from((0.0, 0.3, 1.1)),
