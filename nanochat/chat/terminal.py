@@ -2,11 +2,11 @@
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from nanochat.checkpoint import load_model
 from nanochat.inference.engine import Engine
-from nanochat.inference.session import Event, Forgotten, Session, ToolCall, ToolResult
+from nanochat.inference.session import Session, shown
 from nanochat.options.chat import ChatOptions
 from nanochat.platform.console import console, say
 from nanochat.platform.distributed import start_runtime
@@ -87,24 +87,3 @@ def print_answer(session: Session, text: str) -> None:
             )  # unless it was raised in there: what has been said stays in the conversation
         console.print(" (stopped)", end="")
     say("")
-
-
-def shown(events: Iterable[Event]) -> Iterator[str]:
-    """The text to print for each event; a calculator call and its result become [expression → result]."""
-    call = None  # an expression that is not shown yet, because its result may follow
-    for event in events:
-        if isinstance(event, ToolResult):
-            yield f" [{call} → {event.text}] " if call is not None else f" [→ {event.text}] "
-            call = None
-            continue
-        if call is not None:
-            yield f" [{call}] "
-            call = None
-        if isinstance(event, ToolCall):
-            call = event.text
-        elif isinstance(event, Forgotten):
-            yield f"(the {event.turns} oldest turns of this conversation no longer fit and are forgotten)\n"
-        else:
-            yield event.text
-    if call is not None:
-        yield f" [{call}] "

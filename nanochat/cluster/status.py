@@ -37,11 +37,11 @@ def status(options: StatusOptions, paths: Paths) -> None:
 def _state(paths: Paths, stage: Stage) -> tuple[str, ...]:
     """State, step, loss, tokens per second and time left of a stage, as text."""
     record = read_json(record_path(paths, stage), {"seconds": float})
-    metrics = read_metrics(paths.metrics(stage.name), "tokens_per_second", "smoothed_loss")
+    metrics = read_metrics(paths.metrics(stage.name), "tokens_per_second", "loss")
     numbers = ("", "", "", "")
     if metrics:
         last = metrics[-1]
-        numbers = (f"{last['step'] + 1:,}", f"{last['smoothed_loss']:.4f}", f"{last['tokens_per_second']:,.0f}", "")
+        numbers = (f"{last['step'] + 1:,}", f"{last['loss']:.4f}", f"{last['tokens_per_second']:,.0f}", "")
     if record is not None:
         return (f"done in {format_duration(record['seconds'])}", *numbers)
     if not metrics:

@@ -35,6 +35,7 @@ def evaluate_base(options: EvaluateBaseOptions, paths: Paths, runtime: Runtime) 
             f"bits per byte: validation {results['val_bpb']:.4f}, train {results['train_bpb']:.4f}, "
             f"a unigram model {results['unigram_bpb']:.4f}"
         )
-    results |= evaluate_core(model, tokenizer, paths.eval_bundle, runtime, options.core_max_per_task)
-    say_accuracies(results, runtime, skip=("val_bpb", "train_bpb", "unigram_bpb"))
-    return results
+    core = evaluate_core(model, tokenizer, paths.eval_bundle, runtime, options.core_max_per_task)
+    if runtime.primary:
+        say_accuracies(core, paths)
+    return results | core

@@ -6,8 +6,9 @@ from nanochat.checkpoint import load_model
 from nanochat.evaluate.scoring import logits_at
 from nanochat.gpt import GPT
 from nanochat.inference.engine import Engine
+from nanochat.inference.session import Session, shown
 from nanochat.options.evaluate import ChatTaskOptions, EvaluateChatOptions
-from nanochat.platform.console import progress_bar, say
+from nanochat.platform.console import progress, say
 from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
@@ -16,6 +17,7 @@ from nanochat.tokenizer.bpe import Tokenizer
 from nanochat.tokenizer.chat_format import render_prompt
 
 SPELLING_TESTS = 256
+SAMPLES = "samples"  # the name of the result that has answers to sample prompts
 TASKS: dict[str, Callable[[Paths], object]] = {
     "ARC-Easy": lambda paths: ARC(paths, "ARC-Easy", "test"),
     "ARC-Challenge": lambda paths: ARC(paths, "ARC-Challenge", "test"),
@@ -24,6 +26,14 @@ TASKS: dict[str, Callable[[Paths], object]] = {
     "HumanEval": lambda paths: HumanEval(paths),
     "SpellingBee": lambda paths: SpellingBee(paths, "test", SPELLING_TESTS),
 }
+
+
+BENCHMARKS = ("CORE", *TASKS, "ChatCORE")
+
+
+def shown_name(name: str, embedded: bool) -> str:
+    """The name of a result as people read it: that of a benchmark, if the embedded data have a test in its place, says so."""
+    return f"{name} stand-in" if embedded and name in BENCHMARKS else name
 
 
 def chat_accuracies(
@@ -45,7 +55,9 @@ def chat_accuracies(
         evaluate = _categorical if task.kind == "categorical" else _generative
         count = len(task) if options.max_per_task < 0 else min(len(task), options.max_per_task)
         mine = range(runtime.rank, count, runtime.world_size)
-        with progress_bar(f"evaluate {name}", len(mine), quiet=not runtime.primary) as advance:
+        with progress(
+            f"evaluate {shown_name(name, paths.reads_embedded)}", len(mine), quiet=not runtime.primary
+        ) as advance:
             verdicts = evaluate(model, tokenizer, task, mine, options, advance)
         right, unfit = runtime.sum([float(verdicts.count(True)), float(verdicts.count(None))])
         results[name] = right / count
@@ -92,21 +104,35 @@ def _generative(
     return verdicts
 
 
-def evaluate_chat(options: EvaluateChatOptions, paths: Paths, runtime: Runtime) -> dict[str, float | str]:
-    """`nanochat evaluate chat`: evaluate the newest checkpoint of a stage; returns accuracies. Raises UserError for unknown tasks."""
+def evaluate_chat(options: EvaluateChatOptions, paths: Paths, runtime: Runtime) -> dict[str, float | str | list]:
+    """`nanochat evaluate chat`: evaluate the newest checkpoint of a stage; returns accuracies, and on the first rank
+    answers to sample prompts. Raises UserError for unknown tasks."""
     unknown = [name for name in options.tasks if name not in TASKS]
     if unknown:
         raise UserError(f"unknown task {unknown[0]!r}; choose from: {', '.join(TASKS)}")
     model, tokenizer, _ = load_model(paths, options.stage, runtime, options.impl)
     names = tuple(dict.fromkeys(options.tasks or TASKS))
     results = chat_accuracies(model, tokenizer, paths, runtime, options.options, names)
-    say_accuracies(results, runtime)
-    return results
+    if not runtime.primary:
+        return results
+    say_accuracies(results, paths)
+    engine = Engine(model, tokenizer)
+    return results | {
+        SAMPLES: [_sample(engine, prompt, options.options.max_tokens) for prompt in options.sample_prompts]
+    }
 
 
-def say_accuracies(results: dict[str, float | str], runtime: Runtime, skip: tuple[str, ...] = ()) -> None:
-    """Print a line for each result, on the first rank only."""
-    if runtime.primary:
-        for name, value in results.items():
-            if name not in skip:
-                say(f"{name:18} {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+def _sample(engine: Engine, prompt: str, max_tokens: int) -> dict[str, str]:
+    """A question with the model's most likely answer."""
+    try:
+        answer = "".join(shown(Session(engine, max_tokens, temperature=0.0).ask(prompt)))
+    except UserError as error:  # the question is too long: no reason to lose what was measured
+        answer = f"({error})"
+    return {"you": prompt, "nanochat": answer}
+
+
+def say_accuracies(results: dict[str, float | str], paths: Paths) -> None:
+    """Print a line for each result."""
+    for name, value in results.items():
+        name = shown_name(name, paths.reads_embedded)
+        say(f"{name:24} {value:.4f}" if isinstance(value, float) else f"{name}: {value}")

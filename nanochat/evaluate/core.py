@@ -19,7 +19,7 @@ from torch import Tensor, tensor
 
 from nanochat.evaluate.scoring import logits_at
 from nanochat.gpt import GPT
-from nanochat.platform.console import progress_bar
+from nanochat.platform.console import progress
 from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import UserError
 from nanochat.platform.files import read_json_lines
@@ -102,7 +102,7 @@ def evaluate_task(model: GPT, tokenizer: Tokenizer, task: CoreTask, runtime: Run
     prepared = [_sequences(task, items, index, tokenizer) for index in mine]
     flat = [sequence for sequences, _ in prepared for sequence in sequences]
     spans = [span for _, item_spans in prepared for span in item_spans]
-    with progress_bar(f"evaluate {task.label}", len(flat), quiet=not runtime.primary) as advance:
+    with progress(f"evaluate {task.label}", len(flat), quiet=not runtime.primary) as advance:
         scores = [
             _score(logits, sequence[start:end])
             for logits, sequence, (start, end) in zip(logits_at(model, flat, spans, advance), flat, spans, strict=True)

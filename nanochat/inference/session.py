@@ -4,7 +4,7 @@ Answers, calculator calls and their results stay in the conversation exactly as 
 display only and never turned back into ids, because the tokenizer may split the same text into other tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from nanochat.inference.engine import Engine
@@ -127,3 +127,24 @@ def events(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[Event]:
             waiting = []
     if waiting:
         yield kind(tokenizer.decode(waiting))
+
+
+def shown(events: Iterable[Event]) -> Iterator[str]:
+    """The text to print for each event; a calculator call and its result become [expression → result]."""
+    call = None  # an expression that is not shown yet, because its result may follow
+    for event in events:
+        if isinstance(event, ToolResult):
+            yield f" [{call} → {event.text}] " if call is not None else f" [→ {event.text}] "
+            call = None
+            continue
+        if call is not None:
+            yield f" [{call}] "
+            call = None
+        if isinstance(event, ToolCall):
+            call = event.text
+        elif isinstance(event, Forgotten):
+            yield f"(the {event.turns} oldest turns of this conversation no longer fit and are forgotten)\n"
+        else:
+            yield event.text
+    if call is not None:
+        yield f" [{call}] "

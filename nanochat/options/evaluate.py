@@ -9,6 +9,8 @@ from nanochat.options.model import Implementations
 from nanochat.options.presets import PresetOptions
 from nanochat.options.ranges import AtLeast, SomeOrAll
 
+SAMPLE_PROMPTS = ("Hello! Who are you?", "Why is the sky blue?", "How many 'r' are in 'strawberry'?")
+
 
 @dataclass(frozen=True)
 class EvaluateBaseOptions(PresetOptions):
@@ -47,5 +49,7 @@ class EvaluateChatOptions(PresetOptions):
     """tasks to evaluate; without any, all"""
     device: str = "auto"
     """auto, cuda, cpu or mps"""
+    sample_prompts: tuple[str, ...] = SAMPLE_PROMPTS
+    """questions whose answers the report shows"""
     options: Annotated[ChatTaskOptions, tyro.conf.arg(name="")] = field(default_factory=ChatTaskOptions)
     impl: Implementations = field(default_factory=Implementations)

@@ -35,6 +35,12 @@ class PresetOptions(NamedRun):
     """values for all options below: tiny (embedded data, a minute), cpu (minutes), d20, d26 or d32; other options override it"""
 
 
+_QUESTIONS = (
+    "Hello! Who are you?",
+    "Where does Tilda live?",
+    "Clara has 17 shells and buys 4 bags with 6 shells each. How many shells are there now?",
+    "How many 'o' are in 'bloodool'?",
+)
 _CPU_RUN = {"save_every": 100, "loader_threads": 1}
 _TINY_RUN = {"save_every": 20, "loader_threads": 1}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
@@ -76,7 +82,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "run": _TINY_RUN,
         },
         "evaluate base": {"tokens": 8192, "batch_size": 8, "core_max_per_task": 20},
-        "evaluate chat": {"options": {"max_tokens": 16, "max_per_task": 20}},
+        "evaluate chat": {"sample_prompts": _QUESTIONS, "options": {"max_tokens": 16, "max_per_task": 20}},
     },
     "cpu": {
         "tokenizer train": {"vocab_size": 1024},
@@ -124,7 +130,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "run": _CPU_RUN,
         },
         "evaluate base": {"tokens": 65536, "batch_size": 16, "core_max_per_task": 200},
-        "evaluate chat": {"options": {"max_tokens": 96, "max_per_task": 200}},
+        "evaluate chat": {
+            "sample_prompts": _QUESTIONS,
+            "options": {"max_tokens": 96, "max_per_task": 200},
+        },
     },
     "d20": {"train base": {"depth": 20}},
     "d26": {"train base": {"depth": 26, "device_batch_size": 16}, "train mid": {"device_batch_size": 16}},

@@ -1,12 +1,13 @@
-"""Output to the user while a command runs: lines, and a progress bar with the time left."""
+"""Output to the user while a command runs: lines, and how far it is, with the time left."""
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 
@@ -103,23 +104,45 @@ def format_duration(seconds: float, clock: bool = False) -> str:
     return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
+# the one live display of a terminal, with a line for each work under way: an evaluation within training, for example
+display = Progress(
+    TextColumn("{task.description}", markup=False),
+    BarColumn(bar_width=12),
+    TextColumn("{task.fields[state]}", markup=False),
+    console=console,
+    transient=True,
+)
+LINE_SECONDS = 5.0  # between two lines about a work, where there is no terminal
+
+
 @contextmanager
-def progress_bar(description: str, total: float | None, quiet: bool = False) -> Iterator:
-    """Show a progress bar in a terminal, unless quiet; gives the block advance(amount=1, completed=None, total=None)."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("elapsed, left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as progress:
-        task = progress.add_task(description, total=total)
+def progress(description: str, total: float, quiet: bool = False) -> Iterator[Callable[..., None]]:
+    """Show how far some work is, unless quiet: in the display of a terminal, and elsewhere by a line every few seconds.
 
-        def advance(amount: float = 1, completed: float | None = None, total: float | None = None) -> None:
-            values = {"completed": completed, "total": total}
-            update = {key: value for key, value in values.items() if value is not None}
-            progress.update(task, **(update if completed is not None else {**update, "advance": amount}))
+    Gives the block advance(amount=1, completed=None, state=""). state: what there is to say, by default how much of `total` is
+    done and how long the rest takes.
+    """
+    live = console.is_terminal and not quiet
+    task = display.add_task(description, total=total, state="", visible=live)
+    if live:
+        display.start()
+    started = last = time.monotonic()
+    done = 0.0
 
+    def advance(amount: float = 1, completed: float | None = None, state: str = "") -> None:
+        nonlocal done, last
+        done, now = done + amount if completed is None else completed, time.monotonic()
+        if not state and done:
+            left = format_duration((now - started) * (total - done) / done, clock=True)
+            state = f"{done:,.0f} of {total:,.0f}, {left} left"
+        display.update(task, completed=done, state=state)
+        if not (quiet or live) and now - last >= LINE_SECONDS:
+            last = now
+            say(f"{description}: {state}")
+
+    try:
         yield advance
+    finally:
+        display.remove_task(task)
+        if live and not any(other.visible for other in display.tasks):
+            display.stop()

@@ -78,7 +78,12 @@ class Paths:
     @property
     def data(self) -> Path:
         """Where the data are that the run reads: its embedded ones if it has some, else those that were fetched."""
-        return self.embedded if self.embedded.exists() else self.base
+        return self.embedded if self.reads_embedded else self.base
+
+    @property
+    def reads_embedded(self) -> bool:
+        """Whether the run's data are the embedded ones, whose tests stand in for the benchmarks that they are named after."""
+        return self.embedded.exists()
 
     @property
     def get_data(self) -> str:

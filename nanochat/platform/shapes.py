@@ -2,7 +2,15 @@
 
 from nanochat.platform.errors import UserError
 
-NAMES = {int: "an integer", float: "a number", str: "a text", bool: "true or false", list: "a list", dict: "an object"}
+LARGEST = 1e300  # what is larger is no measurement, and cannot be drawn
+NAMES = {
+    int: "an integer",
+    float: "a finite number",
+    str: "a text",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
 
 
 def check_shape(value: object, shape: object, place: str) -> None:
@@ -26,10 +34,14 @@ def check_shape(value: object, shape: object, place: str) -> None:
         _check_type(value, shape, place)
 
 
+def is_number(value: object) -> bool:
+    """Whether a value of JSON is a finite number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
+
+
 def _check_type(value: object, wanted: type, place: str) -> None:
-    is_number = isinstance(value, int) and not isinstance(value, bool)
     if wanted in (int, float):
-        fits = is_number or (wanted is float and isinstance(value, float))
+        fits = is_number(value) and (wanted is float or isinstance(value, int))
     else:
         fits = isinstance(value, wanted)
     if not fits:

@@ -2,6 +2,7 @@
 
 import time
 
+from nanochat.evaluate.chat import SAMPLES
 from nanochat.platform.files import read_json, write_json
 from nanochat.platform.paths import Paths
 
@@ -26,12 +27,26 @@ def write_section(paths: Paths, stage: str, settings: dict, results: dict, secon
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
         "seconds": seconds,
         "processes": processes,
+        "embedded": paths.reads_embedded,
         "settings": settings,
         "results": results,
     }
     write_json(paths.section(stage), section)
 
 
+def read_samples(paths: Paths) -> list[tuple[str, str]]:
+    """The conversation with the last model that was evaluated: who says what."""
+    for stage in ("sft-eval", "mid-eval"):
+        samples = (read_section(paths, stage) or {"results": {}})["results"].get(SAMPLES)
+        if isinstance(samples, list) and samples:
+            return [
+                (name, str(text)) for sample in samples if isinstance(sample, dict) for name, text in sample.items()
+            ]
+    return []
+
+
 def read_section(paths: Paths, stage: str) -> dict | None:
     """The section of a stage; None when it is missing or damaged."""
-    return read_json(paths.section(stage), SHAPE)
+    section = read_json(paths.section(stage), SHAPE)
+    # earlier versions did not say what the data were
+    return section and {"embedded": paths.reads_embedded, **section}

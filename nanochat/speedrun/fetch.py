@@ -19,7 +19,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from nanochat.options.presets import EMBEDDED, Changed
 from nanochat.options.speedrun import FetchOptions
-from nanochat.platform.console import progress_bar, say
+from nanochat.platform.console import progress, say
 from nanochat.platform.errors import UserError
 from nanochat.platform.files import all_files, name_some, sha256_of, write_atomically
 from nanochat.platform.lock import locked
@@ -66,7 +66,7 @@ def _fetch(wanted: list[Asset], workers: int, paths: Paths, changed: Changed = "
     )
     failed: dict[str, str] = {}
     started, received = time.perf_counter(), 0
-    with ThreadPoolExecutor(workers) as pool, progress_bar("fetch", needed / 1e6) as advance:
+    with ThreadPoolExecutor(workers) as pool, progress("fetch (MB)", needed / 1e6) as advance:
         for asset in missing:
             fetched: dict[str, list] = {}
             try:

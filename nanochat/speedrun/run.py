@@ -15,7 +15,6 @@ from functools import partial
 
 import torch
 
-from nanochat.chat.demo import show_conversation
 from nanochat.cluster.slurm import distributed_launcher
 from nanochat.options.presets import EMBEDDED
 from nanochat.options.speedrun import SpeedrunOptions
@@ -26,6 +25,7 @@ from nanochat.platform.files import name_some
 from nanochat.platform.lock import locked
 from nanochat.platform.paths import Paths
 from nanochat.platform.signals import end_with_parent, handled
+from nanochat.report.sections import read_samples
 from nanochat.speedrun.assets import problems, remedy
 from nanochat.speedrun.records import changed_files, hash_of, valid_record, write_record
 from nanochat.speedrun.stages import NAMES, STAGES, Stage, command_of
@@ -43,7 +43,9 @@ def speedrun(options: SpeedrunOptions, paths: Paths) -> None:
     with output.may_fail():
         run_stages(options, paths)
         if options.last == NAMES[-1]:
-            show_conversation(paths, options.preset or "cpu", options.device)
+            for name, text in read_samples(paths):
+                say(f"{name}: {text}")
+            say(f"\nThe report is {paths.report / 'report.html'}. Chat on with: nanochat chat{paths.as_option}")
 
 
 def run_stages(options: SpeedrunOptions, paths: Paths, stages: Sequence[Stage] = STAGES) -> None:

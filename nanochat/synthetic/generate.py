@@ -16,7 +16,7 @@ import yaml
 
 from nanochat.data.splits import digest, in_test
 from nanochat.options.data import GenerateOptions
-from nanochat.platform.console import progress_bar, say
+from nanochat.platform.console import progress, say
 from nanochat.platform.errors import UserError
 from nanochat.platform.files import all_files, foreign_files, fresh_directory, name_some, write_manifest
 from nanochat.platform.paths import Paths
@@ -56,7 +56,7 @@ def _write_data(options: GenerateOptions, directory: Path) -> dict[str, int]:
     counts = {"words": len(word_list)}
 
     (directory / "text").mkdir()
-    with progress_bar("generate shards of text", options.shards + 1) as advance:
+    with progress("generate shards of text", options.shards + 1) as advance:
         for index in range(options.shards + 1):
             documents = _documents(rng, people, word_list, options.documents)
             _write_parquet(directory / "text" / f"shard_{index:05d}.parquet", pa.table({"text": list(documents)}))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from nanochat.data.shards import Shards
 from nanochat.options.tokenizer import TokenizerTrainOptions
-from nanochat.platform.console import progress_bar, say
+from nanochat.platform.console import progress, say
 from nanochat.platform.errors import UserError
 from nanochat.platform.paths import TRAINING_STAGES, Paths, steps_in
 from nanochat.tokenizer.bpe import Tokenizer
@@ -31,7 +31,7 @@ def train_tokenizer(options: TokenizerTrainOptions, paths: Paths) -> dict:
         if not total:
             raise shards.without_text(range(len(shards.row_groups)))
 
-    with progress_bar("read text for the tokenizer", len(shards.row_groups)) as advance:
+    with progress("read text for the tokenizer", len(shards.row_groups)) as advance:
         tokenizer = Tokenizer.train(texts(advance), options.vocab_size)
     existing = Tokenizer.load(paths.tokenizer) if (paths.tokenizer / "tokenizer.json").exists() else None
     if existing is not None and existing.hash != tokenizer.hash:

@@ -8,6 +8,7 @@ from typing import TextIO
 
 from nanochat.platform.console import say
 from nanochat.platform.files import json_lines, write_atomically
+from nanochat.platform.shapes import is_number
 
 
 class Metrics:
@@ -47,7 +48,7 @@ class Metrics:
 
 
 def read_metrics(path: Path, *names: str) -> list[dict]:
-    """The records of a metrics file that have a number for each of the names, and for "step". No file gives no records.
+    """The records of a metrics file that have a finite number for each of the names, and for "step". No file gives no records.
 
     A line that a kill has cut off, or of another shape, is left out.
     """
@@ -57,9 +58,7 @@ def read_metrics(path: Path, *names: str) -> list[dict]:
 
 
 def _has_numbers(value: object, names: tuple[str, ...]) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(value.get(name), int | float) and not isinstance(value[name], bool) for name in names
-    )
+    return isinstance(value, dict) and all(is_number(value.get(name)) for name in names)
 
 
 class WandbLog:

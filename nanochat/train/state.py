@@ -2,10 +2,8 @@
 
 from dataclasses import dataclass
 
-SMOOTHING = 0.95  # of the loss that is printed: a mean over about the last 20 steps
-
 # what meta.json holds for training, besides what nanochat/checkpoint.py needs
-SHAPE = {"settings": {str: object}, "positions": [list], "smoothed_loss": float, "elapsed": float, "tokens": int}
+SHAPE = {"settings": {str: object}, "positions": [list], "elapsed": float, "tokens": int}
 
 
 @dataclass
@@ -13,20 +11,15 @@ class TrainState:
     """The state between two steps, after `step` updates."""
 
     step: int = 0
-    smoothed_loss: float = 0.0  # exponential mean, not yet corrected for its start at 0
+    loss: float | None = None  # of the last step, in nats; None before the first one
     elapsed: float = 0.0  # seconds spent in steps since step 0, also before the run was resumed
     tokens: int = 0  # trained on, over all ranks
     position: tuple[int, ...] = ()  # where this rank's next batch begins
 
-    @property
-    def loss(self) -> float:
-        """The smoothed training loss, in nats; 0 before the first step."""
-        return self.smoothed_loss / (1 - SMOOTHING**self.step) if self.step else 0.0
-
     def advance(self, loss: float, tokens: int, seconds: float, position: tuple[int, ...]) -> None:
         """Count a step, with its loss in nats, its tokens over all ranks, and its duration."""
         self.step += 1
-        self.smoothed_loss = SMOOTHING * self.smoothed_loss + (1 - SMOOTHING) * loss
+        self.loss = loss
         self.tokens += tokens
         self.elapsed += seconds
         self.position = position
@@ -35,14 +28,15 @@ class TrainState:
         """The state as meta.json stores it, with the positions of all ranks."""
         return {
             "positions": positions,
-            "smoothed_loss": self.smoothed_loss,
+            "loss": self.loss,
             "elapsed": self.elapsed,
             "tokens": self.tokens,
         }
 
     @classmethod
     def from_meta(cls, meta: dict) -> "TrainState":
-        return cls(meta["step"], meta["smoothed_loss"], meta["elapsed"], meta["tokens"])
+        # earlier versions saved a smoothed loss only
+        return cls(meta["step"], meta.get("loss"), meta["elapsed"], meta["tokens"])
 
 
 class Pace:

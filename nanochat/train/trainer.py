@@ -17,10 +17,11 @@ import torch
 
 from nanochat.checkpoint import CheckpointStore, damaged
 from nanochat.data.batches import Batch, prefetched
+from nanochat.evaluate.chat import shown_name
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.options.train import RunOptions
-from nanochat.platform.console import format_duration, output, progress_bar, say
+from nanochat.platform.console import format_duration, output, progress, say
 from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import TrainingStopped, UserError
 from nanochat.platform.paths import Paths
@@ -130,7 +131,7 @@ class Trainer:
             if self.runtime.primary:
                 wandb = self.options.wandb_run, self.options.wandb_mode
                 self.metrics.open(self.state.step, *wandb, self.plan.stage, self.settings)
-            bar = progress_bar(f"train {self.plan.stage}", self.plan.steps, quiet=not self.runtime.primary)
+            bar = progress(f"train {self.plan.stage}", total=1, quiet=not self.runtime.primary)
             try:
                 with prefetched(self.plan.batches(positions)) as batches, bar as advance:
                     return self._loop(batches, advance)
@@ -188,6 +189,9 @@ class Trainer:
             last = agreement.ended or self.state.step == self.plan.steps
             self._boundary(last)
             if last:
+                if self.runtime.primary:
+                    trained = f"{self.state.step:,} steps, {self.state.tokens:,} tokens"
+                    say(f"trained {self.plan.stage}: {trained} in {format_duration(self.state.elapsed)}")
                 return self._summary()
             if not agreement.targets:
                 raise UserError(
@@ -248,9 +252,12 @@ class Trainer:
                 results |= evaluation.measure()
         self.results |= results
         self.metrics.write({"step": step, **results})
-        shown = [f"{name} {value:.4f}" for name, value in results.items() if isinstance(value, float)]
+        embedded = self.paths.reads_embedded
+        shown = [
+            f"{shown_name(name, embedded)} {value:.4f}" for name, value in results.items() if isinstance(value, float)
+        ]
         if self.runtime.primary and shown:
-            say(f"step {step:05d} | {' | '.join(shown)}")
+            say(f"step {step} | {' | '.join(shown)}")
 
     def _save(self) -> None:
         if self.state.step == self.saved_step:
@@ -278,30 +285,19 @@ class Trainer:
         seconds = time.perf_counter() - started
         tokens = sum(batch.inputs.numel() for batch in micro_batches) * world_size
         self.state.advance(loss, tokens, seconds, micro_batches[-1].position)
-        advance(completed=self.state.step)
         done = self.state.step / steps if steps else agreement.data_progress
         if self.runtime.primary:
-            self._report(loss, grad_norm, multiplier, tokens, seconds, done)
+            advance(completed=done, state=self._report(grad_norm, multiplier, tokens, seconds, done))
 
-    def _report(
-        self, loss: float, grad_norm: float, multiplier: float, tokens: int, seconds: float, done: float
-    ) -> None:
-        """Print the line of the step that has just ended, and write its record."""
+    def _report(self, grad_norm: float, multiplier: float, tokens: int, seconds: float, done: float) -> str:
+        """Write the record of the step that has just ended; returns what there is to say about it."""
         step, rate, peak = self.state.step - 1, tokens / seconds, self.runtime.peak_flops
         mfu = self.model.config.flops_per_token * rate / (peak * self.runtime.world_size) if peak else None
         remaining = self.pace.remaining(seconds, done)
-        left = "–" if remaining is None else format_duration(remaining, clock=True)
-        total = f"/{self.plan.steps:05d}" if self.plan.steps else ""
-        say(
-            f"step {step:05d}{total} ({100 * done:.1f}%) | loss {self.state.loss:.4f} | lr {multiplier:.2f} | "
-            f"dt {seconds * 1e3:.0f} ms | {rate:,.0f} tok/s | mfu {f'{100 * mfu:.1f}%' if mfu else '–'} | "
-            f"{format_duration(self.state.elapsed, clock=True)} elapsed, {left} left"
-        )
         self.metrics.write(
             {
                 "step": step,
-                "loss": loss,
-                "smoothed_loss": self.state.loss,
+                "loss": self.state.loss,
                 "grad_norm": grad_norm,
                 "lr_multiplier": multiplier,
                 "dt": seconds,
@@ -313,6 +309,14 @@ class Trainer:
                 "remaining": remaining,
             }
         )
+        said = [
+            f"step {step}" + (f"/{self.plan.steps}" if self.plan.steps else f" ({100 * done:.1f} %)"),
+            f"loss {self.state.loss:.4f}",
+            f"{'–' if remaining is None else format_duration(remaining, clock=True)} left",
+            f"{rate:,.0f} tokens/s",
+            f"learning rate × {multiplier:.2f}",
+        ]
+        return " | ".join([*said, f"mfu {100 * mfu:.1f} %"] if mfu else said)
 
     def _summary(self) -> dict:
         state = self.state

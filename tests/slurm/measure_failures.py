@@ -55,14 +55,10 @@ class Measured(Run):
         found = re.findall(rf"resuming {self.stage} at step (\d+)", self.log())
         return int(found[-1]) if found else 0
 
-    def beyond(self, step: int) -> int:
-        """How many lines of the log tell of this step or a later one."""
-        return sum(int(number) >= step for number in re.findall(r"^step (\d+)/", self.log(), re.MULTILINE))
-
     def row(self, failure: str, before: int, ended: float, started: float) -> dict:
-        """ended: seconds until all processes were gone; started: when the run was begun again."""
-        told = self.beyond(before)
-        self.wait(lambda: self.beyond(before) > told)
+        """before: steps in the metrics after the failure; ended: seconds until all processes were gone; started: when the run was
+        begun again."""
+        self.wait(lambda: self.steps() > before)
         back = time.monotonic() - started
         times = {"seconds_to_end": ended, "seconds_back": back}
         found = {
@@ -104,12 +100,12 @@ def in_processes(run: Measured, failure: str) -> dict:
         run.wait(lambda: run.steps() >= MIDDLE[run.stage])
         launcher = workers(process.pid)[-1]
         ranks = workers(launcher)
-        started, before = time.monotonic(), run.steps()
+        started = time.monotonic()
         number, victims = IN_PROCESSES[failure]
         for pid in (process.pid, launcher, *ranks) if victims == "all" else ranks[-1:]:
             os.kill(pid, number)
         process.wait()
-        ended, started = time.monotonic() - started, time.monotonic()
+        ended, before, started = time.monotonic() - started, run.steps(), time.monotonic()
         process = subprocess.Popen(call, env=run.env, cwd=ROOT, stdout=log, stderr=log)
         found = run.row(failure, before, ended, started)
         process.wait()

@@ -3,8 +3,8 @@
 import json
 import shutil
 
-from nanochat.chat.terminal import shown
-from nanochat.inference.session import Text, ToolCall, ToolResult
+from nanochat.inference.session import Text, ToolCall, ToolResult, shown
+from nanochat.options.evaluate import EvaluateChatOptions
 from nanochat.platform.paths import Paths
 from tests import forked
 from tests.conftest import TINY_EVALUATE_BASE, TINY_EVALUATE_CHAT, command, environment, nanochat
@@ -43,4 +43,5 @@ def test_chat_and_evaluation_of_a_trained_model(trained_base, tmp_path):
             )
             assert section["processes"] == processes
             results.append({k: v for k, v in section["results"].items() if not k.endswith("bpb")})
-    assert results[:2] == results[2:] and results[0].keys() == {"ARC-Easy", "SpellingBee"}
+    assert results[:2] == results[2:] and results[0].keys() == {"ARC-Easy", "SpellingBee", "samples"}
+    assert [sample["you"] for sample in results[0]["samples"]] == list(EvaluateChatOptions().sample_prompts)

@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 
 from nanochat.options import presets
+from nanochat.options.evaluate import SAMPLE_PROMPTS
 from nanochat.options.speedrun import SpeedrunOptions
 from nanochat.platform.errors import TrainingStopped, UserError
 from nanochat.platform.lock import locked
 from nanochat.platform.paths import Paths
+from nanochat.report.sections import read_samples
 from nanochat.speedrun.run import run_stages
 from nanochat.speedrun.stages import NAMES, STAGES, Stage
 from tests import forked
@@ -126,11 +128,12 @@ def test_a_whole_run_records_every_stage_and_writes_the_report(finished):
         made = json.loads((paths.records / f"{name}.json").read_text())
         assert made["made"] and all(len(digest) == 64 for digest in made["made"].values()) and made["seconds"] > 0
     report = (paths.report / "report.md").read_text()
-    assert "stages that have not run" not in report and "| ARC-Easy | 0.2500 |" in report
+    assert "has not run" not in report and "| ARC-Easy stand-in | 0.2500 |" in report
+    assert read_samples(paths)[0] == ("you", SAMPLE_PROMPTS[0]) and f"**you:** {SAMPLE_PROMPTS[0]}" in report
     html = (paths.report / "report.html").read_text()
     # without the pictures, because four letters of base64 may spell anything
-    page, pictures = re.subn(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", html)
-    assert pictures == 2 and "http" not in page
+    page, pictures = re.subn(r"data:image/svg\+xml;base64,[A-Za-z0-9+/=]+", "", html)
+    assert pictures == 6 and "http" not in page
 
 
 def test_repeating_a_finished_run_changes_nothing(finished, tiny, capfd):
@@ -238,8 +241,10 @@ def test_a_lock_that_a_stage_waits_for_is_not_reported_as_another_speedrun(tmp_p
 
 STARTED = """
 import os, pathlib, sys
+from nanochat.options.evaluate import SAMPLE_PROMPTS
 from nanochat.options.speedrun import SpeedrunOptions
 from nanochat.platform.paths import Paths
+from nanochat.report.sections import read_samples
 from nanochat.speedrun.run import run_stages
 from nanochat.speedrun.stages import Stage
 base = Paths(pathlib.Path(os.environ["NANOCHAT_BASE_DIR"]))

@@ -29,7 +29,7 @@ def losses(base, stage: str = "base") -> dict[int, float]:
     records = [json.loads(line) for line in lines]
     steps = [r["step"] for r in records if "loss" in r]
     assert steps == sorted(set(steps)), "a step was logged twice"
-    return {r["step"]: (r["loss"], r["smoothed_loss"], r["grad_norm"]) for r in records if "loss" in r}
+    return {r["step"]: (r["loss"], r["grad_norm"]) for r in records if "loss" in r}
 
 
 def evaluations(base) -> dict[int, float]:

@@ -1,30 +1,33 @@
 """What a run has reached, and how long the rest takes."""
 
 import json
+import re
 
 import pytest
 
-from nanochat.cli import parse
+from nanochat.cli import main, parse
 from nanochat.options.train import TrainBaseOptions, TrainMidOptions, TrainSftOptions
 from nanochat.platform.paths import Paths
+from nanochat.report.sections import read_section
 from nanochat.train.finetune import finetune
+from nanochat.train.metrics import read_metrics
 from nanochat.train.midtrain import midtrain
 from nanochat.train.plan import Plan
 from nanochat.train.pretrain import pretrain
-from nanochat.train.state import SMOOTHING, Pace, TrainState
+from nanochat.train.state import Pace, TrainState
 from tests.conftest import TINY_BASE, TINY_MID, TINY_SFT
 
 
-def test_the_smoothed_loss_is_an_exponential_mean_without_a_bias_at_the_start():
-    state = TrainState()
-    assert state.loss == 0.0
-    for _ in range(3):
-        state.advance(4.0, tokens=10, seconds=0.5, position=(1,))
-        assert state.loss == pytest.approx(4.0)
-    state.advance(2.0, tokens=10, seconds=0.5, position=(2,))
-    weights = [SMOOTHING**age for age in (3, 2, 1, 0)]
-    assert state.loss == pytest.approx(sum(w * x for w, x in zip(weights, (4, 4, 4, 2), strict=True)) / sum(weights))
-    assert (state.step, state.tokens, state.elapsed, state.position) == (4, 40, 2.0, (2,))
+def test_the_number_that_is_printed_is_the_loss_of_the_step(base, monkeypatch, capsys):
+    """And the share of the learning rate is not called one."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    monkeypatch.setattr("nanochat.platform.console.LINE_SECONDS", 0.0)
+    main(["train", "base", *TINY_BASE, "--num-iterations", "8"])
+    said = re.findall(r"^train base: step (\d+)/8 \| loss ([\d.]+) \| .*$", capsys.readouterr().out, re.MULTILINE)
+    records = read_metrics(Paths(base).metrics("base"), "loss")
+    assert said == [(str(record["step"]), f"{record['loss']:.4f}") for record in records] and len(said) == 8
+    section = read_section(Paths(base), "base")
+    assert section["results"]["loss"] == records[-1]["loss"]
 
 
 def test_a_checkpoint_gives_the_state_back():
@@ -32,6 +35,8 @@ def test_a_checkpoint_gives_the_state_back():
     state.advance(4.0, tokens=10, seconds=0.5, position=(3, 1))
     meta = json.loads(json.dumps({"step": state.step, **state.to_meta([state.position])}))
     again = TrainState.from_meta(meta)
+    del meta["loss"]  # as in a checkpoint of an earlier version
+    assert TrainState.from_meta(meta).loss is None
     assert meta["positions"] == [[3, 1]] and again.loss == state.loss
     assert (again.step, again.tokens, again.elapsed) == (1, 10, 0.5)
 
