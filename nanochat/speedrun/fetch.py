@@ -3,19 +3,20 @@
 import hashlib
 import json
 import shutil
+import socket
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from fnmatch import fnmatch
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import huggingface_hub
 import pooch
-import requests
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.utils import disable_progress_bars, logging
 
 from nanochat.options.presets import EMBEDDED, Changed
 from nanochat.options.speedrun import FetchOptions
@@ -28,7 +29,6 @@ from nanochat.speedrun.assets import KEPT, Asset, assets, note_fetched, read_fet
 from nanochat.synthetic.identity import identity_conversations
 
 ATTEMPTS = 4  # per file; within each, the hub's library repeats requests and resumes where a connection was cut off
-NOT_WORTH_RETRYING = (UserError, EntryNotFoundError, RepositoryNotFoundError, GatedRepoError, OfflineModeIsEnabled)
 IDENTITY_SEED = 42
 # files, and what the record says of each besides its size: its SHA-256, and KEPT for a user's own
 Noted = dict[Path, list[str]]
@@ -43,8 +43,6 @@ def fetch(options: FetchOptions, paths: Paths) -> None:
     if unknown:
         names = ", ".join(asset.name for asset in wanted)
         raise UserError(f"--only {', '.join(sorted(unknown))}: no such asset; there are: {names}")
-    disable_progress_bars()  # one bar per file would be hundreds
-    pooch.get_logger().setLevel("ERROR")
     with locked(paths.base / "fetch.lock", "fetch"):
         chosen = [asset for asset in wanted if not options.only or asset.name in options.only]
         _fetch(chosen, options.workers, paths, options.changed)
@@ -52,6 +50,9 @@ def fetch(options: FetchOptions, paths: Paths) -> None:
 
 
 def _fetch(wanted: list[Asset], workers: int, paths: Paths, changed: Changed = "refuse") -> None:
+    disable_progress_bars()  # one bar per file would be hundreds
+    logging.set_verbosity_error()  # of each attempt; what came of it is said below
+    pooch.get_logger().setLevel("ERROR")
     missing = [asset for asset in wanted if not _complete(asset, paths, changed)]
     needed, free = sum(asset.megabytes for asset in missing) * 1e6, shutil.disk_usage(paths.base).free
     present = sum(path.stat().st_size for asset in missing for path in asset.present(paths))
@@ -167,11 +168,8 @@ def _from_hub(asset: Asset, name: str, paths: Paths, changed: Changed) -> Noted:
             target.parent.mkdir(parents=True, exist_ok=True)
             file.replace(target)
             return {target: [sha256_of(target)]}
-        except NOT_WORTH_RETRYING:
-            raise
         except Exception as error:
-            disk_error = isinstance(error, OSError) and error.errno is not None  # such as a full disk
-            if disk_error or attempt == ATTEMPTS:
+            if attempt == ATTEMPTS or not _worth_retrying(error):
                 raise
             time.sleep(min(2.0**attempt, 30))
     raise AssertionError
@@ -226,16 +224,53 @@ def _staging(paths: Paths) -> Path:
 
 
 def _reason(error: BaseException) -> str:
-    """One line that says what went wrong: the operating system's message, if its error is in the chain of causes."""
-    if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set; unset it"
-    if isinstance(error, EntryNotFoundError | RepositoryNotFoundError):
-        return f"the hub ({huggingface_hub.constants.ENDPOINT}) does not have it"
-    if isinstance(error, requests.HTTPError) and error.response is not None:
-        return f"the server answered {error.response.status_code}"
-    cause: BaseException | None = error
-    while cause is not None:
+    """One line that says what happened, and where it is not plain what to do about it."""
+    for cause in _causes(error):
+        response = getattr(cause, "response", None)
+        if isinstance(cause, OfflineModeIsEnabled):
+            return "HF_HUB_OFFLINE is set; unset it"
+        if response is not None:
+            return _refusal(response.status_code, str(response.url))
+        if "407 Proxy" in str(cause):  # asked for a connection, a proxy gives no response to keep
+            return _refusal(407, "")
+        if isinstance(cause, ConnectionError | TimeoutError | socket.gaierror):
+            happened = cause.strerror or str(cause) or "no answer in time"
+            return f"the server cannot be reached ({happened}); use a machine with internet, or set HTTPS_PROXY if a proxy leads to it"
         if isinstance(cause, OSError) and cause.errno is not None and cause.strerror:
             return cause.strerror
-        cause = cause.__cause__ or cause.__context__
     return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def _refusal(status: int, url: str) -> str:
+    """What the status of an answer means."""
+    hub = huggingface_hub.constants.ENDPOINT
+    server = f"the hub ({hub})" if url.startswith(hub) else f"the server {urlsplit(url).netloc}"
+    meanings = {
+        401: f"{server} needs a token for it (401); set HF_TOKEN",
+        403: f"{server} does not let you have it (403); accept its terms there and set HF_TOKEN, or ask for access from this network",
+        404: f"{server} does not have it",
+        407: "the proxy wants a user and password (407); set HTTPS_PROXY=http://user:password@host:port",
+        429: f"{server} has had too many requests (429); try again later",
+    }
+    later = "; it has a fault of its own, try again later" if status >= 500 else ""
+    return meanings.get(status, f"{server} answers {status}{later}")
+
+
+def _worth_retrying(error: BaseException) -> bool:
+    """Not where the answer would be the same: of this program, of the disk, and of a server that refuses."""
+    for cause in _causes(error):
+        response = getattr(cause, "response", None)
+        if isinstance(cause, UserError | OfflineModeIsEnabled):
+            return False
+        if response is not None:
+            return response.status_code not in (401, 403, 404, 407)
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return isinstance(cause, ConnectionError | TimeoutError | socket.gaierror)
+    return True
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -12,10 +12,11 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 class Hub:
     """files: "owner/name/path" → content. misbehaviour: path → list of words, one used up by each GET of the file:
-    "cut" sends half, "slow" drips, "wrong" other bytes, "404", "500", "429" as statuses; "hold" waits for `release`."""
+    "cut" sends half, "slow" drips, "wrong" other bytes, "404", "500", "429" as statuses; "hold" waits for `release`.
+    refusal: a status with which every request is answered."""
 
     def __init__(self, files: dict[str, bytes]):
-        self.files, self.misbehaviour, self.gets = files, {}, []
+        self.files, self.misbehaviour, self.gets, self.refusal = files, {}, [], 0
         self.release = threading.Event()
         hub = self
 
@@ -31,7 +32,13 @@ class Hub:
             def do_GET(self):
                 self.answer(body=True)
 
+            def do_CONNECT(self):  # as a proxy
+                self.answer(body=False)
+
             def answer(self, body: bool):
+                if hub.refusal:
+                    self.close_connection = True
+                    return self.send(hub.refusal, b"", {}, body)
                 path = unquote(urlsplit(self.path).path)
                 if path.startswith("/api/datasets/") and "/tree/" in path:
                     repo = path.removeprefix("/api/datasets/").partition("/tree/")[0]

@@ -1,6 +1,7 @@
 """Downloads from a hub that is slow, cuts, lies, refuses and dies, and from the web; then nothing is missing or it is named."""
 
 import hashlib
+import socket
 import time
 from dataclasses import replace
 
@@ -46,6 +47,21 @@ HURRIED = (
 def hurried(base, *arguments: str, **changes: str):
     """nanochat(…) which waits for a twentieth of the time between its attempts, as the library that it downloads with does."""
     return forked.run("-c", HURRIED, *arguments, env=environment(base, **changes))
+
+
+HURRIED_FETCH = """
+import time
+time.sleep = lambda seconds: None
+from nanochat.cli import _fail
+from nanochat.platform.errors import UserError
+from nanochat.platform.paths import base_paths
+from nanochat.speedrun.assets import Asset
+from nanochat.speedrun.fetch import _fetch
+try:
+    _fetch([%r], 1, base_paths())
+except UserError as error:
+    _fail(str(error), 1)
+"""
 
 
 def around(hub: Hub) -> dict[str, str]:
@@ -166,7 +182,7 @@ def test_the_web_and_what_is_made(tmp_path, monkeypatch):
         assert not (tmp_path / ".fetch").exists()
         server.misbehaviour = {"web/words": ["404"] * 20}
         paths.words.unlink()
-        with pytest.raises(UserError, match="words .*the server answered 404"):
+        with pytest.raises(UserError, match="words .*the server 127.0.0.1:.* does not have it"):
             _fetch([replace(wanted["words"], url=at["words"])], 1, paths)
 
 
@@ -223,3 +239,48 @@ def test_mistakes_are_named(tmp_path):
     assert_fails_with(nanochat(tmp_path, "fetch", "--only", "mmlu"), "--only mmlu: no such asset", "mmlu/test")
     offline = nanochat(tmp_path, "fetch", "--only", "gsm8k/test", HF_HUB_OFFLINE="1")
     assert_fails_with(offline, "HF_HUB_OFFLINE is set; unset it")
+
+
+def nobody() -> str:
+    """An address on this machine at which nobody answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+# what happens → what is said of it, and what to do
+REFUSALS = {
+    401: ("needs a token", "HF_TOKEN"),
+    403: ("does not let you have it", "HF_TOKEN"),
+    404: ("does not have it",),
+    407: ("proxy", "user and password", "HTTPS_PROXY"),
+    429: ("too many requests", "later"),
+    503: ("answers 503", "later"),
+    "offline": ("HF_HUB_OFFLINE is set", "unset it"),
+    "nobody": ("cannot be reached", "internet"),
+    "proxy": ("proxy", "user and password", "HTTPS_PROXY"),
+}
+
+
+@pytest.mark.parametrize("asset", ["text", "gsm8k/test", "words"])
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_what_happens_is_what_is_said(hub, tmp_path, refusal, asset):
+    """Of a file whose name is known, of one that has to be looked up, and of one of the web: only 404 says that it is not there."""
+    [wanted] = [found for found in assets("d20", 1) if found.name == asset]
+    if asset == "words":
+        at = {"offline": "", "nobody": nobody(), "proxy": "https://example.invalid"}.get(refusal, hub.url)
+        wanted = replace(wanted, url=f"{at}/words.txt")
+        if refusal == "offline":
+            pytest.skip("the switch is the hub's")
+    changes = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "NANOCHAT_BASE_DIR": str(tmp_path)}
+    if isinstance(refusal, int):
+        hub.refusal = refusal
+    elif refusal == "offline":
+        changes["HF_HUB_OFFLINE"] = "1"
+    elif refusal == "nobody":
+        changes["HF_ENDPOINT"] = nobody()
+    else:
+        hub.refusal = 407
+        changes |= {"HTTPS_PROXY": hub.url, "HF_ENDPOINT": "https://example.invalid"}
+    done = forked.run("-c", HURRIED_FETCH % wanted, env=environment(tmp_path, **changes))
+    assert_fails_with(done, f"1 of 1 assets are missing: {asset}", *REFUSALS[refusal])
+    assert ("does not have it" in done.stderr) == (refusal == 404), done.stderr
