@@ -126,6 +126,11 @@ class CheckpointStore:
         if steps := self.steps():
             _require_same_model(self.path(steps[-1]), read_meta(self.path(steps[-1])), config)
 
+    def newest_settings(self) -> dict:
+        """The settings of the training that wrote the newest checkpoint; none if there is no checkpoint."""
+        steps = self.steps()
+        return read_meta(self.path(steps[-1])).get("settings", {}) if steps else {}
+
     def load(self, step: int, model: GPT, optimizer: MuonAdamW, tokenizer: Tokenizer) -> dict:
         """Load the weights and the training state of a step into model and optimizer; returns the content of meta.json.
 

@@ -49,6 +49,7 @@ LONGEST = (
     "test_qk_norm_rope",
     "test_newton_schulz",
     "test_optim",
+    "test_step_size",
     "test_relu2_mlp",
     "test_terminal",
     "test_sandbox",

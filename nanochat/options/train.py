@@ -88,9 +88,9 @@ class TrainBaseOptions(TrainOptions):
     target_param_data_ratio: float = 20.0
     """tokens to train on per parameter of the model"""
     device_batch_size: Annotated[int, AtLeast(1)] = 32
-    """rows per micro-batch and process"""
+    """rows per micro-batch and process; of a preset's, as many as it takes to share a step"""
     total_batch_size: Annotated[int, AtLeast(1)] = 524288
-    """tokens per step, over all processes and accumulation"""
+    """tokens per step, over all processes and accumulation; of a preset's, the nearest that the processes can share"""
     warmdown_ratio: Annotated[float, Between(0, 1)] = 0.2
     """share of training at the end over which the learning rate falls to 0"""
     eval_every: int = 250
@@ -118,9 +118,9 @@ class TrainMidOptions(TrainOptions):
 
     optimizer: Unclipped = field(default_factory=lambda: OptimizerOptions(grad_clip=0.0))
     device_batch_size: Annotated[int, AtLeast(1)] = 32
-    """rows per micro-batch and process"""
+    """rows per micro-batch and process; of a preset's, as many as it takes to share a step"""
     total_batch_size: Annotated[int, AtLeast(1)] = 524288
-    """tokens per step, over all processes and accumulation"""
+    """tokens per step, over all processes and accumulation; of a preset's, the nearest that the processes can share"""
     smoltalk: int = -1
     """general conversations; negative: all"""
     mmlu: int = -1
@@ -147,9 +147,9 @@ class TrainSftOptions(TrainOptions):
 
     optimizer: Unclipped = field(default_factory=lambda: OptimizerOptions(grad_clip=0.0))
     device_batch_size: Annotated[int, AtLeast(1)] = 4
-    """conversations per micro-batch and process"""
+    """conversations per micro-batch and process; of a preset's, as many as it takes to share a step"""
     examples_per_step: Annotated[int, AtLeast(1)] = 32
-    """conversations per step, over all processes and accumulation"""
+    """conversations per step, over all processes and accumulation; of a preset's, the nearest that the processes can share"""
     arc_easy: int = -1
     """easy multiple-choice questions; negative: all"""
     arc_challenge: int = -1

@@ -25,7 +25,7 @@ from nanochat.synthetic.identity import identity_conversations
 from nanochat.tasks.humaneval import code_messages
 from nanochat.tasks.words import spell
 
-ROW_GROUP = 1024  # documents, as in the real shards
+ROW_GROUP = 128  # documents; each process reads row groups of its own, also of the one shard for validation
 
 
 def generate(options: GenerateOptions, paths: Paths) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """Fine-tuning: one conversation per row, with loss only on the assistant's own tokens."""
 
-from nanochat.checkpoint import create_model, find_checkpoint
+from nanochat.checkpoint import CheckpointStore, create_model, find_checkpoint
 from nanochat.data.conversations import Limited, Mixture, padded_batches
 from nanochat.data.fingerprint import fingerprint
 from nanochat.data.positions import conversation_position
@@ -13,7 +13,7 @@ from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
 from nanochat.tasks import ARC, GSM8K, MMLU, Identity, SimpleSpelling, SmolTalk, SpellingBee
-from nanochat.train.plan import Plan, accumulation_steps, learning_settings
+from nanochat.train.plan import Plan, learning_settings, step_size
 from nanochat.train.schedules import full_momentum, linear_decay
 from nanochat.train.trainer import Trainer
 
@@ -36,17 +36,16 @@ def sft_mixture(options: TrainSftOptions, paths: Paths) -> Mixture:
 
 def finetune(options: TrainSftOptions, paths: Paths, runtime: Runtime) -> dict:
     """`nanochat train sft`: run or resume fine-tuning, from the newest checkpoint of midtraining; returns its results."""
-    rows = options.device_batch_size
     path, tokenizer, mid_meta = find_checkpoint(paths, "mid", runtime)
     shape = GPTConfig(**mid_meta["config"], impl=options.impl)
+    rows, accumulation, total = step_size(options, "sft", 1, CheckpointStore(paths.checkpoints("sft"), runtime))
     shape, micro_step_ms = take_gate(paths, shape, rows, runtime)
     model = create_model(path, shape, runtime, mid_meta)
     length = shape.context_length
-    accumulation = accumulation_steps(options.examples_per_step, rows, 1, runtime.world_size, "conversations")
     mixture = sft_mixture(options, paths)
-    steps = len(mixture) // options.examples_per_step
+    steps = len(mixture) // total
     if steps < 1:
-        raise UserError(f"{len(mixture)} conversations do not fill one step of {options.examples_per_step}; add some")
+        raise UserError(f"{len(mixture)} conversations do not fill one step of {total}; add some")
     if runtime.primary:
         say(f"{len(mixture):,} conversations: {', '.join(f'{k} {v:,}' for k, v in mixture.sizes().items())}")
 
@@ -64,6 +63,7 @@ def finetune(options: TrainSftOptions, paths: Paths, runtime: Runtime) -> dict:
         one_length=False,
     )
     settings = learning_settings(options) | {"mid_step": mid_meta["step"], "conversations": len(mixture)}
+    settings["step_size"] = total
     settings["data"] = fingerprint(mixture.files(), paths.hashes, runtime)
     optimizer = MuonAdamW(model, options.optimizer)
     trainer = Trainer(plan, model, optimizer, tokenizer, paths, runtime, options.run, settings, micro_step_ms)

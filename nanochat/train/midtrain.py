@@ -1,6 +1,6 @@
 """Midtraining: teaches the format of conversations, tools and multiple choice, in one epoch of a mixture packed into a stream."""
 
-from nanochat.checkpoint import create_model, find_checkpoint
+from nanochat.checkpoint import CheckpointStore, create_model, find_checkpoint
 from nanochat.data.conversations import Limited, Mixture, packed_batches
 from nanochat.data.fingerprint import fingerprint
 from nanochat.data.positions import conversation_position
@@ -13,7 +13,7 @@ from nanochat.platform.console import say
 from nanochat.platform.distributed import Runtime
 from nanochat.platform.paths import Paths
 from nanochat.tasks import GSM8K, MMLU, Identity, SimpleSpelling, SmolTalk, SpellingBee
-from nanochat.train.plan import Evaluation, Plan, accumulation_steps, learning_settings
+from nanochat.train.plan import Evaluation, Plan, learning_settings, step_size
 from nanochat.train.schedules import warmdown
 from nanochat.train.trainer import Trainer
 
@@ -37,13 +37,12 @@ def mid_mixture(options: TrainMidOptions, paths: Paths) -> Mixture:
 
 def midtrain(options: TrainMidOptions, paths: Paths, runtime: Runtime) -> dict:
     """`nanochat train mid`: run or resume midtraining, from the newest checkpoint of pretraining; returns its results."""
-    rows = options.device_batch_size
     path, tokenizer, base_meta = find_checkpoint(paths, "base", runtime)
     shape = GPTConfig(**base_meta["config"], impl=options.impl)
+    length, store = shape.context_length, CheckpointStore(paths.checkpoints("mid"), runtime)
+    rows, accumulation, total = step_size(options, "mid", length, store)
     shape, micro_step_ms = take_gate(paths, shape, rows, runtime)
     model = create_model(path, shape, runtime, base_meta)
-    length = shape.context_length
-    accumulation = accumulation_steps(options.total_batch_size, rows, length, runtime.world_size, "tokens")
     mixture = mid_mixture(options, paths)
     held_out = Mixture(
         [
@@ -73,6 +72,7 @@ def midtrain(options: TrainMidOptions, paths: Paths, runtime: Runtime) -> dict:
         evaluations=[Evaluation(options.eval_every, measure_bpb, first=True)],
     )
     settings = learning_settings(options) | {"base_step": base_meta["step"], "conversations": len(mixture)}
+    settings["step_size"] = total
     settings["data"] = fingerprint(mixture.files(), paths.hashes, runtime)
     optimizer = MuonAdamW(model, options.optimizer)
     trainer = Trainer(plan, model, optimizer, tokenizer, paths, runtime, options.run, settings, micro_step_ms)

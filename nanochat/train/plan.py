@@ -2,10 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
+from nanochat.checkpoint import CheckpointStore
 from nanochat.data.batches import Batch
 from nanochat.gpt import GPTConfig
+from nanochat.options.presets import with_preset
 from nanochat.options.train import TrainBaseOptions, TrainOptions
+from nanochat.platform.console import say
 from nanochat.platform.errors import UserError
 from nanochat.train.schedules import muon_momentum
 
@@ -53,6 +57,60 @@ def accumulation_steps(total_batch: int, rows: int, row_size: int, world_size: i
             f"once ({rows} rows of {row_size} each); the nearest valid totals are {nearest}"
         )
     return total_batch // micro
+
+
+class StepSize(NamedTuple):
+    """How the processes share a step: each takes `accumulation` micro-batches of `rows` rows."""
+
+    rows: int
+    accumulation: int
+    total: int  # tokens or conversations of the whole step
+
+
+def step_size(options: TrainOptions, stage: str, row_size: int, store: CheckpointStore) -> StepSize:
+    """The size of the steps of a stage, for the number of processes that there are.
+
+    What a preset says about it is only a wish, because the preset serves any number of processes: rows of a micro-batch at most,
+    and the nearest total that they can share. What the user says is kept, and so is the total of a run that is resumed. Raises
+    UserError if the processes cannot share that.
+    """
+    runtime, unit = store.runtime, "conversations" if stage == "sft" else "tokens"
+    name = "examples_per_step" if stage == "sft" else "total_batch_size"
+    preset = with_preset(type(options)(), f"train {stage}", options.preset)
+    rows, total = options.device_batch_size, getattr(options, name)
+    fixed = options.preset == "" or rows != preset.device_batch_size
+    given = options.preset == "" or total != getattr(preset, name)
+    before = {} if given else store.newest_settings()
+    saved = before.get("step_size", before.get(name))  # earlier versions had no other size than that of the option
+    size = shared(saved or total, rows, row_size, runtime.world_size, fixed, exact=given or saved is not None)
+    if saved and size.total != saved:
+        counts = [n for n in range(1, 17) if shared(saved, rows, row_size, n, fixed, exact=True).total == saved]
+        raise UserError(
+            f"the steps of the run in {store.directory} have {saved} {unit}, which {runtime.world_size} processes cannot share; "
+            f"resume it with {' or '.join(map(str, counts))} processes, or move {store.directory} away to start again"
+        )
+    if given:
+        accumulation_steps(total, size.rows, row_size, runtime.world_size, unit)
+    if size.total != total and runtime.primary:
+        say(
+            f"steps of {size.total:,} {unit}: {runtime.world_size} processes cannot share the {total:,} of the preset "
+            f"{options.preset}, and this is the nearest number; each takes {size.accumulation} × {size.rows} rows"
+        )
+    return size
+
+
+def shared(total: int, rows: int, row_size: int, processes: int, fixed: bool = False, exact: bool = False) -> StepSize:
+    """The step nearest to `total` that the processes can share, with micro-batches of at most `rows` rows.
+
+    These have at least half as many rows as they could, so that they keep a device busy; with `exact`, any number; with `fixed`,
+    `rows`.
+    """
+    share = total / (row_size * processes)  # rows of a step for each process
+    most = min(rows, max(1, round(share)))
+    candidates = [rows] if fixed else range(most, 0 if exact else (most - 1) // 2, -1)
+    counts = [(number, max(1, round(share / number))) for number in candidates]
+    sizes = [StepSize(number, times, number * times * row_size * processes) for number, times in counts]
+    return min(sizes, key=lambda size: (abs(size.total - total), size.accumulation))
 
 
 def horizon(options: TrainBaseOptions, model: GPTConfig) -> int:

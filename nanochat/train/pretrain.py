@@ -1,6 +1,7 @@
 """Pretraining on text, with measurements of bits per byte and CORE, and samples, on the way."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice
 
 from nanochat.checkpoint import CheckpointStore
@@ -19,7 +20,7 @@ from nanochat.platform.console import say
 from nanochat.platform.distributed import Runtime
 from nanochat.platform.paths import Paths
 from nanochat.tokenizer.bpe import Tokenizer
-from nanochat.train.plan import Evaluation, Plan, accumulation_steps, horizon, learning_settings
+from nanochat.train.plan import Evaluation, Plan, horizon, learning_settings, step_size
 from nanochat.train.schedules import warmdown
 from nanochat.train.trainer import Trainer
 
@@ -30,18 +31,18 @@ def pretrain(options: TrainBaseOptions, paths: Paths, runtime: Runtime) -> dict:
     shape = GPTConfig.from_depth(
         options.depth, tokenizer.vocab_size, options.context_length, options.n_kv_head, impl=options.impl
     )
-    rows, length = options.device_batch_size, options.context_length
-    accumulation = accumulation_steps(options.total_batch_size, rows, length, runtime.world_size, "tokens")
-    steps = horizon(options, shape)
+    length, store = options.context_length, CheckpointStore(paths.checkpoints("base"), runtime)
+    rows, accumulation, total = step_size(options, "base", length, store)
+    steps = horizon(replace(options, total_batch_size=total), shape)
     train, val = Shards.of(paths, "train"), Shards.of(paths, "val")
     shape, micro_step_ms = take_gate(paths, shape, rows, runtime)
-    CheckpointStore(paths.checkpoints("base"), runtime).check_model(shape)
+    store.check_model(shape)
     model = GPT.create(shape, runtime.device, runtime.compute_dtype, options.seed)
     if runtime.primary:
         say(
             f"depth {shape.depth}, width {shape.width}, {shape.num_parameters:,} parameters, "
-            f"{shape.flops_per_token:.4e} FLOPs per token, {steps:,} steps of {options.total_batch_size:,} tokens = "
-            f"{steps * options.total_batch_size:,} tokens, {steps * options.total_batch_size * shape.flops_per_token:.3e} FLOPs"
+            f"{shape.flops_per_token:.4e} FLOPs per token, {steps:,} steps of {total:,} tokens = "
+            f"{steps * total:,} tokens, {steps * total * shape.flops_per_token:.3e} FLOPs"
         )
     eval_batches = max(1, options.eval_tokens // (rows * length * runtime.world_size))
     with ThreadPoolExecutor(options.run.loader_threads) as pool:
@@ -78,7 +79,8 @@ def pretrain(options: TrainBaseOptions, paths: Paths, runtime: Runtime) -> dict:
             ],
         )
         optimizer = MuonAdamW(model, options.optimizer)
-        settings = learning_settings(options) | {"data": fingerprint(train.files, paths.hashes, runtime)}
+        settings = learning_settings(options) | {"step_size": total}
+        settings["data"] = fingerprint(train.files, paths.hashes, runtime)
         trainer = Trainer(plan, model, optimizer, tokenizer, paths, runtime, options.run, settings, micro_step_ms)
         results = trainer.run()
     shape_facts = {"parameters": shape.num_parameters, "flops_per_token": shape.flops_per_token}

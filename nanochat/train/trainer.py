@@ -157,7 +157,8 @@ class Trainer:
             check_shape(meta, SHAPE, str(path / "meta.json"))
         except UserError as error:
             raise damaged(path, str(error)) from error
-        saved = {"data": self.settings["data"]} | meta["settings"]  # earlier versions did not save what the data were
+        # earlier versions did not save what the data were, nor what the size of a step was beside that of the option
+        saved = {name: self.settings[name] for name in ("data", "step_size")} | meta["settings"]
         changed = [name for name in self.settings if self.settings[name] != saved.get(name)]
         if changed == ["data"]:
             raise UserError(

@@ -1,0 +1,105 @@
+"""Every preset runs with any number of processes: its steps are shared among them, or the nearest that can be."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+
+from nanochat.checkpoint import CheckpointStore
+from nanochat.cli import parse
+from nanochat.data.pretraining import TokenStream
+from nanochat.data.shards import Shards
+from nanochat.options.data import GenerateOptions
+from nanochat.options.presets import PRESETS
+from nanochat.options.train import TrainBaseOptions, TrainMidOptions, TrainSftOptions
+from nanochat.platform.errors import UserError
+from nanochat.platform.paths import Paths
+from nanochat.report.sections import read_section
+from nanochat.synthetic.generate import generate
+from nanochat.train.plan import shared, step_size
+from tests.conftest import nanochat
+
+STAGES = {"base": TrainBaseOptions, "mid": TrainMidOptions, "sft": TrainSftOptions}
+
+
+def store_of(paths: Paths, stage: str, cpu, processes: int) -> CheckpointStore:
+    return CheckpointStore(paths.checkpoints(stage), replace(cpu, world_size=processes))
+
+
+@pytest.mark.parametrize("processes", range(1, 17))
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_serves_any_number_of_processes(preset, stage, processes, tmp_path, cpu, capsys):
+    options = parse(STAGES[stage], f"train {stage}", ["--preset", preset])
+    length = parse(TrainBaseOptions, "train base", ["--preset", preset]).context_length if stage != "sft" else 1
+    wanted = options.examples_per_step if stage == "sft" else options.total_batch_size
+    size = step_size(options, stage, length, store_of(Paths(tmp_path), stage, cpu, processes))
+    assert size.total == size.rows * size.accumulation * length * processes
+    assert 1 <= size.rows <= options.device_batch_size
+    multiple = length * processes
+    assert abs(size.total - wanted) <= max(1, size.accumulation / 2) * multiple
+    if wanted % multiple == 0 and processes in (1, 2, 4, 8, 16):
+        assert size.total == wanted
+    said = capsys.readouterr().out
+    assert said == "" if size.total == wanted else f"steps of {size.total:,}" in said and f"the {wanted:,} of" in said
+    # a device is not left with a handful of rows where it could take many
+    assert size.rows >= min(options.device_batch_size, round(wanted / multiple)) / 2
+
+
+def test_one_process_takes_a_preset_as_it_is():
+    assert shared(4096, 16, 256, 1) == (16, 1, 4096) and shared(524288, 32, 2048, 8) == (32, 1, 524288)
+    assert shared(4096, 16, 256, 2) == (8, 1, 4096)  # as many rows as it takes
+    assert shared(4096, 16, 256, 3) == (5, 1, 3840)  # 15 rows are nearer to 16 than 18
+
+
+def test_what_the_user_says_is_kept_or_refused(tmp_path, cpu):
+    def size(*arguments: str, processes: int):
+        options = parse(TrainBaseOptions, "train base", ["--preset", "cpu", *arguments])
+        return step_size(options, "base", 256, store_of(Paths(tmp_path), "base", cpu, processes))
+
+    assert size("--device-batch-size", "4", processes=3) == (4, 1, 3072)
+    assert size("--total-batch-size", "12288", processes=3) == (16, 1, 12288)
+    assert size("--total-batch-size", "768", processes=3) == (1, 1, 768)
+    with pytest.raises(UserError, match="nearest valid totals are .*3840 or 7680|nearest valid totals are 3840"):
+        size("--total-batch-size", "4000", processes=3)
+
+
+def test_the_generated_data_feed_sixteen_processes(tmp_path, tokenizer):
+    options = GenerateOptions(shards=1, chats=1, questions=1, problems=1, identity=1, words=40, tests=1)
+    generate(options, Paths(tmp_path))
+    with ThreadPoolExecutor(1) as pool:
+        for split in ("train", "val"):
+            streams = [TokenStream(Shards.of(Paths(tmp_path), split), tokenizer, rank, 16, pool) for rank in range(16)]
+            firsts = [next(islice(stream.batches(1, 64), 1)).inputs.tolist() for stream in streams]
+            assert len({str(first) for first in firsts}) == 16
+
+
+FEW = {
+    "base": "--num-iterations 6 --eval-tokens 512 --eval-every -1 --save-every 3",
+    "mid": "--smoltalk 40 --mmlu 20 --gsm8k 20 --simple-spelling 10 --spelling-bee 10 --eval-rows 8",
+    "sft": "--arc-easy 20 --arc-challenge 20 --gsm8k 10 --smoltalk 20 --identity 10 --simple-spelling 5 --spelling-bee 5",
+}
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_two_and_three_processes_train_all_stages_of_a_preset(base, processes):
+    """After three, one goes on with the same steps, and two cannot."""
+    for stage, arguments in FEW.items():
+        command = ("train", stage, "--preset", "tiny", "--run-name", "default", "--device", "cpu", *arguments.split())
+        done = nanochat(base, *command, processes=processes)
+        assert done.returncode == 0, done.stderr
+        assert ("steps of" in done.stdout.replace("6 steps of", "")) == (processes == 3)
+        assert read_section(Paths(base), stage)["processes"] == processes
+    if processes == 2:
+        return
+    (Paths(base).checkpoints("base") / "step_000006").rename(base / "moved")
+    command = ("train", "base", "--preset", "tiny", "--run-name", "default", "--device", "cpu", *FEW["base"].split())
+    refused = nanochat(base, *command, processes=2)
+    assert refused.returncode == 1
+    assert (
+        "have 1920 tokens, which 2 processes cannot share; resume it with 1 or 3 or 5 or 15 processes" in refused.stderr
+    )
+    resumed = nanochat(base, *command)
+    assert resumed.returncode == 0 and "resuming base at step 3" in resumed.stdout, resumed.stderr
+    assert "6 steps of 1,920 tokens" in resumed.stdout
