@@ -160,7 +160,7 @@ def test_training_that_can_write_nothing_saves_and_ends(base, trained_base, monk
         reached.append(trainer.state.step)
         trainer.metrics._file = Full()
         trainer.metrics._file.full = lambda: len(reached) >= after["metrics"]
-        report(trainer, *given)
+        return report(trainer, *given)
 
     log.full = lambda: len(reached) >= after["log"]
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
@@ -171,6 +171,7 @@ def test_training_that_can_write_nothing_saves_and_ends(base, trained_base, monk
     ):
         patch.setattr(sys, "stdout", log)
         patch.setattr(Trainer, "_report", reporting)
+        patch.setattr("nanochat.platform.console.LINE_SECONDS", 0.0)
         main(["train", "base", *TINY_BASE])
     assert ended.value.code == 1
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nanochat")]
