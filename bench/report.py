@@ -34,7 +34,9 @@ def write_report(results: tuple[Path, ...], out: Path) -> Path:
     plot_roofline(rows, max(h["product_tflops"] for h in headers), out / "roofline.png")
     text = markdown(headers, rows)
     write_atomically(out / "report.md", text)
-    write_atomically(out / "report.html", html_page("Fused kernels", [text], (out / "ratios.png", out / "roofline.png")))
+    write_atomically(
+        out / "report.html", html_page("Fused kernels", [text], (out / "ratios.png", out / "roofline.png"))
+    )
     return out / "report.html"
 
 

@@ -158,7 +158,7 @@ def _section(title: str, stage: str, section: dict | None) -> list[str | Folded]
         rows = [f"| {escaped(name)} | {escaped(value)} |" for name, value in named]
         if rows:
             lines += [f"| {heading} | value |", "|---|---|", *rows, ""]
-    return [f"### {title}\n", Folded("results and settings", "\n".join(lines))]
+    return [f"### {title}\n", *([Folded("results and settings", "\n".join(lines))] if lines else [])]
 
 
 def _flat(values: dict, prefix: str = ""):

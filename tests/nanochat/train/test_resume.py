@@ -127,7 +127,7 @@ def test_one_process_resumes_what_two_have_trained(base):
     ), result.stderr
     after = losses(base)
     assert sorted(after) == list(range(12)) and {s: after[s] for s in range(8)} == first
-    assert after[11][1] < first[0][1]
+    assert after[11][0] < first[0][0]
 
 
 def test_out_of_memory_names_the_option_with_which_the_run_resumes(base, trained_base, monkeypatch, capsys):
