@@ -64,15 +64,10 @@ def inputs(rows, width, hidden, dtype, seed=0, layouts=("contiguous",) * 4):
     parameters=harness.PRODUCTS[1], seed=2,
 )  # fmt: skip
 @given(
-    rows=st.lists(st.integers(4, 9), min_size=1, max_size=2),
-    width=st.integers(16, 40),
-    hidden=st.integers(16, 50),
-    dtype=st.sampled_from(DTYPES),
-    layouts=st.tuples(*[harness.layouts] * 4),
-    residual=st.sampled_from(("none", "x", "another")),
-    parameters=harness.products,
-    seed=harness.seeds,
-)
+    rows=st.lists(st.integers(4, 9), min_size=1, max_size=2), width=st.integers(16, 40), hidden=st.integers(16, 50),
+    dtype=st.sampled_from(DTYPES), layouts=st.tuples(*[harness.layouts] * 4),
+    residual=st.sampled_from(("none", "x", "another")), parameters=harness.products, seed=harness.seeds,
+)  # fmt: skip
 def test_relu2_mlp(rows, width, hidden, dtype, layouts, residual, parameters, seed):
     """relu² doubles the relative error of a row's factor, which few rows have in common with the reference's."""
     given_ = inputs(rows, width, hidden, dtype, seed, layouts)
