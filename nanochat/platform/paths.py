@@ -5,6 +5,7 @@ What was fetched is in the base directory itself and shared by all runs. Everyth
 
 import os
 import re
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,10 +39,11 @@ class Paths:
             raise UserError(f"--run-name {name!r} must begin with a letter or digit, and have only those and . _ + -")
         own_tokenizer = self.base / "tokenizer" / "tokenizer.json"
         if own_tokenizer.exists() or any(steps_in(self.base / "checkpoints" / stage) for stage in TRAINING_STAGES):
-            parts = " ".join(str(self.base / part) for part in PARTS_OF_A_RUN if (self.base / part).exists())
+            parts = shlex.join(str(self.base / part) for part in PARTS_OF_A_RUN if (self.base / part).exists())
+            target = f"{shlex.quote(f'{self.base}/runs')}/NAME"
             raise UserError(
                 f"{self.base} holds a run of an earlier version, and runs now have directories of their own; move it to one with: "
-                f"mkdir -p {self.base}/runs/NAME && mv {parts} {self.base}/runs/NAME (NAME is its preset, such as d20, or any "
+                f"mkdir -p {target} && mv {parts} {target} (NAME is its preset, such as d20, or any "
                 "name, which --run-name takes); its models can be evaluated and talked to, but their training does not go on"
             )
         return replace(self, run_name=name)
