@@ -101,23 +101,37 @@ def _remove_dead(path: Path, seen: Seen) -> None:
         claim.unlink(missing_ok=True)
 
 
+def holder(path: Path) -> dict | None:
+    """Who holds the lock, as far as can be seen at once; None when nobody does. Empty for a file that is damaged."""
+    seen = _read(path)
+    if seen is None:
+        return None
+    alive = _lives_here(seen)
+    if alive is None:
+        alive = time.time() - seen.changed / 1e9 < DEAD
+    return seen.holder if alive else None
+
+
+def described(holder: dict) -> str:
+    """Who holds a lock, for a message."""
+    if not holder:
+        return "a process that left no name"
+    job = f", job {holder['job']}" if holder["job"] else ""
+    return f"process {holder['process']} on {holder['host']}{job}, since {holder['since']}"
+
+
 def _held(path: Path, command: str, holder: dict) -> str:
-    who = "a process that left no name"
-    if holder:
-        job = f", job {holder['job']}" if holder["job"] else ""
-        who = f"process {holder['process']} on {holder['host']}{job}, since {holder['since']}"
     return (
-        f"another {command} is running in {path.parent} ({who}); wait for it or end it; if it is "
+        f"another {command} is running in {path.parent} ({described(holder)}); wait for it or end it; if it is "
         f"certain that it no longer runs, remove {path}"
     )
 
 
 def _is_dead(path: Path, seen: Seen) -> bool:
     """Whether a holder no longer lives; to know it of one on another host, this watches its heartbeat."""
-    here = _place()
-    if seen.holder and here.items() <= seen.holder.items():
-        started = _start_of(seen.holder["process"])
-        return started is None or (started != "" and started != seen.holder["started"])
+    alive = _lives_here(seen)
+    if alive is not None:
+        return not alive
     say(
         f"{path} is there, of {seen.holder.get('host', 'an unknown host')}: waiting up to {DEAD:.0f} s for its heartbeat"
     )
@@ -127,6 +141,14 @@ def _is_dead(path: Path, seen: Seen) -> bool:
         if _read(path) != seen:
             return False
     return True
+
+
+def _lives_here(seen: Seen) -> bool | None:
+    """Whether a holder is a process of this host that lives; None for one of another host, of which only the heartbeat tells."""
+    if not (seen.holder and _place().items() <= seen.holder.items()):
+        return None
+    started = _start_of(seen.holder["process"])
+    return started is not None and started in ("", seen.holder["started"])
 
 
 def _beat(path: Path, mine: dict, released: threading.Event) -> None:
