@@ -56,12 +56,17 @@ def slurm_job_id() -> str:
     return os.environ.get("SLURM_JOB_ID", "")
 
 
+def slurm_restarts() -> int:
+    """How often the Slurm job was queued again."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+
+
 def slurm_job() -> tuple[int, str, int]:
     """The Slurm job's id, its compressed list of nodes, and the number of times it was requeued."""
     return (
         int(os.environ["SLURM_JOB_ID"]),
         os.environ.get("SLURM_JOB_NODELIST", ""),
-        int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0),
+        slurm_restarts(),
     )
 
 

@@ -143,6 +143,11 @@ class Paths:
         return self.run / "stop"
 
     @property
+    def starts(self) -> Path:
+        """How often a job of a cluster has started the run since it last made progress."""
+        return self.run / "starts.json"
+
+    @property
     def logs(self) -> Path:
         """The output of the jobs of a cluster."""
         return self.base / "logs"

@@ -8,9 +8,13 @@ import json
 import time
 from pathlib import Path
 
+from nanochat.platform.environment import slurm_job_id, slurm_restarts
+from nanochat.platform.errors import UserError
 from nanochat.platform.files import all_files, read_json, sha256_of, write_json
-from nanochat.platform.paths import Paths
-from nanochat.speedrun.stages import Stage
+from nanochat.platform.paths import Paths, steps_in
+from nanochat.speedrun.stages import STAGES, Stage
+
+FRUITLESS = 3  # starts of a job in a row that made no progress, after which it is not started again
 
 
 def record_path(paths: Paths, stage: Stage) -> Path:
@@ -37,6 +41,29 @@ def valid_record(paths: Paths, stage: Stage, command: list[str], made_from: str)
     if record is None or record.get("command") != command or record.get("made_from") != made_from:
         return None
     return record if record.get("made") == hashes(paths, stage) else None
+
+
+def count_start(paths: Paths) -> None:
+    """Note that a job of a cluster starts the run; does nothing outside of a job.
+
+    Raises UserError when the job was queued again and again, and its last FRUITLESS starts have trained no step and finished no
+    stage: the next one would not either.
+    """
+    job, restarts = slurm_job_id(), slurm_restarts()
+    if not job:
+        return
+    steps = {stage.name: [0, *steps_in(paths.checkpoints(stage.name))][-1] for stage in STAGES if stage.trains}
+    finished = {path.stem: path.stat().st_mtime_ns for path in paths.records.glob("*.json")}
+    now = {"job": job, "progress": {"steps": steps, "finished": finished}, "starts": 1}
+    before = read_json(paths.starts, {"job": str, "progress": {str: object}, "starts": int})
+    if restarts and before and (before["job"], before["progress"]) == (job, now["progress"]):
+        now["starts"] = before["starts"] + 1
+    if now["starts"] > FRUITLESS:
+        raise UserError(
+            f"job {job} was queued again and started {FRUITLESS} times without training a step or finishing a stage; each start "
+            "ends before it comes further, as its output tells: raise --time, or lower --signal-seconds, and submit again"
+        )
+    write_json(paths.starts, now)
 
 
 def changed_files(paths: Paths, stage: Stage) -> list[Path]:

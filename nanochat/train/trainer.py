@@ -114,6 +114,7 @@ class Trainer:
             say(f"micro-steps: {execution} ({reason})")
         self.micro_step = MicroStep(model, optimizer, execution, one_length=plan.one_length)
         self.state, self.pace = TrainState(), Pace()
+        self.started_at = 0  # the step that this start begins with; each start trains a step, so that many of them end
         self.saved_step = -1  # of the newest checkpoint; −1: there is none
         self.results: dict = {}  # the newest result of each evaluation
         self.interrupt = Interrupt()
@@ -126,6 +127,7 @@ class Trainer:
         """
         torch.use_deterministic_algorithms(self.options.deterministic, warn_only=True)
         positions = self._resume()
+        self.started_at = self.state.step
         with self.interrupt.handling():
             if self.runtime.primary:
                 wandb = self.options.wandb_run, self.options.wandb_mode
@@ -182,11 +184,12 @@ class Trainer:
                     f"the data of {self.plan.stage} do not fill one step of {self.plan.accumulation} micro-batches on each of "
                     f"{self.runtime.world_size} processes; add data, or take fewer rows or conversations per step"
                 )
-            if agreement.stop:
+            last = agreement.ended or self.state.step == self.plan.steps
+            if agreement.stop and (last or self.state.step > self.started_at):
                 self._save()
                 raise self._stopped()
-            last = agreement.ended or self.state.step == self.plan.steps
-            self._boundary(last)
+            if not agreement.stop:  # if it is to stop already, it trains one step and measures nothing before
+                self._boundary(last)
             if last:
                 return self._summary()
             if not agreement.targets:

@@ -278,6 +278,31 @@ def test_a_job_without_an_installation_fails_with_the_remedy(tmp_path):
         assert done.returncode == 1 and "run slurm/setup.sh first" in done.stderr and "all" not in done.stdout
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_signal_before_the_run_could_begin_ends_the_job(tmp_path, begun):
+    """A job that is always stopped there would be queued again without end. During the run it is queued again."""
+    (tmp_path / "bin").mkdir()
+    programs = {
+        "nanochat": f"""echo "$1"; [ $1 = speedrun ] || [ {begun} = True ] || kill -USR1 $PPID
+            [ $1 = preflight ] || {{ kill -USR1 $PPID; trap 'exit 138' USR1; for _ in $(seq 100); do sleep 0.1; done; }}""",
+        "scontrol": "echo scontrol $*",
+        "sleep": "exec /bin/sleep 0.1",
+    }
+    for name, text in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    env = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "NANOCHAT_VENV": str(tmp_path),
+    }
+    env |= {"NANOCHAT_PRESET": "tiny", "SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "here"}
+    done = subprocess.run(["bash", ROOT / "slurm" / "speedrun.sbatch"], capture_output=True, text=True, env=env)
+    assert ("scontrol requeue 41" in done.stdout) == ("speedrun" in done.stdout.split()) == begun
+    assert ("raise --time and submit again" in done.stderr) == (not begun) and done.returncode == (138 if begun else 1)
+
+
 def test_the_scripts_take_the_account_of_the_user(tmp_path):
     shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
     (tmp_path / ".env.local").write_text("MAIL_USER=a@b.edu\nexport NANOCHAT_ACCOUNT='mine'\n")

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
-from nanochat.speedrun.records import changed_files, record_path, valid_record, write_record
+from nanochat.speedrun.records import changed_files, count_start, record_path, valid_record, write_record
 from nanochat.speedrun.stages import STAGES, Stage
 
 COMMAND = ["tokenizer", "train"]
@@ -45,6 +46,42 @@ def test_changed_outputs_make_a_record_invalid(finished, change):
     else:
         record_path(paths, stage).write_text('{"stage": "thi')
     assert valid_record(paths, stage, COMMAND, "inputs") is None
+
+
+def test_a_job_that_makes_no_progress_is_not_started_for_ever(tmp_path, monkeypatch):
+    paths, restarts = Paths(tmp_path), iter(range(100))
+    checkpoint = paths.checkpoints("base") / "step_000020"
+
+    def start(job: str = "41") -> None:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(next(restarts)))
+        count_start(paths)
+
+    for _ in range(3):
+        start()
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "meta.json").touch()  # a step
+    for _ in range(3):
+        start()
+    write_record(paths, STAGES[0], COMMAND, "", 1.0)  # a finished stage
+    for _ in range(3):
+        start()
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match="job 41 was queued again and started 3 times without training a step .* --time"
+        ):
+            start()
+    restarts = iter(range(100))
+    start("42")  # submitted again
+    start("42")
+    for _ in range(9):
+        monkeypatch.delenv("SLURM_RESTART_COUNT")  # nothing queues it again
+        count_start(paths)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.delenv("SLURM_JOB_ID")
+    paths.starts.unlink()
+    count_start(paths)
+    assert not paths.starts.exists(), "outside of a job"
 
 
 @pytest.mark.parametrize(("may_be_replaced", "asks"), [(True, ["file"]), (False, [])])

@@ -13,9 +13,10 @@ import pytest
 from nanochat.cli import main
 from nanochat.platform.paths import Paths
 from nanochat.platform.signals import handled
+from nanochat.train.metrics import read_metrics
 from nanochat.train.trainer import Trainer
 from tests import forked
-from tests.conftest import TINY_BASE, command, environment, nanochat
+from tests.conftest import TINY_BASE, assert_fails_with, command, environment, nanochat
 from tests.nanochat.train.test_resume import losses, start, wait_for, weights
 
 
@@ -32,6 +33,21 @@ def test_a_signal_saves_and_the_same_command_resumes(base, trained_base, number,
     assert 0 < stopped < 24
     result = nanochat(base, *arguments)
     assert result.returncode == 0 and f"resuming base at step {stopped}" in result.stdout
+    assert losses(base) == losses(trained_base) and weights(base) == weights(trained_base)
+
+
+def test_each_start_trains_a_step_though_it_is_to_stop_before(base, trained_base):
+    """So that a job that is queued again and again comes to its end."""
+    paths, metrics = Paths(base), Paths(base).metrics("base")
+    paths.stop.touch()
+    for step in (1, 2):
+        done = nanochat(base, "train", "base", *TINY_BASE)
+        assert_fails_with(
+            done, f"stopped at step {step} by the file", f"everything is saved in {paths.checkpoints('base')}"
+        )
+        assert len(read_metrics(metrics)) == step, "and it measures nothing before"
+    paths.stop.unlink()
+    assert nanochat(base, "train", "base", *TINY_BASE).returncode == 0
     assert losses(base) == losses(trained_base) and weights(base) == weights(trained_base)
 
 
