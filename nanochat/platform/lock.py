@@ -19,6 +19,7 @@ from typing import NamedTuple
 from nanochat.platform.console import say
 from nanochat.platform.environment import slurm_job_id
 from nanochat.platform.errors import UserError
+from nanochat.platform.files import remove_leftovers
 
 BEAT = 10.0  # seconds between two heartbeats, each of which changes the time of the file
 DEAD = 60.0  # a holder on another host is dead when its file has not changed for so many seconds
@@ -53,6 +54,9 @@ def locked(path: Path, command: str) -> Iterator[None]:
     heart.start()
     try:
         yield
+        seen = _read(path)
+        if seen is None or seen.holder != mine:
+            raise UserError(_lost(path))
     finally:
         released.set()
         heart.join()
@@ -85,6 +89,7 @@ def _acquire(path: Path, mine: dict) -> None:
 
 def _remove_dead(path: Path, seen: Seen) -> None:
     """Remove the lock of a dead holder, unless another process has done so; that one may hold the lock by now."""
+    remove_leftovers(path.parent, f"{path.name}.[0-9]*")
     claim = path.with_name(f"{path.name}.{seen.changed}")  # who makes this file removes the lock
     try:
         claim.open("x").close()
@@ -161,13 +166,21 @@ def _beat(path: Path, mine: dict, released: threading.Event) -> None:
         except OSError:  # of a storage that does not answer: the next heartbeat tells
             continue
         if not released.is_set():
-            print(
-                f"nanochat: error: the lock {path} was removed or taken by another process; this one ends at once, because "
-                "both would write the same files",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(f"nanochat: error: {_lost(path)}", file=sys.stderr, flush=True)
             os._exit(1)
+
+
+def _lost(path: Path) -> str:
+    """Why a process cannot go on that has lost its lock."""
+    if not path.parent.exists():
+        return (
+            f"{path.parent} was removed while this process wrote to it, and what it wrote is lost; look what has removed it, "
+            "bring it back from a copy if there is one, and run the same command again"
+        )
+    return (
+        f"the lock {path} was removed or taken by another process while this one held it; this one ends, because both would write "
+        "the same files; see which commands run there, and run the same command again when none does"
+    )
 
 
 def _remove(path: Path, mine: dict) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nanochat.platform.environment import configured_base_directory, home_directory
 from nanochat.platform.errors import UserError, remedy_for
+from nanochat.platform.files import remove_leftovers
 
 TRAINING_STAGES = ("base", "mid", "sft")  # the stages that write checkpoints, in order
 DEFAULT_RUN = "default"  # the run of a command without a preset
@@ -202,6 +203,7 @@ def base_paths() -> Paths:
         probe = base / f".write-probe-{os.getpid()}"
         probe.write_bytes(b"probe")
         probe.unlink()
+        remove_leftovers(base, ".write-probe-*")
     except OSError as error:
         raise UserError(
             f"cannot write to the base directory {base} ({error.strerror or error}); "

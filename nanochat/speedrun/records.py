@@ -12,6 +12,7 @@ from nanochat.platform.environment import slurm_job_id, slurm_restarts
 from nanochat.platform.errors import UserError
 from nanochat.platform.files import all_files, read_json, sha256_of, write_json
 from nanochat.platform.paths import Paths, steps_in
+from nanochat.report.sections import read_section
 from nanochat.speedrun.stages import STAGES, Stage
 
 FRUITLESS = 3  # starts of a job in a row that made no progress, after which it is not started again
@@ -22,13 +23,17 @@ def record_path(paths: Paths, stage: Stage) -> Path:
 
 
 def write_record(paths: Paths, stage: Stage, command: list[str], made_from: str, seconds: float) -> dict:
-    """Record a stage as finished after `seconds`; returns the record. made_from: hash_of the files of all earlier stages."""
+    """Record a stage as finished; returns the record. made_from: hash_of the files of all earlier stages.
+
+    seconds: of the start that finished it; a stage that was resumed knows more, and writes it to its section of the report.
+    """
+    section = read_section(paths, stage.name)
     record = {
         "stage": stage.name,
         "command": command,
         "made_from": made_from,
         "made": hashes(paths, stage),
-        "seconds": seconds,
+        "seconds": max(seconds, section["seconds"] if section else 0.0),
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
     write_json(record_path(paths, stage), record)

@@ -1,11 +1,19 @@
 """The progress of a training run: what a checkpoint stores besides weights and optimizer state; and the time left."""
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 SMOOTHING = 0.95  # of the loss that is printed: a mean over about the last 20 steps
 
 # what meta.json holds for training, besides what nanochat/checkpoint.py needs
-SHAPE = {"settings": {str: object}, "positions": [list], "smoothed_loss": float, "elapsed": float, "tokens": int}
+SHAPE = {
+    "settings": {str: object},
+    "positions": [list],
+    "smoothed_loss": float,
+    "elapsed": float,
+    "seconds": float,
+    "tokens": int,
+}
 
 
 @dataclass
@@ -15,8 +23,10 @@ class TrainState:
     step: int = 0
     smoothed_loss: float = 0.0  # exponential mean, not yet corrected for its start at 0
     elapsed: float = 0.0  # seconds spent in steps since step 0, also before the run was resumed
+    earlier_seconds: float = 0.0  # of the starts that this one resumes, with their evaluations
     tokens: int = 0  # trained on, over all ranks
     position: tuple[int, ...] = ()  # where this rank's next batch begins
+    began: float = field(default_factory=time.perf_counter)  # this start, by the clock of its process
 
     @property
     def loss(self) -> float:
@@ -37,12 +47,13 @@ class TrainState:
             "positions": positions,
             "smoothed_loss": self.smoothed_loss,
             "elapsed": self.elapsed,
+            "seconds": self.earlier_seconds + time.perf_counter() - self.began,
             "tokens": self.tokens,
         }
 
     @classmethod
     def from_meta(cls, meta: dict) -> "TrainState":
-        return cls(meta["step"], meta["smoothed_loss"], meta["elapsed"], meta["tokens"])
+        return cls(meta["step"], meta["smoothed_loss"], meta["elapsed"], meta["seconds"], meta["tokens"])
 
 
 class Pace:

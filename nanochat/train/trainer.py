@@ -121,7 +121,8 @@ class Trainer:
         self.metrics = Metrics(paths.metrics(plan.stage))
 
     def run(self) -> dict:
-        """Train to the end; returns the newest evaluations, steps, tokens, loss, seconds and tokens per second.
+        """Train to the end; returns the newest evaluations, steps, tokens, loss, seconds (also of the starts that this one resumes)
+        and tokens per second.
 
         Raises TrainingStopped after a signal, and UserError when memory runs out, the loss is not finite or a step has no targets.
         """
@@ -154,6 +155,7 @@ class Trainer:
         self.saved_step = steps[-1]
         path = self.store.path(self.saved_step)
         meta = self.store.load(self.saved_step, self.model, self.optimizer, self.tokenizer)
+        meta = {"seconds": meta.get("elapsed")} | meta  # earlier versions did not save it
         try:
             check_shape(meta, SHAPE, str(path / "meta.json"))
         except UserError as error:
@@ -324,6 +326,7 @@ class Trainer:
             "tokens": state.tokens,
             "loss": state.loss,
             "train_seconds": state.elapsed,
+            "earlier_seconds": state.earlier_seconds,
             "tokens_per_second": state.tokens / state.elapsed if state.elapsed else 0.0,
         }
 

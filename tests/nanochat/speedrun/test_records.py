@@ -6,6 +6,7 @@ import pytest
 
 from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
+from nanochat.report.sections import write_section
 from nanochat.speedrun.records import changed_files, count_start, record_path, valid_record, write_record
 from nanochat.speedrun.stages import STAGES, Stage
 
@@ -25,6 +26,13 @@ def finished(tmp_path):
 
 def test_an_unchanged_record_is_valid(finished):
     assert valid_record(*finished, COMMAND, "inputs")["seconds"] == 1.5
+
+
+def test_a_stage_that_was_resumed_took_as_long_as_all_of_its_starts(finished):
+    paths, stage = finished
+    for seconds in (500.0, 0.5):
+        write_section(paths, stage.name, {}, {}, seconds, 1)
+        assert write_record(paths, stage, COMMAND, "inputs", 1.5)["seconds"] == max(seconds, 1.5)
 
 
 @pytest.mark.parametrize(("command", "made_from"), [([*COMMAND, "--preset", "d20"], "inputs"), (COMMAND, "others")])
