@@ -313,6 +313,33 @@ def test_the_scripts_take_the_account_of_the_user(tmp_path):
         assert told in done.stdout, done.stdout + done.stderr
 
 
+def sourced(tmp_path, profile: str, before: str = ":", **env: str) -> subprocess.CompletedProcess:
+    """A strict script that does something, sources environment.sh and shows the variables that it then has."""
+    (tmp_path / "site.env").write_text(profile)
+    call = ["bash", "-c", f"set -Eeuo pipefail; {before}; source slurm/environment.sh; echo $-; env"]
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "NANOCHAT_SITE": str(tmp_path / "site.env"), **env}
+    return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, env=env)
+
+
+def test_a_module_command_may_be_careless(tmp_path):
+    """It reads a variable that is not set, and a command in it fails; afterwards the script is as strict as before."""
+    careless = 'module() { [ -n "$LMOD_NOT_SET" ]; false; export LOADED="$*"; }'
+    done = sourced(tmp_path, "NANOCHAT_MODULES=python", careless)
+    assert done.returncode == 0 and "LOADED=load python\n" in done.stdout, done.stderr
+    assert {"e", "u"} <= set(done.stdout.splitlines()[0])
+    done = sourced(tmp_path, 'NANOCHAT_MODULES="python cuda"', "module() { return 1; }")
+    assert done.returncode == 1 and "module load python cuda failed with status 1; module avail" in done.stderr
+
+
+def test_caches_are_on_scratch_where_the_site_has_one(tmp_path):
+    wanted = ("PIP_CACHE_DIR", "HF_HOME", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "MPLCONFIGDIR")
+    done = sourced(tmp_path, "NANOCHAT_SCRATCH=/scratch/of-mine", HF_HOME="/of/mine")
+    shown = dict(line.partition("=")[::2] for line in done.stdout.splitlines())
+    assert shown.pop("HF_HOME") == "/of/mine", "what the user has set stays"
+    assert all(shown[name].startswith("/scratch/of-mine/.cache/") for name in wanted if name != "HF_HOME")
+    assert not any(name in sourced(tmp_path, "NANOCHAT_SCRATCH=\n").stdout for name in wanted)
+
+
 def test_modules_are_loaded_or_missed(tmp_path):
     (tmp_path / "site.env").write_text('NANOCHAT_MODULES="python/3.12.5 cuda"\nNANOCHAT_SCRATCH=\n')
     env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "NANOCHAT_SITE": str(tmp_path / "site.env")}
