@@ -88,6 +88,11 @@ class Progress:
         killed = who is None and paths.lock(stage.name).exists()
         return cls(stage, last, _seconds(paths, stage, last), who, killed, saved[-1] if saved else None)
 
+    @property
+    def stopped(self) -> bool:
+        """Whether it began and did not finish, and nothing works on it."""
+        return self.seconds is None and self.holder is None and (bool(self.last) or self.was_killed)
+
     def row(self) -> tuple[str, ...]:
         """Name, state, step, loss, tokens per second and time left, as text."""
         last, left = self.last, ""
@@ -97,18 +102,16 @@ class Progress:
         elif self.seconds is not None:
             state = f"done in {format_duration(self.seconds)}"
         else:
-            state = "stopped" if last or self.was_killed else "to come"
+            state = "stopped" if self.stopped else "to come"
         numbers = ("", "", "")
         if last:
             numbers = (f"{last['step'] + 1:,}", f"{last['smoothed_loss']:.4f}", f"{last['tokens_per_second']:,.0f}")
         return (self.stage.name, state, *numbers, left)
 
     def how_it_goes_on(self, jobs: list[SubmittedJob]) -> str:
-        """What to do about the first stage that has not finished when nothing works on the run."""
+        """What to do about the stage that comes next when nothing works on the run."""
         at_step = f" at step {self.last['step'] + 1:,}" if self.last else ""
-        stopped = (
-            f"stage {self.stage.name} {'has stopped' if self.last or self.was_killed else 'does not run'}{at_step}"
-        )
+        stopped = f"stage {self.stage.name} {'has stopped' if self.stopped else 'has not started'}{at_step}"
         goes_on = "continues with it" if self.saved is None else f"resumes it at step {self.saved:,}"
         queued = [job for job in jobs if job.name == "nanochat-speedrun" and job.goes_on]
         return f"{stopped}; {f'job {queued[-1].id} ({queued[-1].state.lower()})' if queued else 'the same command again'} {goes_on}"
@@ -125,9 +128,11 @@ def status(options: StatusOptions, paths: Paths) -> None:
     jobs, running = list(_jobs(paths)), [progress for progress in stages if progress.holder is not None]
     for progress in running:
         say(f"stage {progress.stage.name} is running: {described(progress.holder)}")
-    unfinished = next((progress for progress in stages if progress.seconds is None), None)
-    if unfinished and not running and holder(paths.lock("speedrun")) is None:
-        say(unfinished.how_it_goes_on(jobs))
+    if not running and holder(paths.lock("speedrun")) is None:
+        finished = [number for number, progress in enumerate(stages) if progress.seconds is not None]
+        ahead = [progress for progress in stages if progress.stopped] or stages[finished[-1] + 1 if finished else 0 :]
+        for progress in ahead[:1]:
+            say(progress.how_it_goes_on(jobs))
     for job in jobs:
         say(f"job {job.id} {job.name}: {job.state}, {job.ran} of {job.limit}, {job.reason}")
         if job.never_starts:
