@@ -31,11 +31,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def remove_leftovers(directory: Path, pattern: str) -> None:
-    """Remove the files of a pattern that killed processes left: each exists for a moment only, and these have for an hour."""
+    """Remove what killed processes left, by its pattern: each exists for a moment only, and these have for an hour."""
     for path in directory.glob(pattern):
-        with suppress(OSError):  # another process removes it too
-            if time.time() - path.stat().st_mtime > LEFT_OVER:
-                path.unlink()
+        with suppress(OSError):  # another process removes it too, or it is another user's
+            if time.time() - path.lstat().st_mtime > LEFT_OVER:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_json(path: Path, content: dict) -> None:
