@@ -20,6 +20,7 @@ from nanochat.platform.errors import UserError
 from nanochat.platform.files import all_files
 from nanochat.platform.paths import TRAINING_STAGES, Paths, steps_in
 from nanochat.speedrun.assets import problems, remedy
+from nanochat.speedrun.records import count_start
 from nanochat.tokenizer.bpe import Tokenizer
 from nanochat.train.plan import horizon
 
@@ -28,7 +29,12 @@ OTHER_STAGES = 0.35  # the time of all other stages, as a share of pretraining's
 
 
 def preflight(options: PreflightOptions, paths: Paths) -> None:
-    """Check everything and print a line for each check. Raises UserError at the end when a check failed."""
+    """Check everything and print a line for each check. Raises UserError at the end when a check failed.
+
+    In a job that is queued again and again without progress it raises UserError at once.
+    """
+    if not options.data_only:
+        count_start(paths)  # here and not in the run, which may be stopped before it has begun
     failures, missing = [], []
     for asset, rows, problem in problems(options.preset, paths, options.shards):
         if problem:

@@ -49,24 +49,24 @@ def valid_record(paths: Paths, stage: Stage, command: list[str], made_from: str)
 
 
 def count_start(paths: Paths) -> None:
-    """Note that a job of a cluster starts the run; does nothing outside of a job.
+    """Note that a job of a cluster which was queued again starts the run; does nothing for any other command.
 
-    Raises UserError when the job was queued again and again, and its last FRUITLESS starts have trained no step and finished no
-    stage: the next one would not either.
+    Raises UserError when its last FRUITLESS starts have trained no step and finished no stage: the next one would not either.
     """
-    job, restarts = slurm_job_id(), slurm_restarts()
-    if not job:
+    job = slurm_job_id()
+    if not job or not slurm_restarts():
         return
     steps = {stage.name: [0, *steps_in(paths.checkpoints(stage.name))][-1] for stage in STAGES if stage.trains}
     finished = {path.stem: path.stat().st_mtime_ns for path in paths.records.glob("*.json")}
     now = {"job": job, "progress": {"steps": steps, "finished": finished}, "starts": 1}
     before = read_json(paths.starts, {"job": str, "progress": {str: object}, "starts": int})
-    if restarts and before and (before["job"], before["progress"]) == (job, now["progress"]):
+    if before and (before["job"], before["progress"]) == (job, now["progress"]):
         now["starts"] = before["starts"] + 1
     if now["starts"] > FRUITLESS:
         raise UserError(
-            f"job {job} was queued again and started {FRUITLESS} times without training a step or finishing a stage; each start "
-            "ends before it comes further, as its output tells: raise --time, or lower --signal-seconds, and submit again"
+            f"job {job} was queued again and again and started {FRUITLESS} times in a row without training a step or finishing a "
+            "stage; each start ends before it comes further, as its output tells: raise --time, or lower --signal-seconds, and "
+            "submit again"
         )
     write_json(paths.starts, now)
 

@@ -27,7 +27,7 @@ from nanochat.platform.lock import locked
 from nanochat.platform.paths import Paths
 from nanochat.platform.signals import end_with_parent, handled
 from nanochat.speedrun.assets import problems, remedy
-from nanochat.speedrun.records import changed_files, count_start, hash_of, valid_record, write_record
+from nanochat.speedrun.records import changed_files, hash_of, valid_record, write_record
 from nanochat.speedrun.stages import NAMES, STAGES, Stage, command_of
 
 ERROR = "nanochat: error: "  # how the last line of a command that fails begins
@@ -62,7 +62,6 @@ def run_stages(options: SpeedrunOptions, paths: Paths, stages: Sequence[Stage] =
             "missing"
         )
     with locked(paths.lock("speedrun"), "speedrun"), Stop(paths).handling() as stop:
-        count_start(paths)
         made_from = ""  # hash of all files that earlier stages wrote
         for number, stage in enumerate(stages, 1):
             if NAMES.index(stage.name) > last:

@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 
+from nanochat.options.speedrun import PreflightOptions
 from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
 from nanochat.report.sections import write_section
+from nanochat.speedrun.preflight import preflight
 from nanochat.speedrun.records import changed_files, count_start, record_path, valid_record, write_record
 from nanochat.speedrun.stages import STAGES, Stage
 
@@ -57,13 +59,13 @@ def test_changed_outputs_make_a_record_invalid(finished, change):
 
 
 def test_a_job_that_makes_no_progress_is_not_started_for_ever(tmp_path, monkeypatch):
-    paths, restarts = Paths(tmp_path), iter(range(100))
+    paths, restarts = Paths(tmp_path, "tiny"), iter(range(1, 100))
     checkpoint = paths.checkpoints("base") / "step_000020"
 
     def start(job: str = "41") -> None:
         monkeypatch.setenv("SLURM_JOB_ID", job)
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(next(restarts)))
-        count_start(paths)
+        preflight(PreflightOptions("tiny"), paths)
 
     for _ in range(3):
         start()
@@ -76,20 +78,19 @@ def test_a_job_that_makes_no_progress_is_not_started_for_ever(tmp_path, monkeypa
         start()
     for _ in range(2):
         with pytest.raises(
-            UserError, match="job 41 was queued again and started 3 times without training a step .* --time"
+            UserError, match="job 41 .* started 3 times in a row without training a step .* raise --time"
         ):
             start()
-    restarts = iter(range(100))
     start("42")  # submitted again
-    start("42")
-    for _ in range(9):
-        monkeypatch.delenv("SLURM_RESTART_COUNT")  # nothing queues it again
+
+
+def test_only_a_job_that_was_queued_again_counts_its_starts(tmp_path, monkeypatch):
+    paths = Paths(tmp_path)
+    for job, restarts in (("", "7"), ("41", ""), ("41", "0")):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
         count_start(paths)
-        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    monkeypatch.delenv("SLURM_JOB_ID")
-    paths.starts.unlink()
-    count_start(paths)
-    assert not paths.starts.exists(), "outside of a job"
+    assert not paths.run.exists()
 
 
 @pytest.mark.parametrize(("may_be_replaced", "asks"), [(True, ["file"]), (False, [])])
