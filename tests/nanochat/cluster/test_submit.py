@@ -1,7 +1,5 @@
 """The sbatch calls word for word, site profiles, and what is refused."""
 
-import json
-import shlex
 import shutil
 import subprocess
 from dataclasses import replace
@@ -11,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nanochat.cluster.site import account, base_directory, load_site, mail_user
-from nanochat.cluster.slurm import Job, distributed_launcher, megabytes_of, sbatch_command, seconds_of
+from nanochat.cluster.slurm import Job, distributed_launcher, sbatch_command, seconds_of
 from nanochat.platform.environment import collective_timeout
 from nanochat.platform.errors import UserError
 from tests.conftest import assert_fails_with, nanochat
@@ -61,91 +59,6 @@ def test_a_dry_run_calls_nothing(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def dry_run(*options: str, **env: str) -> str:
-    done = nanochat(None, *"cluster submit speedrun --dry-run".split(), *options, NANOCHAT_BASE_DIR="/base", **env)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_the_site_is_that_of_the_environment():
-    assert "NANOCHAT_SITE=ptolemy" in dry_run(NANOCHAT_SITE="ptolemy")
-    assert "NANOCHAT_SITE=generic" in dry_run("--site", "generic", NANOCHAT_SITE="ptolemy")
-    assert "NANOCHAT_SITE=generic" in dry_run(NANOCHAT_SITE="")
-
-
-@pytest.mark.parametrize("preset", ["tiny", "cpu"])
-def test_a_run_with_embedded_data_asks_for_what_it_needs(preset, tmp_path):
-    """Of a site with GPU nodes; a site with less is asked for no more than it has."""
-    call = dry_run("--site", "ptolemy", "--preset", preset)
-    assert " --cpus-per-task=2 --mem=8G --time=1:00:00 " in call
-    assert "--partition" not in call and "--gres" not in call, "Slurm's default partition, not that of the GPUs"
-    assert "--partition=gpu-a100" in dry_run("--site", "ptolemy", "--preset", preset, "--gpus", "1")
-    assert "--time=30 " in dry_run("--site", "ptolemy", "--preset", preset, "--time", "30")
-    small = tmp_path / "small.env"
-    values = {"CPUS": "1", "MEMORY": "2000", "TIME": "20", "PARTITION": "gpu", "CPU_PARTITION": "cpu"}
-    small.write_text("".join(f"NANOCHAT_{name}={value}\n" for name, value in values.items()))
-    call = dry_run("--site", str(small), "--preset", preset)
-    assert "--partition=cpu --nodes=1 --ntasks-per-node=1 --cpus-per-task=1 --mem=2000 --time=20 " in call
-    small.write_text("")
-    assert "--mem" not in dry_run("--site", str(small), "--preset", preset), "an empty value leaves Slurm's default"
-
-
-def test_sizes():
-    assert {size: megabytes_of(size) for size in ("2000", "512m", "128G", "1T")} == {
-        "2000": 2000,
-        "512m": 512,
-        "128G": 131072,
-        "1T": 1048576,
-    }
-    assert megabytes_of("0") > megabytes_of("1T"), "0 is all that the node has"
-
-
-@pytest.fixture
-def sbatch(tmp_path):
-    """A directory for PATH with an sbatch that prints the content of a file, and the base directory of its jobs."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "sbatch").write_text(f"#!/bin/sh\nexec cat {shlex.quote(str(tmp_path / 'printed'))}\n")
-    (tmp_path / "bin" / "sbatch").chmod(0o755)
-
-    def submit(printed: str, base: Path = tmp_path / "base"):
-        (tmp_path / "printed").write_text(printed)
-        path = f"{tmp_path / 'bin'}:/usr/bin:/bin"
-        return nanochat(base, *"cluster submit speedrun --preset tiny --run-name mine".split(), PATH=path)
-
-    return submit
-
-
-def test_the_id_of_the_job_is_found_among_other_lines(sbatch, tmp_path):
-    for printed in ("41\n", "Welcome to cluster 7!\n\n41;ptolemy\n", "41\nYou have used 90 % of 2000 hours.\n"):
-        assert "submitted speedrun: job 41\n" in sbatch(printed).stdout
-    jobs = [json.loads(line) for line in (tmp_path / "base" / "jobs.jsonl").read_text().splitlines()]
-    assert [(job["id"], job["run"]) for job in jobs] == 3 * [("41", "mine")]
-    assert_fails_with(
-        sbatch("Welcome to cluster 7!\n"), "did not say which job", "Welcome to cluster 7!", "squeue --me"
-    )
-
-
-def test_a_job_whose_record_cannot_be_written_is_named(sbatch, tmp_path):
-    (tmp_path / "base" / "jobs.jsonl").mkdir(parents=True)
-    done = sbatch("41\n")
-    assert done.returncode == 0 and "submitted speedrun: job 41\n" in done.stdout
-    assert "jobs.jsonl cannot be written (Is a directory" in done.stdout and "squeue --job 41" in done.stdout
-
-
-def test_printed_commands_can_be_pasted(sbatch, tmp_path):
-    base = tmp_path / "of mine; $(touch x) 'a' 100%"
-    shown = sbatch("41\n", base).stdout
-    tail, status = (next(line for line in shown.splitlines() if word in line) for word in ("tail", "cluster status"))
-    assert shlex.split(tail) == ["tail", "-F", str(base / "logs" / "nanochat-speedrun-41.log")]
-    assert shlex.split(status)[0] == f"NANOCHAT_BASE_DIR={base}"
-
-
-def test_the_log_is_where_the_base_directory_is_whatever_its_name():
-    """Slurm replaces %u in the path of a log by the user, and so on; %% is a percent sign."""
-    call = sbatch_command(Job("gate", "d20"), load_site("generic"), "/data/100%u")
-    assert "--output=/data/100%%u/logs/%x-%j.log" in call and any("NANOCHAT_BASE_DIR=/data/100%u" in w for w in call)
-
-
 @pytest.mark.parametrize("line", ["mail_user=a@b.edu", "export MAIL_USER='a@b.edu'", "Nanochat_Mail_User=a@b.edu"])
 def test_the_address_is_found(tmp_path, monkeypatch, line):
     assert mail_user("", tmp_path) == ""
@@ -186,10 +99,8 @@ def test_what_is_wrong_is_named(tmp_path):
         ),
         ("refers to a variable that is not set", lambda: load_site(str(tmp_path / "unset.env"))),
         ("'nobody' is not an address", lambda: mail_user("nobody")),
-        ("no values with a comma .*'/a,b'", lambda: sbatch_command(Job("gate", "d20"), load_site("generic"), "/a,b")),
-        (r"or a backslash, got '/a", lambda: sbatch_command(Job("gate", "d20"), load_site("generic"), "/a\\b")),
+        ("takes no values with a comma", lambda: sbatch_command(Job("gate", "d20"), load_site("generic"), "/a,b")),
         ("'soon' is not a time limit", lambda: seconds_of("soon")),
-        ("memory '8 GB' is not a size", lambda: megabytes_of("8 GB")),
     ]
     for message, call in cases:
         with pytest.raises(UserError, match=message):
@@ -224,17 +135,6 @@ def test_invalid_submissions_are_rejected(tmp_path, options, parts):
 def test_without_slurm_it_says_so(tmp_path):
     result = nanochat(tmp_path, "cluster", "submit", "gate", PATH=str(tmp_path))
     assert_fails_with(result, "sbatch is not on the PATH", "--dry-run")
-
-
-def test_a_time_limit_that_leaves_time_to_train_is_taken():
-    assert "--time=13 " in dry_run("--time", "13") and "--time=4 " in dry_run("--time", "4", "--signal-seconds", "25")
-    assert nanochat(None, *"cluster submit bench --time 10 --dry-run".split()).returncode == 0, "no signal, no queue"
-
-
-def test_variables_of_a_job_that_has_ended_start_no_tasks(monkeypatch):
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    monkeypatch.setenv("SLURM_NTASKS", "4")
-    assert distributed_launcher(1)[1:] == []
 
 
 def test_launchers(monkeypatch):
@@ -278,31 +178,6 @@ def test_a_job_without_an_installation_fails_with_the_remedy(tmp_path):
         assert done.returncode == 1 and "run slurm/setup.sh first" in done.stderr and "all" not in done.stdout
 
 
-@pytest.mark.parametrize("begun", [False, True])
-def test_a_signal_before_the_run_could_begin_ends_the_job(tmp_path, begun):
-    """A job that is always stopped there would be queued again without end. During the run it is queued again."""
-    (tmp_path / "bin").mkdir()
-    programs = {
-        "nanochat": f"""echo "$1"; [ $1 = speedrun ] || [ {begun} = True ] || kill -USR1 $PPID
-            [ $1 = preflight ] || {{ kill -USR1 $PPID; trap 'exit 138' USR1; for _ in $(seq 100); do sleep 0.1; done; }}""",
-        "scontrol": "echo scontrol $*",
-        "sleep": "exec /bin/sleep 0.1",
-    }
-    for name, text in programs.items():
-        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
-    env = {
-        "PATH": "/usr/bin:/bin",
-        "HOME": str(tmp_path),
-        "SLURM_SUBMIT_DIR": str(ROOT),
-        "NANOCHAT_VENV": str(tmp_path),
-    }
-    env |= {"NANOCHAT_PRESET": "tiny", "SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "here"}
-    done = subprocess.run(["bash", ROOT / "slurm" / "speedrun.sbatch"], capture_output=True, text=True, env=env)
-    assert ("scontrol requeue 41" in done.stdout) == ("speedrun" in done.stdout.split()) == begun
-    assert ("raise --time and submit again" in done.stderr) == (not begun) and done.returncode == (138 if begun else 1)
-
-
 def test_the_scripts_take_the_account_of_the_user(tmp_path):
     shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
     (tmp_path / ".env.local").write_text("MAIL_USER=a@b.edu\nexport NANOCHAT_ACCOUNT='mine'\n")
@@ -311,33 +186,6 @@ def test_the_scripts_take_the_account_of_the_user(tmp_path):
         env |= {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
         done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, env=env)
         assert told in done.stdout, done.stdout + done.stderr
-
-
-def sourced(tmp_path, profile: str, before: str = ":", **env: str) -> subprocess.CompletedProcess:
-    """A strict script that does something, sources environment.sh and shows the variables that it then has."""
-    (tmp_path / "site.env").write_text(profile)
-    call = ["bash", "-c", f"set -Eeuo pipefail; {before}; source slurm/environment.sh; echo $-; env"]
-    env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "NANOCHAT_SITE": str(tmp_path / "site.env"), **env}
-    return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, env=env)
-
-
-def test_a_module_command_may_be_careless(tmp_path):
-    """It reads a variable that is not set, and a command in it fails; afterwards the script is as strict as before."""
-    careless = 'module() { [ -n "$LMOD_NOT_SET" ]; false; export LOADED="$*"; }'
-    done = sourced(tmp_path, "NANOCHAT_MODULES=python", careless)
-    assert done.returncode == 0 and "LOADED=load python\n" in done.stdout, done.stderr
-    assert {"e", "u"} <= set(done.stdout.splitlines()[0])
-    done = sourced(tmp_path, 'NANOCHAT_MODULES="python cuda"', "module() { return 1; }")
-    assert done.returncode == 1 and "module load python cuda failed with status 1; module avail" in done.stderr
-
-
-def test_caches_are_on_scratch_where_the_site_has_one(tmp_path):
-    wanted = ("PIP_CACHE_DIR", "HF_HOME", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "MPLCONFIGDIR")
-    done = sourced(tmp_path, "NANOCHAT_SCRATCH=/scratch/of-mine", HF_HOME="/of/mine")
-    shown = dict(line.partition("=")[::2] for line in done.stdout.splitlines())
-    assert shown.pop("HF_HOME") == "/of/mine", "what the user has set stays"
-    assert all(shown[name].startswith("/scratch/of-mine/.cache/") for name in wanted if name != "HF_HOME")
-    assert not any(name in sourced(tmp_path, "NANOCHAT_SCRATCH=\n").stdout for name in wanted)
 
 
 def test_modules_are_loaded_or_missed(tmp_path):
