@@ -98,7 +98,8 @@ class Progress:
         last, left = self.last, ""
         if self.holder is not None:
             state, remaining = "running", last.get("remaining")  # None in the first steps, which compile and capture
-            left = "" if not self.stage.trains else "not known yet" if remaining is None else format_duration(remaining)
+            known = isinstance(remaining, int | float)
+            left = "" if not self.stage.trains else format_duration(remaining) if known else "not known yet"
         elif self.seconds is not None:
             state = f"done in {format_duration(self.seconds)}"
         else:

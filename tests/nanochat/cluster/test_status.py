@@ -75,6 +75,13 @@ def test_a_stage_runs_while_it_holds_its_lock(paths, shown):
     assert f"stage base is running: process {os.getpid()} on" in told and "stopped" not in told
 
 
+@pytest.mark.parametrize("remaining", ["null", '"soon"'])
+def test_the_time_that_is_left_may_not_be_known(paths, shown, remaining):
+    paths.metrics("base").write_text(paths.metrics("base").read_text().replace("90.0", remaining))
+    with locked(paths.lock("base"), "train base"):
+        assert "not known yet" in row(shown(), "base")
+
+
 def test_a_stage_without_metrics_runs_too(paths, shown):
     write_record(paths, BY_NAME["base"], [], "", 9.0)
     with locked(paths.lock("base-eval"), "evaluate base"):
