@@ -16,7 +16,7 @@ def test_a_signal_before_the_run_could_begin_ends_the_job(tmp_path, begun):
         "nanochat": f"""echo "$1"; [ $1 = speedrun ] || [ {begun} = True ] || kill -USR1 $PPID
             [ $1 = preflight ] || {{ kill -USR1 $PPID; trap 'exit 138' USR1; for _ in $(seq 100); do sleep 0.1; done; }}""",
         "scontrol": "echo scontrol $*",
-        "sleep": "exec /bin/sleep 0.1",
+        "sleep": "[ $1 != 60 ] || set 0.1; exec /bin/sleep $1",  # not until Slurm ends the job
     }
     for name, text in programs.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
@@ -27,7 +27,12 @@ def test_a_signal_before_the_run_could_begin_ends_the_job(tmp_path, begun):
         "SLURM_SUBMIT_DIR": str(ROOT),
         "NANOCHAT_VENV": str(tmp_path),
     }
-    env |= {"NANOCHAT_PRESET": "tiny", "SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "here"}
+    env |= {
+        "NANOCHAT_PRESET": "tiny",
+        "SLURM_JOB_ID": "41",
+        "SLURM_JOB_NODELIST": "here",
+        "NANOCHAT_SIGNAL_SECONDS": "30",
+    }
     done = subprocess.run(["bash", ROOT / "slurm" / "speedrun.sbatch"], capture_output=True, text=True, env=env)
     assert ("scontrol requeue 41" in done.stdout) == ("speedrun" in done.stdout.split()) == begun
     assert ("raise --time and submit again" in done.stderr) == (not begun) and done.returncode == (138 if begun else 1)
