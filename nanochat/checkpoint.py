@@ -55,9 +55,8 @@ class CheckpointStore:
 
     def sweep(self) -> None:
         """Remove what a killed save or removal left behind. Only the process that holds the stage's lock may call it."""
-        for path in self.directory.glob(".step_*"):
-            if path.suffix in (".tmp", ".old"):
-                shutil.rmtree(path, ignore_errors=True)
+        for path in leftovers(self.directory):
+            shutil.rmtree(path, ignore_errors=True)
 
     def save(self, step: int, model: GPT, optimizer: MuonAdamW, meta: dict) -> Path:
         """Write the checkpoint of a step; all ranks call it together. Raises UserError on all of them when one cannot write."""
@@ -154,6 +153,11 @@ class CheckpointStore:
         optimizer.steps = meta["step"]
         optimizer.refresh()  # load_weights has changed the weights, but not their copies in the compute dtype
         return meta
+
+
+def leftovers(checkpoints: Path) -> list[Path]:
+    """What killed saves and removals have left in the directory of a stage."""
+    return [path for path in checkpoints.glob(".step_*") if path.suffix in (".tmp", ".old")]
 
 
 def _require_same_model(path: Path, meta: dict, config: GPTConfig) -> None:

@@ -153,7 +153,7 @@ def run(name: str, options: Any) -> None:
             if primary:
                 from nanochat.report.sections import write_section
 
-                seconds = max(time.perf_counter() - started, results.get("train_seconds", 0.0))
+                seconds = time.perf_counter() - started + results.get("earlier_seconds", 0.0)
                 processes = 1 if runtime is None else runtime.world_size
                 write_section(paths, section, asdict(options), results, seconds, processes)
 

@@ -22,6 +22,7 @@ class Site:
     modules: str = ""
     account: str = ""
     partition: str = ""
+    cpu_partition: str = ""
     gres: str = ""
     gpus: str = ""
     cpus: str = ""

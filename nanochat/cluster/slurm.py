@@ -1,9 +1,10 @@
 """The sbatch call of a job, and the command that starts the processes of a stage inside a job."""
 
+import math
 import re
 import socket
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nanochat.cluster.site import Site
 from nanochat.options.cluster import SIGNAL_SECONDS
@@ -31,12 +32,13 @@ class Job:
 def sbatch_command(job: Job, site: Site, base: str) -> list[str]:
     """The sbatch call of a job, without the options whose value is empty. base: the base directory.
 
-    Raises UserError when a value has a comma, which separates variables in sbatch's --export.
+    Raises UserError when a value has a comma, which separates variables in sbatch's --export, or a backslash, which keeps Slurm
+    from filling in the name of the log.
     """
     options = {
         "job-name": f"nanochat-{job.name}",
         "account": site.account,
-        "partition": site.partition,
+        "partition": site.partition if job.gpus else site.cpu_partition,
         "nodes": str(job.nodes),
         "ntasks-per-node": str(job.tasks_per_node),
         "gres": f"{site.gres}:{job.gpus}" if site.gres and job.gpus else "",
@@ -45,7 +47,7 @@ def sbatch_command(job: Job, site: Site, base: str) -> list[str]:
         "time": job.time or site.time,
         "signal": f"B:USR1@{job.signal_seconds}" if job.name == "speedrun" else "",
         "open-mode": "append",
-        "output": f"{base}/logs/%x-%j.log",
+        "output": f"{base.replace('%', '%%')}/logs/%x-%j.log",  # %x and %j are the name and the id of the job
         "dependency": f"afterok:{job.after}" if job.after else "",
         "mail-user": job.mail,
         "mail-type": "BEGIN,END,FAIL" if job.mail else "",
@@ -54,12 +56,26 @@ def sbatch_command(job: Job, site: Site, base: str) -> list[str]:
     passed |= {"NANOCHAT_SIGNAL_SECONDS": str(job.signal_seconds)} if job.name == "speedrun" else {}
     passed |= {"NANOCHAT_STAGES": job.stages} if job.stages else {}
     passed |= {"NANOCHAT_RUN_NAME": job.run_name} if job.run_name else {}
-    if any("," in value for value in passed.values()):
-        raise UserError(f"Slurm cannot pass values with a comma on: {passed}; rename the directory")
+    if bad := [value for value in passed.values() if "," in value or "\\" in value]:
+        raise UserError(f"Slurm takes no values with a comma or a backslash, got {bad[0]!r}; rename the directory")
     arguments = [f"--{name}={value}" for name, value in options.items() if value]
     exported = ",".join(f"{name}={value}" for name, value in passed.items())
     requeue = ["--requeue"] if job.name == "speedrun" else []
     return ["sbatch", "--parsable", *arguments, *requeue, f"--export=ALL,{exported}", f"slurm/{job.name}.sbatch"]
+
+
+def reduced(site: Site, needed: dict[str, str]) -> Site:
+    """The site for a job that needs less than a node: of its `cpus`, `memory` and `time`, no more than is needed.
+
+    An empty value stays Slurm's default.
+    """
+    size_of = {"cpus": int, "memory": megabytes_of, "time": seconds_of}
+    least = {
+        name: min(getattr(site, name), value, key=size_of[name])
+        for name, value in needed.items()
+        if getattr(site, name)
+    }
+    return replace(site, **least)
 
 
 def distributed_launcher(processes: int) -> list[str]:
@@ -94,6 +110,19 @@ def seconds_of(limit: str) -> int:
         )
     units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
     return 86400 * int(days or 0) + sum(unit * int(part) for unit, part in zip(units, parts, strict=False))
+
+
+def megabytes_of(memory: str) -> float:
+    """The megabytes of a size in Slurm's notation, a number with perhaps K, M, G or T; 0 stands for all that a node has.
+
+    Raises UserError for anything else.
+    """
+    match = re.fullmatch(r"(\d+)([KMGT]?)", memory.upper())
+    if not match:
+        raise UserError(
+            f"memory {memory!r} is not a size; wanted a number of megabytes, or one with K, M, G or T, such as 128G"
+        )
+    return int(match[1]) * {"K": 1 / 1024, "": 1, "M": 1, "G": 1024, "T": 1024**2}[match[2]] or math.inf
 
 
 def _first_host(node_list: str) -> str:

@@ -1,6 +1,7 @@
 """`nanochat cluster submit`: submits a job to Slurm, or shows the sbatch calls."""
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -8,16 +9,18 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from nanochat.cluster.site import ROOT, account, base_directory, load_site, mail_user
-from nanochat.cluster.slurm import Job, sbatch_command, seconds_of
+from nanochat.cluster.site import ROOT, Site, account, base_directory, load_site, mail_user
+from nanochat.cluster.slurm import Job, reduced, sbatch_command, seconds_of
 from nanochat.options.cluster import SubmitOptions
-from nanochat.options.presets import EMBEDDED
+from nanochat.options.presets import EMBEDDED, EMBEDDED_NEEDS
+from nanochat.platform import environment
 from nanochat.platform.console import say
-from nanochat.platform.errors import UserError
+from nanochat.platform.errors import UserError, remedy_for
 from nanochat.platform.paths import Paths
 from nanochat.speedrun.stages import NAMES
 
-SHORTEST_RUN = 35  # seconds that a job needs to start and to make some progress
+EARLY = 60  # seconds by which Slurm may send a signal before it is due
+START_UP = 120  # seconds for modules, preflight, imports and the compilation of kernels, before the first step
 
 
 def submit(options: SubmitOptions) -> None:
@@ -25,51 +28,77 @@ def submit(options: SubmitOptions) -> None:
 
     Raises UserError when Slurm is not installed or rejects the job.
     """
-    site = load_site(options.site)
+    site = load_site(options.site or environment.site_name())
     site = replace(site, account=account(options.account, site))
     base = base_directory(site)
+    paths = Paths(Path(base)).of_run(options.run_name or options.preset)
+    submitted = ""
+    for job in _jobs(options, site):
+        job = replace(job, after=submitted)
+        needs_less = job.name == "speedrun" and job.preset in EMBEDDED
+        command = sbatch_command(job, reduced(site, EMBEDDED_NEEDS) if needs_less else site, base)
+        if options.dry_run:
+            say(shlex.join(command))
+            submitted = f"<{job.name}>"
+            continue
+        paths.logs.mkdir(parents=True, exist_ok=True)
+        submitted = _call(command)
+        say(f"submitted {job.name}: job {submitted}")
+        _note(paths, job, submitted)
+        say(f"  tail -F {shlex.quote(str(log_of(paths, job.name, submitted)))}")
+    if not options.dry_run:
+        say("watch it with:")
+        say(
+            f"  squeue --me\n  NANOCHAT_BASE_DIR={shlex.quote(base)} nanochat cluster status --run-name {paths.run_name}"
+        )
+
+
+def log_of(paths: Paths, name: str, job_id: str) -> Path:
+    """The file with the output of a job."""
+    return paths.logs / f"nanochat-{name}-{job_id}.log"
+
+
+def _jobs(options: SubmitOptions, site: Site) -> list[Job]:
+    """The jobs that the options ask for, in order. Raises UserError for options that do not fit together."""
     gpus = options.gpus
     if gpus < 0:
         gpus = 0 if options.preset in EMBEDDED else int(site.gpus or 8)
     if gpus and options.tasks_per_node > 1:
         raise UserError("one task per node serves all of its GPUs; --tasks-per-node is for runs without GPUs")
+    if not gpus and (options.job != "speedrun" or options.after_gate):
+        job = "gate" if options.job == "speedrun" else options.job
+        without = ", or leave --after-gate out" if options.after_gate else ""
+        raise UserError(f"the job {job} measures kernels on a GPU, and the job would have none; add --gpus 1{without}")
     for option, name in (("--from", options.first), ("--to", options.last)):
         if name and name not in NAMES:
             raise UserError(f"{option} {name}: no such stage; there are: {', '.join(NAMES)}")
-    limit = options.time or site.time
-    if limit and seconds_of(limit) < options.signal_seconds + SHORTEST_RUN:
-        raise UserError(
-            f"--time {limit} leaves less than {SHORTEST_RUN} s before the signal to save, {options.signal_seconds} s before the "
-            "end: the job would be queued again and again; raise --time or lower --signal-seconds"
-        )
-    run = Paths(Path(base)).of_run(options.run_name or options.preset)
-    chosen = {"--from": options.first, "--to": options.last, "--changed": options.changed.replace("refuse", "")}
-    stages = " ".join(f"{option} {value}" for option, value in chosen.items() if value)
     mail = mail_user(options.mail_user)
-    names = ["gate", "speedrun"] if options.job == "speedrun" and options.after_gate else [options.job]
-    submitted = ""
-    for name in names:
-        is_speedrun = name == "speedrun"
-        job = Job(
-            name, options.preset, options.nodes if is_speedrun else 1, gpus if is_speedrun else min(gpus, 1),
-            options.tasks_per_node if is_speedrun else 1, options.time, mail, submitted, options.signal_seconds, stages,
-            options.run_name,
-        )  # fmt: skip
-        command = sbatch_command(job, site, base)
-        if options.dry_run:
-            say(shlex.join(command))
-            submitted = f"<{name}>"
-            continue
-        Paths(Path(base)).logs.mkdir(parents=True, exist_ok=True)
-        submitted = _call(command)
-        record = {"id": submitted, "job": name, "preset": options.preset, "submitted": time.strftime("%F %T")}
-        with Paths(Path(base)).jobs.open("a", encoding="utf-8") as jobs:
-            jobs.write(json.dumps(record) + "\n")
-        say(f"submitted {name}: job {submitted}")
-        say(f"  tail -F {base}/logs/nanochat-{name}-{submitted}.log")
-    if not options.dry_run:
-        say("watch it with:")
-        say(f"  squeue --me\n  NANOCHAT_BASE_DIR={shlex.quote(base)} nanochat cluster status --run-name {run.run_name}")
+    shared = Job(options.job, options.preset, time=options.time, mail=mail, run_name=options.run_name)
+    alone = replace(shared, gpus=min(gpus, 1))
+    if options.job != "speedrun":
+        return [alone]
+    _check_limit(options.time or site.time, options.signal_seconds)
+    chosen = {"--from": options.first, "--to": options.last, "--changed": options.changed.replace("refuse", "")}
+    speedrun = replace(
+        shared,
+        nodes=options.nodes,
+        gpus=gpus,
+        tasks_per_node=options.tasks_per_node,
+        signal_seconds=options.signal_seconds,
+        stages=" ".join(f"{option} {value}" for option, value in chosen.items() if value),
+    )
+    return [replace(alone, name="gate"), speedrun] if options.after_gate else [speedrun]
+
+
+def _check_limit(limit: str, signal_seconds: int) -> None:
+    """Raise UserError for a time limit that leaves no time to train between the start and the signal to save."""
+    needed = START_UP + EARLY + signal_seconds
+    if limit and seconds_of(limit) < needed:
+        raise UserError(
+            f"--time {limit} leaves no time to train: starting takes up to {START_UP} s, and the signal to save comes "
+            f"{signal_seconds} to {signal_seconds + EARLY} s before the end, so that the job would be queued again and again; raise "
+            f"--time to at least {-(-needed // 60)} minutes or lower --signal-seconds"
+        )
 
 
 def _call(command: list[str]) -> str:
@@ -81,4 +110,23 @@ def _call(command: list[str]) -> str:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"Slurm rejected the job: {done.stderr.strip()}; the call was: {shlex.join(command)}")
-    return done.stdout.strip().split(";")[0]
+    # a line of its own, perhaps with the name of the cluster; sites let sbatch print other lines too
+    ids = re.findall(r"^(\d+)(?:;\S*)?$", done.stdout, re.MULTILINE)
+    if not ids:
+        raise UserError(
+            f"sbatch did not say which job it queued, it printed {done.stdout.strip()!r}; look for the job with: squeue --me"
+        )
+    return ids[-1]
+
+
+def _note(paths: Paths, job: Job, job_id: str) -> None:
+    """Add a job to the list that `cluster status` reads; a list that cannot be written changes nothing for the job."""
+    record = {"id": job_id, "job": job.name, "run": paths.run_name, "submitted": time.strftime("%F %T")}
+    try:
+        with paths.jobs.open("a", encoding="utf-8") as jobs:
+            jobs.write(json.dumps(record) + "\n")
+    except OSError as error:
+        say(
+            f"note {paths.jobs} cannot be written ({error.strerror}; {remedy_for(error)}): the job will run, but nanochat cluster "
+            f"status does not list it; squeue --job {job_id} does"
+        )

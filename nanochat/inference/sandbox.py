@@ -23,7 +23,9 @@ from pathlib import Path
 
 from nanochat.platform.environment import library_path
 from nanochat.platform.errors import UserError
+from nanochat.platform.files import remove_leftovers
 
+PREFIX = "nanochat-sandbox-"  # of the directories that programs run in
 COMMAND = [sys.executable, "-I", "-S", "-u", str(Path(__file__).with_name("confined.py"))]
 START_SECONDS = 60.0  # a shared file system may be slow to start Python from
 OUTPUT_BYTES = 4096
@@ -78,8 +80,9 @@ def run_tests(
     request |= {"memory": memory, "seconds": timeout, "isolated": isolated}
     request["parent"] = os.getpid()
     request["libraries"] = [folder for folder in library_path().split(":") if folder]
+    remove_leftovers(Path(tempfile.gettempdir()), f"{PREFIX}*")
     with contextlib.ExitStack() as stack:
-        home = stack.enter_context(tempfile.TemporaryDirectory(prefix="nanochat-sandbox-", ignore_cleanup_errors=True))
+        home = stack.enter_context(tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True))
         calls, results, output, answering, checking = (_pipe(stack) for _ in range(5))
         request["home"] = home
         answer = {"calls": calls[0], "results": results[1], "status": answering[1]}

@@ -17,8 +17,8 @@ class SubmitOptions(NamedRun):
 
     job: Annotated[Literal["speedrun", "gate", "bench", "profile"], tyro.conf.Positional] = "speedrun"
     """speedrun: the whole run; gate: choose kernels; bench: time them; profile: trace them"""
-    site: str = "generic"
-    """site profile: slurm/<site>.env, or the path of such a file"""
+    site: str = ""
+    """site profile: slurm/<site>.env, or the path of such a file; by default NANOCHAT_SITE, or else generic"""
     preset: PresetName = "d20"
     """cpu, tiny, d20, d26 or d32"""
     first: Annotated[str, tyro.conf.arg(name="from")] = ""
@@ -36,7 +36,8 @@ class SubmitOptions(NamedRun):
     tasks_per_node: Annotated[int, AtLeast(1)] = 1
     """torchrun launchers per node; more than one only without GPUs"""
     time: str = ""
-    """time limit in Slurm's notation, by default the site's. A run that does not finish in time is queued again until it is done"""
+    """time limit in Slurm's notation; by default the site's, and an hour for the presets tiny and cpu. A run that does not finish
+    in time is queued again until it is done"""
     signal_seconds: Annotated[int, AtLeast(0)] = SIGNAL_SECONDS
     """seconds before the time limit at which the run is told to save"""
     account: str = ""

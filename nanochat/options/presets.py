@@ -140,6 +140,11 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "d32": {"train base": {"depth": 32, "device_batch_size": 8}, "train mid": {"device_batch_size": 8}},
 }
 EMBEDDED = ("tiny", "cpu")  # presets that generate their data
+EMBEDDED_NEEDS = {
+    "cpus": "2",
+    "memory": "8G",
+    "time": "1:00:00",
+}  # what a job for one of them asks of a site that has more
 SHARDS = {"d20": 240, "d26": 450, "d32": 800}  # of pretraining text, at 20 tokens per parameter and 4.8 bytes per token
 
 

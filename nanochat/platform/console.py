@@ -37,7 +37,10 @@ class Output:
                     os.dup2(nothing.fileno(), self.fileno())
 
     def write(self, text: str) -> int:
-        self._try(lambda: self._stream.write(text))
+        known = text.encode(self.encoding, "replace").decode(
+            self.encoding
+        )  # a terminal of latin-1 has no dashes or arrows
+        self._try(lambda: self._stream.write(known))
         return len(text)
 
     def flush(self) -> None:

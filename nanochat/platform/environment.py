@@ -41,9 +41,14 @@ def all_variables() -> dict[str, str]:
     return dict(os.environ)
 
 
+def site_name() -> str:
+    """NANOCHAT_SITE, the site profile of this cluster; `generic` when it is not set."""
+    return os.environ.get("NANOCHAT_SITE") or "generic"
+
+
 def slurm_tasks() -> int:
-    """The number of tasks of the Slurm job; 1 outside of a job."""
-    return int(os.environ.get("SLURM_NTASKS", "1") or 1)
+    """The number of tasks of the Slurm job; 1 outside of a job, where a shell may still have the variables of one."""
+    return int(os.environ.get("SLURM_NTASKS") or 1) if slurm_job_id() else 1
 
 
 def slurm_job_id() -> str:
@@ -51,12 +56,17 @@ def slurm_job_id() -> str:
     return os.environ.get("SLURM_JOB_ID", "")
 
 
+def slurm_restarts() -> int:
+    """How often the Slurm job was queued again."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+
+
 def slurm_job() -> tuple[int, str, int]:
     """The Slurm job's id, its compressed list of nodes, and the number of times it was requeued."""
     return (
         int(os.environ["SLURM_JOB_ID"]),
         os.environ.get("SLURM_JOB_NODELIST", ""),
-        int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0),
+        slurm_restarts(),
     )
 
 

@@ -4,25 +4,38 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nanochat.platform.errors import UserError, remedy_for
 from nanochat.platform.shapes import check_shape
 
 MANIFEST = "manifest.json"
+LEFT_OVER = (
+    3600  # seconds after which no process that writes a file can still be at it, whatever the clocks of other hosts say
+)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace the content of a file, or make the file with its directory; text is written as UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes may write the same file
+    remove_leftovers(path.parent, f".{path.name}.*.tmp")
     try:
         temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(directory: Path, pattern: str) -> None:
+    """Remove what killed processes left, by its pattern: each exists for a moment only, and these have for an hour."""
+    for path in directory.glob(pattern):
+        with suppress(OSError):  # another process removes it too, or it is another user's
+            if time.time() - path.lstat().st_mtime > LEFT_OVER:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_json(path: Path, content: dict) -> None:

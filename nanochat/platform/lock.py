@@ -19,6 +19,7 @@ from typing import NamedTuple
 from nanochat.platform.console import say
 from nanochat.platform.environment import slurm_job_id
 from nanochat.platform.errors import UserError
+from nanochat.platform.files import remove_leftovers
 
 BEAT = 10.0  # seconds between two heartbeats, each of which changes the time of the file
 DEAD = 60.0  # a holder on another host is dead when its file has not changed for so many seconds
@@ -53,6 +54,9 @@ def locked(path: Path, command: str) -> Iterator[None]:
     heart.start()
     try:
         yield
+        seen = _read(path)
+        if seen is None or seen.holder != mine:
+            raise UserError(_lost(path))
     finally:
         released.set()
         heart.join()
@@ -85,6 +89,7 @@ def _acquire(path: Path, mine: dict) -> None:
 
 def _remove_dead(path: Path, seen: Seen) -> None:
     """Remove the lock of a dead holder, unless another process has done so; that one may hold the lock by now."""
+    remove_leftovers(path.parent, f"{path.name}.[0-9]*")
     claim = path.with_name(f"{path.name}.{seen.changed}")  # who makes this file removes the lock
     try:
         claim.open("x").close()
@@ -101,23 +106,37 @@ def _remove_dead(path: Path, seen: Seen) -> None:
         claim.unlink(missing_ok=True)
 
 
+def holder(path: Path) -> dict | None:
+    """Who holds the lock, as far as can be seen at once; None when nobody does. Empty for a file that is damaged."""
+    seen = _read(path)
+    if seen is None:
+        return None
+    alive = _lives_here(seen)
+    if alive is None:
+        alive = time.time() - seen.changed / 1e9 < DEAD
+    return seen.holder if alive else None
+
+
+def described(holder: dict) -> str:
+    """Who holds a lock, for a message."""
+    if not holder:
+        return "a process that left no name"
+    job = f", job {holder['job']}" if holder["job"] else ""
+    return f"process {holder['process']} on {holder['host']}{job}, since {holder['since']}"
+
+
 def _held(path: Path, command: str, holder: dict) -> str:
-    who = "a process that left no name"
-    if holder:
-        job = f", job {holder['job']}" if holder["job"] else ""
-        who = f"process {holder['process']} on {holder['host']}{job}, since {holder['since']}"
     return (
-        f"another {command} is running in {path.parent} ({who}); wait for it or end it; if it is "
+        f"another {command} is running in {path.parent} ({described(holder)}); wait for it or end it; if it is "
         f"certain that it no longer runs, remove {path}"
     )
 
 
 def _is_dead(path: Path, seen: Seen) -> bool:
     """Whether a holder no longer lives; to know it of one on another host, this watches its heartbeat."""
-    here = _place()
-    if seen.holder and here.items() <= seen.holder.items():
-        started = _start_of(seen.holder["process"])
-        return started is None or (started != "" and started != seen.holder["started"])
+    alive = _lives_here(seen)
+    if alive is not None:
+        return not alive
     say(
         f"{path} is there, of {seen.holder.get('host', 'an unknown host')}: waiting up to {DEAD:.0f} s for its heartbeat"
     )
@@ -127,6 +146,14 @@ def _is_dead(path: Path, seen: Seen) -> bool:
         if _read(path) != seen:
             return False
     return True
+
+
+def _lives_here(seen: Seen) -> bool | None:
+    """Whether a holder is a process of this host that lives; None for one of another host, of which only the heartbeat tells."""
+    if not (seen.holder and _place().items() <= seen.holder.items()):
+        return None
+    started = _start_of(seen.holder["process"])
+    return started is not None and started in ("", seen.holder["started"])
 
 
 def _beat(path: Path, mine: dict, released: threading.Event) -> None:
@@ -139,13 +166,21 @@ def _beat(path: Path, mine: dict, released: threading.Event) -> None:
         except OSError:  # of a storage that does not answer: the next heartbeat tells
             continue
         if not released.is_set():
-            print(
-                f"nanochat: error: the lock {path} was removed or taken by another process; this one ends at once, because "
-                "both would write the same files",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(f"nanochat: error: {_lost(path)}", file=sys.stderr, flush=True)
             os._exit(1)
+
+
+def _lost(path: Path) -> str:
+    """Why a process cannot go on that has lost its lock."""
+    if not path.parent.exists():
+        return (
+            f"{path.parent} was removed while this process wrote to it, and what it wrote is lost; look what has removed it, "
+            "bring it back from a copy if there is one, and run the same command again"
+        )
+    return (
+        f"the lock {path} was removed or taken by another process while this one held it; this one ends, because both would write "
+        "the same files; see which commands run there, and run the same command again when none does"
+    )
 
 
 def _remove(path: Path, mine: dict) -> None:

@@ -5,11 +5,13 @@ What was fetched is in the base directory itself and shared by all runs. Everyth
 
 import os
 import re
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanochat.platform.environment import configured_base_directory, home_directory
 from nanochat.platform.errors import UserError, remedy_for
+from nanochat.platform.files import remove_leftovers
 
 TRAINING_STAGES = ("base", "mid", "sft")  # the stages that write checkpoints, in order
 DEFAULT_RUN = "default"  # the run of a command without a preset
@@ -38,10 +40,11 @@ class Paths:
             raise UserError(f"--run-name {name!r} must begin with a letter or digit, and have only those and . _ + -")
         own_tokenizer = self.base / "tokenizer" / "tokenizer.json"
         if own_tokenizer.exists() or any(steps_in(self.base / "checkpoints" / stage) for stage in TRAINING_STAGES):
-            parts = " ".join(str(self.base / part) for part in PARTS_OF_A_RUN if (self.base / part).exists())
+            parts = shlex.join(str(self.base / part) for part in PARTS_OF_A_RUN if (self.base / part).exists())
+            target = f"{shlex.quote(f'{self.base}/runs')}/NAME"
             raise UserError(
                 f"{self.base} holds a run of an earlier version, and runs now have directories of their own; move it to one with: "
-                f"mkdir -p {self.base}/runs/NAME && mv {parts} {self.base}/runs/NAME (NAME is its preset, such as d20, or any "
+                f"mkdir -p {target} && mv {parts} {target} (NAME is its preset, such as d20, or any "
                 "name, which --run-name takes); its models can be evaluated and talked to, but their training does not go on"
             )
         return replace(self, run_name=name)
@@ -146,6 +149,11 @@ class Paths:
         return self.run / "stop"
 
     @property
+    def starts(self) -> Path:
+        """How often a job of a cluster has started the run since it last made progress."""
+        return self.run / "starts.json"
+
+    @property
     def logs(self) -> Path:
         """The output of the jobs of a cluster."""
         return self.base / "logs"
@@ -200,6 +208,7 @@ def base_paths() -> Paths:
         probe = base / f".write-probe-{os.getpid()}"
         probe.write_bytes(b"probe")
         probe.unlink()
+        remove_leftovers(base, ".write-probe-*")
     except OSError as error:
         raise UserError(
             f"cannot write to the base directory {base} ({error.strerror or error}); "

@@ -7,6 +7,7 @@ import shutil
 
 import torch
 
+from nanochat.checkpoint import leftovers
 from nanochat.gate import take_gate
 from nanochat.gpt import GPTConfig
 from nanochat.options.presets import EMBEDDED, with_preset
@@ -16,8 +17,10 @@ from nanochat.platform.console import say
 from nanochat.platform.distributed import Runtime, compute_dtype, pick_device
 from nanochat.platform.environment import slurm_seconds_left
 from nanochat.platform.errors import UserError
+from nanochat.platform.files import all_files
 from nanochat.platform.paths import TRAINING_STAGES, Paths, steps_in
 from nanochat.speedrun.assets import problems, remedy
+from nanochat.speedrun.records import count_start
 from nanochat.tokenizer.bpe import Tokenizer
 from nanochat.train.plan import horizon
 
@@ -26,7 +29,12 @@ OTHER_STAGES = 0.35  # the time of all other stages, as a share of pretraining's
 
 
 def preflight(options: PreflightOptions, paths: Paths) -> None:
-    """Check everything and print a line for each check. Raises UserError at the end when a check failed."""
+    """Check everything and print a line for each check. Raises UserError at the end when a check failed.
+
+    In a job that is queued again and again without progress it raises UserError at once.
+    """
+    if not options.data_only:
+        count_start(paths)  # here and not in the run, which may be stopped before it has begun
     failures, missing = [], []
     for asset, rows, problem in problems(options.preset, paths, options.shards):
         if problem:
@@ -63,6 +71,10 @@ def _check_machine(options: PreflightOptions, paths: Paths) -> list[str]:
     checkpoint = 8 * (model.num_parameters - embeddings) + 12 * embeddings
     kept = sum(len(steps_in(paths.checkpoints(stage))) for stage in TRAINING_STAGES)
     needed, free = checkpoint * max(1, 2 * len(TRAINING_STAGES) + 1 - kept), shutil.disk_usage(paths.base).free
+    swept = [path for stage in TRAINING_STAGES for path in leftovers(paths.checkpoints(stage))]
+    free += sum(
+        file.stat().st_size for path in swept for file in all_files(path)
+    )  # each stage removes its own when it starts
     line = f"disk: {free / 1e9:.1f} GB free, checkpoints take up to {needed / 1e9:.1f} more"
     if free < needed:
         failures.append(f"{line}; free space in {paths.base}, or set NANOCHAT_BASE_DIR")

@@ -8,9 +8,14 @@ import json
 import time
 from pathlib import Path
 
+from nanochat.platform.environment import slurm_job_id, slurm_restarts
+from nanochat.platform.errors import UserError
 from nanochat.platform.files import all_files, read_json, sha256_of, write_json
-from nanochat.platform.paths import Paths
-from nanochat.speedrun.stages import Stage
+from nanochat.platform.paths import Paths, steps_in
+from nanochat.report.sections import read_section
+from nanochat.speedrun.stages import STAGES, Stage
+
+FRUITLESS = 3  # starts of a job in a row that made no progress, after which it is not started again
 
 
 def record_path(paths: Paths, stage: Stage) -> Path:
@@ -18,13 +23,17 @@ def record_path(paths: Paths, stage: Stage) -> Path:
 
 
 def write_record(paths: Paths, stage: Stage, command: list[str], made_from: str, seconds: float) -> dict:
-    """Record a stage as finished after `seconds`; returns the record. made_from: hash_of the files of all earlier stages."""
+    """Record a stage as finished; returns the record. made_from: hash_of the files of all earlier stages.
+
+    seconds: of the start that finished it; a stage that was resumed knows more, and writes it to its section of the report.
+    """
+    section = read_section(paths, stage.name)
     record = {
         "stage": stage.name,
         "command": command,
         "made_from": made_from,
         "made": hashes(paths, stage),
-        "seconds": seconds,
+        "seconds": max(seconds, section["seconds"] if section else 0.0),
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
     write_json(record_path(paths, stage), record)
@@ -37,6 +46,29 @@ def valid_record(paths: Paths, stage: Stage, command: list[str], made_from: str)
     if record is None or record.get("command") != command or record.get("made_from") != made_from:
         return None
     return record if record.get("made") == hashes(paths, stage) else None
+
+
+def count_start(paths: Paths) -> None:
+    """Note that a job of a cluster which was queued again starts the run; does nothing for any other command.
+
+    Raises UserError when its last FRUITLESS starts have trained no step and finished no stage: the next one would not either.
+    """
+    job = slurm_job_id()
+    if not job or not slurm_restarts():
+        return
+    steps = {stage.name: [0, *steps_in(paths.checkpoints(stage.name))][-1] for stage in STAGES if stage.trains}
+    finished = {path.stem: path.stat().st_mtime_ns for path in paths.records.glob("*.json")}
+    now = {"job": job, "progress": {"steps": steps, "finished": finished}, "starts": 1}
+    before = read_json(paths.starts, {"job": str, "progress": {str: object}, "starts": int})
+    if before and (before["job"], before["progress"]) == (job, now["progress"]):
+        now["starts"] = before["starts"] + 1
+    if now["starts"] > FRUITLESS:
+        raise UserError(
+            f"job {job} was queued again and again and started {FRUITLESS} times in a row without training a step or finishing a "
+            "stage; each start ends before it comes further, as its output tells: raise --time, or lower --signal-seconds, and "
+            "submit again"
+        )
+    write_json(paths.starts, now)
 
 
 def changed_files(paths: Paths, stage: Stage) -> list[Path]:

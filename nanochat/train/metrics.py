@@ -3,8 +3,8 @@
 import contextlib
 import json
 import warnings
+from io import FileIO
 from pathlib import Path
-from typing import TextIO
 
 from nanochat.platform.console import say
 from nanochat.platform.files import json_lines, write_atomically
@@ -12,39 +12,58 @@ from nanochat.platform.shapes import is_number
 
 
 class Metrics:
-    """Writes records to a JSONL file, flushing each, and to wandb. It writes nothing until it is opened."""
+    """Writes each record to a JSONL file at once, and to wandb. It writes nothing until it is opened.
+
+    What cannot be written, on a full disk, is kept and written before the next record.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         self.error: OSError | None = None  # why the file cannot be written, while that is so
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
+        self._kept = b""  # what the file still lacks; the first line of it may be there in part
         self._wandb = WandbLog()
 
     def open(self, resume_step: int, wandb_run: str, wandb_mode: str, stage: str, settings: dict) -> None:
         """Drop the records from the resumed step on, which will be written again; start the wandb run if it has a name."""
         kept = [record for record in read_metrics(self.path) if record["step"] < resume_step]
         write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = FileIO(self.path, "a")  # without a buffer, to know what is in the file
         self._wandb.open(wandb_run, wandb_mode, stage, settings)
 
     def write(self, record: dict) -> None:
         """Append a record, a dictionary with the key "step"."""
         if self._file is None:
             return
+        self._kept += json.dumps(record).encode() + b"\n"
+        if not self._write_kept():
+            problem = f"cannot write {self.path}: {self.error}"
+            warnings.warn(
+                f"{problem}; training continues, and these records are written as soon as it can be", stacklevel=2
+            )
+        self._wandb.write(record)
+
+    def _write_kept(self) -> bool:
+        """Write what the file lacks; returns whether all of it could be written."""
         try:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+            while self._kept:
+                self._kept = self._kept[self._file.write(self._kept) :]
             self.error = None
         except OSError as error:
             self.error = error
-            warnings.warn(f"cannot write {self.path}: {error}; training continues", stacklevel=2)
-        self._wandb.write(record)
+        return self.error is None
 
     def close(self) -> None:
         self._wandb.close()
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # a full disk has been reported by write
-                self._file.close()
+        if self._file is None:
+            return
+        if not self._write_kept():
+            lost = self._kept.count(b"\n")
+            warnings.warn(
+                f"{self.path} lacks the last {lost} records, which could not be written: {self.error}", stacklevel=2
+            )
+        with contextlib.suppress(OSError):  # of a disk that reports only now what it could not write
+            self._file.close()
 
 
 def read_metrics(path: Path, *names: str) -> list[dict]:

@@ -1,6 +1,7 @@
 """The progress of a training run: what a checkpoint stores besides weights and optimizer state; and the time left."""
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 # what meta.json holds for training, besides what nanochat/checkpoint.py needs
 SHAPE = {"settings": {str: object}, "positions": [list], "elapsed": float, "tokens": int}
@@ -13,8 +14,10 @@ class TrainState:
     step: int = 0
     loss: float | None = None  # of the last step, in nats; None before the first one
     elapsed: float = 0.0  # seconds spent in steps since step 0, also before the run was resumed
+    earlier_seconds: float = 0.0  # of the starts that this one resumes, with their evaluations
     tokens: int = 0  # trained on, over all ranks
     position: tuple[int, ...] = ()  # where this rank's next batch begins
+    began: float = field(default_factory=time.perf_counter)  # this start, by the clock of its process
 
     def advance(self, loss: float, tokens: int, seconds: float, position: tuple[int, ...]) -> None:
         """Count a step, with its loss in nats, its tokens over all ranks, and its duration."""
@@ -30,13 +33,15 @@ class TrainState:
             "positions": positions,
             "loss": self.loss,
             "elapsed": self.elapsed,
+            "seconds": self.earlier_seconds + time.perf_counter() - self.began,
             "tokens": self.tokens,
         }
 
     @classmethod
     def from_meta(cls, meta: dict) -> "TrainState":
-        # earlier versions saved a smoothed loss only
-        return cls(meta["step"], meta.get("loss"), meta["elapsed"], meta["tokens"])
+        # earlier versions saved a smoothed loss only, and no time besides that of the steps
+        elapsed, seconds = meta["elapsed"], meta.get("seconds", meta["elapsed"])
+        return cls(meta["step"], meta.get("loss"), elapsed, seconds, meta["tokens"])
 
 
 class Pace:

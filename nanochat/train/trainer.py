@@ -115,18 +115,21 @@ class Trainer:
             say(f"micro-steps: {execution} ({reason})")
         self.micro_step = MicroStep(model, optimizer, execution, one_length=plan.one_length)
         self.state, self.pace = TrainState(), Pace()
+        self.started_at = 0  # the step that this start begins with; each start trains a step, so that many of them end
         self.saved_step = -1  # of the newest checkpoint; −1: there is none
         self.results: dict = {}  # the newest result of each evaluation
         self.interrupt = Interrupt()
         self.metrics = Metrics(paths.metrics(plan.stage))
 
     def run(self) -> dict:
-        """Train to the end; returns the newest evaluations, steps, tokens, loss, seconds and tokens per second.
+        """Train to the end; returns the newest evaluations, steps, tokens, loss, seconds (also of the starts that this one resumes)
+        and tokens per second.
 
         Raises TrainingStopped after a signal, and UserError when memory runs out, the loss is not finite or a step has no targets.
         """
         torch.use_deterministic_algorithms(self.options.deterministic, warn_only=True)
         positions = self._resume()
+        self.started_at = self.state.step
         with self.interrupt.handling():
             if self.runtime.primary:
                 wandb = self.options.wandb_run, self.options.wandb_mode
@@ -153,6 +156,7 @@ class Trainer:
         self.saved_step = steps[-1]
         path = self.store.path(self.saved_step)
         meta = self.store.load(self.saved_step, self.model, self.optimizer, self.tokenizer)
+        meta = {"seconds": meta.get("elapsed")} | meta  # earlier versions did not save it
         try:
             check_shape(meta, SHAPE, str(path / "meta.json"))
         except UserError as error:
@@ -184,11 +188,12 @@ class Trainer:
                     f"the data of {self.plan.stage} do not fill one step of {self.plan.accumulation} micro-batches on each of "
                     f"{self.runtime.world_size} processes; add data, or take fewer rows or conversations per step"
                 )
-            if agreement.stop:
+            last = agreement.ended or self.state.step == self.plan.steps
+            if agreement.stop and (last or self.state.step > self.started_at):
                 self._save()
                 raise self._stopped()
-            last = agreement.ended or self.state.step == self.plan.steps
-            self._boundary(last)
+            if not agreement.stop:  # if it is to stop already, it trains one step and measures nothing before
+                self._boundary(last)
             if last:
                 if self.runtime.primary:
                     trained = f"{self.state.step:,} steps, {self.state.tokens:,} tokens"
@@ -326,6 +331,7 @@ class Trainer:
             "tokens": state.tokens,
             "loss": state.loss,
             "train_seconds": state.elapsed,
+            "earlier_seconds": state.earlier_seconds,
             "tokens_per_second": state.tokens / state.elapsed if state.elapsed else 0.0,
         }
 

@@ -66,12 +66,24 @@ def test_status_of_a_part(requeued):
     assert "done in" in shown and "150" in shown and "to come" in shown
 
 
+def test_a_job_that_can_never_start_says_why(slurm, tmp_path):
+    run = Run(slurm, tmp_path / "100%x of mine", "--nodes=2", "--time=10", "--signal-seconds=30")
+    run.submit()
+    run.wait(lambda: "never starts" in status(run))
+    shown = status(run)
+    assert f"job {run.job} nanochat-speedrun: PENDING" in shown and "lower --nodes; cancel it with: scancel" in shown
+    run.slurm("scancel", run.job)
+
+
 @pytest.mark.long
 def test_a_run_survives_time_limits_cancellation_and_kills(slurm, preset, uninterrupted, tmp_path):
     """Queued again twice by the time limit, cancelled once, killed once: the losses are the uninterrupted run's."""
     # Slurm looks every 30 s: the signal comes 5 to 35 s after the start, so that two of them are sure to come in time
-    run = Run(slurm, tmp_path / "base", "--time=1", "--signal-seconds=25", preset=preset)
+    run = Run(slurm, tmp_path / "base", "--time=4", "--signal-seconds=25", preset=preset)
     run.submit()
+    run.slurm(
+        "scontrol", "update", f"JobId={run.job}", "TimeLimit=1"
+    )  # which submit refuses: it leaves no time to start
     run.wait(lambda: run.state() == ("RUNNING", 2) and "start 3" in run.log())
     run.slurm("scancel", run.job)
     assert run.end(*ENDED) == "CANCELLED"

@@ -99,7 +99,7 @@ def test_what_is_wrong_is_named(tmp_path):
         ),
         ("refers to a variable that is not set", lambda: load_site(str(tmp_path / "unset.env"))),
         ("'nobody' is not an address", lambda: mail_user("nobody")),
-        ("cannot pass values with a comma", lambda: sbatch_command(Job("gate", "d20"), load_site("generic"), "/a,b")),
+        ("takes no values with a comma", lambda: sbatch_command(Job("gate", "d20"), load_site("generic"), "/a,b")),
         ("'soon' is not a time limit", lambda: seconds_of("soon")),
     ]
     for message, call in cases:
@@ -110,7 +110,17 @@ def test_what_is_wrong_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (["--time", "10"], ("queued again and again", "--signal-seconds")),
+        (["--time", "10"], ("queued again and again", "at least 13 minutes", "--signal-seconds")),
+        # Slurm may send the signal a minute early
+        (
+            ["--time", "1", "--signal-seconds", "25"],
+            ("leaves no time to train", "25 to 85 s before the end", "4 minutes"),
+        ),
+        (["--time", "12:59"], ("leaves no time to train",)),
+        (
+            ["--preset", "tiny", "--after-gate"],
+            ("gate measures kernels on a GPU", "--gpus 1, or leave --after-gate out"),
+        ),
         (["--nodes", "0"], ("must be at least 1, got 0",)),
         (["--tasks-per-node", "2"], ("one task per node serves all of its GPUs",)),
         (["--from", "bas"], ("--from bas: no such stage", "tokenizer")),

@@ -296,3 +296,18 @@ def test_a_kernel_that_refuses_namespaces():
     refuse = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$0" -c "$1"'
     report = report_of(["unshare", "--user", "--map-root-user", "sh", "-c", refuse, sys.executable])
     assert report.startswith("True False generated code cannot be isolated: OSError") and "unshare" in report
+
+
+def test_what_a_killed_judge_left_is_removed_by_a_later_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    killed, recent, link, other = (
+        tmp_path / name for name in ("nanochat-sandbox-a", "nanochat-sandbox-b", "nanochat-sandbox-c", "x")
+    )
+    for folder in (killed, recent, other):
+        folder.mkdir()
+        (folder / "file").touch()
+    link.symlink_to(other)
+    for path in (killed, link, other):
+        os.utime(path, (time.time() - 2 * 3600,) * 2, follow_symlinks=False)
+    assert run_tests(RIGHT, TESTS, "f").passed
+    assert (recent / "file").exists() and (other / "file").exists() and not killed.exists()

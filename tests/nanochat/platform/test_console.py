@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 from rich.table import Table
 
 from nanochat.platform.console import console, format_duration, progress, show_table
@@ -77,3 +78,13 @@ def test_on_a_terminal_there_is_one_live_display_which_fits_and_goes(tmp_path):
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     assert max(len(line) for line in re.split(r"[\r\n]+", shown)) <= 80
     assert shown.rstrip().endswith("the end")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252"])
+def test_what_the_encoding_of_the_output_lacks_is_replaced(encoding):
+    """As PYTHONIOENCODING or the locale of a site says; an error would end training at its first step."""
+    script = "from nanochat.platform.console import progress, say\nsay('5 steps – é → 6')\n"
+    script += "with progress('bar', 2) as advance:\n    advance()\n"
+    env = environment(None, PYTHONIOENCODING=encoding)
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True)
+    assert done.returncode == 0 and done.stdout == "5 steps – é → 6\n".encode(encoding, "replace"), done.stderr

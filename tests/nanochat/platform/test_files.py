@@ -1,8 +1,10 @@
 """Files and directories are replaced as a whole or not at all."""
 
 import errno
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,17 @@ def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(tmp_path, mo
     with pytest.raises(OSError, match="No space left"):
         write_atomically(path, b"new")
     assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+
+
+def test_what_a_killed_write_left_is_removed_by_a_later_one(tmp_path):
+    path, killed, other = tmp_path / "a.json", tmp_path / ".a.json.123.tmp", tmp_path / ".b.json.123.tmp"
+    killed.touch(), other.touch()
+    write_atomically(path, "1")
+    assert killed.exists(), "it may be that of another process, which is writing"
+    for file in (killed, other):
+        os.utime(file, (time.time() - 2 * 3600,) * 2)
+    write_atomically(path, "2")
+    assert sorted(tmp_path.iterdir()) == [other, path]
 
 
 def test_json_comes_back_and_damaged_json_is_none(tmp_path):

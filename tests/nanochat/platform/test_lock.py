@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -43,6 +44,22 @@ def test_an_error_releases_it(tmp_path):
         with pytest.raises(ValueError, match="of the block"), locked(tmp_path / "a.lock", "a"):
             raise ValueError("of the block")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("what", ["the directory", "the lock"])
+def test_what_is_removed_under_a_command_ends_it_with_an_error(tmp_path, what):
+    """Also when the command ends before its next heartbeat: what it wrote is not there."""
+    folder = tmp_path / "base" / "runs" / "a"
+    told = f"{folder} was removed while" if what == "the directory" else "a.lock was removed or taken"
+    with pytest.raises(UserError, match=told), locked(folder / "a.lock", "a"):
+        if what == "the directory":
+            shutil.rmtree(tmp_path / "base")
+        else:
+            (folder / "a.lock").unlink()
+    assert not folder.exists()
+    with pytest.raises(ValueError, match="of the block"), locked(folder / "a.lock", "a"):
+        shutil.rmtree(tmp_path / "base")
+        raise ValueError("of the block")
 
 
 def left_behind(path, ending: str) -> dict:

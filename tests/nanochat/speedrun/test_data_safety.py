@@ -153,7 +153,7 @@ def test_commands_take_the_run_that_is_named_or_the_newest(base):
 
 
 def test_a_run_of_an_earlier_version_is_moved_by_the_command_in_the_message(trained_base, tmp_path):
-    old = tmp_path / "old"
+    old = tmp_path / "old; of mine"
     subprocess.run(["cp", "-r", trained_base / "runs" / "default", old], check=True)
     refused = nanochat(old, "speedrun", "--preset", "cpu")
     assert_fails_with(refused, "holds a run of an earlier version", "mkdir -p")

@@ -3,6 +3,7 @@
 import shutil
 import socket
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -165,3 +166,17 @@ def test_loaders_read_only_what_is_listed(world, monkeypatch):
         if name != "identity/conversations":
             assert set(columns) <= set(listed[name]), name
     assert len(asked) >= 11
+
+
+def test_what_killed_saves_left_counts_as_free(tmp_path, monkeypatch, capsys):
+    """The stages remove it when they start, which they would never do if preflight refused them for it."""
+    paths = Paths(tmp_path, "tiny")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(UserError, match="disk: 0.0 GB free, checkpoints take up to"):
+        preflight(PreflightOptions("tiny"), paths)
+    for name in (".step_000020.tmp/state", ".step_000010.old"):
+        (paths.checkpoints("mid") / name).mkdir(parents=True)
+        with (paths.checkpoints("mid") / name / "weights").open("wb") as file:
+            file.truncate(10**9)
+    preflight(PreflightOptions("tiny"), paths)
+    assert "disk: 2.0 GB free" in capsys.readouterr().out

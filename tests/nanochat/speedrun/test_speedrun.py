@@ -216,7 +216,7 @@ def test_training_saves_and_ends_where_the_stop_file_lies(base):
     paths.stop.touch()
     stopped = nanochat(base, "train", "base", *TINY_BASE)
     assert stopped.returncode == 128 + signal.SIGUSR1 and f"by the file {paths.stop}" in stopped.stderr
-    assert (paths.checkpoints("base") / "step_000000" / "meta.json").exists()
+    assert (paths.checkpoints("base") / "step_000001" / "meta.json").exists()
 
 
 def test_by_default_every_stage_runs():

@@ -1,7 +1,9 @@
 """What a run has reached, and how long the rest takes."""
 
+import errno
 import json
 import re
+import warnings
 
 import pytest
 
@@ -10,7 +12,7 @@ from nanochat.options.train import TrainBaseOptions, TrainMidOptions, TrainSftOp
 from nanochat.platform.paths import Paths
 from nanochat.report.sections import read_section
 from nanochat.train.finetune import finetune
-from nanochat.train.metrics import read_metrics
+from nanochat.train.metrics import Metrics, read_metrics
 from nanochat.train.midtrain import midtrain
 from nanochat.train.plan import Plan
 from nanochat.train.pretrain import pretrain
@@ -45,6 +47,35 @@ def test_the_first_steps_say_nothing_of_the_time_that_is_left():
     pace = Pace()
     assert [pace.remaining(30.0, done) for done in (0.1, 0.2, 0.3)] == [None, None, None]
     assert pace.remaining(1.0, 0.4) == pytest.approx(6.0)
+
+
+def test_metrics_that_a_full_disk_did_not_take_are_written_later(tmp_path):
+    """In order, and whole: the disk takes a part of a line before it is full."""
+    metrics, taken = Metrics(tmp_path / "base.jsonl"), iter([10**6, 7, None, 0, None, None])
+    metrics.open(0, "", "", "base", {})
+    disk = metrics._file
+
+    class FullDisk:
+        def write(self, line: bytes) -> int:
+            size = next(taken, 10**6)
+            if size is None:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return disk.write(line[:size])
+
+        def close(self) -> None:
+            disk.close()
+
+    metrics._file = FullDisk()
+    for step in range(6):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            metrics.write({"step": step, "loss": step / 3})
+        assert [record["step"] for record in read_metrics(metrics.path)] == list(range(1 if 0 < step < 4 else step + 1))
+        assert (
+            ("No space left on device; training continues" in str(told[0].message)) if told else metrics.error is None
+        )
+    metrics.close()
+    assert [record["loss"] for record in read_metrics(metrics.path)] == [step / 3 for step in range(6)]
 
 
 def test_muons_momentum_rises_in_base_and_mid_and_not_in_sft(trained_base, cpu, monkeypatch):

@@ -2,7 +2,9 @@
 
 import errno
 import io
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +15,10 @@ import pytest
 from nanochat.cli import main
 from nanochat.platform.paths import Paths
 from nanochat.platform.signals import handled
+from nanochat.train.metrics import read_metrics
 from nanochat.train.trainer import Trainer
 from tests import forked
-from tests.conftest import TINY_BASE, command, environment, nanochat
+from tests.conftest import TINY_BASE, assert_fails_with, command, environment, nanochat
 from tests.nanochat.train.test_resume import losses, start, wait_for, weights
 
 
@@ -30,8 +33,28 @@ def test_a_signal_saves_and_the_same_command_resumes(base, trained_base, number,
     assert len(err.strip().splitlines()) == 1 and "everything is saved" in err and "Traceback" not in out + err
     stopped = int(next(Paths(base).checkpoints("base").glob("step_*")).name[-6:])
     assert 0 < stopped < 24
+    saved = json.loads((Paths(base).checkpoints("base") / f"step_{stopped:06d}" / "meta.json").read_text())
+    assert saved["seconds"] > saved["elapsed"] > 0, "with the evaluation at step 0"
     result = nanochat(base, *arguments)
+    section = json.loads(Paths(base).section("base").read_text())
+    assert section["results"]["earlier_seconds"] == saved["seconds"], "the report counts all starts"
+    assert section["seconds"] > saved["seconds"] + section["results"]["train_seconds"] - saved["elapsed"]
     assert result.returncode == 0 and f"resuming base at step {stopped}" in result.stdout
+    assert losses(base) == losses(trained_base) and weights(base) == weights(trained_base)
+
+
+def test_each_start_trains_a_step_though_it_is_to_stop_before(base, trained_base):
+    """So that a job that is queued again and again comes to its end."""
+    paths, metrics = Paths(base), Paths(base).metrics("base")
+    paths.stop.touch()
+    for step in (1, 2):
+        done = nanochat(base, "train", "base", *TINY_BASE)
+        assert_fails_with(
+            done, f"stopped at step {step} by the file", f"everything is saved in {paths.checkpoints('base')}"
+        )
+        assert len(read_metrics(metrics)) == step, "and it measures nothing before"
+    paths.stop.unlink()
+    assert nanochat(base, "train", "base", *TINY_BASE).returncode == 0
     assert losses(base) == losses(trained_base) and weights(base) == weights(trained_base)
 
 
@@ -145,6 +168,16 @@ def test_output_that_nobody_reads_changes_nothing(base, trained_base, closed):
     assert losses(base) == losses(trained_base) and weights(base) == weights(trained_base)
 
 
+def test_a_base_directory_that_vanishes_ends_training_with_an_error(base):
+    """Between two heartbeats of the lock, and before the end."""
+    process, metrics = start(base, "train", "base", *TINY_BASE, "--save-every", "0"), Paths(base).metrics("base")
+    assert wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 4, process)
+    shutil.rmtree(base)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in out + err
+    assert err.startswith("nanochat: error: ") and "was removed" in err, err
+
+
 def test_training_that_can_write_nothing_saves_and_ends(base, trained_base, monkeypatch, capsys):
     """A full disk behind the log and behind the metrics, from step 5 on; a full disk behind one of them ends nothing."""
 
@@ -153,12 +186,17 @@ def test_training_that_can_write_nothing_saves_and_ends(base, trained_base, monk
             if self.full():
                 raise OSError(errno.ENOSPC, "No space left on device")
 
+    class FullFile(Full):
+        def write(self, line):
+            self.flush()
+            return len(line)
+
     after, report = {"log": 3, "metrics": 5}, Trainer._report
     log, reached = Full(), []
 
     def reporting(trainer, *given):
         reached.append(trainer.state.step)
-        trainer.metrics._file = Full()
+        trainer.metrics._file = FullFile()
         trainer.metrics._file.full = lambda: len(reached) >= after["metrics"]
         return report(trainer, *given)
 
@@ -168,6 +206,7 @@ def test_training_that_can_write_nothing_saves_and_ends(base, trained_base, monk
         monkeypatch.context() as patch,
         pytest.raises(SystemExit) as ended,
         pytest.warns(UserWarning, match="cannot write"),
+        pytest.warns(UserWarning, match="base.jsonl lacks the last 1 records"),
     ):
         patch.setattr(sys, "stdout", log)
         patch.setattr(Trainer, "_report", reporting)
