@@ -5,10 +5,9 @@ import shlex
 import shutil
 import subprocess
 import time
-from dataclasses import replace
 from pathlib import Path
 
-from nanochat.cluster.site import ROOT, account, base_directory, load_site, mail_user
+from nanochat.cluster.site import ROOT, base_directory, load_site
 from nanochat.cluster.slurm import Job, sbatch_command, seconds_of
 from nanochat.options.cluster import SubmitOptions
 from nanochat.options.presets import EMBEDDED
@@ -25,8 +24,7 @@ def submit(options: SubmitOptions) -> None:
 
     Raises UserError when Slurm is not installed or rejects the job.
     """
-    site = load_site(options.site)
-    site = replace(site, account=account(options.account, site))
+    site = load_site(options.site, account=options.account, mail_user=options.mail_user)
     base = base_directory(site)
     gpus = options.gpus
     if gpus < 0:
@@ -45,14 +43,13 @@ def submit(options: SubmitOptions) -> None:
     run = Paths(Path(base)).of_run(options.run_name or options.preset)
     chosen = {"--from": options.first, "--to": options.last, "--changed": options.changed.replace("refuse", "")}
     stages = " ".join(f"{option} {value}" for option, value in chosen.items() if value)
-    mail = mail_user(options.mail_user)
     names = ["gate", "speedrun"] if options.job == "speedrun" and options.after_gate else [options.job]
     submitted = ""
     for name in names:
         is_speedrun = name == "speedrun"
         job = Job(
             name, options.preset, options.nodes if is_speedrun else 1, gpus if is_speedrun else min(gpus, 1),
-            options.tasks_per_node if is_speedrun else 1, options.time, mail, submitted, options.signal_seconds, stages,
+            options.tasks_per_node if is_speedrun else 1, options.time, site.mail_user, submitted, options.signal_seconds, stages,
             options.run_name,
         )  # fmt: skip
         command = sbatch_command(job, site, base)
