@@ -47,6 +47,8 @@ def _state(paths: Paths, stage: Stage) -> tuple[str, ...]:
     if not metrics:
         return ("to come", *numbers)
     age = time.time() - paths.metrics(stage.name).stat().st_mtime
-    remaining = metrics[-1].get("remaining")  # None in the first steps, which compile and capture
-    left = "not known yet" if remaining is None else format_duration(remaining)
+    timed = read_metrics(paths.metrics(stage.name), "remaining")[
+        -1:
+    ]  # not in the first steps, which compile and capture
+    left = format_duration(timed[0]["remaining"]) if timed == metrics[-1:] else "not known yet"
     return ("running" if age < STALE_SECONDS else f"no news for {format_duration(age)}", *numbers[:3], left)

@@ -1,15 +1,24 @@
-"""Checks that a value which was read from JSON has the shape that a reader relies on."""
+"""Checks that a value which was read from JSON or YAML has the shape that a reader relies on."""
+
+import math
 
 from nanochat.platform.errors import UserError
 
-NAMES = {int: "an integer", float: "a number", str: "a text", bool: "true or false", list: "a list", dict: "an object"}
+NAMES = {
+    int: "an integer",
+    float: "a finite number",
+    str: "a text",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
 
 
 def check_shape(value: object, shape: object, place: str) -> None:
     """Raise UserError, which names the place in the file, unless a value of JSON has a shape.
 
-    shape: a type (float also takes integers, object takes anything); [shape]: a list of that; {str: shape}: an object with any
-    keys; {"key": shape, …}: an object with these keys, and perhaps others.
+    shape: a type (float also takes integers, and neither NaN nor infinity; object takes anything); [shape]: a list of that;
+    {str: shape}: an object with any keys; {"key": shape, …}: an object with these keys, and perhaps others.
     """
     if isinstance(shape, list):
         _check_type(value, list, place)
@@ -27,9 +36,9 @@ def check_shape(value: object, shape: object, place: str) -> None:
 
 
 def _check_type(value: object, wanted: type, place: str) -> None:
-    is_number = isinstance(value, int) and not isinstance(value, bool)
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
     if wanted in (int, float):
-        fits = is_number or (wanted is float and isinstance(value, float))
+        fits = is_integer or (wanted is float and isinstance(value, float) and math.isfinite(value))
     else:
         fits = isinstance(value, wanted)
     if not fits:

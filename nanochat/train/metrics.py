@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TextIO
 
 from nanochat.platform.console import say
+from nanochat.platform.errors import UserError
 from nanochat.platform.files import json_lines, write_atomically
+from nanochat.platform.shapes import check_shape
 
 
 class Metrics:
@@ -57,9 +59,11 @@ def read_metrics(path: Path, *names: str) -> list[dict]:
 
 
 def _has_numbers(value: object, names: tuple[str, ...]) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(value.get(name), int | float) and not isinstance(value[name], bool) for name in names
-    )
+    try:
+        check_shape(value, dict.fromkeys(names, float), "")
+    except UserError:
+        return False
+    return True
 
 
 class WandbLog:

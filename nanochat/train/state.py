@@ -5,7 +5,7 @@ from dataclasses import dataclass
 SMOOTHING = 0.95  # of the loss that is printed: a mean over about the last 20 steps
 
 # what meta.json holds for training, besides what nanochat/checkpoint.py needs
-SHAPE = {"settings": {str: object}, "positions": [list], "smoothed_loss": float, "elapsed": float, "tokens": int}
+SHAPE = {"settings": {str: object}, "positions": [[int]], "smoothed_loss": float, "elapsed": float, "tokens": int}
 
 
 @dataclass
