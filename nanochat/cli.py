@@ -192,11 +192,23 @@ def main(arguments: list[str] | None = None) -> None:
         path = f": {error.filename}" if error.filename else ""
         remedy = f"; {remedy_for(error)}" if path or error.errno in NO_SPACE else ""
         _fail(f"{error.strerror}{path}{remedy}", 1)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0] or "the system gives no more"
+        _fail(f"not enough memory ({reason}); take fewer rows at a time, shorter ones, or a smaller model", 1)
     except ValueError as error:
         kernels = sys.modules.get("nanochat_kernels")  # code that raises one of its errors has imported it
         if kernels is None or not isinstance(error, kernels.KernelRequestError):
             raise
         _fail(f"{error} (options --impl.<operation>)", 1)
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory is used up; torch has a class of its own for GPUs alone."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    texts = ("DefaultCPUAllocator", "Storage size calculation overflowed")
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or any(text in str(error) for text in texts)
 
 
 def _dispatch(arguments: list[str]) -> None:

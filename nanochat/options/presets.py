@@ -6,7 +6,7 @@ A preset lists only values that differ from a command's defaults. An option on t
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
-PresetName = Literal["", "tiny", "cpu", "d20", "d26", "d32"]
+PresetName = Literal["tiny", "cpu", "d20", "d26", "d32"]
 Changed = Literal["refuse", "keep", "replace"]
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ class NewestRun(NamedRun):
 class PresetOptions(NamedRun):
     """The options that all commands with presets share."""
 
-    preset: PresetName = ""
+    preset: PresetName | Literal[""] = ""
     """values for all options below: tiny (embedded data, a minute), cpu (minutes), d20, d26 or d32; other options override it"""
 
 
