@@ -63,7 +63,7 @@ def locked(path: Path, command: str) -> Iterator[None]:
                 path.parent.rmdir()
 
 
-HOLDER = {"host": str, "namespace": str, "process": int, "started": str, "job": str, "since": str}
+HOLDER = {"host": str, "process": int, "started": str, "job": str, "since": str}
 
 
 def _acquire(path: Path, mine: dict) -> None:
