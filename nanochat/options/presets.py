@@ -119,7 +119,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "smoltalk": 800,
             "identity": 150,
             "simple_spelling": 400,
-            "spelling_bee": 1500,
+            "spelling_bee": 1000,
             "init_lr_fraction": 0.3,
             "run": _CPU_RUN,
         },
