@@ -1,24 +1,42 @@
 """Compare two results and mark the cases that became slower by more than 3 % plus the noise."""
 
-import json
 from pathlib import Path
 
 from rich.table import Table
 
 from nanochat.platform.console import console, say
 from nanochat.platform.errors import UserError
+from nanochat.platform.files import read_shape
+from nanochat.platform.shapes import check_shape
 
 THRESHOLD = 0.03
 KEY = ("op", "shape", "mode", "dtype", "impl")
 
 
+HEADER = {"command": str, "commit": str, "date": str, "device": str, "product_tflops": float, "versions": {str: object}}
+RESULT = HEADER | {"rows": [dict.fromkeys(KEY, str) | {"ms": object}]}
+NUMBERS = ("ms", "copy_gbps", "bytes", "gbps", "percent_of_copy", "launch_us", "transient_mb")
+MEASURED = dict.fromkeys(NUMBERS, float) | {
+    "quartiles_ms": [float],
+    "ratio_to": {str: float},
+}  # of a row that has times
+
+
+def read_result(path: Path) -> dict:
+    """Return a result as `python -m bench --json` writes it. Raises UserError if the file is none."""
+    try:
+        result = read_shape(path, RESULT)
+        for number, row in enumerate(result["rows"]):
+            if row["ms"] is not None:
+                check_shape(row, MEASURED, f"{path}['rows'][{number}]")
+    except UserError as error:
+        raise UserError(f"{path} is not a result of python -m bench ({error}); write one with --json") from error
+    return result
+
+
 def load(path: Path) -> dict[tuple, dict]:
     """Return the measured rows of a result by the case that they measure. Raises UserError if the file is not a result."""
-    try:
-        rows = json.loads(path.read_text("utf-8"))["rows"]
-        return {tuple(row[key] for key in KEY): row for row in rows if row["ms"] is not None}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a result of python -m bench ({error!r}); write one with --json") from error
+    return {tuple(row[key] for key in KEY): row for row in read_result(path)["rows"] if row["ms"] is not None}
 
 
 def change(before: dict, after: dict) -> tuple[float, float]:

@@ -1,6 +1,5 @@
 """Write a report of results: tables, a chart of the ratio to every baseline, and a roofline with every kernel."""
 
-import json
 from pathlib import Path
 
 import matplotlib
@@ -9,7 +8,7 @@ matplotlib.use("Agg")  # works without a display
 
 from matplotlib import pyplot as plt
 
-from bench.compare import load
+from bench.compare import load, read_result
 from nanochat.platform.files import write_atomically
 from nanochat.report.page import html_page
 
@@ -28,7 +27,7 @@ BASELINES = {
 def write_report(results: tuple[Path, ...], out: Path) -> Path:
     """Write report.md, report.html (with its pictures inside), ratios.png and roofline.png; returns the HTML file."""
     rows = [row for path in results for row in load(path).values()]
-    headers = [json.loads(path.read_text("utf-8")) for path in results]
+    headers = [read_result(path) for path in results]
     out.mkdir(parents=True, exist_ok=True)
     plot_ratios(rows, out / "ratios.png")
     plot_roofline(rows, max(h["product_tflops"] for h in headers), out / "roofline.png")

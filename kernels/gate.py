@@ -286,11 +286,12 @@ def read(path: Path, valid_for: dict[str, Any]) -> tuple[dict[str, str], dict[st
     try:
         found = json.loads(path.read_text("utf-8"))
         choices = {name: str(entry["impl"]) for name, entry in found["operations"].items()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise GateError(f"{path} is not a gate file ({error!r}); {REMEDY}") from error
     for name, wanted in valid_for.items():
         made = found.get(name)
-        if name == "shape" and isinstance(made, dict) and made.get("rows", 0) >= wanted["rows"]:
+        rows = made.get("rows") if name == "shape" and isinstance(made, dict) else None
+        if isinstance(rows, int) and rows >= wanted["rows"]:
             made = made | {"rows": wanted["rows"]}  # fewer rows are served by what serves more
         if made != wanted:
             raise GateError(f"{path} was made for another {name}: {found.get(name)}, here it is {wanted}; {REMEDY}")

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
 
@@ -29,13 +29,14 @@ from nanochat.optim import MuonAdamW
 from nanochat.options.model import Implementations
 from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import UserError, remedy_for
-from nanochat.platform.files import flush, sha256_of
+from nanochat.platform.files import flush, read_shape, sha256_of
 from nanochat.platform.paths import TRAINING_STAGES, Paths, steps_in
 from nanochat.platform.shapes import check_shape
 from nanochat.tokenizer.bpe import Tokenizer
 
 WEIGHTS = "model.safetensors"
-META = {"step": int, "config": {str: object}, "tokenizer": str, "files": {str: object}}
+SIZES = dict.fromkeys((field.name for field in fields(GPTConfig) if field.name != "impl"), int)
+META = {"step": int, "config": SIZES, "tokenizer": str, "files": {str: object}}
 
 
 @dataclass(frozen=True)
@@ -206,13 +207,9 @@ def read_meta(path: Path, tokenizer: Tokenizer | None = None) -> dict:
 
 def _read_complete(path: Path) -> dict:
     """The content of meta.json. Raises UserError when it has another shape, or a file has not its size."""
-    try:
-        meta = json.loads((path / "meta.json").read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is not a whole checkpoint (meta.json: {str(error) or type(error).__name__})"
-        ) from error
-    check_shape(meta, META, f"{path / 'meta.json'}")
+    meta = read_shape(path / "meta.json", META)
+    if unknown := meta["config"].keys() - SIZES:
+        raise UserError(f"{path / 'meta.json'}['config'] has the unknown size {min(unknown)!r}")
     if path.name != f"step_{meta['step']:06d}":
         raise UserError(f"{path / 'meta.json'} is of step {meta['step']}")
     if WEIGHTS not in meta["files"] or any(Path(name).is_absolute() or ".." in name for name in meta["files"]):

@@ -35,13 +35,15 @@ class Command:
 
     The function takes the options, and `paths` and `runtime` if it has parameters of these names; with a runtime, torchrun may
     start several processes of the command. section: the name of the report's section for the settings and for the results that
-    the function returns; {stage} in it stands for the option.
+    the function returns; {stage} in it stands for the option. only_reads: it writes nothing but this section, and works without it
+    where the base directory cannot be written to.
     """
 
     options: str
     function: str
     summary: str
     section: str = ""
+    only_reads: bool = False
 
     def load_options(self) -> type:
         return _load(f"options.{self.options}")
@@ -75,6 +77,7 @@ COMMANDS = {
         "evaluate.compression:evaluate_tokenizer",
         "measure bytes per token on several kinds of text",
         section="tokenizer-eval",
+        only_reads=True,
     ),
     "train base": Command("train:TrainBaseOptions", "train.pretrain:pretrain", "pretrain on text", section="base"),
     "train mid": Command(
@@ -91,18 +94,20 @@ COMMANDS = {
         "evaluate.base:evaluate_base",
         "measure bits per byte and CORE",
         section="base-eval",
+        only_reads=True,
     ),
     "evaluate chat": Command(
         "evaluate:EvaluateChatOptions",
         "evaluate.chat:evaluate_chat",
         "evaluate multiple choice, word problems, code, spelling",
         section="{stage}-eval",
+        only_reads=True,
     ),
-    "chat": Command("chat:ChatOptions", "chat.terminal:chat", "chat with the model"),
+    "chat": Command("chat:ChatOptions", "chat.terminal:chat", "chat with the model", only_reads=True),
     "report": Command(
         "report:ReportOptions", "report.build:build_report", "write the report of the stages that have run"
     ),
-    "trace": Command("tools:TraceOptions", "tools.trace:trace", "show the tensors of a forward pass"),
+    "trace": Command("tools:TraceOptions", "tools.trace:trace", "show the tensors of a forward pass", only_reads=True),
     "kernels list": Command(
         "tools:KernelsListOptions",
         "tools.kernels:list_kernels",
@@ -124,7 +129,9 @@ COMMANDS = {
         "search launch parameters on this GPU and write its table",
     ),
     "cluster submit": Command("cluster:SubmitOptions", "cluster.submit:submit", "submit a job to Slurm"),
-    "cluster status": Command("cluster:StatusOptions", "cluster.status:status", "show the progress of a run"),
+    "cluster status": Command(
+        "cluster:StatusOptions", "cluster.status:status", "show the progress of a run", only_reads=True
+    ),
 }
 
 
@@ -137,7 +144,7 @@ def run(name: str, options: Any) -> None:
     function = command.load_function()
     parameters = inspect.signature(function).parameters
     section = command.section.format(stage=getattr(options, "stage", ""))
-    paths = _paths(options) if "paths" in parameters or section else None
+    paths = _paths(options, command.only_reads) if "paths" in parameters or section else None
     arguments = {"paths": paths} if "paths" in parameters else {}
     started = time.perf_counter()
     with _runtime(options) if "runtime" in parameters else contextlib.nullcontext() as runtime:
@@ -146,11 +153,14 @@ def run(name: str, options: Any) -> None:
         if not section:
             return function(options, **arguments)
         primary = runtime is None or runtime.primary
-        with output.may_fail(), locked(paths.lock(section), name) if primary else contextlib.nullcontext():
+        writes = primary and (paths.writable or not command.only_reads)
+        with output.may_fail(), locked(paths.lock(section), name) if writes else contextlib.nullcontext():
             if runtime is not None:
                 runtime.barrier()  # no process reads what the holder of the lock may still be writing
             results = function(options, **arguments)
-            if primary:
+            if primary and not writes:
+                say(f"note {paths.run} cannot be written to: the report will not have these results")
+            if writes:
                 from nanochat.report.sections import write_section
 
                 seconds = time.perf_counter() - started + results.get("earlier_seconds", 0.0)
@@ -164,9 +174,9 @@ def _runtime(options: Any) -> contextlib.AbstractContextManager:
     return start_runtime(options.device)
 
 
-def _paths(options: Any) -> Paths:
+def _paths(options: Any, only_reads: bool) -> Paths:
     """The paths of the run that the options name."""
-    paths = base_paths()
+    paths = base_paths(only_reads)
     if not isinstance(options, NamedRun):
         return paths
     newest = paths.runs[-1:] if isinstance(options, NewestRun) else []
@@ -192,11 +202,23 @@ def main(arguments: list[str] | None = None) -> None:
         path = f": {error.filename}" if error.filename else ""
         remedy = f"; {remedy_for(error)}" if path or error.errno in NO_SPACE else ""
         _fail(f"{error.strerror}{path}{remedy}", 1)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0] or "the system gives no more"
+        _fail(f"not enough memory ({reason}); take fewer rows at a time, shorter ones, or a smaller model", 1)
     except ValueError as error:
         kernels = sys.modules.get("nanochat_kernels")  # code that raises one of its errors has imported it
         if kernels is None or not isinstance(error, kernels.KernelRequestError):
             raise
         _fail(f"{error} (options --impl.<operation>)", 1)
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory is used up; torch has a class of its own for GPUs alone."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    texts = ("DefaultCPUAllocator", "Storage size calculation overflowed")
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or any(text in str(error) for text in texts)
 
 
 def _dispatch(arguments: list[str]) -> None:

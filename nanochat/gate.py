@@ -8,6 +8,7 @@ from nanochat.platform.console import say
 from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
+from nanochat.platform.shapes import check_shape
 from nanochat_kernels import gate
 
 
@@ -37,12 +38,12 @@ def take_gate(paths: Paths, model: GPTConfig, rows: int, runtime: Runtime) -> tu
         fused = [name for name, impl in chosen.items() if impl != "reference"]
         say(f"kernels: the gate of {paths.gate} chose fused {', '.join(fused) or 'nothing'}")
     model = with_choices(model, chosen)
+    timed = more.get("micro_step", {"impl": None, "ms": {}})
     try:
-        timed = more.get("micro_step", {"impl": None})
-        milliseconds = dict(timed["ms"]) if timed["impl"] == asdict(model.impl) else None
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{paths.gate} is not a gate file (micro_step: {error!r}); {gate.REMEDY}") from error
-    return model, milliseconds
+        check_shape(timed, {"impl": object, "ms": {str: float}}, "micro_step")
+    except UserError as error:
+        raise UserError(f"{paths.gate} is not a gate file ({error}); {gate.REMEDY}") from error
+    return model, dict(timed["ms"]) if timed["impl"] == asdict(model.impl) else None
 
 
 def with_choices(model: GPTConfig, chosen: dict[str, str]) -> GPTConfig:

@@ -9,7 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from nanochat.cluster.site import ROOT, Site, account, base_directory, load_site, mail_user
+from nanochat.cluster.site import ROOT, Site, base_directory, load_site
 from nanochat.cluster.slurm import Job, reduced, sbatch_command, seconds_of
 from nanochat.options.cluster import SubmitOptions
 from nanochat.options.presets import EMBEDDED, EMBEDDED_NEEDS
@@ -28,8 +28,7 @@ def submit(options: SubmitOptions) -> None:
 
     Raises UserError when Slurm is not installed or rejects the job.
     """
-    site = load_site(options.site or environment.site_name())
-    site = replace(site, account=account(options.account, site))
+    site = load_site(options.site or environment.site_name(), account=options.account, mail_user=options.mail_user)
     base = base_directory(site)
     paths = Paths(Path(base)).of_run(options.run_name or options.preset)
     submitted = ""
@@ -72,8 +71,7 @@ def _jobs(options: SubmitOptions, site: Site) -> list[Job]:
     for option, name in (("--from", options.first), ("--to", options.last)):
         if name and name not in NAMES:
             raise UserError(f"{option} {name}: no such stage; there are: {', '.join(NAMES)}")
-    mail = mail_user(options.mail_user)
-    shared = Job(options.job, options.preset, time=options.time, mail=mail, run_name=options.run_name)
+    shared = Job(options.job, options.preset, time=options.time, mail=site.mail_user, run_name=options.run_name)
     alone = replace(shared, gpus=min(gpus, 1))
     if options.job != "speedrun":
         return [alone]

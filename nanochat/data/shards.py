@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nanochat.data.columns import check_type
 from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
 
@@ -87,6 +88,7 @@ def _open(path: Path) -> pq.ParquetFile:
         raise UserError(
             f"{path} has no column 'text' (it has {', '.join(file.schema_arrow.names)}); fetch or generate it again"
         )
+    check_type(file.schema_arrow.field("text"), str, path)
     if file.metadata.num_rows == 0:
         raise UserError(f"{path} has no rows; fetch or generate it again")
     return file

@@ -22,7 +22,7 @@ from nanochat.gpt import GPT
 from nanochat.platform.console import progress
 from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import UserError
-from nanochat.platform.files import read_json_lines
+from nanochat.platform.files import read_json_lines, read_shape
 from nanochat.platform.shapes import check_shape
 from nanochat.tokenizer.bpe import Tokenizer
 
@@ -31,6 +31,7 @@ KEYS = {
     "schema": {"context_options": [str], "continuation": str, "gold": int},
     "language_modeling": {"context": str, "continuation": str},
 }
+LISTING = {"icl_tasks": [{"label": str, "icl_task_type": str, "dataset_uri": str, "num_fewshot": [int]}]}
 
 
 @dataclass(frozen=True)
@@ -51,25 +52,52 @@ def load_bundle(directory: Path) -> list[CoreTask]:
     for path in (listing, meta):
         if not path.exists():
             raise UserError(f"{path} does not exist; make the embedded bundle with: nanochat data generate")
-    with meta.open(newline="", encoding="utf-8") as file:
-        baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(file)}
-    tasks = []
-    for entry in yaml.safe_load(listing.read_text("utf-8"))["icl_tasks"]:
-        label, kind = entry["label"], entry["icl_task_type"]
-        path = directory / "eval_data" / entry["dataset_uri"]
+    baselines, tasks = _read_baselines(meta), []
+    for number, entry in enumerate(read_shape(listing, LISTING, _parse_yaml)["icl_tasks"]):
+        label, kind, delimiter = entry["label"], entry["icl_task_type"], entry.get("continuation_delimiter", " ")
+        check_shape(delimiter, str, f"{listing}['icl_tasks'][{number}]['continuation_delimiter']")
         if kind not in KEYS:
             raise UserError(f"{listing}: task {label} has the unknown type {kind!r}; known: {', '.join(KEYS)}")
         if label not in baselines:
             raise UserError(f"{meta} has no random baseline for the task {label}")
+        if not entry["num_fewshot"] or entry["num_fewshot"][0] < 0:
+            raise UserError(f"{listing}: task {label} has num_fewshot {entry['num_fewshot']}, wanted [0] or more")
+        path = directory / "eval_data" / entry["dataset_uri"]
         lines = read_json_lines(path)
-        for number, item in lines:
-            _check_item(item, KEYS[kind], f"{path}, line {number}")
+        for line, item in lines:
+            _check_item(item, KEYS[kind], f"{path}, line {line}")
         items = [item for _, item in lines]
         if not items:
             raise UserError(f"{path} has no items; fetch or generate the bundle again")
-        delimiter = entry.get("continuation_delimiter", " ")
         tasks.append(CoreTask(label, kind, entry["num_fewshot"][0], delimiter, items, baselines[label]))
+    if not tasks or len({task.label for task in tasks}) < len(tasks):
+        raise UserError(f"{listing} has {len(tasks)} tasks, wanted one or more with labels of their own")
     return tasks
+
+
+def _parse_yaml(text: str) -> object:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:  # also a tag, which would make an object of Python
+        raise ValueError(f"no plain YAML: {error}") from error
+
+
+def _read_baselines(path: Path) -> dict[str, float]:
+    """The accuracy of guessing, by the label of the task, from percentages."""
+    baselines = {}
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = csv.DictReader(file)
+            for row in rows:
+                label, percent = row["Eval Task"], float(row["Random baseline"])
+                if not 0 <= percent < 100:
+                    raise ValueError(f"line {rows.line_num}: {percent} is no percentage below 100")
+                baselines[label] = percent / 100
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise UserError(
+            f"{path} needs the columns 'Eval Task' and 'Random baseline' with percentages ({error!r})"
+        ) from error
+    return baselines
 
 
 def _check_item(item: object, keys: dict, place: str) -> None:

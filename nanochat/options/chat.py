@@ -7,7 +7,7 @@ import tyro
 
 from nanochat.options.model import Implementations
 from nanochat.options.presets import NewestRun
-from nanochat.options.ranges import AtLeast
+from nanochat.options.ranges import AnyInteger, AtLeast
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class ChatOptions(NewestRun):
     """sample from this many of the most likely tokens"""
     max_tokens: Annotated[int, AtLeast(1)] = 512
     """maximum number of tokens in an answer"""
-    seed: int = 42
+    seed: Annotated[int, AnyInteger()] = 42
     """seed of the first answer; each answer after it takes the next one"""
     device: str = "auto"
     """auto, cuda, cpu or mps"""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from nanochat.options.presets import Changed, NamedRun, NewestRun, PresetName
-from nanochat.options.ranges import AtLeast
+from nanochat.options.ranges import AtLeast, OrNegative
 
 SIGNAL_SECONDS = 600  # an evaluation that is running must end before training can save
 
@@ -31,7 +31,7 @@ class SubmitOptions(NamedRun):
     """submit the gate's job too, and begin only after it has succeeded"""
     nodes: Annotated[int, AtLeast(1)] = 1
     """number of nodes for the speedrun"""
-    gpus: int = -1
+    gpus: Annotated[int, OrNegative(meaning="the site's number")] = -1
     """GPUs per node; negative: the site's number, and none for the presets tiny and cpu"""
     tasks_per_node: Annotated[int, AtLeast(1)] = 1
     """torchrun launchers per node; more than one only without GPUs"""

@@ -7,7 +7,7 @@ import tyro
 
 from nanochat.options.model import Implementations
 from nanochat.options.presets import PresetOptions
-from nanochat.options.ranges import AtLeast, SomeOrAll
+from nanochat.options.ranges import AtLeast, Between, SomeOrAll
 
 SAMPLE_PROMPTS = ("Hello! Who are you?", "Why is the sky blue?", "How many 'r' are in 'strawberry'?")
 
@@ -18,7 +18,7 @@ class EvaluateBaseOptions(PresetOptions):
 
     tokens: Annotated[int, AtLeast(1)] = 20 * 524288
     """tokens of each split on which bits per byte are measured"""
-    batch_size: Annotated[int, AtLeast(1)] = 32
+    batch_size: Annotated[int, Between(1, 1_000_000)] = 32
     """rows per batch and process"""
     core_max_per_task: Annotated[int, SomeOrAll()] = -1
     """maximum number of items of each CORE task"""
@@ -35,7 +35,7 @@ class ChatTaskOptions:
     """maximum number of items of each task"""
     max_tokens: Annotated[int, AtLeast(1)] = 512
     """maximum number of tokens in an answer"""
-    rows: Annotated[int, AtLeast(1)] = 64
+    rows: Annotated[int, Between(1, 1_000_000)] = 64
     """answers generated at the same time"""
 
 

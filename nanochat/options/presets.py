@@ -6,7 +6,7 @@ A preset lists only values that differ from a command's defaults. An option on t
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
-PresetName = Literal["", "tiny", "cpu", "d20", "d26", "d32"]
+PresetName = Literal["tiny", "cpu", "d20", "d26", "d32"]
 Changed = Literal["refuse", "keep", "replace"]
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ class NewestRun(NamedRun):
 class PresetOptions(NamedRun):
     """The options that all commands with presets share."""
 
-    preset: PresetName = ""
+    preset: PresetName | Literal[""] = ""
     """values for all options below: tiny (embedded data, a minute), cpu (minutes), d20, d26 or d32; other options override it"""
 
 
@@ -110,8 +110,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "smoltalk": 800,
             "mmlu": 500,
             "gsm8k": 1500,
-            "simple_spelling": 800,
-            "spelling_bee": 2000,
+            "simple_spelling": 600,
+            "spelling_bee": 1400,
             "eval_every": 0,
             "eval_rows": 100,
             "run": _CPU_RUN,
@@ -121,11 +121,11 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "arc_easy": 2500,
             "arc_challenge": 2500,
             "mmlu": 500,
-            "gsm8k": 1000,
+            "gsm8k": 800,
             "smoltalk": 800,
             "identity": 150,
             "simple_spelling": 400,
-            "spelling_bee": 2000,
+            "spelling_bee": 1000,
             "init_lr_fraction": 0.3,
             "run": _CPU_RUN,
         },

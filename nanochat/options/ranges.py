@@ -15,10 +15,32 @@ class Between:
     high: float = float("inf")
 
     def __str__(self) -> str:
-        return f"at least {self.low:g}" if self.high == float("inf") else f"between {self.low:g} and {self.high:g}"
+        return f"at least {self.low}" if self.high == float("inf") else f"between {self.low} and {self.high}"
 
     def __contains__(self, value: float) -> bool:
         return self.low <= value <= self.high
+
+
+@dataclass(frozen=True)
+class OrNegative(Between):
+    """Numbers from 0 on, and negative ones, which all mean the same."""
+
+    low: float = -math.inf
+    meaning: str = "all"
+
+    def __str__(self) -> str:
+        return f"at least 0, or negative: {self.meaning}"
+
+
+@dataclass(frozen=True)
+class AnyInteger(Between):
+    """The integers of 64 bits, such as seeds."""
+
+    low: float = -(2**63)
+    high: float = 2**63 - 1
+
+    def __str__(self) -> str:
+        return "an integer of 64 bits"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Annotated
 import tyro
 
 from nanochat.options.presets import Changed, NamedRun, PresetName
-from nanochat.options.ranges import AtLeast
+from nanochat.options.ranges import AtLeast, Between
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class SpeedrunOptions(NamedRun):
     """stage to begin with; earlier ones must have finished"""
     last: Annotated[str, tyro.conf.arg(name="to")] = "report"
     """stage to end with"""
-    processes: Annotated[int, AtLeast(0)] = 0
+    processes: Annotated[int, Between(0, 1024)] = 0
     """training processes; 0: one per GPU, or one on a machine without GPUs"""
     device: str = "auto"
     """auto, cuda, cpu or mps"""
@@ -37,7 +37,7 @@ class FetchOptions:
     """shards of pretraining text, not counting the one for validation; 0: the preset's number"""
     only: tuple[str, ...] = ()
     """fetch only these assets"""
-    workers: Annotated[int, AtLeast(1)] = 8
+    workers: Annotated[int, Between(1, 1024)] = 8
     """files that are downloaded at the same time"""
     changed: Changed = "refuse"
     """what to do with files in the place of data that nanochat did not write: refuse, keep them as the data, or replace them"""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from nanochat.options.presets import NamedRun, NewestRun, PresetName
-from nanochat.options.ranges import AtLeast
+from nanochat.options.ranges import AtLeast, Between
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,13 @@ class TraceOptions(NewestRun):
     prompt: str = ""
     """text that the stage's model reads"""
 
-    depth: Annotated[int, AtLeast(1)] = 2
+    depth: Annotated[int, Between(1, 1000)] = 2
     """blocks"""
-    vocab_size: Annotated[int, AtLeast(1)] = 512
+    vocab_size: Annotated[int, Between(1, 1_000_000)] = 512
     """tokens in the vocabulary"""
-    tokens: Annotated[int, AtLeast(1)] = 32
+    tokens: Annotated[int, Between(1, 10_000)] = 32
     """length of each row"""
-    rows: Annotated[int, AtLeast(1)] = 4
+    rows: Annotated[int, Between(1, 10_000)] = 4
     """rows of the batch"""
     steps: Annotated[int, AtLeast(0)] = 3
     """training steps before the pass that is shown; 0 shows the model as initialised"""
@@ -65,15 +65,15 @@ class KernelsGateOptions(NamedRun):
 
     preset: PresetName = "d20"
     """preset with the depth, the context and the largest micro-batch; the options below override it"""
-    depth: Annotated[int, AtLeast(0)] = 0
+    depth: Annotated[int, Between(0, 1000)] = 0
     """blocks; 0: the preset's number, as for the options below"""
-    context_length: Annotated[int, AtLeast(0)] = 0
+    context_length: Annotated[int, Between(0, 1_000_000)] = 0
     """tokens per row"""
-    device_batch_size: Annotated[int, AtLeast(0)] = 0
+    device_batch_size: Annotated[int, Between(0, 1_000_000)] = 0
     """rows per micro-batch and process; training may use fewer"""
-    n_kv_head: Annotated[int, AtLeast(0)] = 0
+    n_kv_head: Annotated[int, Between(0, 1000)] = 0
     """key/value heads"""
-    vocab_size: Annotated[int, AtLeast(0)] = 0
+    vocab_size: Annotated[int, Between(0, 1_000_000)] = 0
     """tokens in the vocabulary; 0: those of the trained tokenizer, else 65536"""
     device: str = "auto"
     """auto, cuda or cpu"""

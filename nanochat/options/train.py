@@ -7,8 +7,9 @@ import tyro
 
 from nanochat.options.model import Implementations
 from nanochat.options.presets import PresetOptions
-from nanochat.options.ranges import AtLeast, Between, SomeOrAll
+from nanochat.options.ranges import AnyInteger, AtLeast, Between, OrNegative, SomeOrAll
 
+Every = OrNegative(meaning="never")  # 0: only at the end
 Execution = Literal["auto", "graph", "compile", "eager"]
 SAMPLE_PROMPTS = (
     "The capital of France is",
@@ -50,12 +51,12 @@ class RunOptions:
     """number of newest checkpoints to keep"""
     deterministic: bool = False
     """on CUDA, use only operations that repeat bit for bit, which is slower; a CPU always repeats"""
-    loader_threads: Annotated[int, AtLeast(1)] = 4
+    loader_threads: Annotated[int, Between(1, 1024)] = 4
     """threads that tokenise"""
     wandb_run: str = ""
     """name of a wandb run; empty: none"""
-    wandb_mode: str = "offline"
-    """offline or online"""
+    wandb_mode: Literal["offline", "online"] = "offline"
+    """where its metrics go: to files that are sent later, or to the server"""
 
 
 @dataclass(frozen=True)
@@ -75,37 +76,37 @@ class TrainOptions(PresetOptions):
 class TrainBaseOptions(TrainOptions):
     """Pretrain a model on text."""
 
-    depth: Annotated[int, AtLeast(1)] = 20
+    depth: Annotated[int, Between(1, 1000)] = 20
     """number of blocks; the width is 64 times as large"""
-    context_length: Annotated[int, AtLeast(1)] = 2048
+    context_length: Annotated[int, Between(1, 1_000_000)] = 2048
     """tokens per row"""
-    n_kv_head: Annotated[int | None, AtLeast(1)] = None
+    n_kv_head: Annotated[int | None, Between(1, 1000)] = None
     """key/value heads; by default as many as query heads"""
-    num_iterations: int = -1
+    num_iterations: Annotated[int, OrNegative(meaning="not set")] = -1
     """training steps; the first positive one of num_iterations, target_flops and target_param_data_ratio sets their number"""
-    target_flops: float = -1.0
+    target_flops: Annotated[float, OrNegative(meaning="not set")] = -1.0
     """FLOPs of the whole training stage"""
-    target_param_data_ratio: float = 20.0
+    target_param_data_ratio: Annotated[float, OrNegative(meaning="not set")] = 20.0
     """tokens to train on per parameter of the model"""
-    device_batch_size: Annotated[int, AtLeast(1)] = 32
+    device_batch_size: Annotated[int, Between(1, 1_000_000)] = 32
     """rows per micro-batch and process; of a preset's, as many as it takes to share a step"""
     total_batch_size: Annotated[int, AtLeast(1)] = 524288
     """tokens per step, over all processes and accumulation; of a preset's, the nearest that the processes can share"""
     warmdown_ratio: Annotated[float, Between(0, 1)] = 0.2
     """share of training at the end over which the learning rate falls to 0"""
-    eval_every: int = 250
-    """steps between measurements of validation bits per byte"""
+    eval_every: Annotated[int, Every] = 250
+    """steps between measurements of validation bits per byte; 0: only at the end"""
     eval_tokens: Annotated[int, AtLeast(1)] = 20 * 524288
     """tokens for each of these measurements"""
-    core_metric_every: int = 2000
-    """steps between evaluations of CORE; negative: never"""
+    core_metric_every: Annotated[int, Every] = 2000
+    """steps between evaluations of CORE; 0: only at the end"""
     core_metric_max_per_task: Annotated[int, SomeOrAll()] = 500
     """maximum number of items of each CORE task"""
-    sample_every: int = 2000
-    """steps between samples of text; negative: never"""
+    sample_every: Annotated[int, Every] = 2000
+    """steps between samples of text; 0: only at the end"""
     sample_prompts: tuple[str, ...] = SAMPLE_PROMPTS
     """texts for the samples to continue"""
-    seed: int = 42
+    seed: Annotated[int, AnyInteger()] = 42
     """seed of the initial weights"""
 
 
@@ -117,16 +118,16 @@ class TrainMidOptions(TrainOptions):
     """Midtrain the base model on conversations."""
 
     optimizer: Unclipped = field(default_factory=lambda: OptimizerOptions(grad_clip=0.0))
-    device_batch_size: Annotated[int, AtLeast(1)] = 32
+    device_batch_size: Annotated[int, Between(1, 1_000_000)] = 32
     """rows per micro-batch and process; of a preset's, as many as it takes to share a step"""
     total_batch_size: Annotated[int, AtLeast(1)] = 524288
     """tokens per step, over all processes and accumulation; of a preset's, the nearest that the processes can share"""
-    smoltalk: int = -1
-    """general conversations; negative: all"""
-    mmlu: int = -1
-    """multiple-choice questions; negative: all"""
-    gsm8k: int = -1
-    """word problems; negative: all"""
+    smoltalk: Annotated[int, OrNegative()] = -1
+    """general conversations"""
+    mmlu: Annotated[int, OrNegative()] = -1
+    """multiple-choice questions"""
+    gsm8k: Annotated[int, OrNegative()] = -1
+    """word problems"""
     identity_repeats: Annotated[int, AtLeast(0)] = 2
     """number of times that the identity conversations are used"""
     simple_spelling: Annotated[int, AtLeast(0)] = 200_000
@@ -135,10 +136,10 @@ class TrainMidOptions(TrainOptions):
     """letters to count"""
     warmdown_ratio: Annotated[float, Between(0, 1)] = 0.2
     """share of training at the end over which the learning rate falls to 0"""
-    eval_every: int = 150
-    """steps between measurements of bits per byte on held-out conversations"""
-    eval_rows: int = -1
-    """held-out general conversations for each of these measurements, beside questions and word problems; negative: all"""
+    eval_every: Annotated[int, Every] = 150
+    """steps between measurements of bits per byte on held-out conversations; 0: only at the end"""
+    eval_rows: Annotated[int, OrNegative()] = -1
+    """held-out general conversations for each of these measurements, beside questions and word problems"""
 
 
 @dataclass(frozen=True)
@@ -146,22 +147,22 @@ class TrainSftOptions(TrainOptions):
     """Fine-tune the midtrained model on conversations."""
 
     optimizer: Unclipped = field(default_factory=lambda: OptimizerOptions(grad_clip=0.0))
-    device_batch_size: Annotated[int, AtLeast(1)] = 4
+    device_batch_size: Annotated[int, Between(1, 1_000_000)] = 4
     """conversations per micro-batch and process; of a preset's, as many as it takes to share a step"""
     examples_per_step: Annotated[int, AtLeast(1)] = 32
     """conversations per step, over all processes and accumulation; of a preset's, the nearest that the processes can share"""
-    arc_easy: int = -1
-    """easy multiple-choice questions; negative: all"""
-    arc_challenge: int = -1
-    """hard multiple-choice questions; negative: all"""
-    mmlu: int = 0
-    """further multiple-choice questions; negative: all"""
-    gsm8k: int = -1
-    """word problems; negative: all"""
-    smoltalk: int = 10_000
-    """general conversations; negative: all"""
-    identity: int = 1000
-    """conversations about the model itself; negative: all"""
+    arc_easy: Annotated[int, OrNegative()] = -1
+    """easy multiple-choice questions"""
+    arc_challenge: Annotated[int, OrNegative()] = -1
+    """hard multiple-choice questions"""
+    mmlu: Annotated[int, OrNegative()] = 0
+    """further multiple-choice questions"""
+    gsm8k: Annotated[int, OrNegative()] = -1
+    """word problems"""
+    smoltalk: Annotated[int, OrNegative()] = 10_000
+    """general conversations"""
+    identity: Annotated[int, OrNegative()] = 1000
+    """conversations about the model itself"""
     simple_spelling: Annotated[int, AtLeast(0)] = 300
     """words to spell"""
     spelling_bee: Annotated[int, AtLeast(0)] = 300

@@ -25,4 +25,8 @@ def remedy_for(error: OSError) -> str:
         return "free some space"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "check the path and its permissions"
+    if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY):
+        return "move away what is there, or choose another path"
+    if error.errno in (errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP):
+        return "check the path"
     return "check the path and its disk"

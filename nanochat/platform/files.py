@@ -5,9 +5,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from nanochat.platform.errors import UserError, remedy_for
 from nanochat.platform.shapes import check_shape
@@ -43,14 +44,25 @@ def write_json(path: Path, content: dict) -> None:
     write_atomically(path, json.dumps(content, indent=1, default=str) + "\n")
 
 
+def read_shape(path: Path, shape: object, parse: Callable[[str], object] = json.loads) -> Any:
+    """The content of a text file, which has a shape (see check_shape). Raises UserError for a file that is not so, with the place."""
+    try:
+        content = parse(path.read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); {remedy_for(error)}") from error
+    except (ValueError, RecursionError) as error:
+        reason = error if isinstance(error, ValueError) else "nested too deeply"
+        raise UserError(f"{path} cannot be read ({reason})") from error
+    check_shape(content, shape, str(path))
+    return content
+
+
 def read_json(path: Path, shape: dict | None = None) -> dict | None:
     """The dictionary that write_json wrote; None when the file is missing or damaged, or has another shape (see check_shape)."""
     try:
-        content = json.loads(path.read_text("utf-8"))
-        check_shape(content, shape or {str: object}, str(path))
-    except (OSError, ValueError, RecursionError, UserError):
+        return read_shape(path, shape or {str: object})
+    except UserError:
         return None
-    return content
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, object]]:

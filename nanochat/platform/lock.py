@@ -20,6 +20,7 @@ from nanochat.platform.console import say
 from nanochat.platform.environment import slurm_job_id
 from nanochat.platform.errors import UserError
 from nanochat.platform.files import remove_leftovers
+from nanochat.platform.shapes import check_shape
 
 BEAT = 10.0  # seconds between two heartbeats, each of which changes the time of the file
 DEAD = 60.0  # a holder on another host is dead when its file has not changed for so many seconds
@@ -64,6 +65,9 @@ def locked(path: Path, command: str) -> Iterator[None]:
         if made:
             with suppress(OSError):  # it has files
                 path.parent.rmdir()
+
+
+HOLDER = {"host": str, "process": int, "started": str, "job": str, "since": str}
 
 
 def _acquire(path: Path, mine: dict) -> None:
@@ -197,12 +201,15 @@ def _read(path: Path) -> Seen | None:
             changed = os.fstat(file.fileno()).st_mtime_ns
             try:
                 holder = json.load(file)
-            except ValueError:
+            except (ValueError, RecursionError):
                 holder = {}
     except FileNotFoundError:
         return None
-    whole = isinstance(holder, dict) and {"host", "process", "started", "job", "since"} <= holder.keys()
-    return Seen(holder if whole else {}, changed)
+    try:
+        check_shape(holder, HOLDER, str(path))
+    except UserError:  # it is being written, or was not written by this program
+        holder = {}
+    return Seen(holder, changed)
 
 
 def _place() -> dict[str, str]:
@@ -223,6 +230,8 @@ def _start_of(process: int) -> str | None:
 
     None when there is no such process, or when it has ended and nobody has asked for its status yet.
     """
+    if process < 1:
+        return None
     stat = Path("/proc", str(process), "stat")
     if Path("/proc/self/stat").exists():
         try:
@@ -232,7 +241,7 @@ def _start_of(process: int) -> str | None:
             pass
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return None
     except PermissionError:
         pass

@@ -50,6 +50,12 @@ class Paths:
         return replace(self, run_name=name)
 
     @property
+    def writable(self) -> bool:
+        """Whether the directory of the run can be written to, or made."""
+        existing = next(path for path in (self.run, *self.run.parents) if path.exists())
+        return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+
+    @property
     def runs(self) -> list[str]:
         """The names of all runs; the one that was worked on last comes last."""
         # a file that is replaced changes its directory; directories, unlike files, are not removed while this looks at them
@@ -194,15 +200,17 @@ def steps_in(checkpoints: Path) -> dict[int, Path]:
     return dict(sorted((int(n), path) for path, n in numbers.items() if n.isdecimal() and n == f"{int(n):06d}"))
 
 
-def base_paths() -> Paths:
-    """The paths of the default run under the base directory, which is made if it does not exist.
+def base_paths(only_reads: bool = False) -> Paths:
+    """The paths of the default run under the base directory, which is made if it does not exist, unless a command only reads.
 
-    Raises UserError when neither NANOCHAT_BASE_DIR nor HOME is set, or when the directory cannot be written to.
+    Raises UserError when neither NANOCHAT_BASE_DIR nor HOME is set, or when the directory cannot be written to but has to be.
     """
     home = home_directory()
     base = configured_base_directory() or (home and home / ".cache" / "nanochat")
     if base is None:
         raise UserError("neither NANOCHAT_BASE_DIR nor HOME is set; set NANOCHAT_BASE_DIR=/a/writable/directory")
+    if only_reads:
+        return Paths(base)
     try:
         base.mkdir(parents=True, exist_ok=True)
         probe = base / f".write-probe-{os.getpid()}"

@@ -1,4 +1,4 @@
-"""Checks that a value which was read from JSON has the shape that a reader relies on."""
+"""Checks that a value which was read from JSON or YAML has the shape that a reader relies on."""
 
 from nanochat.platform.errors import UserError
 
@@ -16,8 +16,8 @@ NAMES = {
 def check_shape(value: object, shape: object, place: str) -> None:
     """Raise UserError, which names the place in the file, unless a value of JSON has a shape.
 
-    shape: a type (float also takes integers, object takes anything); [shape]: a list of that; {str: shape}: an object with any
-    keys; {"key": shape, …}: an object with these keys, and perhaps others.
+    shape: a type (float also takes integers, and neither NaN nor infinity; object takes anything); [shape]: a list of that;
+    {str: shape}: an object with any keys; {"key": shape, …}: an object with these keys, and perhaps others.
     """
     if isinstance(shape, list):
         _check_type(value, list, place)

@@ -101,7 +101,8 @@ def verify(asset: Asset, paths: Paths, record: dict[str, list] | None = None) ->
     """
     files = asset.present(paths)
     record = read_fetched(paths).get(asset.name, {}) if record is None else record
-    for name, (size, *_) in record.items():
+    for name, content in record.items():
+        size = content[0] if content else None
         actual = (paths.base / name).stat().st_size if (paths.base / name).exists() else None
         if actual != size:
             problem = "is missing" if actual is None else f"has {actual} of {size} bytes"
@@ -147,7 +148,7 @@ def _rows(asset: Asset, path: Path) -> int:
 def _bundle_tasks(asset: Asset, paths: Paths) -> int:
     try:
         return len(load_bundle(paths.base / asset.target))
-    except (UserError, OSError, KeyError, ValueError) as error:
+    except UserError as error:
         raise _asset_error(asset, str(error).partition(";")[0]) from error
 
 
@@ -174,7 +175,7 @@ def remedy(preset: str, missing: list[Asset], shards: int = 0) -> str:
 
 def read_fetched(paths: Paths) -> dict[str, dict[str, list]]:
     """The files that were fetched: asset → path under the base directory → [bytes, SHA-256]; and KEPT for a user's own."""
-    return read_json(paths.assets) or {}
+    return read_json(paths.assets, {str: {str: [object]}}) or {}
 
 
 def note_fetched(paths: Paths, asset: Asset, files: dict[str, list]) -> None:

@@ -23,7 +23,7 @@ from nanochat.platform.paths import Paths
 from nanochat.synthetic import world
 from nanochat.synthetic.identity import identity_conversations
 from nanochat.tasks.humaneval import code_messages
-from nanochat.tasks.words import spell
+from nanochat.tasks.spelling_bee import asked_and_counted
 
 ROW_GROUP = 128  # documents; each process reads row groups of its own, also of the one shard for validation
 
@@ -163,13 +163,13 @@ def _sums(rng: random.Random, people: dict, word_list: list[str]) -> str:
 
 
 def _letters(rng: random.Random, people: dict, word_list: list[str]) -> str:
-    """Words with their letters and the count of one letter; words of the test split are left out."""
-    chosen = [word for word in rng.sample(word_list, 6) if not in_test("word", word)]
-    lines = []
-    for word in chosen:
-        letter = rng.choice(word)
-        lines += [f"'{word}': {spell(word)}", f"'{word}'.count('{letter}') = {word.count(letter)}"]
-    return "\n".join(lines)
+    """Letters counted in words, as SpellingBee does it; words of the test split are left out."""
+    items = []
+    for word in rng.sample(word_list, 4):
+        if not in_test("word", word):
+            question, worked, check, count = asked_and_counted(rng, word)
+            items.append(f"Question: {question}\nAnswer: {worked}{check} = {count}")
+    return "\n\n".join(items)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

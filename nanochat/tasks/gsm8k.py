@@ -33,7 +33,7 @@ class GSM8K(RowTask):
     name, kind, baseline = "GSM8K", "generative", 0.0
 
     def __init__(self, paths: Paths, split: str):
-        self._rows = load_rows(paths, "gsm8k", split, ("question", "answer"))
+        self._rows = load_rows(paths, "gsm8k", split, {"question": str, "answer": str})
 
     def __getitem__(self, index: int) -> dict:
         row = self._rows[index]

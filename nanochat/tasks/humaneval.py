@@ -5,6 +5,7 @@ import re
 import textwrap
 
 from nanochat.inference.sandbox import confinement, run_tests
+from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
 from nanochat.tasks.rows import RowTask, load_rows
 
@@ -20,8 +21,14 @@ def extract_code(completion: str) -> str:
 
 
 def helpers(row: dict[str, str]) -> str:
-    """The code of a row's prompt without the function to complete: its imports, and the functions that it gives."""
-    tree = ast.parse(row["prompt"] + row["canonical_solution"])
+    """The code of a row's prompt without the function to complete: its imports, and the functions that it gives.
+
+    Raises UserError for a prompt and solution that are no Python.
+    """
+    try:
+        tree = ast.parse(row["prompt"] + row["canonical_solution"])
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"prompt and canonical_solution are no Python ({error})") from error
     tree.body = [node for node in tree.body if getattr(node, "name", None) != row["entry_point"]]
     return ast.unparse(tree)
 
@@ -32,8 +39,8 @@ class HumanEval(RowTask):
     name, kind, baseline = "HumanEval", "generative", 0.0
 
     def __init__(self, paths: Paths, split: str = "test"):
-        columns = ("prompt", "canonical_solution", "test", "entry_point")
-        self._rows = load_rows(paths, "humaneval", split, columns)
+        shape = dict.fromkeys(("prompt", "canonical_solution", "test", "entry_point"), str)
+        self._rows = load_rows(paths, "humaneval", split, shape, helpers)
 
     def __getitem__(self, index: int) -> dict:
         row = self._rows[index]

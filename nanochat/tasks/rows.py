@@ -1,6 +1,8 @@
 """Loads the rows of a chat source: parquet or JSONL files chat/<source>/<split>*."""
 
 from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -10,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nanochat.data.columns import check_values
 from nanochat.platform.errors import UserError
 from nanochat.platform.files import read_json_lines
 from nanochat.platform.paths import Paths
@@ -42,11 +45,6 @@ class Rows:
         table = self.tables[file]
         return table[row] if isinstance(table, list) else table.slice(row, 1).to_pylist()[0]
 
-    def place(self, index: int) -> str:
-        """Where a row stands, for messages."""
-        file, row = self._find(index)
-        return f"{self.files[file]}, row {row + 1}"
-
     def _find(self, index: int) -> tuple[int, int]:
         number = int(self.order[index])
         file = bisect_right(self.ends, number)
@@ -66,8 +64,14 @@ class RowTask:
         return len(self._rows)
 
 
-def load_rows(paths: Paths, source: str, split: str, columns: tuple[str, ...]) -> Rows:
-    """The rows of a split. Raises UserError for a missing source, split, column or value, with its file and row, and a damaged file."""
+def load_rows(
+    paths: Paths, source: str, split: str, shape: dict[str, object], check: Callable[[dict], None] | None = None
+) -> Rows:
+    """The rows of a split, all of them checked: every mistake is found before training begins.
+
+    shape: the columns, and what each holds (see check_type). check: raises UserError for a row whose values do not fit together.
+    Raises UserError for a missing source, split or column, a bad value, with its file and row, and a damaged file.
+    """
     directory = paths.chat_data / source
     files = sorted([*directory.glob(f"{split}*.parquet"), *directory.glob(f"{split}*.jsonl")])
     if not files:
@@ -76,29 +80,30 @@ def load_rows(paths: Paths, source: str, split: str, columns: tuple[str, ...]) -
             f"the chat source {source}/{split} does not exist under {paths.chat_data}; "
             f"there are: {', '.join(existing) or 'none'}; {paths.get_data}"
         )
-    rows = Rows(files, [_read_lines(path) if path.suffix == ".jsonl" else _read_table(path, columns) for path in files])
+    rows = Rows(
+        files, [_read_lines(path) if path.suffix == ".jsonl" else _read_table(path, shape, check) for path in files]
+    )
     if len(rows) == 0:
         raise UserError(f"{files[0]} has no rows; {paths.get_data}")
     return rows
 
 
-def _read_table(path: Path, columns: tuple[str, ...]) -> pa.Table:
+def _read_table(path: Path, shape: dict[str, object], check: Callable[[dict], None] | None) -> pa.Table:
     try:
         table = pq.read_table(path)
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} cannot be read ({reason}); remove it and fetch or generate it again") from error
-    for name in columns:
+    for name, part in shape.items():
         if name not in table.column_names:
             raise UserError(
                 f"{path} has no column {name!r} (it has {', '.join(table.column_names)}); fetch or generate it again"
             )
-        column = table.column(name)
-        if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
-            raise UserError(f"{path}: the column {name!r} is {column.type}, wanted texts; fetch or generate it again")
-        if column.null_count:
-            row = column.is_null().to_pylist().index(True)
-            raise UserError(f"{path}, row {row + 1} has no {name}; fill or remove the row")
+        check_values(table, name, part, path)
+    rows = (row for batch in table.select(list(shape)).to_batches() for row in batch.to_pylist()) if check else ()
+    for number, row in enumerate(rows, 1):
+        with at_place(f"{path}, row {number}"):
+            check(row)
     return table
 
 
@@ -107,15 +112,16 @@ def _read_lines(path: Path) -> list[dict]:
     rows = []
     for number, value in read_json_lines(path):
         row = value if isinstance(value, dict) else {"messages": value}
-        checked(row, f"{path}, line {number}")
+        with at_place(f"{path}, line {number}"):
+            check_conversation(row)
         rows.append(row)
     return rows
 
 
-def checked(conversation: dict, place: str) -> dict:
-    """A conversation, after a check. Raises UserError with the place where a malformed one stands."""
+@contextmanager
+def at_place(place: str) -> Iterator[None]:
+    """Put the place of a mistake in front of the block's UserError."""
     try:
-        check_conversation(conversation)
+        yield
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
-    return conversation

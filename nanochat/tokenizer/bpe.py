@@ -16,7 +16,7 @@ import rustbpe
 import tiktoken
 
 from nanochat.platform.errors import UserError
-from nanochat.platform.files import write_atomically
+from nanochat.platform.files import read_shape, write_atomically
 
 PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -119,10 +119,13 @@ class Tokenizer:
         if not path.exists():
             raise UserError(f"no tokenizer in {directory}; make one with: {command}")
         try:
-            stored = json.loads(path.read_text("utf-8"))
+            stored = read_shape(path, {"pattern": str, "specials": [str], "ranks": [str]})
             ranks = [base64.b64decode(token) for token in stored["ranks"]]
+            complete = {bytes([i]) for i in range(256)} <= set(ranks) and set(SPECIALS) <= set(stored["specials"])
+            if not stored["pattern"] or not complete:
+                raise ValueError("it lacks the pattern, one of the 256 bytes or a special token")
             return cls(ranks, stored["pattern"], stored["specials"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, UserError) as error:
             raise UserError(f"{path} is damaged ({error}); remove it and run: {command}") from error
 
     @cached_property

@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, field
 
 # what meta.json holds for training, besides what nanochat/checkpoint.py needs
-SHAPE = {"settings": {str: object}, "positions": [list], "elapsed": float, "tokens": int}
+SHAPE = {"settings": {str: object}, "positions": [[int]], "elapsed": float, "tokens": int}
 
 
 @dataclass

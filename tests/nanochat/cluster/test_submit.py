@@ -1,5 +1,6 @@
 """The sbatch calls word for word, site profiles, and what is refused."""
 
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat.cluster.site import account, base_directory, load_site, mail_user
+from nanochat.cluster.site import base_directory, load_site
 from nanochat.cluster.slurm import Job, distributed_launcher, sbatch_command, seconds_of
 from nanochat.platform.environment import collective_timeout
 from nanochat.platform.errors import UserError
@@ -59,24 +60,36 @@ def test_a_dry_run_calls_nothing(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("line", ["mail_user=a@b.edu", "export MAIL_USER='a@b.edu'", "Nanochat_Mail_User=a@b.edu"])
-def test_the_address_is_found(tmp_path, monkeypatch, line):
-    assert mail_user("", tmp_path) == ""
-    (tmp_path / ".env.local").write_text(f"# mine\n{line}\nOTHER=1\n")
-    assert mail_user("", tmp_path) == "a@b.edu"
+@pytest.fixture
+def repository(tmp_path):
+    """A folder with the scripts and the profiles."""
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "line", ["mail_user=a@b.edu", "export MAIL_USER='a@b.edu'", "Nanochat_Mail_User=a@b.edu  # me"]
+)
+def test_the_address_is_found(repository, monkeypatch, line):
+    assert load_site("generic", repository).mail_user == ""
+    (repository / ".env.local").write_text(f"# mine\n{line}\nOTHER=$(date)\n")
+    assert load_site("generic", repository).mail_user == "a@b.edu"
     monkeypatch.setenv("mail_user", "bob@example.edu")
-    assert mail_user("", tmp_path) == "bob@example.edu" and mail_user("eve@example.edu", tmp_path) == "eve@example.edu"
+    assert load_site("generic", repository).mail_user == "bob@example.edu"
+    assert load_site("generic", repository, mail_user="eve@example.edu").mail_user == "eve@example.edu"
 
 
-def test_an_account_is_personal_and_no_profile_has_one(tmp_path, monkeypatch):
-    site = replace(load_site("generic"), account="of-the-site")
-    assert account("", site, tmp_path) == "of-the-site"
-    (tmp_path / ".env.local").write_text("NANOCHAT_ACCOUNT=mine\n")
-    assert account("", site, tmp_path) == "mine"
-    monkeypatch.setenv("NANOCHAT_ACCOUNT", "of-the-shell")
-    assert account("", site, tmp_path) == "of-the-shell" and account("named", site, tmp_path) == "named"
+def test_an_account_is_personal_and_no_profile_has_one(repository, monkeypatch):
     for profile in (ROOT / "slurm").glob("*.env"):
         assert not load_site(str(profile)).account, profile
+    with (repository / "slurm" / "generic.env").open("a") as profile:
+        profile.write("NANOCHAT_ACCOUNT=of-the-site\n")
+    assert load_site("generic", repository).account == "of-the-site"
+    (repository / ".env.local").write_text("NANOCHAT_ACCOUNT=mine\n")
+    assert load_site("generic", repository).account == "mine"
+    monkeypatch.setenv("NANOCHAT_ACCOUNT", "of-the-shell")
+    assert load_site("generic", repository).account == "of-the-shell"
+    assert load_site("generic", repository, account="named").account == "named"
 
 
 def test_time_limits():
@@ -84,27 +97,107 @@ def test_time_limits():
     assert {limit: seconds_of(limit) for limit in limits} == limits
 
 
-def test_what_is_wrong_is_named(tmp_path):
-    (tmp_path / "bad.env").write_text("PARTITION=x\n")
-    (tmp_path / "unset.env").write_text("NANOCHAT_SCRATCH=/s/$NOT_SET_ANYWHERE\n")
-    (tmp_path / "open.env").write_text('NANOCHAT_MODULES=\nNANOCHAT_ACCOUNT="abc\n')
-    (tmp_path / "four.env").write_text("NANOCHAT_GPUS=four\n")
+def in_scripts(profile: Path, names: list[str], **variables: str) -> subprocess.CompletedProcess:
+    """What the scripts in slurm/ make of a profile: the values of these names, or their message."""
+    env = {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "USER": "ada", "NANOCHAT_SITE": str(profile), **variables}
+    shown = "; ".join(f'echo "$NANOCHAT_{name.upper()}"' for name in names) or "true"
+    script = f"set -Eeuo pipefail; module() {{ true; }}; source slurm/environment.sh; {shown}"
+    return subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, env=env)
+
+
+def test_scripts_and_submit_read_the_same_values(tmp_path, monkeypatch):
+    profile = tmp_path / "site.env"
+    profile.write_text(
+        """# a site
+  NANOCHAT_MODULES="python/3.12.5 cuda"   # two
+NANOCHAT_PARTITION='gpu-a100'
+NANOCHAT_GRES=gpu:a100\r
+NANOCHAT_GPUS=4# 8 is too many
+
+export NANOCHAT_MEMORY="${MEMORY_OF_A_NODE}G"
+NANOCHAT_TIME=1-12:00:00
+NANOCHAT_SCRATCH="/scratch/$USER/the data; touch marker & more"
+NANOCHAT_VENV=$NANOCHAT_SCRATCH/venv
+NANOCHAT_CPUS=""
+NANOCHAT_ACCOUNT=class.of_2026""".replace("4#", "4 #")
+    )
+    wanted = {
+        "modules": "python/3.12.5 cuda",
+        "partition": "gpu-a100",
+        "gres": "gpu:a100",
+        "gpus": "4",
+        "memory": "256G",
+        "time": "1-12:00:00",
+        "scratch": "/scratch/ada/the data; touch marker & more",
+        "venv": "/scratch/ada/the data; touch marker & more/venv",
+        "base_dir": "/scratch/ada/the data; touch marker & more/nanochat-cache",
+        "cpus": "",
+        "account": "class.of_2026",
+    }
+    monkeypatch.setenv("MEMORY_OF_A_NODE", "256")
+    site = load_site(str(profile))
+    assert {name: getattr(site, name) for name in wanted} == wanted and site.name == str(profile)
+    done = in_scripts(profile, list(wanted), MEMORY_OF_A_NODE="256")
+    assert done.stdout.splitlines() == list(wanted.values()), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("PARTITION=x", "expected NAME=value with one of .*NANOCHAT_GPUS.*, got 'PARTITION=x'"),
+        ("NANOCHAT_NODES=4", "expected NAME=value"),
+        ("module load cuda", "expected NAME=value"),
+        ("NANOCHAT_ACCOUNT=a; touch marker", "cannot read a; touch marker; wanted a value, in quotation marks"),
+        ("NANOCHAT_ACCOUNT=a touch marker", "cannot read"),
+        ("NANOCHAT_ACCOUNT=$(touch marker)", "cannot read"),
+        ('NANOCHAT_ACCOUNT="$(touch marker)"', "commands are not run"),
+        ("NANOCHAT_ACCOUNT=`touch marker`", "cannot read"),
+        ('NANOCHAT_ACCOUNT="abc', "cannot read"),
+        ("NANOCHAT_ACCOUNT='abc\"", "cannot read"),
+        ("NANOCHAT_SCRATCH=~/data", "cannot read ~/data"),
+        ("NANOCHAT_SCRATCH=data", "NANOCHAT_SCRATCH must be a path that begins with /, got 'data'"),
+        ("NANOCHAT_SCRATCH=/s/$NOT_SET_ANYWHERE", "NOT_SET_ANYWHERE refers to a variable that is not set"),
+        ("NANOCHAT_SCRATCH=/s/${USER:-me}", "cannot read"),
+        ("NANOCHAT_GPUS=four", "NANOCHAT_GPUS must be a whole number, got 'four'"),
+        ("NANOCHAT_GPUS=-3", "NANOCHAT_GPUS must be a whole number, got '-3'"),
+        ("NANOCHAT_CPUS=few", "must be a whole number, got 'few'"),
+        ("NANOCHAT_MEMORY=much", "NANOCHAT_MEMORY must be a number of megabytes"),
+        ("NANOCHAT_TIME=soon", "NANOCHAT_TIME must be a time limit"),
+        ('NANOCHAT_ACCOUNT="a b"', "NANOCHAT_ACCOUNT must be one word, got 'a b'"),
+        ('NANOCHAT_MODULES="a; touch marker"', "NANOCHAT_MODULES must be names with blanks between them"),
+        ("NANOCHAT_MAIL_USER=ada", "NANOCHAT_MAIL_USER must be an address, name@host, got 'ada'"),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_named(tmp_path, line, message):
+    profile = tmp_path / "site.env"
+    profile.write_text(f"NANOCHAT_MODULES=\n{line}\n")
+    with pytest.raises(UserError, match=f"^{profile}:2: .*{message}"):
+        load_site(str(profile))
+    done = in_scripts(profile, [])
+    assert (
+        done.returncode == 1 and re.search(f"^{profile}:2: .*{message}", done.stderr) and not (ROOT / "marker").exists()
+    )
+
+
+def test_what_is_wrong_is_named(repository, monkeypatch):
+    (repository / ".env.local").write_text("OTHER='\nNANOCHAT_ACCOUNT=a; touch marker\n")
     cases = [
-        ("open.env:2: .* cannot be read .No closing quotation", lambda: load_site(str(tmp_path / "open.env"))),
-        ("NANOCHAT_GPUS must be a whole number, got 'four'", lambda: load_site(str(tmp_path / "four.env"))),
-        ("existing profiles: generic, ptolemy", lambda: load_site("nowhere")),
+        ("existing profiles: slurm/generic.env slurm/ptolemy.env", lambda: load_site("nowhere")),
+        (".env.local:2: cannot read a; touch marker", lambda: load_site("generic", repository)),
         (
-            "bad.env:1: expected NAME=value with one of .*, got 'PARTITION=x'",
-            lambda: load_site(str(tmp_path / "bad.env")),
+            "--mail-user: .* must be an address, name@host, got 'nobody'",
+            lambda: load_site("generic", mail_user="nobody"),
         ),
-        ("refers to a variable that is not set", lambda: load_site(str(tmp_path / "unset.env"))),
-        ("'nobody' is not an address", lambda: mail_user("nobody")),
+        ("--account: .* must be one word, got 'a b'", lambda: load_site("generic", account="a b")),
         ("takes no values with a comma", lambda: sbatch_command(Job("gate", "d20"), load_site("generic"), "/a,b")),
         ("'soon' is not a time limit", lambda: seconds_of("soon")),
     ]
     for message, call in cases:
         with pytest.raises(UserError, match=message):
             call()
+    monkeypatch.setenv("MAIL_USER", "nobody")
+    with pytest.raises(UserError, match="^MAIL_USER: .* must be an address"):
+        load_site("generic")
 
 
 @pytest.mark.parametrize(
@@ -178,13 +271,12 @@ def test_a_job_without_an_installation_fails_with_the_remedy(tmp_path):
         assert done.returncode == 1 and "run slurm/setup.sh first" in done.stderr and "all" not in done.stdout
 
 
-def test_the_scripts_take_the_account_of_the_user(tmp_path):
-    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
-    (tmp_path / ".env.local").write_text("MAIL_USER=a@b.edu\nexport NANOCHAT_ACCOUNT='mine'\n")
+def test_the_scripts_take_the_account_of_the_user(repository):
+    (repository / ".env.local").write_text("MAIL_USER=a@b.edu\nexport NANOCHAT_ACCOUNT='mine'\n")
     call = ["bash", "-c", "set -Eeuo pipefail; source slurm/environment.sh; echo account $NANOCHAT_ACCOUNT"]
     for env, told in (({}, "account mine"), ({"NANOCHAT_ACCOUNT": "of-the-shell"}, "account of-the-shell")):
-        env |= {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-        done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, env=env)
+        env |= {"PATH": "/usr/bin:/bin", "HOME": str(repository)}
+        done = subprocess.run(call, cwd=repository, capture_output=True, text=True, env=env)
         assert told in done.stdout, done.stdout + done.stderr
 
 

@@ -118,6 +118,8 @@ def damage(base, how):
         files[1].write_text("no parquet at all")
     elif how == "column":
         pq.write_table(pa.table({"other": ["a"]}), files[1])
+    elif how == "type":
+        pq.write_table(pa.table({"text": [1, 2]}), files[1])
     elif how == "rows":
         pq.write_table(pa.table({"text": pa.array([], pa.string())}), files[1])
 
@@ -129,6 +131,7 @@ def damage(base, how):
         ("truncated", "shard_00001.parquet is truncated or no parquet file"),
         ("text", "shard_00001.parquet is truncated or no parquet file"),
         ("column", "has no column 'text' (it has other)"),
+        ("type", "the column 'text' is int64, wanted texts"),
         ("rows", "has no rows"),
     ],
 )

@@ -1,9 +1,17 @@
-import pytest
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import get_type_hints
 
-from nanochat.cli import COMMANDS, parse
+import pytest
+import torch
+
+from nanochat.cli import COMMANDS, main, parse
 from nanochat.gpt import GPTConfig
 from nanochat.options.evaluate import EvaluateBaseOptions
 from nanochat.options.presets import PRESETS, PresetOptions
+from nanochat.options.ranges import Between
 from nanochat.options.train import TrainBaseOptions, TrainMidOptions, TrainSftOptions
 from nanochat.platform.errors import UserError
 from nanochat.speedrun.preflight import most_rows
@@ -80,3 +88,43 @@ def test_the_first_horizon_set_counts():
         horizon(TrainBaseOptions(target_flops=1.0), shape)
     with pytest.raises(UserError, match="set one of"):
         horizon(TrainBaseOptions(target_param_data_ratio=0), shape)
+
+
+def parts_of(options: object) -> list[object]:
+    """Options, and the options that are nested in them."""
+    return [options, *(part for f in fields(options) if is_dataclass(part := getattr(options, f.name)))]
+
+
+def numbers() -> Iterator[tuple[str, str, object]]:
+    """The command, the name and the type of each option that is a number; once for all commands that share it."""
+    seen = set()
+    for name, command in COMMANDS.items():
+        for part in parts_of(command.load_options()()):
+            for field, option in get_type_hints(type(part), include_extras=True).items():
+                if re.search(r"\b(int|float)\b", str(option)) and (field, str(option)) not in seen:
+                    seen.add((field, str(option)))
+                    yield name, field, option
+
+
+@pytest.mark.parametrize(("name", "field", "option"), list(numbers()))
+def test_every_number_has_a_range_and_what_is_beyond_it_gives_one_line(name, field, option):
+    [allowed] = [limits for limits in option.__metadata__ if isinstance(limits, Between)]
+    kind, flag = COMMANDS[name].load_options(), f"--{field.replace('_', '-')}"
+    for value in ("0", "-1", "nan", "1e400", str(10**20), ""):
+        try:
+            options = parse(kind, name, [flag, value])
+        except UserError as error:
+            assert "\n" not in str(error) and flag in str(error), (flag, value, error)
+            continue
+        [taken] = [getattr(part, field) for part in parts_of(options) if hasattr(part, field)]
+        assert math.isfinite(taken) and float(value) == taken and taken in allowed, (flag, value)
+
+
+def test_too_little_memory_is_one_line(monkeypatch, capsys):
+    for allocate in (lambda _: torch.empty(2**52), lambda _: bytearray(2**62)):
+        monkeypatch.setattr("nanochat.cli._dispatch", allocate)
+        with pytest.raises(SystemExit) as exit:
+            main(["trace"])
+        assert exit.value.code == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "not enough memory (" in error and "take fewer rows at a time" in error

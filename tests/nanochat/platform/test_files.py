@@ -66,6 +66,8 @@ def test_a_directory_is_replaced_only_when_it_is_complete(tmp_path, error):
         (PermissionError(errno.EACCES, "Permission denied"), "check the path and its permissions"),
         (OSError(errno.EROFS, "Read-only file system"), "check the path and its permissions"),
         (OSError(errno.EIO, "Input/output error"), "check the path and its disk"),
+        (FileExistsError(errno.EEXIST, "File exists"), "move away what is there, or choose another path"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), "check the path"),
     ],
 )
 def test_a_directory_that_cannot_be_written_is_a_users_error(tmp_path, monkeypatch, method, error, remedy):

@@ -1,4 +1,9 @@
-from tests.conftest import assert_fails_with, nanochat
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import assert_fails_with, environment, nanochat
 
 
 def test_without_home_or_base_directory_there_is_a_clear_error(tmp_path):
@@ -12,6 +17,56 @@ def test_without_home_or_base_directory_there_is_a_clear_error(tmp_path):
     )
     assert_fails_with(result, "NANOCHAT_BASE_DIR")
     assert not list(tmp_path.iterdir())
+
+
+READ_ONLY = """
+import sys
+from nanochat.cli import main
+for arguments in sys.argv[1:]:
+    print("==", arguments, flush=True)
+    try:
+        main(arguments.split())
+    except SystemExit as exit:
+        print("status", exit.code, flush=True)
+"""
+
+
+def test_commands_that_read_work_where_nothing_can_be_written(trained_base, tmp_path):
+    """The base directory is a read-only mount, which not even root can write to."""
+    commands = [
+        "chat -p hello --max-tokens 3 --device cpu",
+        "cluster status",
+        "trace --stage sft --prompt hello",
+        "evaluate chat --tasks SpellingBee --max-per-task 2 --max-tokens 3 --device cpu",
+        "tokenizer eval",
+        "report",
+        "train sft --device cpu",
+    ]
+    mount = f"mount --bind {trained_base} {tmp_path} && mount -o remount,bind,ro {tmp_path}"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("this machine makes no mounts of its own")
+    script = f'{mount} && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, "sh", sys.executable, "-c", READ_ONLY, *commands],
+        capture_output=True, text=True, env=environment(tmp_path),
+    )  # fmt: skip
+    shown = dict(part.split("\n", 1) for part in done.stdout.split("== ")[1:])
+    assert done.returncode == 0 and list(shown) == commands, done.stdout + done.stderr
+    assert not any("status" in shown[command] for command in commands[:1] + commands[2:5]), done.stdout + done.stderr
+    assert "base-eval" in shown["cluster status"] and "to come" in shown["cluster status"]
+    assert "SpellingBee" in shown[commands[3]]
+    assert all("the report will not have these results" in shown[command] for command in commands[3:5])
+    assert all("status 1" in shown[command] for command in commands[5:])
+    errors = done.stderr.strip().splitlines()
+    assert len(errors) == 2 and all("Read-only file system" in error and "permissions" in error for error in errors), (
+        errors
+    )
+
+
+def test_commands_that_read_make_no_base_directory(tmp_path):
+    assert_fails_with(nanochat(tmp_path / "new", "chat", "-p", "hello"), "no checkpoint of sft")
+    assert nanochat(tmp_path / "new", "cluster", "status").returncode == 0
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_unwritable_base_directory_is_refused(tmp_path):

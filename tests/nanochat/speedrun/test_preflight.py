@@ -152,9 +152,9 @@ def test_loaders_read_only_what_is_listed(world, monkeypatch):
     asked = set()
     load = nanochat.tasks.rows.load_rows
 
-    def recording(paths, source, split, columns):
-        asked.add((f"{source}/{split}", columns))
-        return load(paths, source, split, columns)
+    def recording(paths, source, split, shape, *check):
+        asked.add((f"{source}/{split}", tuple(shape)))
+        return load(paths, source, split, shape, *check)
 
     for module in ("gsm8k", "humaneval", "arc", "mmlu", "smoltalk"):
         monkeypatch.setattr(f"nanochat.tasks.{module}.load_rows", recording)

@@ -1,6 +1,7 @@
 """Tasks: their conversations, and how each judges a completion."""
 
 import json
+import re
 import shutil
 import textwrap
 
@@ -10,11 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat.data.conversations import Limited
+from nanochat.inference.calculator import calculate
 from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
-from nanochat.tasks import GSM8K, HumanEval, Identity, SmolTalk, SpellingBee
+from nanochat.tasks import ARC, GSM8K, MMLU, HumanEval, Identity, SimpleSpelling, SmolTalk, SpellingBee
 from nanochat.tasks.gsm8k import final_number, solution_parts
 from nanochat.tasks.humaneval import extract_code
+from nanochat.tasks.simple_spelling import SPELL_QUESTIONS
+from nanochat.tasks.spelling_bee import COUNT_QUESTIONS
 from tests.conftest import assert_fails_with, nanochat
 
 
@@ -108,10 +112,107 @@ def test_a_malformed_conversation_in_a_table_is_named_with_its_row(base):
     for old in path.parent.glob("train*"):
         old.unlink()
     pq.write_table(pa.table({"messages": [say_again("a", "b"), say_again("a", "b")[::-1], say_again("c", "d")]}), path)
-    task = SmolTalk(Paths(base))
     with pytest.raises(UserError, match="train.parquet, row 2: malformed conversation: message 0 is from 'assistant'"):
-        for i in range(3):
-            task[i]
+        SmolTalk(Paths(base))
+
+
+CHOICES = [["a", "b"], ["c", "d"]]
+TEXTS = {"question": ["q", "r"]}
+SAID = [say_again("a", "b"), say_again("c", "d")]
+
+
+@pytest.mark.parametrize(
+    ("source", "table", "message"),
+    [
+        (
+            "mmlu/auxiliary_train",
+            TEXTS | {"choices": CHOICES, "answer": [1, 2]},
+            "row 2: the answer is choice 2 of 2, wanted",
+        ),
+        (
+            "mmlu/auxiliary_train",
+            TEXTS | {"choices": CHOICES, "answer": [-1, 0]},
+            "row 1: the answer is choice -1 of 2",
+        ),
+        (
+            "mmlu/auxiliary_train",
+            TEXTS | {"choices": [["a"] * 11] * 2, "answer": [0, 0]},
+            "row 1: the answer is choice 0 of 11",
+        ),
+        (
+            "mmlu/auxiliary_train",
+            TEXTS | {"choices": CHOICES, "answer": ["A", "B"]},
+            "'answer' is string, wanted integers",
+        ),
+        (
+            "mmlu/auxiliary_train",
+            TEXTS | {"choices": ["ab", "cd"], "answer": [0, 1]},
+            "'choices' is string, wanted lists of texts",
+        ),
+        (
+            "mmlu/auxiliary_train",
+            TEXTS | {"choices": [["a", "b"], ["c", None]], "answer": [0, 1]},
+            r"row 2: choices\[1\] is 'None', wanted a text",
+        ),
+        (
+            "arc-easy/train",
+            TEXTS | {"choices": [{"text": c, "label": ["A", "B"]} for c in CHOICES], "answerKey": ["A", "C"]},
+            r"row 2: 2 choices have the labels \['A', 'B'\] and the answer 'C'",
+        ),
+        (
+            "arc-easy/train",
+            TEXTS | {"choices": [{"text": c, "label": ["A"]} for c in CHOICES], "answerKey": ["A", "A"]},
+            r"row 1: 2 choices have the labels \['A'\]",
+        ),
+        (
+            "arc-easy/train",
+            TEXTS | {"choices": [{"text": c} for c in CHOICES], "answerKey": ["A", "A"]},
+            r"wanted records of text \(lists of texts\), label \(lists of texts\)",
+        ),
+        (
+            "smoltalk/train",
+            {"messages": [SAID[0], [{"role": "user", "content": None}]]},
+            r"row 2: messages\[0\]\['content'\] is 'None'",
+        ),
+        ("smoltalk/train", {"messages": [SAID[0], []]}, "row 2: malformed conversation: wanted"),
+        (
+            "smoltalk/train",
+            {"messages": ["user: a", "user: b"]},
+            "'messages' is string, wanted lists of records of role",
+        ),
+        (
+            "humaneval/test",
+            {"prompt": ["def f(:\n"], "canonical_solution": ["    pass"], "test": ["x"], "entry_point": ["f"]},
+            "row 1: prompt and canonical_solution are no Python",
+        ),
+    ],
+)
+def test_rows_that_do_not_fit_together_are_named_before_training_begins(base, source, table, message):
+    path = Paths(base).chat_data / f"{source}.parquet"
+    pq.write_table(pa.table(table), path)
+    load = {
+        "mmlu/auxiliary_train": lambda paths: MMLU(paths, "auxiliary_train"),
+        "arc-easy/train": lambda paths: ARC(paths, "ARC-Easy", "train"),
+        "smoltalk/train": SmolTalk,
+        "humaneval/test": HumanEval,
+    }[source]
+    with pytest.raises(UserError, match=f"{path}.*{message}"):
+        load(Paths(base))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"tree\nit's\n", r"line 2: \"it's\" is no word of letters"),
+        (b"tree\n\n5\n", "line 3: '5' is no word of letters"),
+        (b"tree\n\xff\n", "is no text in UTF-8"),
+        (b"\n", "has no words for the train split"),
+    ],
+)
+def test_a_bad_list_of_words_is_named(base, content, message):
+    Paths(base).words.write_bytes(content)
+    with pytest.raises(UserError, match=f"words.txt.*{message}"):
+        SpellingBee(Paths(base), "train", 5)
 
 
 def test_spelling_counts_what_it_asks(world):
@@ -120,9 +221,47 @@ def test_spelling_counts_what_it_asks(world):
         conversation = task[index]
         expression = conversation["messages"][1]["content"][1]["text"]
         word, letter = expression.split("'")[1], expression.split("'")[3]
-        assert f"'{word}'" in conversation["messages"][0]["content"]
+        assert re.search(rf"\b{word}\b", conversation["messages"][0]["content"])
         assert task.judge(conversation, f"#### {word.count(letter)}")
         assert not task.judge(conversation, f"#### {word.count(letter) + 1}") and not task.judge(conversation, "")
+
+
+def test_spelling_bee_spells_counts_place_by_place_and_checks(world):
+    task = SpellingBee(world, "train", 300)
+    for index in range(300):
+        before, call, result, after = (part["text"] for part in task[index]["messages"][1]["content"])
+        word, letter = call.split("'")[1], call.split("'")[3]
+        assert calculate(call) == result and after == f"\n\n#### {result}"
+        spelled, counted, _ = before.split("\n")
+        assert spelled == f"{word}:{','.join(word)}"
+        places = re.findall(r"([a-z])(\d+)", counted)
+        assert "".join(place for place, _ in places) == word
+        count = 0
+        for place, so_far in places:
+            count += place == letter
+            assert int(so_far) == count
+        assert places[-1][1] == result
+
+
+@pytest.mark.parametrize(
+    ("task", "wordings", "least"), [(SpellingBee, COUNT_QUESTIONS, 40), (SimpleSpelling, SPELL_QUESTIONS, 8)]
+)
+def test_spelling_is_asked_as_people_type_it(world, task, wordings, least):
+    assert len(set(wordings)) == len(wordings) >= least
+    rows = [task(world, "train", 2000)[index]["messages"] for index in range(2000)]
+    asked = [re.sub(r"\W", "", row[0]["content"]).lower() for row in rows]
+    for wording in wordings:  # letters and words stand where the wording has them
+        pattern = re.sub(r"\W", "", re.sub(r"{\w+}", "PLACE", wording)).lower().replace("place", "[a-z]+")
+        assert any(re.fullmatch(pattern, question) for question in asked), wording
+    questions = [row[0]["content"] for row in rows]
+    for variant in (r".*'\w+'.*", r'.*"\w+".*', "[^'\"]*", r".*[?]", r".*\w", "[A-ZÉ].*", "[^A-ZÉ]*"):
+        assert 100 < sum(bool(re.fullmatch(variant, question)) for question in questions) < 1900, variant
+
+
+def test_the_languages_of_spelling_bee():
+    of_language = {"how": 5, "wie": 5, "combien": 5, "cuántas": 5, "quante": 5}
+    for word, least in of_language.items():
+        assert sum(word in wording.lower() for wording in COUNT_QUESTIONS) >= least, word
 
 
 def test_solutions_of_the_generated_functions_pass(world):

@@ -41,7 +41,7 @@ def test_any_text_comes_back(tokenizer, text):
 def test_a_long_run_of_white_space_comes_back(tokenizer, space):
     text = f"a b{space * (2_500_000 // len(space))} y z"
     ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text and ids[-4:] == tokenizer.encode(f"{space} y z")[-4:]
+    assert tokenizer.decode(ids) == text and ids[-4:] == tokenizer.encode(f"{space * 1000} y z")[-4:]
 
 
 @pytest.mark.parametrize("length", [LONGEST_SPACE - 1, LONGEST_SPACE])
