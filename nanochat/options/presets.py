@@ -121,12 +121,12 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "arc_easy": 2500,
             "arc_challenge": 2500,
             "mmlu": 500,
-            "gsm8k": 800,
-            "smoltalk": 800,
+            "gsm8k": 200,
+            "smoltalk": 300,
             "identity": 150,
-            "simple_spelling": 400,
-            "spelling_bee": 1000,
-            "init_lr_fraction": 0.3,
+            "simple_spelling": 100,
+            "spelling_bee": 900,
+            "init_lr_fraction": 0.8,
             "run": _CPU_RUN,
         },
         "evaluate base": {"tokens": 65536, "batch_size": 16, "core_max_per_task": 200},
@@ -140,11 +140,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "d32": {"train base": {"depth": 32, "device_batch_size": 8}, "train mid": {"device_batch_size": 8}},
 }
 EMBEDDED = ("tiny", "cpu")  # presets that generate their data
-EMBEDDED_NEEDS = {
-    "cpus": "2",
-    "memory": "8G",
-    "time": "1:00:00",
-}  # what a job for one of them asks of a site that has more
+# what a job for one of them asks of a site that has more
+EMBEDDED_NEEDS = {"cpus": "2", "memory": "8G", "time": "1:00:00"}
 SHARDS = {"d20": 240, "d26": 450, "d32": 800}  # of pretraining text, at 20 tokens per parameter and 4.8 bytes per token
 
 
