@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,6 +29,13 @@ from nanochat.platform.paths import Paths
 from nanochat.synthetic.generate import generate
 from nanochat.tokenizer.bpe import Tokenizer
 from tests import forked
+
+for number in (
+    signal.SIGINT,
+    signal.SIGHUP,
+):  # ignored where nohup or a script's & has started the tests, and so in their processes
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 
 settings.register_profile("nanochat", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("nanochat")

@@ -38,7 +38,7 @@ PRODUCTS = (None, SMALL_TILES, matrix_product.BY_TORCH) if GPU else (
 # no shrinking of failing examples: they are small already, and interpreted kernels are slow; planted faults are caught by the
 # examples that a test states, whatever hypothesis draws
 PHASES = (Phase.explicit,) if "ONLY_STATED_EXAMPLES" in os.environ else (Phase.explicit, Phase.generate)
-property_test = settings(max_examples=100 if GPU else 15, phases=PHASES)
+property_test = settings(max_examples=100 if GPU else 12, phases=PHASES)
 dtypes = st.sampled_from(DTYPES)
 seeds = st.integers(0, 2**31)
 products = st.sampled_from(PRODUCTS)

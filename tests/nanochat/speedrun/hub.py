@@ -38,7 +38,7 @@ class Hub:
             def answer(self, body: bool):
                 if hub.refusal:
                     self.close_connection = True
-                    return self.send(hub.refusal, b"", {}, body)
+                    return self.send(hub.refusal, b"", {"Connection": "close"}, body)
                 path = unquote(urlsplit(self.path).path)
                 if path.startswith("/api/datasets/") and "/tree/" in path:
                     repo = path.removeprefix("/api/datasets/").partition("/tree/")[0]

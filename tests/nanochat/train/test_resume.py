@@ -234,7 +234,7 @@ def test_logging_never_alters_training(base, trained_base, tmp_path):
     [
         (["--total-batch-size", "100"], ("100 tokens is not a multiple of the 128", "nearest valid totals are 128")),
         (["--total-batch-size", "300"], ("nearest valid totals are 256 or 384",)),
-        (["--depth", "0"], ("at least 1",)),
+        (["--depth", "0"], ("--depth must be between 1 and 1000, got 0",)),
         (["--n-kv-head", "3"], ("n_kv_head 3 does not divide",)),
         (["--device", "tpu"], ("device 'tpu' is not available",)),
         (["--impl.attention", "nonsense"], ("attention", "nonsense")),

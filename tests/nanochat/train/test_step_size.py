@@ -82,7 +82,7 @@ FEW = {
 }
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_two_and_three_processes_train_all_stages_of_a_preset(base, processes):
     """After three, one goes on with the same steps, and two cannot."""
     for stage, arguments in FEW.items():
