@@ -241,10 +241,8 @@ def test_a_lock_that_a_stage_waits_for_is_not_reported_as_another_speedrun(tmp_p
 
 STARTED = """
 import os, pathlib, sys
-from nanochat.options.evaluate import SAMPLE_PROMPTS
 from nanochat.options.speedrun import SpeedrunOptions
 from nanochat.platform.paths import Paths
-from nanochat.report.sections import read_samples
 from nanochat.speedrun.run import run_stages
 from nanochat.speedrun.stages import Stage
 base = Paths(pathlib.Path(os.environ["NANOCHAT_BASE_DIR"]))
