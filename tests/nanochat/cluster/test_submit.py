@@ -181,6 +181,13 @@ def test_a_line_that_cannot_be_read_is_named(tmp_path, line, message):
     )
 
 
+def test_a_base_directory_of_any_characters(monkeypatch):
+    """A separator of lines, and a byte that is no UTF-8; in this locale profile.sh takes both."""
+    monkeypatch.setenv("LC_ALL", "C")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", "/a\u2028b\udcff")
+    assert base_directory(load_site("generic")) == "/a\u2028b\udcff"
+
+
 def test_what_is_wrong_is_named(repository, monkeypatch):
     (repository / ".env.local").write_text("OTHER='\nNANOCHAT_ACCOUNT=a; touch marker\n")
     cases = [
