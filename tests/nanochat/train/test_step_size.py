@@ -70,6 +70,20 @@ def test_what_the_user_says_is_kept_or_refused(tmp_path, cpu):
         size("--total-batch-size", "4000", "--device-batch-size", "4", processes=3)
 
 
+def test_rows_that_do_not_divide_the_steps_of_a_resumed_run(tmp_path, cpu, monkeypatch):
+    """As after an error of memory, whose remedy is a smaller --device-batch-size."""
+    monkeypatch.setattr(CheckpointStore, "newest_settings", lambda store: {"step_size": 524288})
+
+    def size(rows: int):
+        options = parse(TrainBaseOptions, "train base", ["--preset", "d20", "--device-batch-size", str(rows)])
+        return step_size(options, "base", 2048, store_of(Paths(tmp_path), "base", cpu, 8))
+
+    assert size(16) == (16, 2, 524288)
+    wanted = "8 processes with 12 rows at a time cannot share; resume it with a --device-batch-size that divides 32,"
+    with pytest.raises(UserError, match=wanted):
+        size(12)
+
+
 @pytest.mark.parametrize("settings", [None, [], {"step_size": "x"}, {"total_batch_size": [1]}], ids=str)
 def test_settings_of_another_shape_are_named(trained_base, tmp_path, cpu, settings):
     """The size of the steps is read before the checkpoint is loaded."""
