@@ -16,10 +16,8 @@ KEY = ("op", "shape", "mode", "dtype", "impl")
 HEADER = {"command": str, "commit": str, "date": str, "device": str, "product_tflops": float, "versions": {str: object}}
 RESULT = HEADER | {"rows": [dict.fromkeys(KEY, str) | {"ms": object}]}
 NUMBERS = ("ms", "copy_gbps", "bytes", "gbps", "percent_of_copy", "launch_us", "transient_mb")
-MEASURED = dict.fromkeys(NUMBERS, float) | {
-    "quartiles_ms": [float],
-    "ratio_to": {str: float},
-}  # of a row that has times
+# of a row that has times
+MEASURED = dict.fromkeys(NUMBERS, float) | {"quartiles_ms": [float], "ratio_to": {str: float}}
 
 
 def read_result(path: Path) -> dict:

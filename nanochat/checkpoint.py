@@ -128,8 +128,15 @@ class CheckpointStore:
 
     def newest_settings(self) -> dict:
         """The settings of the training that wrote the newest checkpoint; none if there is no checkpoint."""
-        steps = self.steps()
-        return read_meta(self.path(steps[-1])).get("settings", {}) if steps else {}
+        if not (steps := self.steps()):
+            return {}
+        path = self.path(steps[-1])
+        meta = read_meta(path)
+        try:
+            check_shape(meta, {"settings": {str: object}}, str(path / "meta.json"))
+        except UserError as error:
+            raise damaged(path, str(error)) from error
+        return meta["settings"]
 
     def load(self, step: int, model: GPT, optimizer: MuonAdamW, tokenizer: Tokenizer) -> dict:
         """Load the weights and the training state of a step into model and optimizer; returns the content of meta.json.

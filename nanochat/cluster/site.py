@@ -44,10 +44,12 @@ def load_site(name: str, folder: Path = ROOT, account: str = "", mail_user: str 
         call += [option, key, value] if value else []
     base = environment.configured_base_directory()
     variables = environment.all_variables() | ({"NANOCHAT_BASE_DIR": str(base)} if base else {})
-    done = subprocess.run(call, cwd=folder, env=variables, capture_output=True, encoding="utf-8", errors="replace")
+    done = subprocess.run(
+        call, cwd=folder, env=variables, capture_output=True, encoding="utf-8", errors="surrogateescape"
+    )
     if done.returncode:
         raise UserError(done.stderr.strip())
-    pairs = (line.partition("=") for line in done.stdout.splitlines())
+    pairs = (line.partition("=") for line in done.stdout.rstrip("\n").split("\n"))
     return Site(name, **{key.removeprefix("NANOCHAT_").lower(): value for key, _, value in pairs})
 
 

@@ -97,8 +97,8 @@ def distributed_launcher(processes: int) -> list[str]:
     ]  # fmt: skip
 
 
-def seconds_of(limit: str) -> int:
-    """The seconds of a time limit in Slurm's notation.
+def seconds_of(limit: str) -> float:
+    """The seconds of a time limit in Slurm's notation; 0 stands for no limit.
 
     It is minutes, minutes:seconds, hours:minutes:seconds or days-hours[:minutes[:seconds]]. Raises UserError for anything else.
     """
@@ -109,7 +109,8 @@ def seconds_of(limit: str) -> int:
             f"--time {limit!r} is not a time limit; wanted minutes, hours:minutes:seconds or days-hours:minutes:seconds"
         )
     units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
-    return 86400 * int(days or 0) + sum(unit * int(part) for unit, part in zip(units, parts, strict=False))
+    seconds = 86400 * int(days or 0) + sum(unit * int(part) for unit, part in zip(units, parts, strict=False))
+    return seconds or math.inf
 
 
 def megabytes_of(memory: str) -> float:

@@ -34,8 +34,7 @@ def submit(options: SubmitOptions) -> None:
     submitted = ""
     for job in _jobs(options, site):
         job = replace(job, after=submitted)
-        needs_less = job.name == "speedrun" and job.preset in EMBEDDED
-        command = sbatch_command(job, reduced(site, EMBEDDED_NEEDS) if needs_less else site, base)
+        command = sbatch_command(job, _asked_of(site, job), base)
         if options.dry_run:
             say(shlex.join(command))
             submitted = f"<{job.name}>"
@@ -75,7 +74,6 @@ def _jobs(options: SubmitOptions, site: Site) -> list[Job]:
     alone = replace(shared, gpus=min(gpus, 1))
     if options.job != "speedrun":
         return [alone]
-    _check_limit(options.time or site.time, options.signal_seconds)
     chosen = {"--from": options.first, "--to": options.last, "--changed": options.changed.replace("refuse", "")}
     speedrun = replace(
         shared,
@@ -85,7 +83,13 @@ def _jobs(options: SubmitOptions, site: Site) -> list[Job]:
         signal_seconds=options.signal_seconds,
         stages=" ".join(f"{option} {value}" for option, value in chosen.items() if value),
     )
+    _check_limit(options.time or _asked_of(site, speedrun).time, options.signal_seconds)
     return [replace(alone, name="gate"), speedrun] if options.after_gate else [speedrun]
+
+
+def _asked_of(site: Site, job: Job) -> Site:
+    """The site with what a job asks of it: less than a node for a run with embedded data."""
+    return reduced(site, EMBEDDED_NEEDS) if job.name == "speedrun" and job.preset in EMBEDDED else site
 
 
 def _check_limit(limit: str, signal_seconds: int) -> None:

@@ -7,7 +7,7 @@ from nanochat.evaluate.scoring import logits_at
 from nanochat.gpt import GPT
 from nanochat.inference.engine import Engine
 from nanochat.inference.session import Session, shown
-from nanochat.options.evaluate import ChatTaskOptions, EvaluateChatOptions
+from nanochat.options.evaluate import SAMPLES, ChatTaskOptions, EvaluateChatOptions
 from nanochat.platform.console import progress, say
 from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import UserError
@@ -17,7 +17,6 @@ from nanochat.tokenizer.bpe import Tokenizer
 from nanochat.tokenizer.chat_format import render_prompt
 
 SPELLING_TESTS = 256
-SAMPLES = "samples"  # the name of the result that has answers to sample prompts
 TASKS: dict[str, Callable[[Paths], object]] = {
     "ARC-Easy": lambda paths: ARC(paths, "ARC-Easy", "test"),
     "ARC-Challenge": lambda paths: ARC(paths, "ARC-Challenge", "test"),
@@ -33,7 +32,8 @@ BENCHMARKS = ("CORE", *TASKS, "ChatCORE")
 
 def shown_name(name: str, embedded: bool) -> str:
     """The name of a result as people read it: that of a benchmark, if the embedded data have a test in its place, says so."""
-    return f"{name} stand-in" if embedded and name in BENCHMARKS else name
+    task, colon, rest = name.partition(":")  # "GSM8K: did not fit"
+    return f"{task} stand-in{colon}{rest}" if embedded and task in BENCHMARKS else name
 
 
 def chat_accuracies(

@@ -9,6 +9,7 @@ from nanochat.options.model import Implementations
 from nanochat.options.presets import PresetOptions
 from nanochat.options.ranges import AtLeast, Between, SomeOrAll
 
+SAMPLES = "samples"  # the name of the result that has the answers to the sample prompts
 SAMPLE_PROMPTS = ("Hello! Who are you?", "Why is the sky blue?", "How many 'r' are in 'strawberry'?")
 
 

@@ -89,9 +89,9 @@ class TrainBaseOptions(TrainOptions):
     target_param_data_ratio: Annotated[float, OrNegative(meaning="not set")] = 20.0
     """tokens to train on per parameter of the model"""
     device_batch_size: Annotated[int, Between(1, 1_000_000)] = 32
-    """rows per micro-batch and process; of a preset's, as many as it takes to share a step"""
+    """rows per micro-batch and process; a preset's number is the largest, and processes that share a step may take fewer"""
     total_batch_size: Annotated[int, AtLeast(1)] = 524288
-    """tokens per step, over all processes and accumulation; of a preset's, the nearest that the processes can share"""
+    """tokens per step, over all processes and accumulation; in place of a preset's, the nearest number that the processes can share"""
     warmdown_ratio: Annotated[float, Between(0, 1)] = 0.2
     """share of training at the end over which the learning rate falls to 0"""
     eval_every: Annotated[int, Every] = 250
@@ -119,9 +119,9 @@ class TrainMidOptions(TrainOptions):
 
     optimizer: Unclipped = field(default_factory=lambda: OptimizerOptions(grad_clip=0.0))
     device_batch_size: Annotated[int, Between(1, 1_000_000)] = 32
-    """rows per micro-batch and process; of a preset's, as many as it takes to share a step"""
+    """rows per micro-batch and process; a preset's number is the largest, and processes that share a step may take fewer"""
     total_batch_size: Annotated[int, AtLeast(1)] = 524288
-    """tokens per step, over all processes and accumulation; of a preset's, the nearest that the processes can share"""
+    """tokens per step, over all processes and accumulation; in place of a preset's, the nearest number that the processes can share"""
     smoltalk: Annotated[int, OrNegative()] = -1
     """general conversations"""
     mmlu: Annotated[int, OrNegative()] = -1
@@ -148,9 +148,10 @@ class TrainSftOptions(TrainOptions):
 
     optimizer: Unclipped = field(default_factory=lambda: OptimizerOptions(grad_clip=0.0))
     device_batch_size: Annotated[int, Between(1, 1_000_000)] = 4
-    """conversations per micro-batch and process; of a preset's, as many as it takes to share a step"""
+    """conversations per micro-batch and process; a preset's number is the largest, and processes that share a step may take fewer"""
     examples_per_step: Annotated[int, AtLeast(1)] = 32
-    """conversations per step, over all processes and accumulation; of a preset's, the nearest that the processes can share"""
+    """conversations per step, over all processes and accumulation; in place of a preset's, the nearest number that the processes can
+    share"""
     arc_easy: Annotated[int, OrNegative()] = -1
     """easy multiple-choice questions"""
     arc_challenge: Annotated[int, OrNegative()] = -1

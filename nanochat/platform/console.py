@@ -37,9 +37,8 @@ class Output:
                     os.dup2(nothing.fileno(), self.fileno())
 
     def write(self, text: str) -> int:
-        known = text.encode(self.encoding, "replace").decode(
-            self.encoding
-        )  # a terminal of latin-1 has no dashes or arrows
+        # a terminal of latin-1 has no dashes or arrows
+        known = text.encode(self.encoding, "replace").decode(self.encoding)
         self._try(lambda: self._stream.write(known))
         return len(text)
 
@@ -125,7 +124,8 @@ def progress(description: str, total: float, quiet: bool = False) -> Iterator[Ca
     Gives the block advance(amount=1, completed=None, state=""). state: what there is to say, by default how much of `total` is
     done and how long the rest takes.
     """
-    live = console.is_terminal and not quiet
+    # for rich a file is a terminal where FORCE_COLOR is set; on a dumb one nothing can be drawn
+    live = console.is_terminal and output.isatty() and not console.is_dumb_terminal and not quiet
     task = display.add_task(description, total=total, state="", visible=live)
     if live:
         display.start()
@@ -136,7 +136,9 @@ def progress(description: str, total: float, quiet: bool = False) -> Iterator[Ca
         nonlocal done, last
         done, now = done + amount if completed is None else completed, time.monotonic()
         if not state and done:
-            left = format_duration((now - started) * (total - done) / done, clock=True)
+            left = format_duration(
+                (now - started) * max(0.0, total - done) / done, clock=True
+            )  # `total` may be an estimate
             state = f"{done:,.0f} of {total:,.0f}, {left} left"
         display.update(task, completed=done, state=state)
         if not (quiet or live) and now - last >= LINE_SECONDS:

@@ -14,9 +14,8 @@ from nanochat.platform.errors import UserError, remedy_for
 from nanochat.platform.shapes import check_shape
 
 MANIFEST = "manifest.json"
-LEFT_OVER = (
-    3600  # seconds after which no process that writes a file can still be at it, whatever the clocks of other hosts say
-)
+# seconds after which no process that writes a file can still be at it, whatever the clocks of other hosts say
+LEFT_OVER = 3600
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

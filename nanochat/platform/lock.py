@@ -178,7 +178,7 @@ def _lost(path: Path) -> str:
     """Why a process cannot go on that has lost its lock."""
     if not path.parent.exists():
         return (
-            f"{path.parent} was removed while this process wrote to it, and what it wrote is lost; look what has removed it, "
+            f"{path.parent} was removed while this process wrote to it, and what it wrote is lost; find out what removed it, "
             "bring it back from a copy if there is one, and run the same command again"
         )
     return (

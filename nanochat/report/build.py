@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from nanochat import __version__
-from nanochat.evaluate.chat import BENCHMARKS, SAMPLES, shown_name
+from nanochat.evaluate.chat import BENCHMARKS, shown_name
+from nanochat.options.evaluate import SAMPLES
 from nanochat.options.report import ReportOptions
 from nanochat.platform.console import format_duration, say
 from nanochat.platform.errors import UserError

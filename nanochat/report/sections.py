@@ -2,7 +2,7 @@
 
 import time
 
-from nanochat.evaluate.chat import SAMPLES
+from nanochat.options.evaluate import SAMPLES
 from nanochat.platform.files import read_json, write_json
 from nanochat.platform.paths import Paths
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import socket
 import time
@@ -231,8 +232,10 @@ def _reason(error: BaseException) -> str:
             return "HF_HUB_OFFLINE is set; unset it"
         if response is not None:
             return _refusal(response.status_code, str(response.url))
-        if "407 Proxy" in str(cause):  # asked for a connection, a proxy gives no response to keep
-            return _refusal(407, "")
+        # asked for a connection, a proxy gives no response to keep
+        if type(cause).__name__ == "ProxyError" and (answer := re.search(r"\b([45]\d\d) [A-Za-z ]+", str(cause))):
+            refused = f"the proxy does not connect to the server ({answer[0]}); ask for access, or use another network"
+            return _refusal(407, "") if answer[1] == "407" else refused
         if isinstance(cause, ConnectionError | TimeoutError | socket.gaierror):
             happened = cause.strerror or str(cause) or "no answer in time"
             return f"the server cannot be reached ({happened}); use a machine with internet, or set HTTPS_PROXY if a proxy leads to it"

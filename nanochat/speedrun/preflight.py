@@ -71,10 +71,9 @@ def _check_machine(options: PreflightOptions, paths: Paths) -> list[str]:
     checkpoint = 8 * (model.num_parameters - embeddings) + 12 * embeddings
     kept = sum(len(steps_in(paths.checkpoints(stage))) for stage in TRAINING_STAGES)
     needed, free = checkpoint * max(1, 2 * len(TRAINING_STAGES) + 1 - kept), shutil.disk_usage(paths.base).free
+    # each stage removes its own when it starts
     swept = [path for stage in TRAINING_STAGES for path in leftovers(paths.checkpoints(stage))]
-    free += sum(
-        file.stat().st_size for path in swept for file in all_files(path)
-    )  # each stage removes its own when it starts
+    free += sum(file.stat().st_size for path in swept for file in all_files(path))
     line = f"disk: {free / 1e9:.1f} GB free, checkpoints take up to {needed / 1e9:.1f} more"
     if free < needed:
         failures.append(f"{line}; free space in {paths.base}, or set NANOCHAT_BASE_DIR")

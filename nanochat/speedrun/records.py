@@ -65,7 +65,7 @@ def count_start(paths: Paths) -> None:
     if now["starts"] > FRUITLESS:
         raise UserError(
             f"job {job} was queued again and again and started {FRUITLESS} times in a row without training a step or finishing a "
-            "stage; each start ends before it comes further, as its output tells: raise --time, or lower --signal-seconds, and "
+            "stage; each start ends before it gets that far, and its output says why: raise --time, or lower --signal-seconds, and "
             "submit again"
         )
     write_json(paths.starts, now)

@@ -11,6 +11,7 @@ from nanochat.options.presets import with_preset
 from nanochat.options.train import TrainBaseOptions, TrainOptions
 from nanochat.platform.console import say
 from nanochat.platform.errors import UserError
+from nanochat.platform.shapes import check_shape
 from nanochat.train.schedules import muon_momentum
 
 
@@ -82,18 +83,28 @@ def step_size(options: TrainOptions, stage: str, row_size: int, store: Checkpoin
     given = options.preset == "" or total != getattr(preset, name)
     before = {} if given else store.newest_settings()
     saved = before.get("step_size", before.get(name))  # earlier versions had no other size than that of the option
+    if saved is not None:
+        check_shape(saved, int, f"the size of the steps of the run in {store.directory}")
     size = shared(saved or total, rows, row_size, runtime.world_size, fixed, exact=given or saved is not None)
+    who = "1 process" if runtime.world_size == 1 else f"{runtime.world_size} processes"
+    who += f" with {rows} rows at a time" if fixed else ""
     if saved and size.total != saved:
-        counts = [n for n in range(1, 17) if shared(saved, rows, row_size, n, fixed, exact=True).total == saved]
+        each, rest = divmod(saved, row_size * runtime.world_size)
+        counts = [n for n in range(1, 17) if shared(saved, rows, row_size, n, exact=True).total == saved]
+        remedy = f"{' or '.join(map(str, counts))} processes" if rest else f"a --device-batch-size that divides {each}"
         raise UserError(
-            f"the steps of the run in {store.directory} have {saved} {unit}, which {runtime.world_size} processes cannot share; "
-            f"resume it with {' or '.join(map(str, counts))} processes, or move {store.directory} away to start again"
+            f"the steps of the run in {store.directory} have {saved} {unit}, which {who} cannot share; "
+            f"resume it with {remedy}, or move {store.directory} away to start again"
         )
     if given:
-        accumulation_steps(total, size.rows, row_size, runtime.world_size, unit)
-    if size.total != total and runtime.primary:
+        accumulation_steps(total, rows if fixed else 1, row_size, runtime.world_size, unit)
+    if saved and saved != total and runtime.primary:
         say(
-            f"steps of {size.total:,} {unit}: {runtime.world_size} processes cannot share the {total:,} of the preset "
+            f"steps of {saved:,} {unit}, as in the run that is resumed, where the preset {options.preset} has {total:,}"
+        )
+    elif size.total != total and runtime.primary:
+        say(
+            f"steps of {size.total:,} {unit}: {who} cannot share the {total:,} of the preset "
             f"{options.preset}, and this is the nearest number; each takes {size.accumulation} × {size.rows} rows"
         )
     return size

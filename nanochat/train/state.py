@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, field
 
 # what meta.json holds for training, besides what nanochat/checkpoint.py needs
-SHAPE = {"settings": {str: object}, "positions": [[int]], "elapsed": float, "tokens": int}
+SHAPE = {"settings": {str: object}, "positions": [[int]], "elapsed": float, "seconds": float, "tokens": int}
 
 
 @dataclass
@@ -39,9 +39,8 @@ class TrainState:
 
     @classmethod
     def from_meta(cls, meta: dict) -> "TrainState":
-        # earlier versions saved a smoothed loss only, and no time besides that of the steps
-        elapsed, seconds = meta["elapsed"], meta.get("seconds", meta["elapsed"])
-        return cls(meta["step"], meta.get("loss"), elapsed, seconds, meta["tokens"])
+        # earlier versions saved a smoothed loss only
+        return cls(meta["step"], meta.get("loss"), meta["elapsed"], meta["seconds"], meta["tokens"])
 
 
 class Pace:

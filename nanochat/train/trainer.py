@@ -21,7 +21,7 @@ from nanochat.evaluate.chat import shown_name
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.options.train import RunOptions
-from nanochat.platform.console import format_duration, output, progress, say
+from nanochat.platform.console import console, format_duration, output, progress, say
 from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import TrainingStopped, UserError
 from nanochat.platform.paths import Paths
@@ -69,6 +69,7 @@ class Interrupt:
         if self.received is not None:
             if time.monotonic() - self._when > SAME_REQUEST:
                 say(f"{name} received again: ending at once, without saving")
+                console.show_cursor()  # which a progress display has hidden
                 # not by an exception, which would wait for threads that may never end
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)

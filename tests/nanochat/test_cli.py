@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from nanochat.cli import COMMANDS, main, parse
-from tests.conftest import assert_fails_with, nanochat
+from tests.conftest import assert_fails_with, environment, nanochat
 
 
 def test_help_lists_every_command():
@@ -33,15 +33,18 @@ def test_every_command_has_a_function_that_takes_what_it_can_be_given(name):
         ["kernels", "--help"],
         ["trian"],
         ["chat", "--top-k", "0"],
+        ["cluster", "status"],
+        ["cluster", "submit", "--dry-run"],
     ],
     ids=" ".join,
 )
-def test_help_and_errors_need_no_torch(arguments):
-    """Torch takes seconds to import: what answers without it answers at once."""
+def test_what_reads_no_model_needs_no_torch(arguments, tmp_path):
+    """Torch takes seconds to import: what answers without it answers at once, also on a login node."""
     script = (
         f"import sys; from nanochat.cli import main\ntry: main({arguments})\nfinally: assert 'torch' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    env = environment(tmp_path)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
     assert "AssertionError" not in done.stderr and (done.stdout or "nanochat: error:" in done.stderr)
 
 

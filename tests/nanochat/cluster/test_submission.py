@@ -103,6 +103,7 @@ def test_the_log_is_where_the_base_directory_is_whatever_its_name():
 
 def test_a_time_limit_that_leaves_time_to_train_is_taken():
     assert "--time=13 " in dry_run("--time", "13") and "--time=4 " in dry_run("--time", "4", "--signal-seconds", "25")
+    assert "--time=0 " in dry_run("--time", "0"), "no limit"
     assert nanochat(None, *"cluster submit bench --time 10 --dry-run".split()).returncode == 0, "no signal, no queue"
 
 

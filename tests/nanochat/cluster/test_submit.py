@@ -1,5 +1,6 @@
 """The sbatch calls word for word, site profiles, and what is refused."""
 
+import math
 import re
 import shutil
 import subprocess
@@ -95,6 +96,7 @@ def test_an_account_is_personal_and_no_profile_has_one(repository, monkeypatch):
 def test_time_limits():
     limits = {"90": 5400, "1:30": 90, "12:00:00": 43200, "1-12": 129600, "2-01:30": 178200}
     assert {limit: seconds_of(limit) for limit in limits} == limits
+    assert seconds_of("0") == math.inf, "which is how Slurm writes that there is none"
 
 
 def in_scripts(profile: Path, names: list[str], **variables: str) -> subprocess.CompletedProcess:
@@ -179,6 +181,13 @@ def test_a_line_that_cannot_be_read_is_named(tmp_path, line, message):
     )
 
 
+def test_a_base_directory_of_any_characters(monkeypatch):
+    """A separator of lines, and a byte that is no UTF-8; in this locale profile.sh takes both."""
+    monkeypatch.setenv("LC_ALL", "C")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", "/a\u2028b\udcff")
+    assert base_directory(load_site("generic")) == "/a\u2028b\udcff"
+
+
 def test_what_is_wrong_is_named(repository, monkeypatch):
     (repository / ".env.local").write_text("OTHER='\nNANOCHAT_ACCOUNT=a; touch marker\n")
     cases = [
@@ -210,6 +219,7 @@ def test_what_is_wrong_is_named(repository, monkeypatch):
             ("leaves no time to train", "25 to 85 s before the end", "4 minutes"),
         ),
         (["--time", "12:59"], ("leaves no time to train",)),
+        (["--preset", "tiny", "--signal-seconds", "3500"], ("--time 1:00:00 leaves no time to train",)),
         (
             ["--preset", "tiny", "--after-gate"],
             ("gate measures kernels on a GPU", "--gpus 1, or leave --after-gate out"),

@@ -3,6 +3,7 @@
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 
@@ -56,10 +57,11 @@ print("the end")
 """
 
 
-def test_on_a_terminal_there_is_one_live_display_which_fits_and_goes(tmp_path):
+def on_a_terminal(script: str, kind: str = "xterm", status: int = 0) -> str:
+    """What a script shows on a terminal of a kind, 80 columns wide, until it ends with a status."""
     master, slave = pty.openpty()
-    variables = environment(None, COLUMNS="80", TERM="xterm", PYTHONIOENCODING="utf-8")
-    process = subprocess.Popen([sys.executable, "-c", NESTED], env=variables, stdout=slave, stderr=slave)
+    variables = environment(None, COLUMNS="80", TERM=kind, PYTHONIOENCODING="utf-8")
+    process = subprocess.Popen([sys.executable, "-c", script], env=variables, stdout=slave, stderr=slave)
     os.close(slave)
     seen = b""
     while True:
@@ -71,13 +73,49 @@ def test_on_a_terminal_there_is_one_live_display_which_fits_and_goes(tmp_path):
             break
         seen += piece
     os.close(master)
-    assert process.wait() == 0, seen.decode()
-    text = seen.decode()
+    assert process.wait() == status, seen.decode()
+    return seen.decode()
+
+
+def test_on_a_terminal_there_is_one_live_display_which_fits_and_goes():
+    text = on_a_terminal(NESTED)
     assert "step 19/20 | loss 1.2345 | 0:51 left" in text and "600 of 2,400, 0:00 left" in text
     assert "Traceback" not in text and text.count("a line") == 1
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     assert max(len(line) for line in re.split(r"[\r\n]+", shown)) <= 80
     assert shown.rstrip().endswith("the end")
+
+
+KILLED = """
+import os, signal
+from nanochat.platform.console import progress
+from nanochat.train import trainer
+trainer.SAME_REQUEST = -1.0
+with trainer.Interrupt().handling(), progress("train base", 1):
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_a_second_signal_leaves_the_terminal_its_cursor():
+    text = on_a_terminal(KILLED, status=-signal.SIGTERM)
+    assert "ending at once, without saving" in text and text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
+
+
+def test_lines_are_said_where_no_display_can_be_drawn():
+    """On a dumb terminal, and in a file that FORCE_COLOR gives colours to."""
+    script = "from nanochat.platform import console\nconsole.LINE_SECONDS = 0.0\n"
+    script += "with console.progress('read', 2) as advance:\n    advance(state='half')\n"
+    assert on_a_terminal(script, "dumb") == "read: half\r\n"
+    env = environment(None, FORCE_COLOR="1", TERM="xterm")
+    assert subprocess.run([sys.executable, "-c", script], env=env, capture_output=True).stdout == b"read: half\n"
+
+
+def test_nothing_is_left_to_do_of_more_than_was_estimated(monkeypatch, capsys):
+    monkeypatch.setattr("nanochat.platform.console.LINE_SECONDS", 0.0)
+    with progress("fetch (MB)", 100) as advance:
+        advance(105)
+    assert capsys.readouterr().out == "fetch (MB): 105 of 100, 0:00 left\n"
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252"])

@@ -10,7 +10,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from nanochat.cluster.status import status
-from nanochat.evaluate.chat import say_accuracies
+from nanochat.evaluate.chat import say_accuracies, shown_name
 from nanochat.options.cluster import StatusOptions
 from nanochat.options.report import ReportOptions
 from nanochat.platform.errors import UserError
@@ -151,6 +151,7 @@ def test_the_tests_of_the_embedded_data_are_not_named_as_the_benchmarks(tmp_path
         assert re.findall(rf"\| {name}.* \| .*0\.99", text)
         assert all(line.startswith(f"| {name}{ending} | ") for line in text.splitlines() if f"| {name}" in line)
     assert ("is not that of the benchmark" in text) == embedded
+    assert shown_name("GSM8K: did not fit", embedded) == f"GSM8K{' stand-in' if embedded else ''}: did not fit"
 
 
 def test_what_is_not_set_is_not_in_the_report_and_settings_are_folded(tmp_path):

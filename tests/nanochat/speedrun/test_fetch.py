@@ -258,6 +258,7 @@ REFUSALS = {
     "offline": ("HF_HUB_OFFLINE is set", "unset it"),
     "nobody": ("cannot be reached", "internet"),
     "proxy": ("proxy", "user and password", "HTTPS_PROXY"),
+    "closed proxy": ("the proxy does not connect to the server (403 Forbidden)",),
 }
 
 
@@ -267,7 +268,8 @@ def test_what_happens_is_what_is_said(hub, tmp_path, refusal, asset):
     """Of a file whose name is known, of one that has to be looked up, and of one of the web: only 404 says that it is not there."""
     [wanted] = [found for found in assets("d20", 1) if found.name == asset]
     if asset == "words":
-        at = {"offline": "", "nobody": nobody(), "proxy": "https://example.invalid"}.get(refusal, hub.url)
+        proxied = "https://example.invalid"
+        at = {"offline": "", "nobody": nobody(), "proxy": proxied, "closed proxy": proxied}.get(refusal, hub.url)
         wanted = replace(wanted, url=f"{at}/words.txt")
         if refusal == "offline":
             pytest.skip("the switch is the hub's")
@@ -279,7 +281,7 @@ def test_what_happens_is_what_is_said(hub, tmp_path, refusal, asset):
     elif refusal == "nobody":
         changes["HF_ENDPOINT"] = nobody()
     else:
-        hub.refusal = 407
+        hub.refusal = 403 if refusal == "closed proxy" else 407
         changes |= {"HTTPS_PROXY": hub.url, "HF_ENDPOINT": "https://example.invalid"}
     done = forked.run("-c", HURRIED_FETCH % wanted, env=environment(tmp_path, **changes))
     assert_fails_with(done, f"1 of 1 assets are missing: {asset}", *REFUSALS[refusal])

@@ -16,7 +16,7 @@ from nanochat.train.metrics import Metrics, read_metrics
 from nanochat.train.midtrain import midtrain
 from nanochat.train.plan import Plan
 from nanochat.train.pretrain import pretrain
-from nanochat.train.state import Pace, TrainState
+from nanochat.train.state import SHAPE, Pace, TrainState
 from tests.conftest import TINY_BASE, TINY_MID, TINY_SFT
 
 
@@ -41,6 +41,10 @@ def test_a_checkpoint_gives_the_state_back():
     assert TrainState.from_meta(meta).loss is None
     assert meta["positions"] == [[3, 1]] and again.loss == state.loss
     assert (again.step, again.tokens, again.elapsed) == (1, 10, 0.5)
+
+
+def test_what_is_saved_is_checked_when_it_is_read():
+    assert TrainState().to_meta([]).keys() - {"loss"} == SHAPE.keys() - {"settings"}
 
 
 def test_the_first_steps_say_nothing_of_the_time_that_is_left():

@@ -1,5 +1,7 @@
 """Every preset runs with any number of processes: its steps are shared among them, or the nearest that can be."""
 
+import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
@@ -61,8 +63,37 @@ def test_what_the_user_says_is_kept_or_refused(tmp_path, cpu):
     assert size("--device-batch-size", "4", processes=3) == (4, 1, 3072)
     assert size("--total-batch-size", "12288", processes=3) == (16, 1, 12288)
     assert size("--total-batch-size", "768", processes=3) == (1, 1, 768)
-    with pytest.raises(UserError, match="nearest valid totals are .*3840 or 7680|nearest valid totals are 3840"):
+    with pytest.raises(UserError, match="nearest valid totals are 3840 or 4608$"):
         size("--total-batch-size", "4000", processes=3)
+    assert size("--total-batch-size", "4608", processes=3) == (6, 1, 4608)
+    with pytest.raises(UserError, match="nearest valid totals are 3072 or 6144$"):
+        size("--total-batch-size", "4000", "--device-batch-size", "4", processes=3)
+
+
+def test_rows_that_do_not_divide_the_steps_of_a_resumed_run(tmp_path, cpu, monkeypatch):
+    """As after an error of memory, whose remedy is a smaller --device-batch-size."""
+    monkeypatch.setattr(CheckpointStore, "newest_settings", lambda store: {"step_size": 524288})
+
+    def size(rows: int):
+        options = parse(TrainBaseOptions, "train base", ["--preset", "d20", "--device-batch-size", str(rows)])
+        return step_size(options, "base", 2048, store_of(Paths(tmp_path), "base", cpu, 8))
+
+    assert size(16) == (16, 2, 524288)
+    wanted = "8 processes with 12 rows at a time cannot share; resume it with a --device-batch-size that divides 32,"
+    with pytest.raises(UserError, match=wanted):
+        size(12)
+
+
+@pytest.mark.parametrize("settings", [None, [], {"step_size": "x"}, {"total_batch_size": [1]}], ids=str)
+def test_settings_of_another_shape_are_named(trained_base, tmp_path, cpu, settings):
+    """The size of the steps is read before the checkpoint is loaded."""
+    checkpoints = shutil.copytree(Paths(trained_base).checkpoints("base"), tmp_path / "base")
+    meta = max(checkpoints.glob("step_*")) / "meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"settings": settings}))
+    with pytest.raises(UserError, match=str(checkpoints)):
+        step_size(
+            parse(TrainBaseOptions, "train base", ["--preset", "tiny"]), "base", 32, CheckpointStore(checkpoints, cpu)
+        )
 
 
 def test_the_generated_data_feed_sixteen_processes(tmp_path, tokenizer):
@@ -103,3 +134,7 @@ def test_two_and_three_processes_train_all_stages_of_a_preset(base, processes):
     resumed = nanochat(base, *command)
     assert resumed.returncode == 0 and "resuming base at step 3" in resumed.stdout, resumed.stderr
     assert "6 steps of 1,920 tokens" in resumed.stdout
+    assert (
+        "steps of 1,920 tokens, as in the run that is resumed" in resumed.stdout
+        and "cannot share" not in resumed.stdout
+    )

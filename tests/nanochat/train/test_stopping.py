@@ -56,6 +56,8 @@ def test_each_start_trains_a_step_though_it_is_to_stop_before(base, trained_base
     paths.stop.unlink()
     assert nanochat(base, "train", "base", *TINY_BASE).returncode == 0
     assert losses(base) == losses(trained_base) and weights(base) == weights(trained_base)
+    paths.stop.touch()  # there is no step to train
+    assert_fails_with(nanochat(base, "train", "base", *TINY_BASE), "stopped at step 24 by the file")
 
 
 SLOW_CORE = """
