@@ -14,7 +14,7 @@ if [[ -n "$NANOCHAT_MODULES" ]]; then
 fi
 if [[ -n "$NANOCHAT_SCRATCH" ]]; then # the home directory of such a site is small, and caches would fill it
     export PIP_CACHE_DIR="${PIP_CACHE_DIR:-$NANOCHAT_SCRATCH/.cache/pip}"
-    export HF_HOME="${HF_HOME:-$NANOCHAT_SCRATCH/.cache/huggingface}"
+    export HF_HUB_CACHE="${HF_HUB_CACHE:-$NANOCHAT_SCRATCH/.cache/huggingface/hub}" # the login stays at home
     export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$NANOCHAT_SCRATCH/.cache/triton}"
     export CUDA_CACHE_PATH="${CUDA_CACHE_PATH:-$NANOCHAT_SCRATCH/.cache/cuda}"
     export MPLCONFIGDIR="${MPLCONFIGDIR:-$NANOCHAT_SCRATCH/.cache/matplotlib}"

@@ -113,7 +113,7 @@ class Progress:
         """What to do about the stage that comes next when nothing works on the run."""
         at_step = f" at step {self.last['step'] + 1:,}" if self.last else ""
         stopped = f"stage {self.stage.name} {'has stopped' if self.stopped else 'has not started'}{at_step}"
-        goes_on = "continues with it" if self.saved is None else f"resumes it at step {self.saved:,}"
+        goes_on = f"resumes it at step {self.saved:,}" if self.saved is not None else "starts it"
         queued = [job for job in jobs if job.name == "nanochat-speedrun" and job.goes_on]
         return f"{stopped}; {f'job {queued[-1].id} ({queued[-1].state.lower()})' if queued else 'the same command again'} {goes_on}"
 

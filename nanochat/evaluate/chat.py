@@ -25,8 +25,7 @@ TASKS: dict[str, Callable[[Paths], object]] = {
     "HumanEval": lambda paths: HumanEval(paths),
     "SpellingBee": lambda paths: SpellingBee(paths, "test", SPELLING_TESTS),
 }
-
-
+SAMPLE_TOKENS = 128  # at most, of an answer that the report shows
 BENCHMARKS = ("CORE", *TASKS, "ChatCORE")
 
 
@@ -117,15 +116,13 @@ def evaluate_chat(options: EvaluateChatOptions, paths: Paths, runtime: Runtime) 
         return results
     say_accuracies(results, paths)
     engine = Engine(model, tokenizer)
-    return results | {
-        SAMPLES: [_sample(engine, prompt, options.options.max_tokens) for prompt in options.sample_prompts]
-    }
+    return results | {SAMPLES: [_sample(engine, prompt) for prompt in options.sample_prompts]}
 
 
-def _sample(engine: Engine, prompt: str, max_tokens: int) -> dict[str, str]:
+def _sample(engine: Engine, prompt: str) -> dict[str, str]:
     """A question with the model's most likely answer."""
     try:
-        answer = "".join(shown(Session(engine, max_tokens, temperature=0.0).ask(prompt)))
+        answer = "".join(shown(Session(engine, SAMPLE_TOKENS, temperature=0.0).ask(prompt)))
     except UserError as error:  # the question is too long: no reason to lose what was measured
         answer = f"({error})"
     return {"you": prompt, "nanochat": answer}

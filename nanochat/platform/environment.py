@@ -58,7 +58,8 @@ def slurm_job_id() -> str:
 
 def slurm_restarts() -> int:
     """How often the Slurm job was queued again."""
-    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    count = os.environ.get("SLURM_RESTART_COUNT", "")
+    return int(count) if count.isdecimal() else 0
 
 
 def slurm_job() -> tuple[int, str, int]:

@@ -98,6 +98,13 @@ def step_size(options: TrainOptions, stage: str, row_size: int, store: Checkpoin
         )
     if given:
         accumulation_steps(total, rows if fixed else 1, row_size, runtime.world_size, unit)
+    elif fixed and not saved:
+        each, rest = divmod(total, row_size * runtime.world_size)
+        if not rest and each % rows:
+            raise UserError(
+                f"the steps of the preset {options.preset} have {total} {unit}, which {who} cannot share; give a --device-batch-size "
+                f"that divides {each}, or --{name.replace('_', '-')} too"
+            )
     if saved and saved != total and runtime.primary:
         say(
             f"steps of {saved:,} {unit}, as in the run that is resumed, where the preset {options.preset} has {total:,}"

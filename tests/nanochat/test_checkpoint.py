@@ -177,6 +177,21 @@ def test_meta_that_is_no_object_is_rejected(tmp_path, text):
         read_meta(store.path(3))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"depth": 10**9}, "is of a model of .* bytes, which are more than"),
+        ({"context_length": 10**12}, "context_length'. is more than"),
+        ({"n_head": 0}, "meta.json.*must be at least 1"),
+    ],
+)
+def test_sizes_that_no_such_model_has_are_rejected(tmp_path, sizes, message):
+    store = saved(tmp_path)
+    rewrite_meta(store, config=read_meta(store.path(3))["config"] | sizes)
+    with pytest.raises(UserError, match=message):
+        read_meta(store.path(3))
+
+
 @pytest.mark.parametrize("change", ["one row", "missing", "another"])
 def test_weights_of_another_shape_are_rejected(tmp_path, change):
     """Also if size and hash are right: copying a single row would fill all rows with it."""

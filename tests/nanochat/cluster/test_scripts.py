@@ -57,9 +57,9 @@ def test_a_module_command_may_be_careless(tmp_path):
 
 
 def test_caches_are_on_scratch_where_the_site_has_one(tmp_path):
-    wanted = ("PIP_CACHE_DIR", "HF_HOME", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "MPLCONFIGDIR")
-    done = sourced(tmp_path, "NANOCHAT_SCRATCH=/scratch/of-mine", HF_HOME="/of/mine")
+    wanted = ("PIP_CACHE_DIR", "HF_HUB_CACHE", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "MPLCONFIGDIR")
+    done = sourced(tmp_path, "NANOCHAT_SCRATCH=/scratch/of-mine", HF_HUB_CACHE="/of/mine")
     shown = dict(line.partition("=")[::2] for line in done.stdout.splitlines())
-    assert shown.pop("HF_HOME") == "/of/mine", "what the user has set stays"
-    assert all(shown[name].startswith("/scratch/of-mine/.cache/") for name in wanted if name != "HF_HOME")
+    assert shown.pop("HF_HUB_CACHE") == "/of/mine", "what the user has set stays"
+    assert all(shown[name].startswith("/scratch/of-mine/.cache/") for name in wanted if name != "HF_HUB_CACHE")
     assert not any(name in sourced(tmp_path, "NANOCHAT_SCRATCH=\n").stdout for name in wanted)

@@ -110,7 +110,7 @@ def test_a_stage_that_was_run_by_itself_is_done_until_it_is_trained_again(paths,
 def test_the_next_stage_is_that_after_the_last_one(paths, shown):
     """Also of a run whose stages were begun by hand, in which those before it have left nothing."""
     write_section(paths, "base", {}, {"steps": 23}, 75.0, 1)
-    assert "stage base-eval has not started; the same command again continues with it\n" in shown()
+    assert "stage base-eval has not started; the same command again starts it\n" in shown()
     write_record(paths, BY_NAME["report"], [], "", 1.0)
     assert "the same command again" not in shown()
 

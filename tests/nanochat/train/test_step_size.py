@@ -68,6 +68,10 @@ def test_what_the_user_says_is_kept_or_refused(tmp_path, cpu):
     assert size("--total-batch-size", "4608", processes=3) == (6, 1, 4608)
     with pytest.raises(UserError, match="nearest valid totals are 3072 or 6144$"):
         size("--total-batch-size", "4000", "--device-batch-size", "4", processes=3)
+    with pytest.raises(
+        UserError, match="2 processes with 7 rows at a time cannot share; give a .* that divides 8, or --total"
+    ):
+        size("--device-batch-size", "7", processes=2)
 
 
 def test_rows_that_do_not_divide_the_steps_of_a_resumed_run(tmp_path, cpu, monkeypatch):
