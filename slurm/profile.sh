@@ -30,7 +30,7 @@ find_name() { # KEY NAME…: sets `name` to the one that KEY stands for; before 
 }
 
 read_file() { # FILE NAME…: sets these names; other lines are errors, but not in .env.local
-    local number=0 line place given
+    local number=0 line place given own=(own number line place given name value key profile chosen names variable plain quoted literal wanted pattern) # not to be seen
     while IFS= read -r line || [[ -n "$line" ]]; do
         number=$((number + 1)) place="$1:$number" line="${line%$'\r'}" given="${line#*=}"
         if [[ ! "$line" =~ ^[[:blank:]]*(export[[:blank:]]+)?([a-z0-9_]+)= ]] || ! find_name "${BASH_REMATCH[2]}" "${@:2}"; then
@@ -39,7 +39,7 @@ read_file() { # FILE NAME…: sets these names; other lines are errors, but not 
         fi
         [[ "$given" =~ ^($plain|$quoted|$literal)([[:blank:]]+#.*|[[:blank:]]*)$ ]] ||
             fail "$place: cannot read $given; wanted a value, in quotation marks if it has blanks; commands are not run"
-        value="$(exec 2> /dev/null; eval "value=${BASH_REMATCH[1]}"; echo "$value")" || fail "$place: $given refers to a variable that is not set"
+        value="$(exec 2> /dev/null; set -- "${BASH_REMATCH[1]}"; unset "${own[@]}"; eval "value=$1"; printf %s "$value")" || fail "$place: $given refers to a variable that is not set"
         set_value "$place" "$name" "$value"
     done < "$1"
 }

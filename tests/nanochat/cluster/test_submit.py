@@ -159,6 +159,10 @@ NANOCHAT_ACCOUNT=class.of_2026""".replace("4#", "4 #")
         ("NANOCHAT_SCRATCH=~/data", "cannot read ~/data"),
         ("NANOCHAT_SCRATCH=data", "NANOCHAT_SCRATCH must be a path that begins with /, got 'data'"),
         ("NANOCHAT_SCRATCH=/s/$NOT_SET_ANYWHERE", "NOT_SET_ANYWHERE refers to a variable that is not set"),
+        *(
+            (f"NANOCHAT_SCRATCH=/s/${name}", f"{name} refers to a variable that is not set")
+            for name in ("name", "line", "value", "place", "names", "own")
+        ),
         ("NANOCHAT_SCRATCH=/s/${USER:-me}", "cannot read"),
         ("NANOCHAT_GPUS=four", "NANOCHAT_GPUS must be a whole number, got 'four'"),
         ("NANOCHAT_GPUS=-3", "NANOCHAT_GPUS must be a whole number, got '-3'"),
