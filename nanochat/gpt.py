@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import nanochat_kernels as kernels
-from nanochat.options.model import Implementations
+from nanochat.options.model import LONGEST_CONTEXT, Implementations
 from nanochat.platform.errors import UserError
 
 # the tables cover this many context lengths, so that a chat can grow longer than the training context
@@ -35,6 +35,8 @@ class GPTConfig:
     def __post_init__(self):
         if min(self.depth, self.width, self.n_head, self.n_kv_head, self.vocab_size, self.context_length) < 1:
             raise UserError(f"every size of a model must be at least 1, got {self.to_dict()}")
+        if self.context_length > LONGEST_CONTEXT:
+            raise UserError(f"a context of {self.context_length} tokens is longer than {LONGEST_CONTEXT}")
         if self.width % self.n_head or self.head_width % 2:
             raise UserError(f"{self.n_head} heads do not divide the width {self.width} into even head widths")
         if self.n_head % self.n_kv_head:

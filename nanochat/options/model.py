@@ -1,7 +1,9 @@
-"""The choice of an implementation for each fused operation of a model and its optimizer."""
+"""The choice of an implementation for each fused operation of a model and its optimizer, and the longest context."""
 
 from dataclasses import dataclass
 from typing import ClassVar
+
+LONGEST_CONTEXT = 1_000_000  # tokens; the tables of positions cover ten times as many
 
 
 @dataclass(frozen=True)

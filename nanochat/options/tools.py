@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from nanochat.options.model import LONGEST_CONTEXT
 from nanochat.options.presets import NamedRun, NewestRun, PresetName
 from nanochat.options.ranges import AtLeast, Between
 
@@ -67,7 +68,7 @@ class KernelsGateOptions(NamedRun):
     """preset with the depth, the context and the largest micro-batch; the options below override it"""
     depth: Annotated[int, Between(0, 1000)] = 0
     """blocks; 0: the preset's number, as for the options below"""
-    context_length: Annotated[int, Between(0, 1_000_000)] = 0
+    context_length: Annotated[int, Between(0, LONGEST_CONTEXT)] = 0
     """tokens per row"""
     device_batch_size: Annotated[int, Between(0, 1_000_000)] = 0
     """rows per micro-batch and process; training may use fewer"""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from nanochat.options.model import Implementations
+from nanochat.options.model import LONGEST_CONTEXT, Implementations
 from nanochat.options.presets import PresetOptions
 from nanochat.options.ranges import AnyInteger, AtLeast, Between, OrNegative, SomeOrAll
 
@@ -78,7 +78,7 @@ class TrainBaseOptions(TrainOptions):
 
     depth: Annotated[int, Between(1, 1000)] = 20
     """number of blocks; the width is 64 times as large"""
-    context_length: Annotated[int, Between(1, 1_000_000)] = 2048
+    context_length: Annotated[int, Between(1, LONGEST_CONTEXT)] = 2048
     """tokens per row"""
     n_kv_head: Annotated[int | None, Between(1, 1000)] = None
     """key/value heads; by default as many as query heads"""

@@ -136,9 +136,8 @@ def progress(description: str, total: float, quiet: bool = False) -> Iterator[Ca
         nonlocal done, last
         done, now = done + amount if completed is None else completed, time.monotonic()
         if not state and done:
-            left = format_duration(
-                (now - started) * max(0.0, total - done) / done, clock=True
-            )  # `total` may be an estimate
+            rest = max(0.0, total - done)  # `total` may be an estimate
+            left = format_duration((now - started) * rest / done, clock=True)
             state = f"{done:,.0f} of {total:,.0f}, {left} left"
         display.update(task, completed=done, state=state)
         if not (quiet or live) and now - last >= LINE_SECONDS:

@@ -231,11 +231,11 @@ def _reason(error: BaseException) -> str:
         if isinstance(cause, OfflineModeIsEnabled):
             return "HF_HUB_OFFLINE is set; unset it"
         if response is not None:
-            return _refusal(response.status_code, str(response.url))
+            return _meaning(response.status_code, str(response.url))
         # asked for a connection, a proxy gives no response to keep
         if type(cause).__name__ == "ProxyError" and (answer := re.search(r"\b([45]\d\d) [A-Za-z ]+", str(cause))):
             refused = f"the proxy does not connect to the server ({answer[0]}); ask for access, or use another network"
-            return _refusal(407, "") if answer[1] == "407" else refused
+            return _meaning(407, "") if answer[1] == "407" else refused
         if isinstance(cause, ConnectionError | TimeoutError | socket.gaierror):
             happened = cause.strerror or str(cause) or "no answer in time"
             return f"the server cannot be reached ({happened}); use a machine with internet, or set HTTPS_PROXY if a proxy leads to it"
@@ -244,7 +244,7 @@ def _reason(error: BaseException) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
-def _refusal(status: int, url: str) -> str:
+def _meaning(status: int, url: str) -> str:
     """What the status of an answer means."""
     hub = huggingface_hub.constants.ENDPOINT
     server = f"the hub ({hub})" if url.startswith(hub) else f"the server {urlsplit(url).netloc}"

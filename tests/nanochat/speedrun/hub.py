@@ -1,4 +1,4 @@
-"""A server on this machine that speaks as much of the hub's protocol as a download needs, and misbehaves on request."""
+"""A server on this machine that speaks as much of the hub's protocol as a download needs, and fails on request."""
 
 import hashlib
 import json
@@ -11,12 +11,12 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """files: "owner/name/path" → content. misbehaviour: path → list of words, one used up by each GET of the file:
+    """files: "owner/name/path" → content. faults: path → list of words, one used up by each GET of the file:
     "cut" sends half, "slow" drips, "wrong" other bytes, "404", "500", "429" as statuses; "hold" waits for `release`.
-    refusal: a status with which every request is answered."""
+    status: that of every answer, if it is not 0."""
 
     def __init__(self, files: dict[str, bytes]):
-        self.files, self.misbehaviour, self.gets, self.refusal = files, {}, [], 0
+        self.files, self.faults, self.gets, self.status = files, {}, [], 0
         self.release = threading.Event()
         hub = self
 
@@ -36,9 +36,9 @@ class Hub:
                 self.answer(body=False)
 
             def answer(self, body: bool):
-                if hub.refusal:
+                if hub.status:
                     self.close_connection = True
-                    return self.send(hub.refusal, b"", {"Connection": "close"}, body)
+                    return self.send(hub.status, b"", {"Connection": "close"}, body)
                 path = unquote(urlsplit(self.path).path)
                 if path.startswith("/api/datasets/") and "/tree/" in path:
                     repo = path.removeprefix("/api/datasets/").partition("/tree/")[0]
@@ -56,7 +56,7 @@ class Hub:
                 act = ""
                 if body:
                     hub.gets.append((name, self.headers.get("Range")))
-                    act = hub.misbehaviour[name].pop(0) if hub.misbehaviour.get(name) else ""
+                    act = hub.faults[name].pop(0) if hub.faults.get(name) else ""
                 if act in ("404", "429", "500"):
                     code = {"X-Error-Code": "EntryNotFound"} if act == "404" else {"Retry-After": "1"}
                     return self.send(int(act), b"", code, body)

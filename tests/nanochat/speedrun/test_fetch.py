@@ -70,17 +70,17 @@ def around(hub: Hub) -> dict[str, str]:
 
 def test_a_hub_that_misbehaves(hub, tmp_path):
     """Slow, cut in the middle, wrong once, asking to wait, failing once: all of it arrives whole, in one command."""
-    hub.misbehaviour = {
+    hub.faults = {
         shard(0): ["slow"],
         shard(1): ["cut"],
         shard(2): ["wrong"],
         shard(3): ["429"],
         shard(4): ["500", "500"],
     }
-    hub.misbehaviour["openai/gsm8k/main/train-00000-of-00001.parquet"] = ["cut", "500", "wrong"]
+    hub.faults["openai/gsm8k/main/train-00000-of-00001.parquet"] = ["cut", "500", "wrong"]
     done = hurried(tmp_path, *arguments(), **around(hub))
     assert done.returncode == 0, done.stderr + done.stdout
-    assert not any(hub.misbehaviour.values()), hub.misbehaviour
+    assert not any(hub.faults.values()), hub.faults
     for number in range(SHARDS):
         assert (tmp_path / "text" / f"shard_{number:05d}.parquet").read_bytes() == hub.files[shard(number)]
     record = read_fetched(Paths(tmp_path))
@@ -96,7 +96,7 @@ def test_a_hub_that_misbehaves(hub, tmp_path):
 
 def test_what_is_missing_is_listed(hub, tmp_path):
     del hub.files[shard(3)]
-    hub.misbehaviour["openai/gsm8k/main/test-00000-of-00001.parquet"] = ["wrong"] * 20
+    hub.faults["openai/gsm8k/main/test-00000-of-00001.parquet"] = ["wrong"] * 20
     done = hurried(tmp_path, *arguments(), **around(hub))
     assert_fails_with(
         done, "2 of 4 assets are missing", "text (1 of 6 files failed, shard_00003.parquet: the hub", "does not have it"
@@ -107,7 +107,7 @@ def test_what_is_missing_is_listed(hub, tmp_path):
 
 
 def test_killed_and_resumed(hub, tmp_path):
-    hub.misbehaviour = {shard(2): ["hold"]}
+    hub.faults = {shard(2): ["hold"]}
     process = forked.start(*command(*arguments("text"), "--workers", "1")[1:], env=environment(tmp_path, **around(hub)))
     while not any(name == shard(2) for name, _ in hub.gets):
         assert process.poll() is None
@@ -130,7 +130,7 @@ def nothing_half(base) -> list:
 
 
 def test_two_at_once(hub, tmp_path):
-    hub.misbehaviour = {shard(2): ["hold"]}
+    hub.faults = {shard(2): ["hold"]}
     first = forked.start(*command(*arguments("text"))[1:], env=environment(tmp_path, **around(hub)))
     while not hub.gets:
         assert first.poll() is None
@@ -174,13 +174,13 @@ def test_the_web_and_what_is_made(tmp_path, monkeypatch):
     wanted = {asset.name: asset for asset in assets("d20", SHARDS) if not asset.repo}
     words, archive = (next(iter(content(wanted[name]).values())) for name in ("words", "eval_bundle"))
     with Hub({"web/words": words, "web/bundle": archive}) as server:
-        server.misbehaviour = {"web/words": ["500", "cut"], "web/bundle": ["429"]}
+        server.faults = {"web/words": ["500", "cut"], "web/bundle": ["429"]}
         at = {"words": f"{server.url}/web/words", "eval_bundle": f"{server.url}/web/bundle", "identity": ""}
         paths = Paths(tmp_path)
         _fetch([replace(asset, url=at[name]) for name, asset in wanted.items()], 4, paths)
         assert set(read_fetched(paths)) == set(wanted) and paths.words.read_bytes() == words
         assert not (tmp_path / ".fetch").exists()
-        server.misbehaviour = {"web/words": ["404"] * 20}
+        server.faults = {"web/words": ["404"] * 20}
         paths.words.unlink()
         with pytest.raises(UserError, match="words .*the server 127.0.0.1:.* does not have it"):
             _fetch([replace(wanted["words"], url=at["words"])], 1, paths)
@@ -248,7 +248,7 @@ def nobody() -> str:
 
 
 # what happens → what is said of it, and what to do
-REFUSALS = {
+ANSWERS = {
     401: ("needs a token", "HF_TOKEN"),
     403: ("does not let you have it", "HF_TOKEN"),
     404: ("does not have it",),
@@ -263,26 +263,26 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("asset", ["text", "gsm8k/test", "words"])
-@pytest.mark.parametrize("refusal", REFUSALS)
-def test_what_happens_is_what_is_said(hub, tmp_path, refusal, asset):
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_what_happens_is_what_is_said(hub, tmp_path, answer, asset):
     """Of a file whose name is known, of one that has to be looked up, and of one of the web: only 404 says that it is not there."""
     [wanted] = [found for found in assets("d20", 1) if found.name == asset]
     if asset == "words":
         proxied = "https://example.invalid"
-        at = {"offline": "", "nobody": nobody(), "proxy": proxied, "closed proxy": proxied}.get(refusal, hub.url)
+        at = {"offline": "", "nobody": nobody(), "proxy": proxied, "closed proxy": proxied}.get(answer, hub.url)
         wanted = replace(wanted, url=f"{at}/words.txt")
-        if refusal == "offline":
+        if answer == "offline":
             pytest.skip("the switch is the hub's")
     changes = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "NANOCHAT_BASE_DIR": str(tmp_path)}
-    if isinstance(refusal, int):
-        hub.refusal = refusal
-    elif refusal == "offline":
+    if isinstance(answer, int):
+        hub.status = answer
+    elif answer == "offline":
         changes["HF_HUB_OFFLINE"] = "1"
-    elif refusal == "nobody":
+    elif answer == "nobody":
         changes["HF_ENDPOINT"] = nobody()
     else:
-        hub.refusal = 403 if refusal == "closed proxy" else 407
+        hub.status = 403 if answer == "closed proxy" else 407
         changes |= {"HTTPS_PROXY": hub.url, "HF_ENDPOINT": "https://example.invalid"}
     done = forked.run("-c", HURRIED_FETCH % wanted, env=environment(tmp_path, **changes))
-    assert_fails_with(done, f"1 of 1 assets are missing: {asset}", *REFUSALS[refusal])
-    assert ("does not have it" in done.stderr) == (refusal == 404), done.stderr
+    assert_fails_with(done, f"1 of 1 assets are missing: {asset}", *ANSWERS[answer])
+    assert ("does not have it" in done.stderr) == (answer == 404), done.stderr

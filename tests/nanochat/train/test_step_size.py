@@ -74,9 +74,10 @@ def test_what_the_user_says_is_kept_or_refused(tmp_path, cpu):
         size("--device-batch-size", "7", processes=2)
 
 
-def test_rows_that_do_not_divide_the_steps_of_a_resumed_run(tmp_path, cpu, monkeypatch):
-    """As after an error of memory, whose remedy is a smaller --device-batch-size."""
-    monkeypatch.setattr(CheckpointStore, "newest_settings", lambda store: {"step_size": 524288})
+@pytest.mark.parametrize("name", ["step_size", "total_batch_size"])
+def test_rows_that_do_not_divide_the_steps_of_a_resumed_run(tmp_path, cpu, monkeypatch, name):
+    """As after an error of memory, whose remedy is a smaller --device-batch-size; also of a run of an earlier version."""
+    monkeypatch.setattr(CheckpointStore, "newest_settings", lambda store: {name: 524288})
 
     def size(rows: int):
         options = parse(TrainBaseOptions, "train base", ["--preset", "d20", "--device-batch-size", str(rows)])
