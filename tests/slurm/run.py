@@ -74,7 +74,11 @@ class Run:
         return self.state()[0]
 
     def losses(self, *stages: str) -> dict:
-        return {s: [(m["step"], m["loss"]) for m in read_metrics(self.paths.metrics(s)) if "loss" in m] for s in stages}
+        losses = {
+            s: [(m["step"], m["loss"]) for m in read_metrics(self.paths.metrics(s)) if "loss" in m] for s in stages
+        }
+        assert all(losses.values()), f"a stage without losses in {self.paths.records}"
+        return losses
 
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")

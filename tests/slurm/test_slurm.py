@@ -33,7 +33,7 @@ def preset(pytestconfig) -> str:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, slurm, preset) -> Run:
-    run = Run(slurm, tmp_path_factory.mktemp("uninterrupted"))
+    run = Run(slurm, tmp_path_factory.mktemp("uninterrupted"), preset=preset)
     command = [sys.executable, "-m", "nanochat", "speedrun", "--preset", preset]
     done = subprocess.run(command, capture_output=True, text=True, env=run.env, cwd=ROOT)
     assert done.returncode == 0, done.stderr
