@@ -1,35 +1,268 @@
-"""Causal softmax attention, grouped-query, over whole sequences or over a key/value cache: softmax(q·kᵀ/√D)·v."""
+"""Causal softmax attention, softmax(q·kᵀ/√D)·v: grouped queries, packed documents, and queries against a key/value cache.
 
+Queries and keys that are normalised over the head have scores of at most √D. With such a bound a constant takes the place of the
+running maximum: p = exp(s − constant), summed in float32, and nothing is rescaled. Without a bound the maximum is kept. Results are
+divided by the sum of the p as they were rounded for the product with v, so that a query with one key gets exactly its value.
+
+Backward computes dq in a loop over keys, and dk and dv in a loop over queries: seven products where five would do, in return for
+a fixed order of all sums. The first loop also computes ⟨dout, out⟩, which the second needs.
+
+Few new tokens against many keys (decoding) split the keys into parts of fixed size, whose sums a second kernel adds. So the result
+does not depend on the batch. Milakov & Gimelshein 2018 (online softmax), Dao et al. 2022, Dao 2023 (FlashAttention).
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanochat_kernels import reference
-from nanochat_kernels.checks import autocast_products, check_device, check_float, check_shape
-from nanochat_kernels.dispatch import choose
-from nanochat_kernels.operation import Operation
+from nanochat_kernels.attention_launches import (
+    HEAD_WIDTHS,
+    KERNELS,
+    MOST_QUERIES,
+    decode,
+    forward,
+    inputs,
+    key_gradients,
+    query_gradient,
+)
+from nanochat_kernels.checks import autocast_products, check_float, check_integers, check_shape
+from nanochat_kernels.dispatch import serve
+from nanochat_kernels.operation import Benchmark, Implementation, Operation, Trial
+from nanochat_kernels.tracing import opaque
+from nanochat_kernels.triton_helpers import (
+    DTYPES,
+    GRID_LIMIT,
+    KernelFunction,
+    cdiv,
+    derivative,
+    differentiable,
+    needs_gradient,
+    triton_unsupported_reason,
+)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None, *, impl: str = "auto") -> Tensor:
+def forward_shapes(q, k, v, lengths, starts, bound, keep_lse, parameters=None):
+    batch, tokens, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty(batch, heads, tokens if keep_lse else 0, dtype=torch.float32)
+
+
+@opaque(forward_shapes)
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, starts: Tensor | None, bound: float | None, keep_lse: bool
+) -> tuple[Tensor, Tensor]:
+    """Return out (B, T, H, D) and lse (B, H, T), which is empty unless keep_lse."""
+    if starts is None and q.size(1) * (q.size(2) // k.size(2)) <= MOST_QUERIES:
+        return decode(q, k, v, lengths, bound, keep_lse)
+    return forward(q, k, v, lengths, starts, bound, keep_lse)
+
+
+def backward_shapes(q, k, v, out, dout, lse, dlse, lengths, starts, ends):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@opaque(backward_shapes)
+def attention_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None, lengths: Tensor | None,
+    starts: Tensor | None, ends: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return dq, dk and dv. starts, ends (B, T) int32: the first token of each token's document, and the one after its last."""
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    delta = query_gradient(q, k, v, out, dout, lse, dlse, lengths, starts, dq)
+    key_gradients(q, k, v, dout, lse, delta, lengths, ends, dk, dv)
+    return dq, dk, dv
+
+
+def document_limits(cu_seqlens: Tensor | None, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Return, for each token, the first token of its document and the one after the last (B, T), in int32, within its row."""
+    if cu_seqlens is None:
+        return None, None
+    batch, tokens = q.shape[:2]
+    token = torch.arange(batch * tokens, device=q.device, dtype=cu_seqlens.dtype)
+    document = torch.searchsorted(cu_seqlens.contiguous(), token, right=True)
+    row = token - token % tokens if tokens else token
+    starts = cu_seqlens[document - 1].maximum(row) - row
+    ends = cu_seqlens[document].minimum(row + tokens) - row
+    return tuple(x.to(torch.int32).view(batch, tokens) for x in (starts, ends))
+
+
+class Attention(KernelFunction):
+    @staticmethod
+    def forward(q, k, v, lengths, starts, ends, bound, keep_lse):
+        return attention_forward(q, k, v, lengths, starts, bound, keep_lse)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:6], *output)
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        if dout is None and dlse is None:
+            return (None,) * 8
+        return *derivative(Backward, *ctx.saved_tensors, dout, dlse), *[None] * 5
+
+
+class Backward(KernelFunction):
+    @staticmethod
+    def forward(q, k, v, lengths, starts, ends, out, lse, dout, dlse):
+        dout = torch.zeros_like(out) if dout is None else dout
+        return attention_backward(q, k, v, out, dout, lse, dlse, lengths, starts, ends)
+
+
+def run(q, k, v, lengths, cu_seqlens, bound, return_lse):
+    keep_lse = return_lse or needs_gradient(q, k, v)
+    out, lse = differentiable(Attention, q, k, v, lengths, *document_limits(cu_seqlens, q), bound, keep_lse)
+    return (out, lse) if return_lse else out
+
+
+def unsupported_reason(q, k, v, lengths, cu_seqlens, bound, return_lse) -> str | None:
+    if q.size(3) not in HEAD_WIDTHS:
+        return f"a head of {q.size(3)} channels; the kernel takes {HEAD_WIDTHS}"
+    if q.dtype not in DTYPES[:2]:
+        return f"the kernel takes bfloat16 or float16, got {q.dtype}"
+    if q.size(0) * q.size(2) * cdiv(k.size(1), 16) > GRID_LIMIT:
+        return f"{q.size(0)} rows of {q.size(2)} heads and {k.size(1)} keys exceed the programs of one launch"
+    return triton_unsupported_reason(q)
+
+
+BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def run_torch(backend: SDPBackend, q, k, v, lengths, cu_seqlens, bound, return_lse):
+    """torch's attention by one of its backends."""
+    with sdpa_kernel(backend):
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            is_causal=True,
+            enable_gqa=q.size(2) != k.size(2),
+        )
+    return out.transpose(1, 2)
+
+
+def torch_unsupported_reason(q, k, v, lengths, cu_seqlens, bound, return_lse) -> str | None:
+    if q.device.type != "cuda":
+        return f"torch's backends are for CUDA tensors, got one on {q.device}; impl='reference' is torch's attention on any"
+    if lengths is not None or cu_seqlens is not None or return_lse:
+        return "torch's backends take no lengths and no cu_seqlens and return no lse"
+    if q.size(1) != k.size(1):
+        return "torch's backends align the first query with the first key, not the last with the last"
+    if q.dtype not in DTYPES[:2]:
+        return f"torch's fast backends take bfloat16 or float16, got {q.dtype}"
+    return None
+
+
+def run_reference(q, k, v, lengths=None, cu_seqlens=None, bound=None, return_lse=False):
+    """reference.attention; bound changes no result."""
+    out = reference.attention(q, k, v, lengths, cu_seqlens)
+    return (out, reference.attention_lse(q, k, lengths, cu_seqlens)) if return_lse else out
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    bound: float | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
     """Return the attention (B, T, H, D) of q (B, T, H, D) over k and v (B, S, G, D), where H is a multiple of G.
 
-    The queries are the last T tokens of each row's keys. lengths (B,): the number of valid keys in each row of a key/value
-    cache; None means all S. Raises ValueError for mismatched shapes or devices and TypeError for mismatched dtypes, which
-    autocast may mix. Vaswani et al. 2017; grouped queries: Ainslie et al. 2023.
+    The queries are the last T tokens of each row's keys. lengths (B,) int32 or int64: the number of valid keys in each row of a
+    key/value cache, from 0 to S; None means all S. A query without keys gets 0. cu_seqlens (documents + 1,) int32 or int64: where
+    packed documents begin among the B·T tokens of all rows, 0 first and B·T last; a token attends to no other document. The values
+    of both are not checked.
+    bound: a promise that |q·k|/√D never exceeds it, as √D for queries and keys normalised over the head; the kernels then do
+    without a maximum. Scores beyond it give the right result or NaN. return_lse: return also the logarithm (B, H, T) of each
+    query's sum of exponentials, in float32, −inf without keys.
+    Strided q, k, v and gradients are read as they lie if their last stride is 1. Forward and backward are bitwise repeatable with
+    impl="triton", and a row's result does not depend on other rows; torch's backends add dq in any order.
+    Raises ValueError for mismatched shapes or devices, TypeError for mismatched dtypes, which autocast may mix, and
+    KernelRequestError (a ValueError) if the implementation named by impl does not support the call. Vaswani et al. 2017; grouped
+    queries: Ainslie et al. 2023.
     """
     q, k, v = autocast_products(q, k, v)
+    return serve(ATTENTION, impl, check, q, k, v, lengths, cu_seqlens, bound, return_lse)
+
+
+def check(q, k, v, lengths, cu_seqlens, bound, return_lse) -> None:
     check_float("attention", q=q, k=k, v=v)
     check_shape("attention", "q", q, "B", "T", "H", "D")
     batch, tokens, heads, width = q.shape
     check_shape("attention", "k", k, batch, "S", "G", width)
     check_shape("attention", "v", v, *k.shape)
-    if heads % k.size(2):
+    if k.size(2) == 0 or heads % k.size(2):
         raise ValueError(f"attention: {heads} query heads are not a multiple of {k.size(2)} key heads")
     if k.size(1) < tokens:
         raise ValueError(f"attention: {tokens} queries need at least as many keys, got {k.size(1)}")
-    if lengths is not None:
-        check_shape("attention", "lengths", lengths, batch)
-        check_device("attention", q=q, lengths=lengths)
-    return choose(ATTENTION, impl, q, k, v, lengths)(q, k, v, lengths)
+    check_integers("attention", q, "lengths", lengths, batch)
+    check_integers("attention", q, "cu_seqlens", cu_seqlens, "documents + 1")
+    if cu_seqlens is not None and (lengths is not None or k.size(1) != tokens):
+        raise ValueError("attention: packed documents have as many keys as queries, and no lengths")
+    if bound is not None and not bound > 0:
+        raise ValueError(f"attention: bound must be positive, got {bound}")
 
 
-ATTENTION = Operation("attention", attention, reference.attention)
+def trials(shape, device: torch.device, dtype: torch.dtype):
+    """Training's call, and decoding's: a token in each row against a cache that is filled to a length of its own."""
+    sizes = shape.heads, shape.kv_heads, shape.width // shape.heads, dtype, device
+    # the gradient of a query that sees one key is 0, the difference of two sums
+    more = {"row_elements": shape.heads * shape.tokens**2, "cancellation": 1e-5}
+    yield Trial(inputs(shape.rows, shape.tokens, *sizes), (0, 1, 2), (0, 1, 2), **more)
+    q, k, v = inputs(shape.rows, shape.tokens, *sizes)
+    lengths = torch.randint(1, shape.tokens + 1, (shape.rows,), device=device)
+    yield Trial((q[:, :1], k, v, lengths), (0, 1, 2, 3), (), timed=False)
+
+
+def elements(arguments: tuple, part: str) -> float:
+    q, k, v = arguments[:3]
+    return {"fwd": 2, "bwd": 4}[part] * q.numel() + {"fwd": 1, "bwd": 2}[part] * (k.numel() + v.numel())
+
+
+def flops(arguments: tuple, part: str, variant: str) -> float:
+    """Count the scores at and below the diagonal; backward takes five products by the field's convention, our kernels seven."""
+    batch, tokens, heads, width = arguments[0].shape
+    products = 2 if part == "fwd" else 7 if variant == "triton" else 5
+    return products * batch * heads * tokens**2 * width
+
+
+BENCHMARK_SHAPES = {  # rows, tokens, query heads, key/value heads, channels
+    "d20": (32, 2048, 10, 10, 128),
+    "512": (128, 512, 10, 10, 128),
+    "1024": (64, 1024, 10, 10, 128),
+    "4096": (16, 4096, 10, 10, 128),
+    "8192": (8, 8192, 10, 10, 128),
+    "64-wide": (32, 2048, 20, 20, 64),
+    "grouped": (32, 2048, 10, 2, 128),
+}
+
+
+ATTENTION = Operation(
+    "attention", attention, run_reference,
+    {
+        "triton": Implementation(run, unsupported_reason),
+        **{
+            name: Implementation(partial(run_torch, backend), torch_unsupported_reason)
+            for name, backend in BACKENDS.items()
+        },
+    },
+    KERNELS, trials,
+    Benchmark(
+        tuple(BENCHMARK_SHAPES), lambda shape, dtype, device: inputs(*BENCHMARK_SHAPES[shape], dtype, device), (0, 1, 2),
+        elements, flops,
+    ),
+    fused_by_torch=True,
+)  # fmt: skip
 OPERATIONS = (ATTENTION,)

@@ -145,13 +145,20 @@ def check_rstd(operation: str, x: Tensor, rstd: Tensor | None) -> None:
 def check_offset(operation: str, x: Tensor, tokens: int, positions: int, offset: int | Tensor) -> None:
     """Raise an error unless offset is an integer, from which on the tables have `tokens` positions, or one integer per row of x."""
     if isinstance(offset, Tensor):
-        check_shape(operation, "offset", offset, x.size(0))
-        check_device(operation, x=x, offset=offset)
-        if offset.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{operation}: offset must be int32 or int64, got {offset.dtype}")
+        check_integers(operation, x, "offset", offset, x.size(0))
     elif isinstance(offset, bool) or not isinstance(offset, int):
         raise TypeError(f"{operation}: offset must be an int or a tensor of ints, got {offset}")
     elif offset < 0 or offset + tokens > positions:
         raise ValueError(
             f"{operation}: positions {offset} to {offset + tokens - 1} exceed the {positions} rows of the tables"
         )
+
+
+def check_integers(operation: str, x: Tensor, name: str, given: Tensor | None, size: int | str) -> None:
+    """Raise an error unless the tensor is None or int32 or int64 of shape (size,) on x's device."""
+    if given is None:
+        return
+    check_shape(operation, name, given, size)
+    check_device(operation, x=x, **{name: given})
+    if given.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{operation}: {name} must be int32 or int64, got {given.dtype}")

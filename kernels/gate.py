@@ -79,6 +79,7 @@ def compared(trial: Trial, found: Sequence[Tensor], upstream: Sequence[Tensor], 
                 continue
             absolute = len(trial.in_place) <= number < len(upstream)
             epsilon = trial.epsilon * (1.0 if absolute else true.abs())
+            epsilon += trial.cancellation * (number >= len(upstream))
             wrong = over_budget(found[number][rows], true, plain, epsilon, apart.get(number))
             if wrong:
                 where = "" if rows is ... else f", rows {rows.start} to {rows.stop - 1}"
@@ -122,6 +123,7 @@ def chunks(trial: Trial, results: Sequence[Tensor]) -> Iterator[slice | Ellipsis
     row_size = max(x[0].numel() for x in (*(trial.inputs[i] for i in trial.rowwise), *results))
     # an intermediate result may be as wide as any input is long: logits have an element for each row of the head's weight
     row_size = max(row_size, *(size for x in tensors if x.dim() for size in x.shape[int(len(x) == rows) :]), 1)
+    row_size = max(row_size, trial.row_elements)
     step = max(1, CHUNK // row_size)
     for first in range(0, rows, step):
         yield slice(first, min(first + step, rows))

@@ -91,9 +91,13 @@ class Trial:
     differentiable: tuple[int, ...] = ()
     in_place: tuple[int, ...] = ()
     timed: bool = True
+    row_elements: int = 0
+    """elements of the largest intermediate result of the reference for one row, if inputs and results do not show it"""
     is_loss: bool = False
     epsilon: float = 0.0
     """error that the operation documents and may add to each element of a result"""
+    cancellation: float = 0.0
+    """absolute error that each element of a gradient may have besides, where terms of a sum in float32 cancel"""
     apart: Callable[[tuple], Mapping[int, Tensor]] | None = None
     """(inputs, or a chunk of their rows) → masks of elements that are compared separately because their magnitude differs, such as
     the gradient of the target's logit. A key is the number of a result or, counting on, of the gradient of a rowwise input."""
@@ -139,3 +143,5 @@ class Operation:
     trials: Callable[[RunShape, torch.device, torch.dtype], Iterator[Trial]] | None = None
     """(shape, device, dtype) → the gate's trials; required for an operation with implementations"""
     benchmark: Benchmark | None = None
+    fused_by_torch: bool = False
+    """the reference is one of torch's fused kernels, which a compiler would not make faster"""

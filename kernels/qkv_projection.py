@@ -160,21 +160,28 @@ class Backward(KernelFunction):
         dz, whole = qkv_projection_backward(
             dq, dk, dv, dx, x, *weights, qkv, rstd, head_rstd, cos, sin, offset, offsets, needed[0]
         )
-        rows = x.reshape(-1, x.size(2))
-        # torch.compile cannot trace where a tensor lies in memory
-        together = all(buffer is not None for buffer in buffers) and not torch.compiler.is_compiling()
-        one = as_one(*buffers) if together else None
-        gradients = [None, None, None]
-        if one is not None:
-            add_product(one, dz, rows)
-        else:
-            parts = dz.split([w.size(0) for w in weights], 1)
-            for i, (part, buffer) in enumerate(zip(parts, buffers, strict=True)):
-                if buffer is not None:
-                    add_product(buffer, part, rows)
-                elif needed[i + 1]:
-                    gradients[i] = part.t() @ rows
-        return whole if needed[0] else None, *gradients
+        return whole if needed[0] else None, *weight_gradients(dz, x, weights, buffers, needed[1:])
+
+
+def weight_gradients(
+    dz: Tensor, x: Tensor, weights: tuple[Tensor, ...], buffers: tuple[Tensor | None, ...], needed: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """Return the gradients of the weights, or add them to the buffers that are given. dz: rstd times the gradient of x·weightsᵀ."""
+    rows = x.reshape(-1, x.size(2))
+    # torch.compile cannot trace where a tensor lies in memory
+    together = all(buffer is not None for buffer in buffers) and not torch.compiler.is_compiling()
+    one = as_one(*buffers) if together else None
+    gradients = [None, None, None]
+    if one is not None:
+        add_product(one, dz, rows)
+    else:
+        parts = dz.split([w.size(0) for w in weights], 1)
+        for i, (part, buffer) in enumerate(zip(parts, buffers, strict=True)):
+            if buffer is not None:
+                add_product(buffer, part, rows)
+            elif needed[i]:
+                gradients[i] = part.t() @ rows
+    return gradients
 
 
 def run(x, w_q, w_k, w_v, cos, sin, offset, rstd, *buffers):
@@ -242,30 +249,34 @@ def qkv_projection(
     """
     given = x
     x, w_q, w_k, w_v = autocast_products(x, w_q, w_k, w_v)
-    check_float("qkv_projection", x=x, w_q=w_q, w_k=w_k, w_v=w_v)
-    check_shape("qkv_projection", "x", x, "B", "T", "C")
-    check_float("qkv_projection", cos=cos, sin=sin)
-    check_shape("qkv_projection", "cos", cos, "positions", "D/2")
-    check_shape("qkv_projection", "sin", sin, *cos.shape)
-    check_device("qkv_projection", x=x, cos=cos)
-    width = 2 * cos.size(1)
-    for name, weight, buffer in (("w_q", w_q, q_gradient), ("w_k", w_k, k_gradient), ("w_v", w_v, v_gradient)):
-        check_shape("qkv_projection", name, weight, "heads·D", x.size(2))
-        check_gradient_buffer("qkv_projection", name.replace("w_", "") + "_gradient", weight, buffer)
-        if width == 0 or weight.size(0) % width:
-            raise ValueError(
-                f"qkv_projection: {name} has {weight.size(0)} rows, which is no multiple of the head width {width}"
-            )
-    check_shape("qkv_projection", "w_v", w_v, *w_k.shape)
-    if w_k.size(0) == 0 or w_q.size(0) % w_k.size(0):
-        raise ValueError(
-            f"qkv_projection: {w_q.size(0) // width} query heads are not a multiple of {w_k.size(0) // width} key heads"
-        )
-    check_offset("qkv_projection", x, x.size(1), cos.size(0), offset)
-    check_rstd("qkv_projection", x, rstd)
+    check("qkv_projection", x, w_q, w_k, w_v, cos, sin, offset, rstd, q_gradient, k_gradient, v_gradient)
     arguments = (x, w_q, w_k, w_v, cos, sin, offset, rstd, q_gradient, k_gradient, v_gradient)
     *heads, same = choose(QKV_PROJECTION, impl, *arguments)(*arguments)
     return *heads, same if given is x else given
+
+
+def check(operation, x, w_q, w_k, w_v, cos, sin, offset, rstd, q_gradient, k_gradient, v_gradient) -> None:
+    check_float(operation, x=x, w_q=w_q, w_k=w_k, w_v=w_v)
+    check_shape(operation, "x", x, "B", "T", "C")
+    check_float(operation, cos=cos, sin=sin)
+    check_shape(operation, "cos", cos, "positions", "D/2")
+    check_shape(operation, "sin", sin, *cos.shape)
+    check_device(operation, x=x, cos=cos)
+    width = 2 * cos.size(1)
+    for name, weight, buffer in (("w_q", w_q, q_gradient), ("w_k", w_k, k_gradient), ("w_v", w_v, v_gradient)):
+        check_shape(operation, name, weight, "heads·D", x.size(2))
+        check_gradient_buffer(operation, name.replace("w_", "") + "_gradient", weight, buffer)
+        if width == 0 or weight.size(0) % width:
+            raise ValueError(
+                f"{operation}: {name} has {weight.size(0)} rows, which is no multiple of the head width {width}"
+            )
+    check_shape(operation, "w_v", w_v, *w_k.shape)
+    if w_k.size(0) == 0 or w_q.size(0) % w_k.size(0):
+        raise ValueError(
+            f"{operation}: {w_q.size(0) // width} query heads are not a multiple of {w_k.size(0) // width} key heads"
+        )
+    check_offset(operation, x, x.size(1), cos.size(0), offset)
+    check_rstd(operation, x, rstd)
 
 
 def inputs(

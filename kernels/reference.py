@@ -48,30 +48,57 @@ def qk_norm_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int | T
     return rms_norm(rotate(q, cos, sin)), rms_norm(rotate(k, cos, sin))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """Causal softmax attention of q (B, T, H, D) over k, v (B, S, G, D), scale D^−½; returns (B, T, H, D).
+def attention_mask(
+    q: Tensor, keys: int, lengths: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor | None:
+    """Which of the keys each query of q (B, T, H, D) attends to, (B or 1, T, S), or None for those at its position and before.
 
     Query t of row b attends to the keys up to lengths[b] − T + t: the queries are the last T tokens of the row's keys.
-    lengths=None means S for every row.
+    lengths=None means all keys for every row. cu_seqlens: where packed documents begin among the B·T tokens, and their end.
     """
-    queries, keys = q.size(1), k.size(1)
-    mask = None
-    if lengths is not None or queries != keys:
-        last = keys if lengths is None else lengths[:, None, None]  # (B, 1, 1)
-        t, s = torch.arange(queries, device=q.device)[:, None], torch.arange(keys, device=q.device)[None]
-        mask = s <= last - queries + t
-        mask = mask.unsqueeze(1) if mask.dim() == 3 else mask
+    batch, queries = q.shape[:2]
+    if lengths is None and cu_seqlens is None and queries == keys:
+        return None
+    t, s = torch.arange(queries, device=q.device)[:, None], torch.arange(keys, device=q.device)[None]
+    last = torch.tensor([keys], device=q.device) if lengths is None else lengths
+    mask = s <= last[:, None, None] - queries + t
+    if cu_seqlens is not None:
+        token = torch.arange(batch * queries, device=q.device, dtype=cu_seqlens.dtype)
+        document = torch.searchsorted(cu_seqlens, token, right=True).view(batch, queries)
+        mask = mask & (document[:, :, None] == document[:, None])
+    return mask
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """Causal softmax attention of q (B, T, H, D) over k, v (B, S, G, D), scale D^−½; returns (B, T, H, D).
+
+    attention_mask says what a query attends to. A query without keys has the result 0.
+    """
+    mask = attention_mask(q, k.size(1), lengths, cu_seqlens)
     # cuDNN takes 10 ms to plan a new shape, and with a cache every token brings a new number of keys
     with nullcontext() if mask is None else sdpa_kernel(WITHOUT_PLANS):
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
-            attn_mask=mask,
+            attn_mask=None if mask is None else mask.unsqueeze(1),
             is_causal=mask is None,
             enable_gqa=q.size(2) != k.size(2),
         )
     return out.transpose(1, 2)
+
+
+def attention_lse(q: Tensor, k: Tensor, lengths: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """The logarithm (B, H, T) of each query's sum of exp(q·k/√D), in float32 or a wider dtype; −inf for a query without keys."""
+    mask = attention_mask(q, k.size(1), lengths, cu_seqlens)
+    if mask is None:
+        mask = torch.ones(k.size(1), k.size(1), dtype=torch.bool, device=q.device).tril()[None]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    keys = k.to(wide).repeat_interleave(q.size(2) // k.size(2), 2)
+    scores = torch.einsum("bthd,bshd->bhts", q.to(wide), keys) / q.size(3) ** 0.5
+    return scores.masked_fill(~mask[:, None], -torch.inf).logsumexp(-1)
 
 
 def with_rstd(x: Tensor) -> tuple[Tensor, Tensor]:

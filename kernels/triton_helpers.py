@@ -28,6 +28,7 @@ else:
 
 # a kernel may read only globals that are constexpr
 LOG2E = tl.constexpr(1.4426950408889634) if TRITON_INSTALLED else 1.4426950408889634
+LN2 = tl.constexpr(0.6931471805599453) if TRITON_INSTALLED else 0.6931471805599453
 _INTERPRETED = tl.constexpr(INTERPRETED) if TRITON_INSTALLED else False
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -4,6 +4,7 @@ Notation: B batch, T tokens, C width, H query heads, G key/value heads, D head w
 Weights are float32, and every operation computes in `compute_dtype`. Vaswani et al. 2017, Radford et al. 2019 (GPT-2).
 """
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Protocol
 
@@ -178,16 +179,24 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rstd: Tensor | None, cos: Tensor, sin: Tensor, cache: Cache | None
     ) -> tuple[Tensor, Tensor]:
-        impl, offset, lengths = self.config.impl, 0 if cache is None else cache.lengths, None
+        impl = self.config.impl
         operands = (layer.operands(x.dtype) for layer in (self.query, self.key, self.value))
         weights, gradients = zip(*operands, strict=True)
-        # norm, product, rotation and QK-norm; the last result is x itself
-        q, k, v, x = kernels.qkv_projection(x, *weights, cos, sin, offset, rstd, *gradients, impl=impl.qkv_projection)
-        if cache is not None:
+        # norm, product, rotation, QK-norm and attention; the last result is x itself
+        if cache is None:
+            out, x = kernels.self_attention(
+                x, *weights, cos, sin, rstd, *gradients,
+                impl=impl.self_attention, qkv_impl=impl.qkv_projection, attention_impl=impl.attention,
+            )  # fmt: skip
+        else:
+            q, k, v, x = kernels.qkv_projection(
+                x, *weights, cos, sin, cache.lengths, rstd, *gradients, impl=impl.qkv_projection
+            )
             k, v, lengths = cache.append(self.layer, k, v)
-        out = kernels.attention(q, k, v, lengths, impl=impl.attention).flatten(2)
+            # the scores of normalised heads are at most √D
+            out = kernels.attention(q, k, v, lengths, bound=math.sqrt(q.size(3)), impl=impl.attention)
         weight, gradient = self.project.operands(x.dtype)
-        return kernels.output_projection(out, weight, x, gradient, impl=impl.output_projection)
+        return kernels.output_projection(out.flatten(2), weight, x, gradient, impl=impl.output_projection)
 
 
 class MLP(nn.Module):

@@ -12,6 +12,8 @@ class Implementations:
 
     rms_norm: str = "auto"
     """RMSNorm of the embedding and before the head"""
+    self_attention: str = "auto"
+    """all of attention but its last projection, without a cache; parts: by the two options below, as also if one is given"""
     qkv_projection: str = "auto"
     """norm, queries, keys and values, rotation, norm of queries and keys"""
     attention: str = "auto"

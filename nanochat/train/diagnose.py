@@ -44,5 +44,5 @@ def activation_name(name: str, module: torch.nn.Module) -> str:
     if isinstance(module, GPT):
         return "head (inside linear_cross_entropy)"
     if isinstance(module, Attention):
-        return f"{name} (inside qkv_projection, attention or output_projection)"
+        return f"{name} (inside self_attention or output_projection)"
     return f"{name} (inside relu2_mlp)" if isinstance(module, MLP) else name

@@ -29,10 +29,14 @@ LENGTH_MULTIPLE = 128
 
 
 def fusable_options() -> list[str]:
-    """The options of the model, without the optimizer's, whose operations all have a fused implementation."""
-    names = [field.name for field in fields(Implementations) if field.name != "optimizer"]
+    """The options of the model, without the optimizer's, whose operations are all faster fused than as plain operations."""
     records = kernels.operations()
-    return [n for n in names if all(records[operation].implementations for operation in Implementations.operations(n))]
+
+    def is_fusable(operation: str) -> bool:
+        return bool(records[operation].implementations) and not records[operation].fused_by_torch
+
+    names = [field.name for field in fields(Implementations) if field.name != "optimizer"]
+    return [name for name in names if all(map(is_fusable, Implementations.operations(name)))]
 
 
 def choose_execution(

@@ -82,7 +82,7 @@ def test_report(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--op", "attention"], "--op attention has no benchmark"),
+        (["--op", "adamw"], "--op adamw has no benchmark"),
         (["--shape", "d99"], "--shape must be among"),
         (["--mode", "sideways"], "--mode must be among fwd, bwd, both"),
         (["--dtype", "int8"], "--dtype must be bfloat16, float16 or float32"),

@@ -7,7 +7,8 @@ Reported are
 - an int32 offset that depends on the number of the program or on a loop's index;
 - an int32 product of two run-time numbers of which one depends on these.
 In `matrix_product` and `symmetric_product`, whose matrices have less than 2³¹ elements, only the offsets of whole matrices count.
-The kernels of products number rows in int32, so that a vector of int32 is no fault where it is not a product.
+The kernels of products number rows in int32, so that a vector of int32 is no fault where it is not a product. Attention's maximum
+drops NaN without harm.
 """
 
 import re
@@ -15,6 +16,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+# with the maximum of a softmax, a NaN passes through the exponentials and their sum
+SUM_NAN = ("attention_forward", "attention_decode")
 NUMBER_ROWS = ("product_kernel", "epilogue_kernel", "finish_kernel")
 
 
@@ -99,6 +102,8 @@ def main() -> None:
         for launch in launches:
             only_scalars, narrow_rows = kernel.name.endswith("_product"), launch.kernel.fn.__name__ in NUMBER_ROWS
             for line in faults(intermediate_representation(launch), only_scalars, narrow_rows):
+                if kernel.name in SUM_NAN and "arith.maxnumf" in line:
+                    continue
                 print(f"{kernel.name}: {line}")
 
 

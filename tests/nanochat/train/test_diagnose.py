@@ -9,7 +9,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.train.diagnose import offending_tensor
 from tests.nanochat.models import perturbed
 
-INSIDE_ATTENTION = "(inside qkv_projection, attention or output_projection)"
+INSIDE_ATTENTION = "(inside self_attention or output_projection)"
 MICRO = [Batch(torch.arange(16).view(2, 8), torch.arange(1, 17).view(2, 8), (0,))]
 
 

@@ -149,7 +149,7 @@ def test_nan_reaches_loss_and_norm():
 
 
 def test_the_options_that_a_graph_needs_fused_are_those_with_a_fused_implementation():
-    options = {"rms_norm", "qkv_projection", "output_projection", "relu2_mlp", "linear_cross_entropy"}
+    options = {"rms_norm", "self_attention", "qkv_projection", "output_projection", "relu2_mlp", "linear_cross_entropy"}
     assert set(fusable_options()) == options
 
 

@@ -1,0 +1,297 @@
+"""The launches of attention's kernels, each with its launch parameters; attention.py explains what they compute."""
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from nanochat_kernels import reference
+from nanochat_kernels.attention_gradient_kernels import key_gradients_kernel, query_gradient_kernel
+from nanochat_kernels.attention_kernels import combine_kernel, decode_kernel, forward_kernel
+from nanochat_kernels.configs import launch_parameters
+from nanochat_kernels.operation import Kernel
+from nanochat_kernels.qk_norm_rope import tables
+from nanochat_kernels.reference import EPS
+from nanochat_kernels.triton_helpers import DTYPES, cdiv, launch, power_of_2
+
+HEAD_WIDTHS = (32, 64, 128)
+LOG2E = math.log2(math.e)
+MOST_QUERIES = 64  # tokens times heads that read one key/value head, for which the keys are split
+WIDEST_RANGE = 100.0  # powers of two between the smallest and the largest p that a bound may allow
+FLOAT16_TOP, FLOAT16_RANGE = 15.0, 33.0  # p of at most 2¹⁵ and at least 2⁻¹⁸, where float16 still has 6 bits
+
+
+def as_read(x: Tensor) -> Tensor:
+    """Return x with stride 1 along the channels."""
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def softmax_constants(bound: float | None, width: int, dtype: torch.dtype) -> dict[str, float | bool]:
+    """Return SCALE, SHIFT, LEAST, MOST and BOUNDED of the kernels; BOUNDED is False without a bound or with one that is too wide.
+
+    p = 2^(x − SHIFT) lies in 2^±(bound·log₂e) around 2^−SHIFT. In float16 it must not exceed 2¹⁵, and is then at least LEAST.
+    """
+    scale = LOG2E / math.sqrt(width)
+    half = math.inf if bound is None else bound * LOG2E
+    shift, least, bounded = 0.0, 2.0**-WIDEST_RANGE, 2 * half <= WIDEST_RANGE
+    if dtype == torch.float16 and bounded:
+        shift, bounded = max(half - FLOAT16_TOP, 0.0), 2 * half <= FLOAT16_RANGE
+        least = 2.0 ** (-half - shift - 1)  # half of what the bound allows, because q and k are rounded too
+    return {
+        "SCALE": scale, "SHIFT": shift if bounded else 0.0, "LEAST": least, "MOST": 2.0**WIDEST_RANGE, "BOUNDED": bounded,
+    }  # fmt: skip
+
+
+def results_of(q: Tensor, keep_lse: bool) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, _ = q.shape
+    lse = torch.empty(batch, heads, tokens if keep_lse else 0, dtype=torch.float32, device=q.device)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
+
+
+def lengths_arguments(lengths: Tensor | None, other: Tensor) -> tuple[Tensor, int]:
+    """Return what the kernels take as the pointer to the lengths and their stride."""
+    return (other, 0) if lengths is None else (lengths, lengths.stride(0))
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, starts: Tensor | None, bound: float | None, keep_lse: bool,
+    parameters: dict[str, int] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """attention_forward by a program for each block of queries. starts (B, T) int32: the first key of each query's document."""
+    q, k, v = as_read(q), as_read(k), as_read(v)
+    out, lse = results_of(q, keep_lse)
+    batch, tokens, heads, width = q.shape
+    parameters = parameters or launch_parameters("attention_forward", q.device, q.dtype, (width,))
+    lengths_ptr, lengths_stride = lengths_arguments(lengths, q)
+    if out.numel():
+        launch(
+            forward_kernel, (batch * heads * cdiv(tokens, parameters["BLOCK_M"]),), q.device,
+            q, k, v, lengths_ptr, q if starts is None else starts, out, lse, lengths_stride, tokens, k.size(1), heads,
+            heads // k.size(2), batch, *strides(q, k, v),
+            **softmax_constants(bound, width, q.dtype), KEEP_LSE=keep_lse, LENGTHS=lengths is not None,
+            STARTS=starts is not None, WIDTH=width, **parameters,
+        )  # fmt: skip
+    return out, lse
+
+
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, bound: float | None, keep_lse: bool,
+    parameters: dict[str, int] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """attention_forward by a program for each part of a row's keys, and one for each query that adds the parts."""
+    q, k, v = as_read(q), as_read(k), as_read(v)
+    out, lse = results_of(q, keep_lse)
+    batch, tokens, heads, width = q.shape
+    groups, share = k.size(2), heads // k.size(2)
+    parameters = dict(parameters or launch_parameters("attention_decode", q.device, q.dtype, (width,)))
+    parts_together = parameters.pop("PARTS")
+    parts = cdiv(k.size(1), parameters["PART"])
+    sums = torch.empty(batch * groups, parts, tokens * share, width, dtype=torch.float32, device=q.device)
+    statistics = torch.empty(*sums.shape[:3], 3, dtype=torch.float32, device=q.device)
+    lengths_ptr, lengths_stride = lengths_arguments(lengths, q)
+    constants = softmax_constants(bound, width, q.dtype)
+    flags = {"KEEP_LSE": keep_lse, "LENGTHS": lengths is not None, "WIDTH": width}
+    if out.numel():
+        launch(
+            decode_kernel, (batch * groups * parts,), q.device,
+            q, k, v, lengths_ptr, sums, statistics, lengths_stride, tokens, k.size(1), heads, share, parts,
+            *strides(q, k, v),
+            **{name: value for name, value in constants.items() if name not in ("LEAST", "MOST")}, **flags,
+            QUERIES=max(power_of_2(tokens * share), 16), **parameters,
+        )  # fmt: skip
+        launch(
+            combine_kernel, (batch * heads * tokens,), q.device,
+            sums, statistics, lengths_ptr, out, lse, lengths_stride, tokens, k.size(1), heads, share, parts,
+            **{name: value for name, value in constants.items() if name != "SCALE"}, **flags,
+            PART=parameters["PART"], PARTS=parts_together, num_warps=1,
+        )  # fmt: skip
+    return out, lse
+
+
+Projection = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]
+"""rstd of the rows, rstd of the heads, cos, sin, sums (H + 2G, N), offset; see attention_kernels.store_gradient"""
+
+
+def projection_arguments(projection: Projection | None, other: Tensor) -> tuple[tuple[Tensor, ...], Tensor, int]:
+    """Return what the kernels take as pointers to rstd, the heads' rstd, cos and sin, as that to the sums, and as the offset."""
+    if projection is None:
+        return (other,) * 4, other, 0
+    *factors, sums, offset = projection
+    return tuple(factors), sums, offset
+
+
+def query_gradient(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None, lengths: Tensor | None,
+    starts: Tensor | None, dq: Tensor, projection: Projection | None = None, parameters: dict[str, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """Store the gradient of q in the first heads of dq (B, T, heads, D); return ⟨dout, out⟩ − dlse (B, H, T)."""
+    q, k, v, dout = as_read(q), as_read(k), as_read(v), as_read(dout)
+    batch, tokens, heads, width = q.shape
+    delta = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
+    parameters = parameters or launch_parameters("attention_query_gradient", q.device, q.dtype, (width,))
+    lengths_ptr, lengths_stride = lengths_arguments(lengths, q)
+    factors, sums, offset = projection_arguments(projection, q)
+    if q.numel():
+        launch(
+            query_gradient_kernel, (batch * heads * cdiv(tokens, parameters["BLOCK_M"]),), q.device,
+            q, k, v, out, dout, lse, q if dlse is None else dlse.contiguous(), lengths_ptr, q if starts is None else starts,
+            *factors, dq, delta, sums, lengths_stride, tokens, k.size(1), heads, heads // k.size(2), batch, dq.size(2),
+            offset, *strides(q, k, v, dout),
+            SCALE=LOG2E / math.sqrt(width), ROOT=1 / math.sqrt(width), EPS=EPS, DLSE=dlse is not None,
+            LENGTHS=lengths is not None, STARTS=starts is not None, PROJECTED=projection is not None, WIDTH=width,
+            **parameters,
+        )  # fmt: skip
+    return delta
+
+
+def key_gradients(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, lengths: Tensor | None, ends: Tensor | None,
+    dk: Tensor, dv: Tensor, projection: Projection | None = None, parameters: dict[str, int] | None = None,
+) -> None:  # fmt: skip
+    """Store the gradients of k and v (B, S, G, D) in dk and dv. With a projection, both are dq of query_gradient, of all heads."""
+    q, k, v, dout = as_read(q), as_read(k), as_read(v), as_read(dout)
+    batch, tokens, heads, width = q.shape
+    parameters = parameters or launch_parameters("attention_key_gradients", q.device, q.dtype, (width,))
+    lengths_ptr, lengths_stride = lengths_arguments(lengths, q)
+    factors, sums, offset = projection_arguments(projection, q)
+    if k.numel():
+        launch(
+            key_gradients_kernel, (batch * k.size(2) * cdiv(k.size(1), parameters["BLOCK_N"]),), q.device,
+            q, k, v, dout, lse, delta, lengths_ptr, q if ends is None else ends, *factors, dk, dv, sums, lengths_stride,
+            tokens, k.size(1), heads, heads // k.size(2), batch, dk.size(2), 0 if projection is None else heads, offset,
+            *strides(q, k, v, dout),
+            SCALE=LOG2E / math.sqrt(width), ROOT=1 / math.sqrt(width), EPS=EPS, LENGTHS=lengths is not None,
+            ENDS=ends is not None, PROJECTED=projection is not None, WIDTH=width, **parameters,
+        )  # fmt: skip
+
+
+def inputs(
+    batch: int, tokens: int, heads: int, kv_heads: int, width: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k and v as views of one tensor, q and k normalised over the head."""
+    qkv = torch.empty(batch, tokens, heads + 2 * kv_heads, width, device=device, dtype=dtype).normal_()
+    q, k, v = qkv.split((heads, kv_heads, kv_heads), 2)
+    for x in (q, k):
+        x.copy_(reference.rms_norm(x))
+    return q, k, v
+
+
+def given_heads(
+    key, dtype: torch.dtype, device: torch.device, batch: int = 32, tokens: int = 2048
+) -> tuple[Tensor, ...]:
+    """Return q, k, v and an upstream gradient at a production shape of a launch table's class."""
+    heads = 1280 // key[0]
+    q, k, v = inputs(batch, tokens, heads, heads, key[0], dtype, device)
+    return q, k, v, torch.empty(q.shape, device=device, dtype=dtype).normal_()
+
+
+def limits(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return lengths, and starts and ends of documents, that let every query see the keys up to its position."""
+    lengths = torch.full((q.size(0),), q.size(1), dtype=torch.int64, device=q.device)
+    starts = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
+    return lengths, starts, starts + q.size(1)
+
+
+def forward_launches(key, dtype: torch.dtype, device: torch.device):
+    q, k, v, _ = given_heads(key, dtype, device)
+    lengths, starts, _ = limits(q)
+    bound = math.sqrt(key[0])
+
+    def run(lengths=None, starts=None, bound=bound, keep_lse=True):
+        return lambda parameters: forward(q, k, v, lengths, starts, bound, keep_lse, parameters)
+
+    return {
+        "training": run(),
+        "no lse": run(keep_lse=False),
+        "no bound": run(bound=None),
+        "prefill": run(lengths, keep_lse=False),
+        "prefill, no bound": run(lengths, bound=None, keep_lse=False),
+        "documents": run(starts=starts),
+        "documents, no bound": run(starts=starts, bound=None),
+    }
+
+
+def decode_launches(key, dtype: torch.dtype, device: torch.device):
+    q, k, v, _ = given_heads(key, dtype, device, 64)
+    lengths, *_ = limits(q)
+    bound = math.sqrt(key[0])
+
+    def run(tokens=1, bound=bound, lengths=lengths, keep_lse=False):
+        return lambda parameters: decode(q[:, :tokens], k, v, lengths, bound, keep_lse, parameters)
+
+    return {
+        "one token": run(),
+        "no bound": run(bound=None),
+        "all keys, lse": run(lengths=None, keep_lse=True),
+        "many tokens": run(MOST_QUERIES),
+        "many tokens, no bound": run(MOST_QUERIES, None),
+    }
+
+
+def backward_launches(which: str, key, dtype: torch.dtype, device: torch.device):
+    q, k, v, dout = given_heads(key, dtype, device)
+    lengths, starts, ends = limits(q)
+    heads, rows = q.size(2), q.size(0) * q.size(1)
+    # of normalised heads: log T at most, and near log(t) + ½ for random ones
+    lse = torch.arange(1, q.size(1) + 1, device=device).log().add(0.5).expand(q.size(0), heads, -1).contiguous()
+    delta = torch.empty_like(lse).normal_().mul_(0.1)
+    results = torch.empty(*q.shape[:2], 3 * heads, key[0], dtype=dtype, device=device)
+    rstd = torch.ones(rows, device=device)
+    head_rstd, sums = (torch.ones(n, rows, device=device) for n in (2 * heads, 3 * heads))
+    projection = (rstd, head_rstd, *tables(q.size(1), key[0], dtype, device), sums, 0)
+
+    def run(lengths=None, starts=None, ends=None, dlse=None, projection=projection):
+        dq, dk, dv = [results] * 3 if projection else results.split(heads, 2)
+        if projection is None:
+            dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (dq, dk, dv))
+        if which == "query":
+            return lambda parameters: query_gradient(
+                q, k, v, q, dout, lse, dlse, lengths, starts, dq, projection, parameters
+            )
+        return lambda parameters: key_gradients(
+            q, k, v, dout, lse, delta, lengths, ends, dk, dv, projection, parameters
+        )
+
+    return {
+        "training": run(),
+        "alone": run(projection=None, dlse=delta),
+        "lengths": run(lengths, projection=None),
+        "documents": run(starts=starts, ends=ends),
+        "documents, alone": run(starts=starts, ends=ends, projection=None),
+    }
+
+
+def tiles(*sizes: tuple[int, int, int, int]) -> tuple[dict[str, int], ...]:
+    return tuple(
+        {"BLOCK_M": m, "BLOCK_N": n, "GROUP": group, "num_warps": warps, "num_stages": stages}
+        for m, n, warps, stages in sizes
+        for group in (1, 8)
+    )
+
+
+KEYS = ((64,), (128,))
+FORWARD_SPACE = tiles(
+    (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 4, 3), (128, 32, 4, 3), (64, 64, 4, 3), (64, 128, 4, 2),
+)  # fmt: skip
+QUERY_SPACE = tiles(
+    (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (128, 32, 8, 3)
+)
+KEYS_SPACE = tiles(
+    (64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (32, 64, 4, 3), (64, 64, 8, 3), (128, 64, 8, 2)
+)
+DECODE_SPACE = tuple(
+    {"BLOCK_N": n, "PART": part, "PARTS": 16, "num_warps": warps, "num_stages": stages}
+    for n, warps, stages in ((32, 2, 3), (64, 4, 3), (64, 2, 4), (128, 4, 2))
+    for part in (128, 256, 512)
+)
+KERNELS = (
+    Kernel("attention_forward", DTYPES[:2], KEYS, FORWARD_SPACE, forward_launches, ((32,),)),
+    Kernel("attention_decode", DTYPES[:2], KEYS, DECODE_SPACE, decode_launches, ((32,),)),
+    Kernel("attention_query_gradient", DTYPES[:2], KEYS, QUERY_SPACE, partial(backward_launches, "query"), ((32,),)),
+    Kernel("attention_key_gradients", DTYPES[:2], KEYS, KEYS_SPACE, partial(backward_launches, "keys"), ((32,),)),
+)

@@ -1,0 +1,479 @@
+"""attention in Triton against the reference: forward, backward, documents, lengths, and decoding.
+
+This file is long because the operation is five kernels, each with and without a bound, lengths and documents.
+"""
+
+import importlib
+import math
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import nanochat_kernels as kernels
+from nanochat_kernels import reference
+from tests.kernels import harness
+from tests.kernels.harness import DEVICE, GPU, check, check_compiled, check_graph_replay, randn, same
+from tests.kernels.int64 import narrow_offsets
+
+FILE = importlib.import_module("nanochat_kernels.attention")
+LAUNCHES = importlib.import_module("nanochat_kernels.attention_launches")
+HALVES = (torch.bfloat16, torch.float16)
+# several blocks of queries and keys in a short sequence, because an interpreted program is slow
+SMALL = {
+    "attention_decode": {"BLOCK_N": 16, "PART": 32, "PARTS": 2, "num_warps": 1, "num_stages": 1},
+    "attention_key_gradients": {"BLOCK_M": 32, "BLOCK_N": 16, "GROUP": 2, "num_warps": 1, "num_stages": 1},
+}
+SMALL_BLOCKS = {"BLOCK_M": 32, "BLOCK_N": 16, "GROUP": 2, "num_warps": 1, "num_stages": 1}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks():
+    with pytest.MonkeyPatch.context() as patch:
+        if not GPU:
+            patch.setattr(LAUNCHES, "launch_parameters", lambda name, *_: SMALL.get(name, SMALL_BLOCKS))
+            patch.setattr(FILE, "MOST_QUERIES", 6)
+        yield
+
+
+def fused(*arguments, **options):
+    return kernels.attention(*arguments, impl="triton", **options)
+
+
+class Rounded(torch.autograd.Function):
+    """Attention that rounds where the kernels must: p and ds to the dtype of the operands of the products that take them."""
+
+    @staticmethod
+    def forward(q, k, v, seen):
+        scores, share = Rounded.scores(q, k), q.size(2) // k.size(2)
+        lse = scores.masked_fill(~seen, -torch.inf).logsumexp(-1, keepdim=True)
+        p = (scores - lse).exp().masked_fill(~seen, 0.0)
+        out = torch.einsum("bhts,bshd->bthd", p.to(q.dtype).float(), v.float().repeat_interleave(share, 2))
+        return out.to(q.dtype), lse.squeeze(-1), p
+
+    @staticmethod
+    def scores(q, k):
+        keys = k.float().repeat_interleave(q.size(2) // k.size(2), 2)
+        return torch.einsum("bthd,bshd->bhts", q.float(), keys) / math.sqrt(q.size(3))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs, output[0], output[2])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dout, dlse, _):
+        q, k, v, seen, out, p = ctx.saved_tensors
+        share, dout = q.size(2) // k.size(2), dout.float()
+        dp = torch.einsum("bthd,bshd->bhts", dout, v.float().repeat_interleave(share, 2))
+        delta = (dout * out.float()).sum(-1).transpose(1, 2)
+        delta = delta if dlse is None else delta - dlse
+        ds = (p * (dp - delta[..., None])).masked_fill(~seen, 0.0).to(q.dtype).float()
+        dq = torch.einsum("bhts,bshd->bthd", ds, k.float().repeat_interleave(share, 2))
+        dk = torch.einsum("bhts,bthd->bshd", ds, q.float()).unflatten(2, (-1, share)).sum(3)
+        dv = torch.einsum("bhts,bthd->bshd", p.to(q.dtype).float(), dout).unflatten(2, (-1, share)).sum(3)
+        root = math.sqrt(q.size(3))
+        return (dq / root).to(q.dtype), (dk / root).to(q.dtype), dv.to(q.dtype), None
+
+
+def plain(q, k, v, lengths=None, cu_seqlens=None):
+    """The reference with lse, in float64; in the dtype of the kernels the same with p and ds rounded."""
+    if q.dtype == torch.float64:
+        return kernels.attention(q, k, v, lengths, cu_seqlens, return_lse=True, impl="reference")
+    seen = reference.attention_mask(q, k.size(1), lengths, cu_seqlens)
+    seen = torch.ones(q.size(1), q.size(1), dtype=torch.bool, device=q.device).tril()[None] if seen is None else seen
+    return Rounded.apply(q, k, v, seen[:, None])[:2]
+
+
+def with_bound(bound):
+    return lambda *arguments: fused(*arguments, bound=bound, return_lse=True)
+
+
+def inputs(batch, tokens, keys, groups, share, width, dtype, seed=0):
+    """q, k and v, of which the first two are views of one tensor if they have as many tokens, as a projection makes them."""
+    q = randn(batch, tokens, groups * share, width, dtype=torch.float32, seed=seed)
+    k, v = (randn(batch, keys, groups, width, dtype=torch.float32, seed=seed + i) for i in (1, 2))
+    q, k = reference.rms_norm(q), reference.rms_norm(k)
+    if tokens == keys:
+        qkv = torch.cat([q, k, v], 2).to(dtype)
+        return list(qkv.split((groups * share, groups, groups), 2))
+    return [x.to(dtype) for x in (q, k, v)]
+
+
+bounds = st.sampled_from((None, 1.0))  # in units of √D
+sizes = dict(
+    batch=st.integers(1, 2), groups=st.integers(1, 2), share=st.integers(1, 3), width=st.sampled_from(FILE.HEAD_WIDTHS[:2]),
+    dtype=st.sampled_from(HALVES), bound=bounds, seed=harness.seeds,
+)  # fmt: skip
+
+
+def bound_of(bound, width):
+    return bound and bound * math.sqrt(width)
+
+
+@harness.property_test
+@example(batch=2, tokens=70, groups=2, share=2, width=32, dtype=torch.bfloat16, bound=1.0, seed=1)
+@example(batch=1, tokens=49, groups=1, share=3, width=64, dtype=torch.float16, bound=None, seed=2)
+@given(tokens=st.integers(1, 70), **sizes)
+def test_attention(batch, tokens, groups, share, width, dtype, bound, seed):
+    given_ = inputs(batch, tokens, tokens, groups, share, width, dtype, seed)
+    check(with_bound(bound_of(bound, width)), plain, given_, [0, 1, 2], seed)
+
+
+@harness.property_test
+@example(batch=2, tokens=20, more=30, groups=1, share=2, width=32, dtype=torch.bfloat16, bound=1.0, seed=1)
+@example(batch=2, tokens=1, more=80, groups=2, share=2, width=32, dtype=torch.float16, bound=1.0, seed=1)
+@example(batch=2, tokens=2, more=70, groups=1, share=3, width=32, dtype=torch.bfloat16, bound=None, seed=3)
+@given(tokens=st.integers(1, 30), more=st.integers(0, 60), **sizes)
+def test_lengths(batch, tokens, more, groups, share, width, dtype, bound, seed):
+    """Chunks of queries, and single ones, against caches that are filled to different lengths, the last one not at all."""
+    keys = tokens + more
+    lengths = torch.randint(tokens, keys + 1, (batch,), generator=torch.Generator().manual_seed(seed))
+    lengths = torch.cat([lengths, torch.tensor([keys, min(tokens - 1, 3)])]).to(DEVICE)
+    given_ = [*inputs(batch + 2, tokens, keys, groups, share, width, dtype, seed), lengths]
+    check(with_bound(bound_of(bound, width)), plain, given_, [0, 1, 2], seed)
+
+
+@harness.property_test
+@example(
+    batch=2,
+    documents=(7, 7, 30, 50, 70),
+    tokens=45,
+    groups=1,
+    share=2,
+    width=32,
+    dtype=torch.bfloat16,
+    bound=1.0,
+    seed=1,
+)
+@given(documents=st.lists(st.integers(0, 120), max_size=6), tokens=st.integers(7, 60), **sizes)
+def test_documents(batch, documents, tokens, groups, share, width, dtype, bound, seed):
+    ends = sorted(min(end, batch * tokens) for end in documents)
+    cu_seqlens = torch.tensor([0, *ends, batch * tokens], dtype=torch.int32 if seed % 2 else torch.int64, device=DEVICE)
+    given_ = [*inputs(batch, tokens, tokens, groups, share, width, dtype, seed), None, cu_seqlens]
+    check(with_bound(bound_of(bound, width)), plain, given_, [0, 1, 2], seed)
+
+
+def test_documents_are_those_of_separate_calls():
+    q, k, v = inputs(1, 60, 60, 2, 1, 32, torch.bfloat16)
+    packed = fused(q, k, v, None, torch.tensor([0, 25, 60], device=DEVICE), bound=math.sqrt(32))
+    for part in (slice(0, 25), slice(25, 60)):
+        alone = fused(*(x[:, part] for x in (q, k, v)), bound=math.sqrt(32))
+        torch.testing.assert_close(packed[:, part], alone, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("tokens", [1, 2047, 2048] if GPU else [33])
+@pytest.mark.parametrize("width", FILE.HEAD_WIDTHS)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_model_widths(tokens, width, dtype):
+    check(with_bound(math.sqrt(width)), plain, inputs(2 if GPU else 1, tokens, tokens, 2, 1, width, dtype), [0, 1, 2])
+
+
+@pytest.mark.skipif(not GPU, reason="too long for the interpreter")
+@pytest.mark.parametrize("bound", [None, 1.0])
+def test_long_sequences(bound):
+    """The last queries of 32,768 tokens, whose sums have the most terms, and the gradients of the first keys."""
+    q, k, v = inputs(1, 32_768, 32_768, 1, 1, 128, torch.bfloat16)
+    out, lse = with_bound(bound_of(bound, 128))(q, k, v)
+    last = [q[:, -64:], k, v]
+    oracle, exact_lse = plain(*(x.double() for x in last))
+    assert (out[:, -64:].double() - oracle).norm() <= 1.5 * (plain(*last)[0].double() - oracle).norm()
+    torch.testing.assert_close(lse[..., -64:].double(), exact_lse, rtol=0, atol=1e-5)
+
+
+def test_a_later_token_changes_nothing_before_it():
+    q, k, v = inputs(1, 50, 50, 1, 2, 32, torch.bfloat16)
+    before = fused(q, k, v, bound=math.sqrt(32))
+    for x in (q, k, v):
+        x[:, 33] = -x[:, 33]
+    after = fused(q, k, v, bound=math.sqrt(32))
+    assert torch.equal(before[:, :33], after[:, :33]) and not torch.equal(before[:, 33], after[:, 33])
+
+
+@pytest.mark.parametrize("bound", [None, 1.0])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_extremes_within_the_bound(dtype, bound):
+    """All scores at √D; all at −√D; one key at √D among keys at −√D, and one at −√D alone at the start."""
+    width, tokens = 32, 50
+    unit = torch.zeros(1, tokens, 1, width, device=DEVICE, dtype=dtype)
+    unit[..., 0] = math.sqrt(width)
+    mixed = -unit
+    mixed[:, 20] *= -1
+    v = randn(1, tokens, 1, width, dtype=dtype)
+    for k in (unit, -unit, mixed):
+        check(with_bound(bound_of(bound, width)), plain, [unit, k, v], [0, 1, 2])
+
+
+def test_the_first_query_gets_exactly_its_value():
+    q, k, v = inputs(2, 20, 20, 1, 1, 64, torch.bfloat16)
+    assert torch.equal(fused(q, k, v, bound=8.0)[:, 0], v[:, 0])
+
+
+@pytest.mark.parametrize("tokens", [1, 50])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_scores_beyond_the_bound_are_right_or_nan(dtype, tokens):
+    width = 32
+    q, k, v = inputs(1, tokens, 50, 1, 1, width, dtype)
+    nans = 0
+    for factor in (-20.0, -6.0, -2.5, 1.2, 2.5, 6.0, 20.0, 100.0):
+        scaled = q * factor, k.clone() if factor > 0 else q[:, -1:].expand_as(k).contiguous(), v
+        found, lse = fused(*scaled, bound=math.sqrt(width), return_lse=True)
+        expected, exact = plain(*(x.double() for x in scaled))
+        wrong = found.isnan().any(-1, keepdim=True)
+        nans += int(wrong.sum())
+        assert torch.equal(wrong[..., 0].transpose(1, 2), lse.isnan())
+        torch.testing.assert_close(
+            found.double(), torch.where(wrong, torch.nan, expected), rtol=0.02, atol=0.02, equal_nan=True
+        )
+        torch.testing.assert_close(
+            lse.double(), exact.masked_fill(lse.isnan(), torch.nan), rtol=1e-5, atol=1e-3, equal_nan=True
+        )
+    assert nans, "no score was beyond what the sums can hold"
+
+
+def test_the_shift_of_float16():
+    """At a head width of 128, p of the largest score exceeds what float16 holds without a shift."""
+    constants = LAUNCHES.softmax_constants(math.sqrt(128), 128, torch.float16)
+    largest = 2 ** (math.sqrt(128) * math.log2(math.e) - constants["SHIFT"])
+    assert largest == pytest.approx(2**15)
+    unit = torch.zeros(1, 20, 1, 128, device=DEVICE, dtype=torch.float16)
+    unit[..., 0] = math.sqrt(128)
+    check(with_bound(math.sqrt(128)), plain, [unit, unit, randn(1, 20, 1, 128, dtype=torch.float16)], [0, 1, 2])
+
+
+def test_a_bound_that_is_too_wide_keeps_the_maximum():
+    constants = {
+        bound: LAUNCHES.softmax_constants(bound, 128, torch.bfloat16)["BOUNDED"] for bound in (None, 11.4, 34.0, 35.0)
+    }
+    assert constants == {None: False, 11.4: True, 34.0: True, 35.0: False}
+    assert [LAUNCHES.softmax_constants(b, 128, torch.float16)["BOUNDED"] for b in (11.4, 12.0)] == [True, False]
+    q, k, v = inputs(1, 40, 40, 1, 1, 32, torch.float16)
+    check(with_bound(40.0), plain, [4 * q, 4 * k, v], [0, 1, 2])
+
+
+@pytest.mark.parametrize("bound", [None, 1.0])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_nan_and_infinity_reach_every_query_that_sees_them(bound, tokens):
+    given_ = inputs(1, tokens, 60, 1, 2, 32, torch.bfloat16)
+    run = with_bound(bound_of(bound, 32))
+    seen = torch.arange(tokens, device=DEVICE) + 60 - tokens >= 50
+    clean = run(*given_)[0]
+    for value in (math.nan, math.inf):
+        for i in range(3):
+            changed = [x.clone() for x in given_]
+            changed[i][0, tokens // 2 if i == 0 else 50, 0, 3] = value
+            hit = run(*changed)[0].isfinite().logical_not().any(-1)[0, :, 0]
+            if i == 0:
+                assert bool(hit[tokens // 2]) and torch.equal(
+                    run(*changed)[0][0, : tokens // 2], clean[0, : tokens // 2]
+                )
+            elif value != math.inf or i == 2:  # a score of −inf is one that counts for nothing
+                assert bool(hit[seen].all())
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_a_row_does_not_depend_on_the_batch(tokens):
+    q, k, v = inputs(3, tokens, 70, 1, 2, 32, torch.bfloat16)
+    lengths = torch.tensor([50, 70, 64], device=DEVICE)
+    for bound in (None, math.sqrt(32)):
+        whole = fused(q, k, v, lengths, bound=bound)
+        for row in range(3):
+            alone = fused(q[row : row + 1], k[row : row + 1], v[row : row + 1], lengths[row : row + 1], bound=bound)
+            assert torch.equal(whole[row : row + 1], alone)
+        # nor on the capacity of the cache
+        assert torch.equal(fused(q[:1], k[:1, :50], v[:1, :50], lengths[:1], bound=bound), whole[:1])
+
+
+def test_strides():
+    """Keys and values of a cache (S, B, G, D), queries and gradients of any layout, lengths that are every second number."""
+    q, k, v = inputs(2, 20, 50, 2, 2, 32, torch.bfloat16)
+    k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (k, v))
+    lengths = torch.tensor([40, 1, 50, 1], device=DEVICE)[::2]
+    columns = torch.stack([q, q + 1], -1)[..., 0]
+    assert columns.stride(-1) == 2
+    for given_ in ([q, k, v, lengths], [harness.in_layout(q, "transposed"), k, v, lengths], [columns, k, v, lengths]):
+        check(with_bound(math.sqrt(32)), plain, given_, [0, 1, 2])
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 5), (2, 0, 0), (2, 0, 5)])
+def test_empty(shape):
+    given_ = inputs(*shape, 1, 2, 32, torch.bfloat16)
+    leaves = [x.clone().requires_grad_() for x in given_]
+    out = fused(*leaves)
+    assert out.shape == given_[0].shape
+    for gradient, x in zip(torch.autograd.grad(out.sum(), leaves), given_, strict=True):
+        assert gradient.shape == x.shape and not gradient.any()
+
+
+@pytest.mark.parametrize("needed", [0, 1, 2])
+def test_only_one_gradient_is_needed(needed):
+    check(with_bound(math.sqrt(32)), plain, inputs(1, 20, 20, 1, 2, 32, torch.bfloat16), [needed])
+
+
+def test_autocast():
+    q, k, v = inputs(1, 20, 20, 1, 2, 32, torch.float32)
+    harness.check_autocast(lambda *given_: fused(*given_, bound=math.sqrt(32)), reference.attention, [q, k, v], [])
+
+
+def test_derivatives_that_do_not_exist_raise():
+    given_ = inputs(1, 20, 20, 1, 1, 32, torch.bfloat16)
+    harness.check_second_derivative_raises(fused, given_, [0, 1, 2])
+    harness.check_jvp_raises(fused, given_, [0, 1, 2])
+
+
+def test_vmap():
+    given_ = inputs(1, 20, 20, 1, 2, 32, torch.bfloat16)
+    harness.check_vmap(lambda *x: fused(*x, bound=math.sqrt(32)), given_, (0, 1, 2), [0, 1, 2])
+
+
+@pytest.mark.parametrize("kernel", LAUNCHES.KERNELS, ids=lambda kernel: kernel.name)
+def test_every_launch_configuration(kernel):
+    q, k, v = inputs(1, 150, 150, 1, 1, 32, torch.bfloat16)
+    dout = randn(*q.shape, dtype=torch.bfloat16, seed=5)
+    out, lse = plain(q, k, v)
+    *_, dq, dk, dv = harness.evaluate(lambda *x: plain(*x)[0], [q, k, v], [dout], [0, 1, 2])
+    delta = (dout.float() * out.float()).sum(-1).transpose(1, 2).contiguous()
+    for parameters in kernel.space[:: 1 if GPU else 4]:
+        if kernel.name == "attention_forward":
+            found, expected = LAUNCHES.forward(q, k, v, None, None, 6.0, True, parameters), (out, lse)
+        elif kernel.name == "attention_decode":
+            found = LAUNCHES.decode(q[:, -3:], k, v, None, 6.0, True, parameters)
+            expected = out[:, -3:], lse[..., -3:]
+        elif kernel.name == "attention_query_gradient":
+            into = torch.empty_like(out)
+            found = LAUNCHES.query_gradient(q, k, v, out, dout, lse, None, None, None, into, None, parameters), into
+            expected = delta, dq
+        else:
+            found = torch.empty_like(out), torch.empty_like(out)
+            LAUNCHES.key_gradients(q, k, v, dout, lse, delta, None, None, *found, None, parameters)
+            expected = dk, dv
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+
+
+def test_offsets_are_int64():
+    assert narrow_offsets(*(kernel.name for kernel in LAUNCHES.KERNELS)) == ""
+
+
+@pytest.mark.skipif(not GPU or torch.cuda.mem_get_info()[1] < 70e9, reason="needs 60 GB of GPU memory")
+def test_more_than_2_to_31_elements():
+    """The last row of a batch whose q, k and v have more together, and gradients of as many."""
+    q, k, v = (x.requires_grad_() for x in inputs(70, 2048, 2048, 128, 1, 128, torch.bfloat16))
+    out = fused(q, k, v, bound=math.sqrt(128))
+    last = [x.detach()[-1:].requires_grad_() for x in (q, k, v)]
+    alone = fused(*last, bound=math.sqrt(128))
+    assert torch.equal(out[-1:], alone)
+    dout = out.detach() * 0.5 + 1
+    found = torch.autograd.grad(out, (q, k, v), dout)
+    for a, b in zip(found, torch.autograd.grad(alone, last, dout[-1:]), strict=True):
+        assert torch.equal(a[-1:], b)
+
+
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_compiled(tokens):
+    given_ = inputs(1, tokens, tokens, 1, 2, 32, torch.bfloat16)
+    check_compiled(lambda *x: fused(*x, bound=math.sqrt(32)), given_, [0, 1, 2], is_opaque=True)
+
+
+def test_what_torch_compile_is_told():
+    q, k, v = inputs(2, 40, 40, 1, 2, 32, torch.bfloat16)
+    operations = torch.ops.nanochat_kernels
+    out, lse = harness.check_opaque(operations.attention_forward, q, k, v, None, None, 6.0, True)
+    harness.check_opaque(operations.attention_forward, q, k, v, None, None, 6.0, False)
+    harness.check_opaque(operations.attention_backward, q, k, v, out, out, lse, None, None, None, None)
+
+
+@pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
+def test_graph_replay():
+    check_graph_replay(
+        lambda *x: fused(*x, bound=math.sqrt(128)), inputs(2, 300, 300, 2, 1, 128, torch.bfloat16), [0, 1, 2]
+    )
+
+
+def test_on_another_device():
+    harness.check_other_device(fused, inputs(1, 40, 40, 1, 2, 32, torch.bfloat16), [0, 1, 2])
+
+
+@pytest.mark.skipif(not GPU, reason="torch's backends need a GPU")
+@pytest.mark.parametrize("impl", ["cudnn", "flash", "efficient"])
+def test_backends_of_torch(impl):
+    given_ = inputs(2, 256, 256, 2, 2, 64, torch.bfloat16)
+    found, expected = (
+        harness.evaluate(lambda *x, impl=impl: kernels.attention(*x, impl=impl), given_, [given_[0]], [0, 1, 2])
+        for impl in (impl, "triton")
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.03, atol=0.03)
+
+
+def test_bad_input():
+    q, k, v = inputs(2, 4, 6, 2, 1, 32, torch.bfloat16)
+    integers = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+
+    def rejected(error, match, *arguments, **more):
+        with pytest.raises(error, match=match):
+            kernels.attention(*arguments, **more)
+
+    rejected(TypeError, "k is torch.float16 but q is torch.bfloat16", q, k.half(), v)
+    rejected(ValueError, r"q must have shape \(B, T, H, D\)", q[0], k, v)
+    rejected(ValueError, "k must have shape", q, k[..., :16], v)
+    rejected(ValueError, "v must have shape", q, k, v[:, :5])
+    rejected(ValueError, "3 query heads are not a multiple of 2", q.repeat(1, 1, 2, 1)[:, :, :3], k, v)
+    rejected(ValueError, "4 queries need at least as many keys, got 3", q, k[:, :3], v[:, :3])
+    rejected(ValueError, r"lengths must have shape \(2\)", q, k, v, integers[:1])
+    rejected(TypeError, "lengths must be int32 or int64", q, k, v, integers.float())
+    rejected(ValueError, "lengths is on meta", q, k, v, integers.to("meta"))
+    rejected(ValueError, "cu_seqlens must have shape", q, q, q, None, integers[None])
+    rejected(TypeError, "cu_seqlens must be int32 or int64", q, q, q, None, integers.float())
+    rejected(ValueError, "no lengths", q, q, q, integers, integers)
+    rejected(ValueError, "as many keys as queries", q, k, v, None, integers)
+    for bound in (0.0, -1.0, math.nan):
+        rejected(ValueError, "bound must be positive", q, k, v, bound=bound)
+    wide = q.repeat(1, 1, 1, 8)
+    rejected(kernels.KernelRequestError, "a head of 256 channels", wide, wide, wide, impl="triton")
+    rejected(kernels.KernelRequestError, "bfloat16 or float16", *(x.float() for x in (q, k, v)), impl="triton")
+    if not GPU:
+        rejected(kernels.KernelRequestError, "for CUDA tensors", q, k, v, impl="cudnn")
+        assert same(kernels.attention(q, k, v), reference.attention(q, k, v))
+
+
+# faults that a test must catch: see test_planted_faults.py
+K, G, F, L = "attention_kernels", "attention_gradient_kernels", "attention", "attention_launches"
+PLANTED_FAULTS = {
+    "a key after the query is seen": (K, "(key[None, :] <= position[:, None])", "(key[None, :] <= position[:, None] + 1)",
+     "test_attention"),
+    "the block on the diagonal is taken as seen whole": (K, "first_query + queries_before + 1, 0) // BLOCK_N",
+     "first_query + queries_before + 1, 0) // BLOCK_N + 1", "test_attention"),
+    "keys past the row's length are seen": (K, "& (key < keys)[None, :]", "& (key < keys + 9)[None, :]", "test_lengths"),
+    "lengths of the first row for all": (K, "lengths_ptr + tl.cast(batch, tl.int64) * lengths_stride", "lengths_ptr",
+     "test_lengths"),
+    "stride of the lengths ignored": (K, "tl.cast(batch, tl.int64) * lengths_stride", "batch", "test_strides"),
+    "divided by the sum of what was not rounded": (K, "p_rounded.to(tl.float32), 1)", "p, 1)",
+     "test_the_first_query_gets_exactly_its_value"),
+    "lse of what was rounded": (K, "total += tl.sum(p, 1)", "total += tl.sum(p_rounded.to(tl.float32), 1)", "test_attention"),
+    "what was summed before is not scaled": (K, "sums * factor[:, None], total * factor, rounded * factor, higher\n    p_rounded",
+     "sums, total * factor, rounded * factor, higher\n    p_rounded", "test_attention"),
+    "keys of the wrong head": (K, "rows_of(k_ptr, head // share, heads // share,", "rows_of(k_ptr, head, heads,", "test_attention"),
+    "scores beyond the bound go unseen": (K, "factor = tl.where(fits | none, factor,", "factor = tl.where(fits | ~none, factor,",
+     "test_scores_beyond_the_bound_are_right_or_nan"),
+    "float16 without its own limit": (L, "2.0 ** (-half - shift - 1)", "2.0 ** -100",
+     "test_scores_beyond_the_bound_are_right_or_nan"),
+    "float16 without a shift": (L, "bounded = max(half - FLOAT16_TOP, 0.0)", "bounded = 0.0", "test_the_shift_of_float16"),
+    "a part is added twice": (K, "tl.cdiv(keys, PART), PARTS)", "tl.cdiv(keys, PART), PARTS - 1)", "test_lengths"),
+    "parts past the row's length are added": (K, "known = part < tl.cdiv(keys, PART)", "known = part < parts", "test_lengths"),
+    "a document sees the one before": (K, "& (key[None, :] >= first_key[:, None])", "& (key[None, :] >= 0)", "test_documents"),
+    "documents end at the end of the row": (G, "& (t[None, :] < end_query[:, None])", "& (t[None, :] < tokens)", "test_documents"),
+    "documents run on into the next row": (F, ".minimum(row + tokens) - row", " - row", "test_documents"),
+    "delta without the gradient of lse": (G, "delta -= tl.load(dlse_ptr", "delta -= 0 * tl.load(dlse_ptr", "test_attention"),
+    "scale of dq forgotten": (G, "dq_ptr, dq * ROOT", "dq_ptr, dq", "test_attention"),
+    "gradients of one head in a group": (G, "for i in tl.range(0, share)", "for i in tl.range(0, 1)", "test_attention"),
+    "strides of out for its gradient": (G, "rows_of(dout_ptr, head, heads, d_batch_stride, d_token_stride,",
+     "rows_of(dout_ptr, head, heads, tl.cast(tokens, tl.int64) * heads * WIDTH, heads * WIDTH,", "test_attention"),
+    "keys start one block of queries late": (G, "begin = tl.maximum(first_key - queries_before, 0)",
+     "begin = tl.maximum(first_key - queries_before + BLOCK_M, 0)", "test_attention"),
+    "a key of the diagonal for all queries": (G, "p = tl.where(seen, p, 0.0)", "p = tl.where(seen, p, p)", "test_attention"),
+    "offset of a token in int32": (K, "tl.cast(start, tl.int64) * token_stride", "start * token_stride", "test_offsets_are_int64"),
+    "row of the result in int32": (K, "batch = tl.cast(head // heads, tl.int64)\n    row", "batch = head // heads\n    row",
+     "test_offsets_are_int64"),
+    "columns read as if next to each other": (L, "return x if x.stride(3) == 1 else x.contiguous()", "return x", "test_strides"),
+}  # fmt: skip
