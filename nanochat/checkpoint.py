@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
@@ -180,18 +181,14 @@ def _require_same_model(path: Path, meta: dict, config: GPTConfig) -> None:
 
 def damaged(path: Path, problem: str) -> UserError:
     """The error for a checkpoint that cannot be used, with the newest whole one before it."""
-    before = []
-    for other in path.parent.glob("step_*"):
-        if other.name < path.name:
-            try:
-                if not _first_problem(other, meta := _read_complete(other), list(meta["files"])):
-                    before.append(other)
-            except UserError:
-                continue
-    if before:
-        return UserError(
-            f"{problem}; remove {path} and run the same command again: it then takes {max(before)}, which is whole"
-        )
+    for other in reversed(steps_in(path.parent).values()):
+        if (len(other.name), other.name) >= (len(path.name), path.name):  # as numbers: the step after 999,999 is longer
+            continue
+        with suppress(UserError):
+            if not _first_problem(other, meta := _read_complete(other), list(meta["files"])):
+                return UserError(
+                    f"{problem}; remove {path} and run the same command again: it then takes {other}, which is whole"
+                )
     return UserError(f"{problem}; no whole checkpoint is before it: remove {path} and train this stage again")
 
 
