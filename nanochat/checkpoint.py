@@ -238,6 +238,12 @@ def _read_complete(path: Path) -> dict:
     return meta
 
 
+def weights_hash(meta: dict) -> str | None:
+    """The SHA-256 of a checkpoint's weights, from the content of its meta.json; None for one of an earlier version."""
+    content = meta["files"][WEIGHTS]
+    return content["sha256"] if isinstance(content, dict) else None
+
+
 def _first_problem(path: Path, meta: dict, names: list[str]) -> str | None:
     """What is wrong with the content of one of these files, or None. Checkpoints of earlier versions have no hashes."""
     for name in names:

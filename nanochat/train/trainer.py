@@ -36,6 +36,10 @@ from nanochat.train.state import SHAPE, Pace, TrainState
 
 # seconds in which a second signal repeats the first: torchrun passes on what a terminal has sent to all of its processes
 SAME_REQUEST = 1.0
+INPUTS = {
+    "data": "data of",
+    "first_weights": "weights at the start of",
+}  # settings that are hashes of what a stage is made from
 
 
 class Interrupt:
@@ -162,13 +166,13 @@ class Trainer:
             check_shape(meta, SHAPE, str(path / "meta.json"))
         except UserError as error:
             raise damaged(path, str(error)) from error
-        # earlier versions did not save what the data were, nor what the size of a step was beside that of the option
-        saved = {name: self.settings[name] for name in ("data", "step_size")} | meta["settings"]
+        # earlier versions did not save what the data and the first weights were, nor the size of a step beside that of the option
+        saved = {name: self.settings.get(name) for name in (*INPUTS, "step_size")} | meta["settings"]
         changed = [name for name in self.settings if self.settings[name] != saved.get(name)]
-        if changed == ["data"]:
+        if len(changed) == 1 and changed[0] in INPUTS:
             raise UserError(
-                f"the data of {self.plan.stage} are not those that {path} was trained on; bring those back to resume, or move "
-                f"{self.store.directory} away to start again"
+                f"the {INPUTS[changed[0]]} {self.plan.stage} are not those that {path} was made from; bring those back to resume, "
+                f"or move {self.store.directory} away to start again"
             )
         if changed:
             raise UserError(

@@ -182,6 +182,22 @@ def test_other_data_are_not_resumed(base, trained_base):
         assert nanochat(kept, "train", stage, *arguments).returncode == 0
 
 
+def test_a_stage_is_not_resumed_after_others_than_its_first_weights(base, trained_base):
+    """It would be of the stage before it as that was, and say that it is trained."""
+    checkpoints = Paths(base).run / "checkpoints"
+    shutil.copytree(Paths(trained_base).run / "checkpoints", checkpoints)
+    other_mid = [*TINY_MID, "--matrix-lr", "0.01"]
+    for earlier, before, stage, arguments in (
+        ("mid", other_mid, "sft", TINY_SFT),
+        ("base", [*TINY_BASE, "--matrix-lr", "0.01"], "mid", other_mid),
+    ):
+        shutil.rmtree(checkpoints / earlier)
+        assert nanochat(base, "train", earlier, *before).returncode == 0
+        result = nanochat(base, "train", stage, *arguments)
+        parts = f"the weights at the start of {stage} are not those that", f"move {checkpoints / stage} away"
+        assert_fails_with(result, *parts)
+
+
 def test_data_that_fill_no_step_leave_no_checkpoint(base, trained_base):
     """The stage after it would take such a checkpoint for a trained one."""
     shutil.copytree(Paths(trained_base).run / "checkpoints" / "base", Paths(base).run / "checkpoints" / "base")
