@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 
@@ -271,6 +271,9 @@ class Trainer:
             say(f"step {step} | {' | '.join(shown)}")
 
     def _save(self) -> None:
+        # the last update may have been too large, and no loss has shown it yet
+        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
+            self._stop_not_finite("a weight is not finite", [])
         if self.state.step == self.saved_step:
             return
         meta = {"stage": self.plan.stage, "tokenizer": self.tokenizer.hash, "settings": self.settings}
@@ -290,8 +293,9 @@ class Trainer:
         # the only wait for the device in a step; the weights are not touched before loss and norm are known to be finite
         rank_loss, grad_norm = self.runtime.read(torch.stack([self.micro_step.loss, norm]))
         loss = self.runtime.sum([rank_loss])[0] / world_size
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            self._stop_not_finite(loss, grad_norm, micro_batches)
+        for what, value in (("loss", loss), ("gradient norm", grad_norm)):
+            if not math.isfinite(value):
+                self._stop_not_finite(f"the {what} is {value}", micro_batches)
         self.optimizer.update(multiplier, self.plan.momentum(step))
         seconds = time.perf_counter() - started
         tokens = sum(batch.inputs.numel() for batch in micro_batches) * world_size
@@ -340,8 +344,7 @@ class Trainer:
             "tokens_per_second": state.tokens / state.elapsed if state.elapsed else 0.0,
         }
 
-    def _stop_not_finite(self, loss: float, grad_norm: float, micro_batches: list[Batch]) -> None:
-        problem = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {grad_norm}"
+    def _stop_not_finite(self, problem: str, micro_batches: list[Batch]) -> NoReturn:
         last = self.store.path(self.saved_step) if self.saved_step >= 0 else "none"
         raise UserError(
             f"step {self.state.step} of {self.plan.stage}: {problem}; offending tensor: "

@@ -219,12 +219,21 @@ def test_not_a_number_stops_training_and_names_the_tensor(base, trained_base):
     meta["files"][path.name]["sha256"] = sha256_of(path)
     (directory / "step_000020" / "meta.json").write_text(json.dumps(meta))
     result = nanochat(base, "train", "base", *TINY_BASE)
-    assert_fails_with(result, "step 20", "the loss is nan", "weight blocks.0.mlp.expand.weight", "step_000020")
+    assert_fails_with(result, "step 20", "a weight is not finite", "weight blocks.0.mlp.expand.weight", "step_000020")
 
 
 def test_an_exploding_learning_rate_is_caught(base):
     result = nanochat(base, "train", "base", *TINY_BASE, "--matrix-lr", "1e38", "--grad-clip", "0")
     assert_fails_with(result, "offending tensor: ", "last good checkpoint", "lower the learning rates")
+
+
+def test_weights_that_are_not_finite_are_not_saved(base):
+    """Those of the last step, after which there is no loss that would show it."""
+    result = nanochat(base, "train", "base", *TINY_BASE, "--num-iterations", "1", "--matrix-lr", "1e300")
+    assert_fails_with(
+        result, "step 1 of base: a weight is not finite; offending tensor: weight blocks.0", "checkpoint: none"
+    )
+    assert not any((Paths(base).run / "checkpoints" / "base").glob("step_*"))
 
 
 def test_logging_never_alters_training(base, trained_base, tmp_path):
