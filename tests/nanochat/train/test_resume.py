@@ -271,6 +271,14 @@ def test_bad_options_leave_nothing_behind(base, arguments, parts):
     assert sorted(base.rglob("*")) == before
 
 
+def test_a_mistake_in_the_bundle_is_found_before_training(base):
+    items = Paths(base).eval_bundle / "eval_data" / "world_choice.jsonl"
+    items.write_text('{"query": 7}\n')
+    result = nanochat(base, "train", "base", *TINY_BASE, "--core-metric-every", "0")
+    assert_fails_with(result, "world_choice.jsonl, line 1")
+    assert not (Paths(base).run / "checkpoints").exists()
+
+
 def test_a_step_without_anything_to_learn_ends_the_run(trained_base, tmp_path):
     """Its loss would be 0, which was not measured: the questions alone fill the 32 tokens of a row."""
     base = shutil.copytree(trained_base, tmp_path / "base")
