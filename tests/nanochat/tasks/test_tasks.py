@@ -94,6 +94,15 @@ def test_a_bad_identity_line_is_named_before_training_begins(base, line, message
         Identity(paths)
 
 
+def test_lines_of_conversations_are_no_table(base):
+    path = Paths(base).chat_data / "gsm8k" / "train.jsonl"
+    path.write_text(json.dumps(say_again("a", "b")))
+    with pytest.raises(
+        UserError, match="train.jsonl would be read as conversations, and gsm8k needs .* with question, answer"
+    ):
+        GSM8K(Paths(base), "train")
+
+
 @pytest.mark.parametrize(
     ("questions", "type_of", "message"),
     [
