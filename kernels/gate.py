@@ -28,7 +28,7 @@ from nanochat_kernels.oracle import evaluate, over_budget
 
 CHUNK = 2**26  # elements of the largest tensor that a chunk of rows makes in float64
 ROUNDS = 15
-REMEDY = "make it again with: nanochat kernels gate, or remove it"
+REMEDY = "make it again with: nanochat kernels gate, and the --preset of the run, or remove it"
 OUT_OF_MEMORY = "out of memory at these shapes"
 
 

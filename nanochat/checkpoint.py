@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
@@ -180,18 +181,14 @@ def _require_same_model(path: Path, meta: dict, config: GPTConfig) -> None:
 
 def damaged(path: Path, problem: str) -> UserError:
     """The error for a checkpoint that cannot be used, with the newest whole one before it."""
-    before = []
-    for other in path.parent.glob("step_*"):
-        if other.name < path.name:
-            try:
-                if not _first_problem(other, meta := _read_complete(other), list(meta["files"])):
-                    before.append(other)
-            except UserError:
-                continue
-    if before:
-        return UserError(
-            f"{problem}; remove {path} and run the same command again: it then takes {max(before)}, which is whole"
-        )
+    for other in reversed(steps_in(path.parent).values()):
+        if (len(other.name), other.name) >= (len(path.name), path.name):  # as numbers: the step after 999,999 is longer
+            continue
+        with suppress(UserError):
+            if not _first_problem(other, meta := _read_complete(other), list(meta["files"])):
+                return UserError(
+                    f"{problem}; remove {path} and run the same command again: it then takes {other}, which is whole"
+                )
     return UserError(f"{problem}; no whole checkpoint is before it: remove {path} and train this stage again")
 
 
@@ -239,6 +236,12 @@ def _read_complete(path: Path) -> dict:
     ):  # so large a model must not even be allocated; load_weights names a few weights that are missing
         raise UserError(f"{path / 'meta.json'}['config'] is of a model of {needed:,} bytes, and {WEIGHTS} has {size:,}")
     return meta
+
+
+def weights_hash(meta: dict) -> str | None:
+    """The SHA-256 of a checkpoint's weights, from the content of its meta.json; None for one of an earlier version."""
+    content = meta["files"][WEIGHTS]
+    return content["sha256"] if isinstance(content, dict) else None
 
 
 def _first_problem(path: Path, meta: dict, names: list[str]) -> str | None:

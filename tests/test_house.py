@@ -93,6 +93,15 @@ def test_every_import_is_declared():
             assert wanted is None or wanted in names, f"{path} imports {name}, which pyproject.toml does not declare"
 
 
+def test_every_dependency_is_imported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    modules = {"pyyaml": "yaml", "markdown-it-py": "markdown_it"}
+    imported = {name.split(".")[0] for path in SOURCES if "tests" not in path.parts for name in imports(path)}
+    for dependency in project["dependencies"]:
+        name = re.match(r"[\w-]+", dependency).group()
+        assert modules.get(name, name) in imported, f"pyproject.toml lists {name}, which nothing imports"
+
+
 def test_the_packages_are_those_of_the_tree_and_none_is_called_kernels():
     """Hugging Face's library is called kernels: a package of that name would overwrite it, or be taken for it."""
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]

@@ -24,9 +24,10 @@ SHOWN = 8  # the last jobs of a run
 # Slurm's reasons for which a job waits for ever, and what to change
 NEVER_STARTS = (
     (
-        "PartitionConfig|PartitionNodeLimit|MaxNodePerJob",
+        "PartitionConfig|PartitionNodeLimit",
         "the partition has fewer nodes than it asks for; lower --nodes",
     ),
+    ("MaxNodePerJob", "its account or QOS may not have so many nodes; lower --nodes"),
     (
         "PartitionTimeLimit|WallDurationPerJob",
         "its time limit is longer than is allowed; lower --time or NANOCHAT_TIME",

@@ -25,9 +25,15 @@ def check_values(table: pa.Table, name: str, shape: object, path: Path) -> None:
     """As check_type, for a column that must not have nulls either; UserError names the first row with one."""
     check_type(table.schema.field(name), shape, path)
     column = table.column(name)
-    if not _has_nulls(column, shape):
+    if not _has_nulls(column, shape) and _is_valid(column):
         return
-    for row, value in enumerate(column.to_pylist(), 1):
+    for row, scalar in enumerate(column, 1):
+        try:
+            value = scalar.as_py()
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path}, row {row}: {name} is no text in UTF-8 ({error}); correct or remove the row"
+            ) from error
         if value is None:
             raise UserError(f"{path}, row {row} has no {name}; fill or remove the row")
         check_shape(value, shape, f"{path}, row {row}: {name}")
@@ -53,6 +59,15 @@ def _has_nulls(column: pa.ChunkedArray, shape: object) -> bool:
         return _has_nulls(pc.list_flatten(column), shape[0])
     parts = shape.items() if isinstance(shape, dict) else ()
     return any(_has_nulls(pc.struct_field(column, name), part) for name, part in parts)
+
+
+def _is_valid(column: pa.ChunkedArray) -> bool:
+    """Whether all texts are UTF-8, which reading a file does not check."""
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
 def _in_words(shape: object) -> str:

@@ -19,8 +19,8 @@ TOGETHER = 16  # files between two exchanges with the other ranks
 def fingerprint(files: Iterable[Path], known: Path, runtime: Runtime) -> str:
     """The SHA-256 of the names and contents of files, in hexadecimal. All ranks call it together, and the primary reads the files.
 
-    known: a file that keeps the hash of each file with its size and time of change, so that it is read only once. Raises
-    UserError on all ranks when a file cannot be read.
+    known: a file that keeps the hash of each file with its size and the times of its last changes, so that it is read only once.
+    Raises UserError on all ranks when a file cannot be read.
     """
     files, total = sorted(set(files)), hashlib.sha256()
     # a few files at a time: the other ranks would give up on one that does not answer for minutes
@@ -41,12 +41,13 @@ def fingerprint(files: Iterable[Path], known: Path, runtime: Runtime) -> str:
 def _hashes_of(files: list[Path], known: Path, progress: str) -> dict[Path, str]:
     before = read_json(known) or {}
     names = {path: str(path.resolve()) for path in files}
-    marks = {path: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+    # copies may keep the time of the content, but nobody sets that of the entry
+    marks = {path: [s.st_size, s.st_mtime_ns, s.st_ctime_ns] for path in files for s in [path.stat()]}
     entries = {path: before.get(name) for path, name in names.items()}
     hashes = {
-        path: entry[2]
+        path: entry[3]
         for path, entry in entries.items()
-        if isinstance(entry, list) and len(entry) == 3 and entry[:2] == marks[path]
+        if isinstance(entry, list) and len(entry) == 4 and entry[:3] == marks[path]
     }
     new = [path for path in files if path not in hashes]
     size = sum(marks[path][0] for path in new)

@@ -48,7 +48,15 @@ class Shards:
             column = _open(path).read_row_group(row_group, columns=["text"]).column("text")
         except (pa.ArrowException, OSError) as error:
             raise _damaged(path, error) from error
-        return [text for text in column.to_pylist() if text]
+        try:
+            return [text for text in column.to_pylist() if text]
+        except UnicodeDecodeError as error:
+            metadata = _open(path).metadata
+            row = 1 + sum(metadata.row_group(number).num_rows for number in range(row_group))
+            raise UserError(
+                f"{path} has a text that is no UTF-8, at row {row + _first_undecodable(column)} ({error}); remove the file and fetch "
+                "or generate it again"
+            ) from error
 
     def documents(self) -> Iterator[str]:
         """All documents with text, in order. Raises UserError when there is none."""
@@ -92,6 +100,16 @@ def _open(path: Path) -> pq.ParquetFile:
     if file.metadata.num_rows == 0:
         raise UserError(f"{path} has no rows; fetch or generate it again")
     return file
+
+
+def _first_undecodable(column: pa.ChunkedArray) -> int:
+    """The index of the first text that is no UTF-8."""
+    for index, text in enumerate(column):
+        try:
+            text.as_py()
+        except UnicodeDecodeError:
+            return index
+    return 0
 
 
 def _damaged(path: Path, error: Exception) -> UserError:

@@ -16,7 +16,8 @@ from nanochat.platform.errors import UserError
 def bits_per_byte(model: GPT, batches: Iterable[Batch], token_bytes: np.ndarray, runtime: Runtime) -> float:
     """Bits per byte of a model over the batches of all ranks. Special tokens and ignored targets (−1) do not count.
 
-    token_bytes: int32 (V,), the length of each token in bytes, 0 for special tokens. Raises UserError when there is no text.
+    token_bytes: int32 (V,), the length of each token in bytes, 0 for special tokens. Raises UserError when there is no text, and when
+    the loss is not finite.
     """
     lengths = torch.from_numpy(token_bytes).to(runtime.device)
     nats, count = 0.0, 0
@@ -31,6 +32,10 @@ def bits_per_byte(model: GPT, batches: Iterable[Batch], token_bytes: np.ndarray,
         raise UserError(
             f"there is no text to measure bits per byte on: the data do not fill a row of tokens on any of {runtime.world_size} "
             "process(es); take more data, fewer processes or shorter rows, or train with --eval-every -1"
+        )
+    if not math.isfinite(nats):
+        raise UserError(
+            f"the loss is {nats} on the text that is measured: the model cannot be used; take an earlier checkpoint"
         )
     return nats / (math.log(2) * count)
 

@@ -16,8 +16,8 @@ class ChatOptions(NewestRun):
 
     prompt: Annotated[str, tyro.conf.arg(aliases=["-p"])] = ""
     """answer only this prompt, without a chat"""
-    source: Literal["base", "mid", "sft"] = "sft"
-    """training stage whose newest checkpoint is used"""
+    source: Annotated[Literal["base", "mid", "sft"], tyro.conf.arg(aliases=["--stage"])] = "sft"
+    """training stage whose newest checkpoint is used; --stage, as other commands call it, is the same"""
     temperature: Annotated[float, AtLeast(0)] = 0.6
     """temperature of the sampling; 0 takes the most likely token"""
     top_k: Annotated[int, AtLeast(1)] = 50

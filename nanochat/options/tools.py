@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from nanochat.options.model import LONGEST_CONTEXT
-from nanochat.options.presets import NamedRun, NewestRun, PresetName
+from nanochat.options.presets import NewestRun, PresetName, PresetOptions
 from nanochat.options.ranges import AtLeast, Between
 
 
@@ -61,11 +61,11 @@ class KernelsTuneOptions:
 
 
 @dataclass(frozen=True)
-class KernelsGateOptions(NamedRun):
+class KernelsGateOptions(PresetOptions):
     """Validate and time every operation on the device and at the shapes of training, and write the choice to gate.json."""
 
-    preset: PresetName = "d20"
-    """preset with the depth, the context and the largest micro-batch; the options below override it"""
+    preset: PresetName | Literal[""] = ""
+    """preset with the depth, the context and the largest micro-batch; without one, those of `train base`; others override it"""
     depth: Annotated[int, Between(0, 1000)] = 0
     """blocks; 0: the preset's number, as for the options below"""
     context_length: Annotated[int, Between(0, LONGEST_CONTEXT)] = 0

@@ -113,6 +113,7 @@ display = Progress(
     TextColumn("{task.fields[state]}", markup=False),
     console=console,
     transient=True,
+    redirect_stderr=sys.stderr.isatty(),  # what is written there would else break the display; elsewhere it is to arrive as it is
 )
 LINE_SECONDS = 5.0  # between two lines about a work, where there is no terminal
 

@@ -75,7 +75,10 @@ def json_lines(path: Path) -> Iterator[tuple[int, object]]:
                 line = line.removeprefix(b"\xef\xbb\xbf")  # the mark that some editors put at the beginning
             if line.strip():
                 try:
-                    yield number, json.loads(line.decode("utf-8"))
+                    value = json.loads(line.decode("utf-8"))
+                    if b"\\u" in line:  # half of a character, which is written so, is none
+                        json.dumps(value, ensure_ascii=False).encode("utf-8")
+                    yield number, value
                 except (ValueError, RecursionError) as error:
                     yield number, error if isinstance(error, ValueError) else ValueError("nested too deeply")
 

@@ -111,13 +111,16 @@ def _remove_dead(path: Path, seen: Seen) -> None:
 
 
 def holder(path: Path) -> dict | None:
-    """Who holds the lock, as far as can be seen at once; None when nobody does. Empty for a file that is damaged."""
+    """Who holds the lock; None when nobody does. Empty for a file that is damaged.
+
+    A heartbeat of this minute is believed. Another one may be by a clock that differs from this host's: this waits for the next.
+    """
     seen = _read(path)
     if seen is None:
         return None
     alive = _lives_here(seen)
     if alive is None:
-        alive = time.time() - seen.changed / 1e9 < DEAD
+        alive = abs(time.time() - seen.changed / 1e9) < DEAD or _beats(path, seen, 2 * BEAT)
     return seen.holder if alive else None
 
 
@@ -139,17 +142,19 @@ def _held(path: Path, command: str, holder: dict) -> str:
 def _is_dead(path: Path, seen: Seen) -> bool:
     """Whether a holder no longer lives; to know it of one on another host, this watches its heartbeat."""
     alive = _lives_here(seen)
-    if alive is not None:
-        return not alive
-    say(
-        f"{path} is there, of {seen.holder.get('host', 'an unknown host')}: waiting up to {DEAD:.0f} s for its heartbeat"
-    )
-    end = time.monotonic() + DEAD
+    return not (_beats(path, seen, DEAD) if alive is None else alive)
+
+
+def _beats(path: Path, seen: Seen, seconds: float) -> bool:
+    """Whether a lock changes within some seconds."""
+    host = seen.holder.get("host", "an unknown host")
+    say(f"{path} is there, of {host}: waiting up to {seconds:.0f} s for its heartbeat")
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
         time.sleep(min(BEAT, DEAD) / 20)
         if _read(path) != seen:
-            return False
-    return True
+            return True
+    return False
 
 
 def _lives_here(seen: Seen) -> bool | None:
@@ -170,7 +175,8 @@ def _beat(path: Path, mine: dict, released: threading.Event) -> None:
         except OSError:  # of a storage that does not answer: the next heartbeat tells
             continue
         if not released.is_set():
-            print(f"nanochat: error: {_lost(path)}", file=sys.stderr, flush=True)
+            with suppress(OSError):  # of a closed terminal, for example
+                print(f"nanochat: error: {_lost(path)}", file=sys.stderr, flush=True)
             os._exit(1)
 
 

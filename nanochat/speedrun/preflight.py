@@ -90,7 +90,8 @@ def _check_machine(options: PreflightOptions, paths: Paths) -> list[str]:
             failures.append(str(error))
     if not paths.gate.exists():
         say(
-            "ok   no gate file: the launch tables choose the kernels (nanochat kernels gate would measure them on this device)"
+            f"ok   no gate file: the launch tables choose the kernels (nanochat kernels gate --preset {options.preset} would measure "
+            "them on this device)"
         )
     return failures
 

@@ -164,12 +164,13 @@ def _sums(rng: random.Random, people: dict, word_list: list[str]) -> str:
 
 def _letters(rng: random.Random, people: dict, word_list: list[str]) -> str:
     """Letters counted in words, as SpellingBee does it; words of the test split are left out."""
-    items = []
-    for word in rng.sample(word_list, 4):
+    chosen, items = rng.sample(word_list, 4), []
+    for word in chosen:
         if not in_test("word", word):
             question, worked, check, count = asked_and_counted(rng, word)
             items.append(f"Question: {question}\nAnswer: {worked}{check} = {count}")
-    return "\n\n".join(items)
+    # none of them in one document of 10,000; others are drawn apart, so that the documents behind it stay as they are
+    return "\n\n".join(items) or _letters(random.Random(digest(*chosen)), people, word_list)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -80,6 +80,12 @@ def load_rows(
             f"the chat source {source}/{split} does not exist under {paths.chat_data}; "
             f"there are: {', '.join(existing) or 'none'}; {paths.get_data}"
         )
+    lines = [path for path in files if path.suffix == ".jsonl"]
+    if lines and "messages" not in shape:
+        raise UserError(
+            f"{lines[0]} would be read as conversations, and {source} needs a parquet table with {', '.join(shape)}; convert it, or "
+            "move it away"
+        )
     rows = Rows(
         files, [_read_lines(path) if path.suffix == ".jsonl" else _read_table(path, shape, check) for path in files]
     )

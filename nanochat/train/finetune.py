@@ -1,6 +1,6 @@
 """Fine-tuning: one conversation per row, with loss only on the assistant's own tokens."""
 
-from nanochat.checkpoint import CheckpointStore, create_model, find_checkpoint
+from nanochat.checkpoint import CheckpointStore, create_model, find_checkpoint, weights_hash
 from nanochat.data.conversations import Limited, Mixture, padded_batches
 from nanochat.data.fingerprint import fingerprint
 from nanochat.data.positions import conversation_position
@@ -63,7 +63,7 @@ def finetune(options: TrainSftOptions, paths: Paths, runtime: Runtime) -> dict:
         one_length=False,
     )
     settings = learning_settings(options) | {"mid_step": mid_meta["step"], "conversations": len(mixture)}
-    settings["step_size"] = total
+    settings |= {"step_size": total, "first_weights": weights_hash(mid_meta)}
     settings["data"] = fingerprint(mixture.files(), paths.hashes, runtime)
     optimizer = MuonAdamW(model, options.optimizer)
     trainer = Trainer(plan, model, optimizer, tokenizer, paths, runtime, options.run, settings, micro_step_ms)

@@ -1,6 +1,6 @@
 """Midtraining: teaches the format of conversations, tools and multiple choice, in one epoch of a mixture packed into a stream."""
 
-from nanochat.checkpoint import CheckpointStore, create_model, find_checkpoint
+from nanochat.checkpoint import CheckpointStore, create_model, find_checkpoint, weights_hash
 from nanochat.data.conversations import Limited, Mixture, packed_batches
 from nanochat.data.fingerprint import fingerprint
 from nanochat.data.positions import conversation_position
@@ -72,7 +72,7 @@ def midtrain(options: TrainMidOptions, paths: Paths, runtime: Runtime) -> dict:
         evaluations=[Evaluation(options.eval_every, measure_bpb, first=True)],
     )
     settings = learning_settings(options) | {"base_step": base_meta["step"], "conversations": len(mixture)}
-    settings["step_size"] = total
+    settings |= {"step_size": total, "first_weights": weights_hash(base_meta)}
     settings["data"] = fingerprint(mixture.files(), paths.hashes, runtime)
     optimizer = MuonAdamW(model, options.optimizer)
     trainer = Trainer(plan, model, optimizer, tokenizer, paths, runtime, options.run, settings, micro_step_ms)

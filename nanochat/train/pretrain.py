@@ -10,7 +10,7 @@ from nanochat.data.positions import START, TextPosition, text_position
 from nanochat.data.pretraining import TokenStream
 from nanochat.data.shards import Shards
 from nanochat.evaluate.bits_per_byte import bits_per_byte
-from nanochat.evaluate.core import evaluate_core
+from nanochat.evaluate.core import evaluate_core, load_bundle
 from nanochat.gate import take_gate
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.inference.engine import Engine
@@ -35,6 +35,8 @@ def pretrain(options: TrainBaseOptions, paths: Paths, runtime: Runtime) -> dict:
     rows, accumulation, total = step_size(options, "base", length, store)
     steps = horizon(replace(options, total_batch_size=total), shape)
     train, val = Shards.of(paths, "train"), Shards.of(paths, "val")
+    if options.core_metric_every >= 0:
+        load_bundle(paths.eval_bundle)  # a mistake in it is found now, and not after hours
     shape, micro_step_ms = take_gate(paths, shape, rows, runtime)
     store.check_model(shape)
     model = GPT.create(shape, runtime.device, runtime.compute_dtype, options.seed)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 
@@ -36,6 +36,10 @@ from nanochat.train.state import SHAPE, Pace, TrainState
 
 # seconds in which a second signal repeats the first: torchrun passes on what a terminal has sent to all of its processes
 SAME_REQUEST = 1.0
+INPUTS = {
+    "data": "data of",
+    "first_weights": "weights at the start of",
+}  # settings that are hashes of what a stage is made from
 
 
 class Interrupt:
@@ -162,13 +166,13 @@ class Trainer:
             check_shape(meta, SHAPE, str(path / "meta.json"))
         except UserError as error:
             raise damaged(path, str(error)) from error
-        # earlier versions did not save what the data were, nor what the size of a step was beside that of the option
-        saved = {name: self.settings[name] for name in ("data", "step_size")} | meta["settings"]
+        # earlier versions did not save what the data and the first weights were, nor the size of a step beside that of the option
+        saved = {name: self.settings.get(name) for name in (*INPUTS, "step_size")} | meta["settings"]
         changed = [name for name in self.settings if self.settings[name] != saved.get(name)]
-        if changed == ["data"]:
+        if len(changed) == 1 and changed[0] in INPUTS:
             raise UserError(
-                f"the data of {self.plan.stage} are not those that {path} was trained on; bring those back to resume, or move "
-                f"{self.store.directory} away to start again"
+                f"the {INPUTS[changed[0]]} {self.plan.stage} are not those that {path} was made from; bring those back to resume, "
+                f"or move {self.store.directory} away to start again"
             )
         if changed:
             raise UserError(
@@ -267,6 +271,9 @@ class Trainer:
             say(f"step {step} | {' | '.join(shown)}")
 
     def _save(self) -> None:
+        # the last update may have been too large, and no loss has shown it yet
+        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
+            self._stop_not_finite("a weight is not finite", [])
         if self.state.step == self.saved_step:
             return
         meta = {"stage": self.plan.stage, "tokenizer": self.tokenizer.hash, "settings": self.settings}
@@ -286,8 +293,9 @@ class Trainer:
         # the only wait for the device in a step; the weights are not touched before loss and norm are known to be finite
         rank_loss, grad_norm = self.runtime.read(torch.stack([self.micro_step.loss, norm]))
         loss = self.runtime.sum([rank_loss])[0] / world_size
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            self._stop_not_finite(loss, grad_norm, micro_batches)
+        for what, value in (("loss", loss), ("gradient norm", grad_norm)):
+            if not math.isfinite(value):
+                self._stop_not_finite(f"the {what} is {value}", micro_batches)
         self.optimizer.update(multiplier, self.plan.momentum(step))
         seconds = time.perf_counter() - started
         tokens = sum(batch.inputs.numel() for batch in micro_batches) * world_size
@@ -336,8 +344,7 @@ class Trainer:
             "tokens_per_second": state.tokens / state.elapsed if state.elapsed else 0.0,
         }
 
-    def _stop_not_finite(self, loss: float, grad_norm: float, micro_batches: list[Batch]) -> None:
-        problem = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {grad_norm}"
+    def _stop_not_finite(self, problem: str, micro_batches: list[Batch]) -> NoReturn:
         last = self.store.path(self.saved_step) if self.saved_step >= 0 else "none"
         raise UserError(
             f"step {self.state.step} of {self.plan.stage}: {problem}; offending tensor: "

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from nanochat.checkpoint import CheckpointStore, create_model, load_model, load_weights, read_meta
+from nanochat.checkpoint import CheckpointStore, create_model, damaged, load_model, load_weights, read_meta
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.platform.distributed import Runtime
@@ -137,6 +137,17 @@ def test_damage_is_found_before_loading_and_the_checkpoint_before_it_is_named(tm
         loaded(store, 3)
     shutil.rmtree(store.path(3))
     assert loaded(store, 2)["step"] == 2
+
+
+def test_the_checkpoint_before_it_is_that_of_the_step_before(tmp_path):
+    """Whose name is shorter after a million steps."""
+    for step in (999_998, 999_999, 1_000_000):
+        store = saved(tmp_path, step, keep=3)
+    (store.path(1_000_000) / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(UserError, match="it then takes .*step_999999, which is whole"):
+        loaded(store, 1_000_000)
+    with pytest.raises(UserError, match="no whole checkpoint is before it"):
+        raise damaged(store.path(999_998), "damaged")
 
 
 def test_without_a_whole_checkpoint_before_it_the_stage_is_trained_again(tmp_path):

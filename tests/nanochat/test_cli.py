@@ -17,6 +17,12 @@ def test_help_lists_every_command():
         assert name in result.stdout and command.summary in result.stdout
 
 
+def test_chat_takes_the_stage_as_other_commands_do():
+    """They call it --stage."""
+    for arguments in (["--stage", "mid"], ["--stage=mid"], ["--source", "mid"]):
+        assert parse(COMMANDS["chat"].load_options(), "chat", arguments).source == "mid"
+
+
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_every_command_has_a_function_that_takes_what_it_can_be_given(name):
     function = COMMANDS[name].load_function()

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 import nanochat.tools.kernels as tools
+from nanochat.cli import COMMANDS, parse
 from nanochat.gate import chosen_implementations, run_shape, take_gate
 from nanochat.gpt import GPTConfig
 from nanochat.options.model import Implementations
 from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
+from nanochat.speedrun.preflight import most_rows
 from nanochat_kernels import gate
 from nanochat_kernels.dispatch import operations
 from tests.conftest import TINY_BASE, assert_fails_with, nanochat
@@ -30,9 +32,17 @@ def test_training_takes_the_gate(base):
     assert run.returncode == 0 and "kernels: the gate of" in run.stdout, run.stderr + run.stdout
     assert "chose fused nothing" in run.stdout
     other = nanochat(base, "train", "base", *TINY_BASE, "--device-batch-size", "8", "--total-batch-size", "256")
-    assert_fails_with(other, "made for another shape", "'rows': 4", "'rows': 8", "nanochat kernels gate, or remove it")
+    assert_fails_with(
+        other, "made for another shape", "'rows': 4", "'rows': 8", "nanochat kernels gate, and the --preset"
+    )
     (Paths(base).run / "gate.json").write_text("{")
     assert_fails_with(nanochat(base, "train", "base", *TINY_BASE), "is not a gate file")
+
+
+def test_without_a_preset_the_gate_is_of_the_run_that_has_none():
+    """As training without a preset is, which takes it."""
+    gate_options, training = (parse(COMMANDS[name].load_options(), name, []) for name in ("kernels gate", "train base"))
+    assert gate_options.preset == training.preset == "" and most_rows("") == training.device_batch_size
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import time
 
 import pytest
@@ -90,7 +91,8 @@ def test_a_stage_without_metrics_runs_too(paths, shown):
 
 
 @pytest.mark.parametrize(("age", "state"), [(20, "running"), (100, "stopped")])
-def test_a_holder_on_another_node_is_known_by_its_heartbeat(paths, shown, age, state):
+def test_a_holder_on_another_node_is_known_by_its_heartbeat(paths, shown, age, state, monkeypatch):
+    monkeypatch.setattr("nanochat.platform.lock.BEAT", 0.05)
     holder = {"host": "gpu07", "namespace": "", "process": 7, "started": "1", "job": "41", "since": "12:00"}
     for name in ("base", "mid-eval"):
         paths.lock(name).write_text(json.dumps(holder))
@@ -98,6 +100,30 @@ def test_a_holder_on_another_node_is_known_by_its_heartbeat(paths, shown, age, s
     told = shown()
     assert state in row(told, "base") and state in row(told, "mid-eval")
     assert ("process 7 on gpu07, job 41, since 12:00" in told) == (state == "running")
+
+
+@pytest.mark.parametrize("hours", [-2, 2])
+@pytest.mark.parametrize("alive", [True, False])
+def test_the_clock_of_another_node_may_differ(paths, shown, monkeypatch, hours, alive):
+    monkeypatch.setattr("nanochat.platform.lock.BEAT", 0.5)
+    holder = {"host": "gpu07", "namespace": "", "process": 7, "started": "1", "job": "41", "since": "12:00"}
+    paths.lock("base").write_text(json.dumps(holder))
+    ended = threading.Event()
+
+    def beat():
+        while not ended.wait(0.05):
+            os.utime(paths.lock("base"), (time.time() + 3600 * hours,) * 2)
+
+    os.utime(paths.lock("base"), (time.time() + 3600 * hours,) * 2)
+    other = threading.Thread(target=beat)
+    if alive:
+        other.start()
+    try:
+        assert ("running" if alive else "stopped") in row(shown(), "base")
+    finally:
+        ended.set()
+        if alive:
+            other.join()
 
 
 def test_a_stage_that_was_run_by_itself_is_done_until_it_is_trained_again(paths, shown):
@@ -155,7 +181,8 @@ def test_only_the_jobs_of_the_run_are_shown(paths, shown, tmp_path):
             "PartitionConfig",
             "the partition has fewer nodes than it asks for; lower --nodes; cancel it with: scancel 41",
         ),
-        ("PENDING", "PartitionNodeLimit", "lower --nodes"),
+        ("PENDING", "PartitionNodeLimit", "the partition has fewer nodes than it asks for; lower --nodes"),
+        ("PENDING", "AssocMaxNodePerJobLimit", "its account or QOS may not have so many nodes; lower --nodes"),
         ("PENDING", "PartitionTimeLimit", "lower --time or NANOCHAT_TIME"),
         ("PENDING", "QOSMaxWallDurationPerJobLimit", "lower --time or NANOCHAT_TIME"),
         ("PENDING", "AssocMaxMemPerJob", "lower --gpus, or NANOCHAT_CPUS and NANOCHAT_MEMORY"),

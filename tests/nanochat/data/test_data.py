@@ -185,6 +185,18 @@ def test_row_groups_without_text_among_others_are_passed_over(tmp_path, tokenize
             next(first)
 
 
+def test_a_text_that_is_no_utf_8_is_named(tmp_path):
+    column = pa.array([b"a", None, b"b", b"", b"c", b"\xff"], pa.binary()).view(pa.string())
+    for number in (0, 1):
+        path = tmp_path / f"text/shard_{number:05d}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table({"text": column}), path, row_group_size=2)
+    shards = Shards.of(Paths(tmp_path), "train")
+    assert shards.read(1) == ["b"]
+    with pytest.raises(UserError, match="shard_00000.parquet has a text that is no UTF-8, at row 6 .*0xff"):
+        list(shards.documents())
+
+
 # --- conversations ---
 
 

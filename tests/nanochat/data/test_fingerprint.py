@@ -1,5 +1,6 @@
 """The hash of the training data: it follows names and contents, and files that have not changed are read once."""
 
+import os
 import shutil
 from dataclasses import replace
 
@@ -50,6 +51,14 @@ def test_files_that_have_not_changed_are_read_once(files, tmp_path, cpu, monkeyp
         known.write_text(damage)
         read.clear()
         assert fingerprint(files, known, cpu) and sorted(read) == ["a", "b"]
+
+
+def test_other_contents_of_the_same_size_and_time_are_noticed(files, tmp_path, cpu):
+    """As a copy leaves them that keeps the time."""
+    first, times = fingerprint(files, tmp_path / "known.json", cpu), files[0].stat()
+    files[0].write_bytes(b"A" * times.st_size)
+    os.utime(files[0], ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert fingerprint(files, tmp_path / "known.json", cpu) != first
 
 
 def test_many_files_are_read_a_few_at_a_time(files, tmp_path, cpu, monkeypatch):

@@ -291,6 +291,15 @@ def test_the_results_tell_what_confined_generated_code(tokenizer, world, cpu, mo
     }
 
 
+def test_bits_per_byte_that_are_not_finite_are_an_error(cpu):
+    def broken(inputs, targets, reduction):
+        return torch.full(targets.shape, math.nan)
+
+    tokens = torch.tensor([[1, 2]])
+    with pytest.raises(UserError, match="the loss is nan on the text that is measured"):
+        bits_per_byte(broken, [Batch(tokens, tokens, ())], np.ones(5, dtype=np.int32), cpu)
+
+
 def test_bits_per_byte_of_nothing_is_not_a_number_but_an_error(model, cpu):
     with pytest.raises(UserError, match="no text to measure bits per byte on"):
         bits_per_byte(model, [], np.ones(model.config.vocab_size, dtype=np.int32), cpu)

@@ -57,11 +57,12 @@ print("the end")
 """
 
 
-def on_a_terminal(script: str, kind: str = "xterm", status: int = 0) -> str:
-    """What a script shows on a terminal of a kind, 80 columns wide, until it ends with a status."""
+def on_a_terminal(script: str, kind: str = "xterm", status: int = 0, stderr: int | None = None) -> str:
+    """What a script shows on a terminal of a kind, 80 columns wide, until it ends with a status; stderr: a file to have instead."""
     master, slave = pty.openpty()
     variables = environment(None, COLUMNS="80", TERM=kind, PYTHONIOENCODING="utf-8")
-    process = subprocess.Popen([sys.executable, "-c", script], env=variables, stdout=slave, stderr=slave)
+    errors = slave if stderr is None else stderr
+    process = subprocess.Popen([sys.executable, "-c", script], env=variables, stdout=slave, stderr=errors)
     os.close(slave)
     seen = b""
     while True:
@@ -84,6 +85,16 @@ def test_on_a_terminal_there_is_one_live_display_which_fits_and_goes():
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     assert max(len(line) for line in re.split(r"[\r\n]+", shown)) <= 80
     assert shown.rstrip().endswith("the end")
+
+
+def test_errors_reach_whoever_reads_them_while_there_is_a_display(tmp_path):
+    """As the speedrun does, which shows them and repeats the last one at its end."""
+    script = "import sys\nfrom nanochat.platform.console import progress\n"
+    script += "with progress('train base', 1):\n    print('nanochat: error: lost', file=sys.stderr)\n"
+    assert on_a_terminal(script).count("nanochat: error: lost") == 1
+    with (tmp_path / "errors").open("w") as errors:
+        assert "lost" not in on_a_terminal(script, stderr=errors.fileno())
+    assert (tmp_path / "errors").read_text() == "nanochat: error: lost\n"
 
 
 KILLED = """

@@ -142,7 +142,9 @@ def test_of_many_that_find_a_dead_holder_one_gets_the_lock(tmp_path, quick):
     assert results == [1] and not list(tmp_path.iterdir())
 
 
-def test_heartbeats_change_the_time_and_a_holder_that_lost_its_lock_ends(tmp_path):
+@pytest.mark.parametrize("heard", [True, False])
+def test_heartbeats_change_the_time_and_a_holder_that_lost_its_lock_ends(tmp_path, heard):
+    """Also if nobody hears why: its terminal is closed."""
     script = """
 import json, pathlib, sys, time
 from nanochat.platform import lock
@@ -157,10 +159,13 @@ with lock.locked(path, "a"):
     time.sleep(60)
 """
     path = tmp_path / "a.lock"
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(path)], env=environment(None), capture_output=True, text=True, timeout=50
-    )
-    assert done.returncode == 1 and done.stderr.startswith(f"nanochat: error: the lock {path} was removed or taken"), (
-        done
-    )
+    reader, writer = os.pipe()
+    if not heard:
+        os.close(reader)
+    done = subprocess.run([sys.executable, "-c", script, str(path)], env=environment(None), stderr=writer, timeout=50)
+    os.close(writer)
+    assert done.returncode == 1
+    if heard:
+        with open(reader) as said:
+            assert said.read().startswith(f"nanochat: error: the lock {path} was removed or taken")
     assert json.loads(path.read_text()) == {"host": "another"}

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -252,16 +254,25 @@ run_stages(SpeedrunOptions(last="base", device="cpu"), base, [
 """
 
 
-def training_under_way(base: Path) -> tuple[subprocess.Popen, int]:
-    """A speedrun of one training stage, and the process of the stage, which has done some steps."""
+@contextmanager
+def training_under_way(base: Path) -> Iterator[tuple[subprocess.Popen, int]]:
+    """A speedrun of one training stage, and the process of the stage, which has done some steps. Neither is there afterwards."""
     process = subprocess.Popen(
         [sys.executable, "-c", STARTED, "train", "base", *TINY_BASE, "--num-iterations", "100000", "--save-every", "0"],
-        env=environment(base), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=environment(base), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     metrics, lock = Paths(base).metrics("base"), Paths(base).lock("base")
-    until(lambda: process.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") > 3))
-    assert process.poll() is None, process.communicate()[0]
-    return process, json.loads(lock.read_text())["process"]
+    try:
+        until(lambda: process.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") > 3))
+        assert process.poll() is None, process.communicate()[0]
+        yield process, json.loads(lock.read_text())["process"]
+    finally:
+        with suppress(
+            ProcessLookupError
+        ):  # the session of the two, as their parent's end would only ask the stage to end
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
 
 
 def until(condition) -> None:
@@ -272,26 +283,26 @@ def until(condition) -> None:
 
 
 def test_a_stage_saves_and_ends_when_its_speedrun_is_killed(base):
-    speedrun, stage = training_under_way(base)
-    second = nanochat(base, "train", "base", *TINY_BASE)  # while the first one trains
-    assert_fails_with(
-        second, f"another train base is running in {Paths(base).run} (process {stage} on", "remove", "base.lock"
-    )
-    speedrun.kill()
-    speedrun.wait()
-    until(lambda: not Path("/proc", str(stage), "cmdline").exists() or not Paths(base).lock("base").exists())
-    assert list(Paths(base).checkpoints("base").glob("step_*")) and not Paths(base).lock("base").exists()
+    with training_under_way(base) as (speedrun, stage):
+        second = nanochat(base, "train", "base", *TINY_BASE)  # while the first one trains
+        assert_fails_with(
+            second, f"another train base is running in {Paths(base).run} (process {stage} on", "remove", "base.lock"
+        )
+        speedrun.kill()
+        speedrun.wait()
+        until(lambda: not Paths(base).lock("base").exists())
+    assert list(Paths(base).checkpoints("base").glob("step_*"))
     with locked(Paths(base).lock("speedrun"), "speedrun"):  # that of the killed process counts no more
         pass
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_a_speedrun_gives_what_the_stage_said(base, number):
-    speedrun, stage = training_under_way(base)
-    if number == signal.SIGINT:  # as a terminal sends it: to both
-        os.kill(stage, number)
-    speedrun.send_signal(number)
-    said = speedrun.communicate(timeout=60)[0]
+    with training_under_way(base) as (speedrun, stage):
+        if number == signal.SIGINT:  # as a terminal sends it: to both
+            os.kill(stage, number)
+        speedrun.send_signal(number)
+        said = speedrun.communicate(timeout=60)[0]
     assert speedrun.returncode and f"stopped by {number.name} in stage base: training base stopped at step" in said
     assert said.count("everything is saved in") == 2 and "fix the cause" not in said, said
 

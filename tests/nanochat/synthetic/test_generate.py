@@ -1,11 +1,12 @@
 """The embedded data: repeatable, and free of what the tests ask."""
 
+import random
 import re
 
 from nanochat.data.shards import Shards
 from nanochat.platform.paths import Paths
 from nanochat.synthetic import world as closed_world
-from nanochat.synthetic.generate import generate
+from nanochat.synthetic.generate import _letters, generate
 from nanochat.tasks import ARC, GSM8K, MMLU, HumanEval, SimpleSpelling, SmolTalk, SpellingBee
 from tests.conftest import TINY_DATA
 
@@ -15,6 +16,14 @@ def test_generating_twice_gives_the_same_files(world, tmp_path):
     for path in sorted(tmp_path.rglob("*")):
         if path.is_file():
             assert path.read_bytes() == (world.base / path.relative_to(tmp_path)).read_bytes(), path
+
+
+def test_no_document_is_empty():
+    """Also where all words that were drawn are of the test split."""
+    words = closed_world.words(1, 400)
+    tested = [word for word in words if closed_world.in_test("word", word)]
+    few = [*tested[:20], *(word for word in words if word not in tested)][:22]
+    assert all(_letters(random.Random(seed), {}, few) for seed in range(100))
 
 
 def test_nothing_tested_stands_in_training_data(world):

@@ -73,6 +73,10 @@ def test_identity_lines_of_every_documented_kind(base):
         (b"[" * 100_000, "line 3 is no JSON in UTF-8"),
         (b"7", "line 3: malformed conversation"),
         (
+            json.dumps(say_again("half \ud83d", "b")).encode(),
+            "line 3 is no JSON in UTF-8 .*surrogates not allowed",
+        ),
+        (
             json.dumps(say_again("a", None)).encode(),
             "line 3: malformed conversation: message 1 .assistant. must be text",
         ),
@@ -90,18 +94,29 @@ def test_a_bad_identity_line_is_named_before_training_begins(base, line, message
         Identity(paths)
 
 
+def test_lines_of_conversations_are_no_table(base):
+    path = Paths(base).chat_data / "gsm8k" / "train.jsonl"
+    path.write_text(json.dumps(say_again("a", "b")))
+    with pytest.raises(
+        UserError, match="train.jsonl would be read as conversations, and gsm8k needs .* with question, answer"
+    ):
+        GSM8K(Paths(base), "train")
+
+
 @pytest.mark.parametrize(
     ("questions", "type_of", "message"),
     [
         (["a", None, "b"], pa.string(), "row 2 has no question"),
         ([b"a"], pa.binary(), "'question' is binary, wanted texts"),
+        ([b"a", b"b\xff"], None, "row 2: question is no text in UTF-8 .*0xff in position 1"),
     ],
 )
 def test_a_bad_value_of_a_table_is_named_before_training_begins(base, questions, type_of, message):
     path = Paths(base).chat_data / "gsm8k" / "train.parquet"
     for old in path.parent.glob("train*"):
         old.unlink()
-    table = {"question": pa.array(questions, type_of), "answer": ["#### 1"] * len(questions)}
+    column = pa.array(questions, type_of) if type_of else pa.array(questions, pa.binary()).view(pa.string())
+    table = {"question": column, "answer": ["#### 1"] * len(questions)}
     pq.write_table(pa.table(table), path)
     with pytest.raises(UserError, match=message):
         GSM8K(Paths(base), "train")

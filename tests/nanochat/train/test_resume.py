@@ -182,6 +182,22 @@ def test_other_data_are_not_resumed(base, trained_base):
         assert nanochat(kept, "train", stage, *arguments).returncode == 0
 
 
+def test_a_stage_is_not_resumed_after_others_than_its_first_weights(base, trained_base):
+    """It would be of the stage before it as that was, and say that it is trained."""
+    checkpoints = Paths(base).run / "checkpoints"
+    shutil.copytree(Paths(trained_base).run / "checkpoints", checkpoints)
+    other_mid = [*TINY_MID, "--matrix-lr", "0.01"]
+    for earlier, before, stage, arguments in (
+        ("mid", other_mid, "sft", TINY_SFT),
+        ("base", [*TINY_BASE, "--matrix-lr", "0.01"], "mid", other_mid),
+    ):
+        shutil.rmtree(checkpoints / earlier)
+        assert nanochat(base, "train", earlier, *before).returncode == 0
+        result = nanochat(base, "train", stage, *arguments)
+        parts = f"the weights at the start of {stage} are not those that", f"move {checkpoints / stage} away"
+        assert_fails_with(result, *parts)
+
+
 def test_data_that_fill_no_step_leave_no_checkpoint(base, trained_base):
     """The stage after it would take such a checkpoint for a trained one."""
     shutil.copytree(Paths(trained_base).run / "checkpoints" / "base", Paths(base).run / "checkpoints" / "base")
@@ -203,12 +219,21 @@ def test_not_a_number_stops_training_and_names_the_tensor(base, trained_base):
     meta["files"][path.name]["sha256"] = sha256_of(path)
     (directory / "step_000020" / "meta.json").write_text(json.dumps(meta))
     result = nanochat(base, "train", "base", *TINY_BASE)
-    assert_fails_with(result, "step 20", "the loss is nan", "weight blocks.0.mlp.expand.weight", "step_000020")
+    assert_fails_with(result, "step 20", "a weight is not finite", "weight blocks.0.mlp.expand.weight", "step_000020")
 
 
 def test_an_exploding_learning_rate_is_caught(base):
     result = nanochat(base, "train", "base", *TINY_BASE, "--matrix-lr", "1e38", "--grad-clip", "0")
     assert_fails_with(result, "offending tensor: ", "last good checkpoint", "lower the learning rates")
+
+
+def test_weights_that_are_not_finite_are_not_saved(base):
+    """Those of the last step, after which there is no loss that would show it."""
+    result = nanochat(base, "train", "base", *TINY_BASE, "--num-iterations", "1", "--matrix-lr", "1e300")
+    assert_fails_with(
+        result, "step 1 of base: a weight is not finite; offending tensor: weight blocks.0", "checkpoint: none"
+    )
+    assert not any((Paths(base).run / "checkpoints" / "base").glob("step_*"))
 
 
 def test_logging_never_alters_training(base, trained_base, tmp_path):
@@ -244,6 +269,14 @@ def test_bad_options_leave_nothing_behind(base, arguments, parts):
     before = sorted(base.rglob("*"))
     assert_fails_with(nanochat(base, "train", "base", *TINY_BASE, *arguments), *parts)
     assert sorted(base.rglob("*")) == before
+
+
+def test_a_mistake_in_the_bundle_is_found_before_training(base):
+    items = Paths(base).eval_bundle / "eval_data" / "world_choice.jsonl"
+    items.write_text('{"query": 7}\n')
+    result = nanochat(base, "train", "base", *TINY_BASE, "--core-metric-every", "0")
+    assert_fails_with(result, "world_choice.jsonl, line 1")
+    assert not (Paths(base).run / "checkpoints").exists()
 
 
 def test_a_step_without_anything_to_learn_ends_the_run(trained_base, tmp_path):
