@@ -55,7 +55,7 @@ def query_gradient_block(
     ds = exp2(x * SCALE - lse[:, None]) * (dp - delta[:, None])
     if MASKED:
         key = start + tl.arange(0, BLOCK_N)
-        seen = (key[None, :] <= position[:, None]) & (key < keys)[None, :] & (key[None, :] >= first_key[:, None])
+        seen = (key[None, :] <= position[:, None]) & (key[None, :] >= first_key[:, None])
         ds = tl.where(seen, ds, 0.0)
     return dot(cast(ds, k_ptr.dtype.element_ty), k, dq)
 

@@ -67,7 +67,7 @@ def forward_block(
     x = dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], tl.float32))
     if MASKED:
         key = start + tl.arange(0, BLOCK_N)
-        seen = (key[None, :] <= position[:, None]) & (key < keys)[None, :] & (key[None, :] >= first_key[:, None])
+        seen = (key[None, :] <= position[:, None]) & (key[None, :] >= first_key[:, None])
     if BOUNDED:
         p = exp2(x * SCALE - SHIFT)
         if MASKED:

@@ -10,7 +10,8 @@ from nanochat.train.diagnose import offending_tensor
 from tests.nanochat.models import perturbed
 
 INSIDE_ATTENTION = "(inside self_attention or output_projection)"
-MICRO = [Batch(torch.arange(16).view(2, 8), torch.arange(1, 17).view(2, 8), (0,))]
+# long rows: in those of less than 16 tokens torch's attention gives 0 for scores that are all NaN, on a CPU with AVX-512
+MICRO = [Batch(torch.arange(128).view(2, 64), torch.arange(1, 129).view(2, 64), (0,))]
 
 
 def offending(model: GPT) -> str:
