@@ -1,5 +1,6 @@
-"""Loads the rows of a chat source: parquet or JSONL files chat/<source>/<split>*."""
+"""Loads the rows of a chat source: parquet or JSONL files chat/<source>/<split>, whole or in numbered parts."""
 
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.data.columns import check_values
+from nanochat.platform.console import say
 from nanochat.platform.errors import UserError
 from nanochat.platform.files import read_json_lines
 from nanochat.platform.paths import Paths
@@ -73,7 +75,7 @@ def load_rows(
     Raises UserError for a missing source, split or column, a bad value, with its file and row, and a damaged file.
     """
     directory = paths.chat_data / source
-    files = sorted([*directory.glob(f"{split}*.parquet"), *directory.glob(f"{split}*.jsonl")])
+    files = _files_of(directory, split)
     if not files:
         existing = [f"{p.parent.name}/{p.stem}" for p in sorted(paths.chat_data.glob("*/*")) if p.is_file()]
         raise UserError(
@@ -92,6 +94,18 @@ def load_rows(
     if len(rows) == 0:
         raise UserError(f"{files[0]} has no rows; {paths.get_data}")
     return rows
+
+
+def _files_of(directory: Path, split: str) -> list[Path]:
+    """The files of a split: <split>, or parts such as <split>-00000-of-00002; says which others look like it and are not read."""
+    alike = sorted([*directory.glob(f"{split}*.parquet"), *directory.glob(f"{split}*.jsonl")])
+    files = [path for path in alike if re.fullmatch(rf"{split}(-\d+(-of-\d+)?)?", path.stem)]
+    for path in alike:
+        if path not in files:
+            say(
+                f"not read: {path}; files of {split} are named {split}{path.suffix} or {split}-00000-of-00001{path.suffix}"
+            )
+    return files
 
 
 def _read_table(path: Path, shape: dict[str, object], check: Callable[[dict], None] | None) -> pa.Table:

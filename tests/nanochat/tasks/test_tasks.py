@@ -65,6 +65,20 @@ def test_identity_lines_of_every_documented_kind(base):
     assert sorted(found, key=str) == sorted(wanted, key=str)
 
 
+def test_copies_beside_a_split_are_not_read(base, capsys):
+    """Backup copies double no rows; parts as the hub numbers them are read."""
+    paths = Paths(base)
+    folder = paths.chat_data / "identity"
+    before = len(Identity(paths))
+    shutil.copy(folder / "conversations.jsonl", folder / "conversations_backup.jsonl")
+    assert len(Identity(paths)) == before
+    assert "not read: " in capsys.readouterr().out
+    for number in range(2):
+        shutil.copy(folder / "conversations.jsonl", folder / f"conversations-0000{number}-of-00002.jsonl")
+    (folder / "conversations.jsonl").unlink()
+    assert len(Identity(paths)) == 2 * before
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
