@@ -60,7 +60,7 @@ def attention_mask(
     if lengths is None and cu_seqlens is None and queries == keys:
         return None
     t, s = torch.arange(queries, device=q.device)[:, None], torch.arange(keys, device=q.device)[None]
-    last = torch.tensor([keys], device=q.device) if lengths is None else lengths
+    last = torch.full((1,), keys, device=q.device) if lengths is None else lengths
     mask = s <= last[:, None, None] - queries + t
     if cu_seqlens is not None:
         token = torch.arange(batch * queries, device=q.device, dtype=cu_seqlens.dtype)

@@ -7,24 +7,58 @@ from nanochat.gpt import GPTConfig
 
 
 class KVCache:
-    """Keys and values (L, B, S, G, D) in the compute dtype, and the number of tokens in each row."""
+    """Keys and values (L, B, S, G, D) in the compute dtype, and the number of tokens in each row.
 
-    def __init__(self, config: GPTConfig, rows: int, capacity: int, device: torch.device, dtype: torch.dtype):
+    all_positions: `append` returns all S positions, so that a forward pass has the same shapes for every token.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, lengths: Tensor, all_positions: bool = False):
+        self.keys, self.values, self.lengths = keys, values, lengths
+        self.row_numbers = torch.arange(len(lengths), device=lengths.device)[:, None]
+        self.longest = 0  # the largest length, on the host: reading it from `lengths` would wait for the device
+        self.all_positions = all_positions
+
+    @classmethod
+    def create(
+        cls,
+        config: GPTConfig,
+        rows: int,
+        capacity: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        all_positions: bool = False,
+    ) -> "KVCache":
+        """An empty cache of `capacity` positions in each row."""
         shape = (config.depth, rows, capacity, config.n_kv_head, config.head_width)
         # zeros, not empty: attention gives unused positions the weight 0, but 0 times NaN would still be NaN
-        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.longest = 0  # the largest length, on the host: reading it from `lengths` would wait for the device
+        keys, values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        return cls(keys, values, torch.zeros(rows, dtype=torch.int64, device=device), all_positions)
+
+    def every(self, step: int) -> "KVCache":
+        """The rows 0, step, 2·step, …, emptied, as a cache in the same memory."""
+        self.lengths.zero_()
+        return KVCache(self.keys[:, ::step], self.values[:, ::step], self.lengths[::step])
+
+    def repeat(self, step: int, longest: int) -> None:
+        """Copy each row that `every` gave to the rows up to the next one, so that one prefill serves many samples.
+
+        longest: the largest length of a row.
+        """
+        for row in range(1, step):
+            for x in (self.keys, self.values):
+                x[:, row::step, :longest] = x[:, ::step, :longest]
+            self.lengths[row::step] = self.lengths[::step]
+        self.longest = longest
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Append k and v (B, T, G, D) to each row of a layer.
 
-        Returns the layer's keys and values (B, longest + T, G, D) and the new lengths (B,).
+        Returns the layer's keys and values, (B, longest + T, G, D) or all positions, and the new lengths (B,).
         """
-        end = self.longest + k.size(1)
+        end = self.keys.size(2) if self.all_positions else self.longest + k.size(1)
         if layer == 0:  # all layers of a forward pass store at the same positions
             positions = self.lengths[:, None] + torch.arange(k.size(1), device=k.device)  # (B, T)
-            self.indices = torch.arange(k.size(0), device=k.device)[:, None], positions
+            self.indices = self.row_numbers, positions
             self.new_lengths = self.lengths + k.size(1)
         self.keys[layer][self.indices] = k
         self.values[layer][self.indices] = v
@@ -32,12 +66,5 @@ class KVCache:
 
     def advance(self, tokens: Tensor | int, longest: int) -> None:
         """After a forward pass, add its tokens to the lengths: one number, or (B,); longest: the largest new length."""
-        self.lengths = self.lengths + tokens
+        self.lengths.add_(tokens)
         self.longest = longest
-
-    def repeat(self, copies: int) -> "KVCache":
-        """Repeat each row `copies` times, so that one prefill serves many samples."""
-        if copies > 1:
-            self.keys, self.values = (t.repeat_interleave(copies, dim=1) for t in (self.keys, self.values))
-            self.lengths = self.lengths.repeat_interleave(copies)
-        return self

@@ -9,13 +9,17 @@ from dataclasses import dataclass, field
 from itertools import count
 
 import torch
+from torch import Tensor
 
 from nanochat.gpt import GPT
 from nanochat.inference.cache import KVCache
 from nanochat.inference.calculator import calculate
-from nanochat.inference.sampling import check_sampling, sample
+from nanochat.inference.decoder import Decoder
+from nanochat.inference.sampling import Sampler, check_sampling
 from nanochat.platform.errors import UserError
 from nanochat.tokenizer.bpe import Tokenizer
+
+LEAST_CAPACITY = 256  # positions of a cache that is kept for other calls; more are powers of two
 
 
 @dataclass
@@ -31,8 +35,10 @@ class _Row:
 class Engine:
     """Generates text with a model and its tokenizer."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: GPT, tokenizer: Tokenizer, replay: bool = False):
+        """replay: decode by replaying a CUDA graph, which serves later calls with as many rows and the same sampling too."""
+        self.model, self.tokenizer, self.replay = model, tokenizer, replay
+        self.kept: dict[tuple, Decoder] = {}  # that of the last generation that ended, under what it serves
         self.stops = {tokenizer.special("assistant_end"), tokenizer.bos}
         self.positions = model.cos.size(0)
 
@@ -55,7 +61,7 @@ class Engine:
         Raises UserError for arguments that cannot be sampled from and for a prompt that fills the model's positions.
         """
         check_sampling(prompts, max_tokens, temperature, top_k, samples)
-        device, model = self.model.device, self.model
+        device = self.model.device
         # torch takes seeds below 2**64; the upper half stands for negative ones
         generator = torch.Generator(device=device).manual_seed(seed % 2**63 if seed >= 0 else 2**63 + seed % 2**63)
         lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -69,17 +75,31 @@ class Engine:
         padded = torch.zeros(len(prompts), longest, dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             padded[row, : len(prompt)] = torch.tensor(prompt)
-        cache = KVCache(model.config, len(prompts), capacity, device, model.compute_dtype)
+        key = len(prompts) * samples, self._capacity(capacity), temperature, top_k
+        decoder = self.kept.pop(key, None) or self._decoder(*key)  # no other generation may use it meanwhile
+        decoder.generator = generator
+        try:
+            yield from self._decode(decoder, prompts, padded, lengths, room, samples)
+        finally:
+            if self.replay:
+                self.kept = {key: decoder}
+
+    def _decode(
+        self, decoder: Decoder, prompts: list[list[int]], padded: Tensor, lengths: Tensor, room: list[int], samples: int
+    ) -> Iterator[tuple[list[int | None], list[bool]]]:
+        """The items of `stream`. padded (prompts, longest), lengths (prompts,): the prompts' tokens, and how many there are."""
+        device, model, longest = self.model.device, self.model, padded.size(1)
+        # the prompt is computed once for all of its samples
+        cache = decoder.cache.every(samples)
         # Padding is on the right: its keys and values lie beyond the row's length in the cache and are overwritten later.
         hidden = model.hidden(padded.to(device), cache)
         cache.advance(lengths.to(device), longest)
+        decoder.cache.repeat(samples, longest)
         last = hidden[torch.arange(len(prompts), device=device), lengths.to(device) - 1]
-        logits = model.logits(last).repeat_interleave(samples, dim=0)
-        cache.repeat(samples)  # the prompt is computed once for all of its samples
+        sampled = decoder.choose(model.logits(last).repeat_interleave(samples, dim=0))
         rows = [_Row(tokens) for tokens in room for _ in range(samples)]
         filled = [len(prompt) for prompt in prompts for _ in range(samples)]  # positions of each row
         for step in count(1):
-            sampled = sample(logits, temperature, top_k, generator).tolist()
             column = [self._next(row, token) for row, token in zip(rows, sampled, strict=True)]
             yield (
                 [None if row.done else token for row, (token, _) in zip(rows, column, strict=True)],
@@ -89,13 +109,20 @@ class Engine:
                 row.done = row.done or step == row.room
             if all(row.done for row in rows):
                 return
-            tokens = torch.tensor([[token] for token, _ in column], device=device)
-            hidden = model.hidden(tokens, cache)
-            # a row that has ended stays where it is, and what it computes is not used
             grown = [int(not row.done) for row in rows]
             filled = [length + more for length, more in zip(filled, grown, strict=True)]
-            cache.advance(torch.tensor(grown, device=device), max(filled))
-            logits = model.logits(hidden[:, -1])
+            sampled = decoder([token for token, _ in column], grown, max(filled))
+
+    def _capacity(self, positions: int) -> int:
+        """The positions of a cache for as many: with replay more, so that it serves more calls."""
+        return max(LEAST_CAPACITY, 1 << (positions - 1).bit_length()) if self.replay else positions
+
+    def _decoder(self, rows: int, capacity: int, temperature: float, top_k: int | None) -> Decoder:
+        self.kept = {}  # its memory is free for the new one
+        model = self.model
+        cache = KVCache.create(model.config, rows, capacity, model.device, model.compute_dtype, self.replay)
+        sampler = Sampler(rows, model.config.vocab_size, temperature, top_k, model.device)
+        return Decoder(model, cache, sampler, self.replay)
 
     def generate(self, prompts: list[list[int]], max_tokens: int, **sampling) -> list[list[int]]:
         """The generated tokens of each row, without its prompt and the token that ended it; `sampling` as in `stream`."""

@@ -6,18 +6,40 @@ from torch import Tensor
 from nanochat.platform.errors import UserError
 
 
-def sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
-    """One token per row (B,) for logits (B, V); temperature 0 takes the most likely one."""
-    if temperature < torch.finfo(torch.float32).tiny:
-        return logits.argmax(dim=-1)
-    logits = (
-        logits - logits.amax(dim=-1, keepdim=True)
-    ) / temperature  # quotients by small temperatures overflow to −inf alone
-    if top_k is not None and top_k < logits.size(-1):
-        values, candidates = logits.topk(top_k, dim=-1)
-        choice = torch.multinomial(torch.softmax(values, dim=-1), 1, generator=generator)
+class Sampler:
+    """Draws one token per row (B,) from logits (B, V); temperature 0 takes the most likely one, top_k None any of all V.
+
+    `draw` fills `noise` with random numbers, and `choose` uses them: of the two, only choose can be replayed from a CUDA graph.
+    """
+
+    def __init__(self, rows: int, vocab_size: int, temperature: float, top_k: int | None, device: torch.device):
+        self.top_k = top_k if top_k is not None and top_k < vocab_size else None
+        self.greedy = temperature < torch.finfo(torch.float32).tiny
+        self.temperature = temperature
+        self.noise = torch.ones(0 if self.greedy else rows, self.top_k or vocab_size, device=device)
+
+    def draw(self, generator: torch.Generator) -> None:
+        """Draw the random numbers of one token for every row."""
+        self.noise.exponential_(generator=generator)
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """The token of each row: that with the largest share of its exponentially distributed number, which is a fair draw."""
+        if self.greedy:
+            return logits.argmax(dim=-1)
+        # quotients by small temperatures overflow to −inf alone
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / self.temperature
+        if self.top_k is None:
+            return (torch.softmax(logits, dim=-1) / self.noise).argmax(dim=-1)
+        values, candidates = logits.topk(self.top_k, dim=-1)
+        choice = (torch.softmax(values, dim=-1) / self.noise).argmax(dim=-1, keepdim=True)
         return candidates.gather(-1, choice).squeeze(-1)
-    return torch.multinomial(torch.softmax(logits, dim=-1), 1, generator=generator).squeeze(-1)
+
+
+def sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
+    """One token per row (B,) for logits (B, V), as by a Sampler."""
+    sampler = Sampler(*logits.shape, temperature, top_k, logits.device)
+    sampler.draw(generator)
+    return sampler.choose(logits)
 
 
 def check_sampling(

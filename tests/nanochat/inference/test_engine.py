@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.inference.engine import Engine
 from nanochat.inference.sampling import sample
+from nanochat.options.model import Implementations
 from nanochat.platform.errors import UserError
 from tests.nanochat.models import perturbed
 
@@ -54,6 +55,47 @@ def test_samples_share_a_prefill_and_differ(engine):
     assert rows == engine.generate([[1, 2, 3], [4, 5]], 8, samples=3, temperature=1.0, seed=1)
     same = engine.generate([[1, 2, 3]], 8, samples=2, temperature=0.0)
     assert same[0] == same[1] == engine.generate([[1, 2, 3]], 8, temperature=0.0)[0]
+
+
+def test_a_decoder_that_is_kept_for_later_calls_changes_nothing(model, tokenizer):
+    """On a CPU its step is not replayed from a graph; its cache returns all positions, and is used again."""
+    kept, plain = Engine(model, tokenizer, replay=True), Engine(model, tokenizer)
+    calls = (
+        ([[1, 2, 3], [4]], {"samples": 3, "temperature": 0.8, "seed": 5}),
+        ([[7, 8]], {"samples": 6, "temperature": 0.8, "seed": 6}),
+        ([[7, 8], [9] * 300], {"temperature": 0.0}),
+        ([[2], [3]], {"temperature": 0.0}),
+        ([[2] * 290, [3]], {"temperature": 0.0}),
+    )
+    decoders = []
+    for prompts, options in calls:
+        assert kept.generate(prompts, 9, **options) == plain.generate(prompts, 9, **options)
+        decoders.append(*kept.kept.values())
+    assert decoders[0] is decoders[1] and decoders[2] is not decoders[3] and not plain.kept
+
+
+def test_generations_at_the_same_time_do_not_disturb_each_other(model, tokenizer):
+    engine = Engine(model, tokenizer, replay=True)
+    alone = [engine.generate([prompt], 9, temperature=0.0) for prompt in ([1, 2], [3])]
+    first = engine.stream([[1, 2]], 9, temperature=0.0)
+    started = [next(first)[0][0], next(first)[0][0]]
+    second = engine.generate([[3]], 9, temperature=0.0)
+    rest = [token for (token,), _ in first]
+    assert second == alone[1] and [t for t in started + rest if t is not None] == alone[0][0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_a_replayed_step_decodes_the_same(tokenizer, impl):
+    config = GPTConfig(2, 256, 2, 1, tokenizer.vocab_size, 512, impl=Implementations(attention=impl))
+    model = perturbed(config).to("cuda")
+    model.compute_dtype = torch.bfloat16
+    model.cos, model.sin = model.cos.bfloat16(), model.sin.bfloat16()
+    model.keep_copies()
+    replayed, plain = (Engine(model, tokenizer, replay) for replay in (True, False))
+    for options in ({"temperature": 0.0}, {"temperature": 1.0, "top_k": 20, "seed": 3, "samples": 2}) * 2:
+        prompts = [[1, 2, 3, 4], [5], list(range(40))]
+        assert replayed.generate(prompts, 60, **options) == plain.generate(prompts, 60, **options)
 
 
 def test_a_long_prompt_takes_no_room_from_others(engine):
