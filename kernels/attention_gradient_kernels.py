@@ -4,7 +4,7 @@ With x = q·kᵀ·SCALE and lse in units of log 2: p = 2^(x − lse), dp = dout�
 dq = ds·k/√D, dk = dsᵀ·q/√D, dv = pᵀ·dout. Dao 2023 (FlashAttention-2).
 """
 
-from nanochat_kernels.attention_kernels import block_and_head, keys_of_row, load_tile, rows_of
+from nanochat_kernels.attention_kernels import block_and_head, keys_of_row, load_tile, rows_of, sees
 from nanochat_kernels.matrix_product import halves
 from nanochat_kernels.triton_helpers import LOG2E, cast, dot, exp2, tl, triton
 
@@ -45,7 +45,8 @@ def store_gradient(
 @triton.jit
 def query_gradient_block(
     dq, q, dout, lse, delta, k_ptr, v_ptr, k_stride, v_stride, start, position, keys, first_key,
-    SCALE: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr,
+    SCALE: tl.constexpr, STARTS: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add what a block of keys gives to √D·dq."""
     k = load_tile(k_ptr + tl.cast(start, tl.int64) * k_stride, k_stride, keys - start, BLOCK_N, WIDTH, MASKED)
@@ -55,7 +56,7 @@ def query_gradient_block(
     ds = exp2(x * SCALE - lse[:, None]) * (dp - delta[:, None])
     if MASKED:
         key = start + tl.arange(0, BLOCK_N)
-        seen = (key[None, :] <= position[:, None]) & (key[None, :] >= first_key[:, None])
+        seen = sees(position, key, first_key, STARTS)
         ds = tl.where(seen, ds, 0.0)
     return dot(cast(ds, k_ptr.dtype.element_ty), k, dq)
 
@@ -106,12 +107,12 @@ def query_gradient_kernel(
     for start in tl.range(begin, whole_end, BLOCK_N):
         dq = query_gradient_block(
             dq, q, dout, lse, delta, k_ptr, v_ptr, k_token_stride, v_token_stride, start, position, keys, first_key,
-            SCALE, BLOCK_N, WIDTH, False,
+            SCALE, STARTS, BLOCK_N, WIDTH, False,
         )  # fmt: skip
     for start in tl.range(whole_end, end, BLOCK_N):
         dq = query_gradient_block(
             dq, q, dout, lse, delta, k_ptr, v_ptr, k_token_stride, v_token_stride, start, position, keys, first_key,
-            SCALE, BLOCK_N, WIDTH, True,
+            SCALE, STARTS, BLOCK_N, WIDTH, True,
         )  # fmt: skip
     store_gradient(
         dq_ptr, dq * ROOT, q, row, known, head % heads, row_heads, rstd_ptr, head_rstd_ptr, cos_ptr, sin_ptr, sums_ptr,

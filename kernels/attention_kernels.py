@@ -54,10 +54,19 @@ def keys_of_row(lengths_ptr, lengths_stride, batch, keys, LENGTHS: tl.constexpr)
 
 
 @triton.jit
+def sees(position, key, first_key, STARTS: tl.constexpr):
+    """Return which keys (N,) each query (M,) sees: those up to its position, and with STARTS from first_key (M,) on."""
+    before = position[:, None] - key[None, :]
+    if STARTS:  # a negative number is a large one without its sign
+        return before.to(tl.uint32, bitcast=True) <= (position - first_key).to(tl.uint32, bitcast=True)[:, None]
+    return before >= 0
+
+
+@triton.jit
 def forward_block(
     sums, total, rounded, highest, q, k_ptr, v_ptr, k_stride, v_stride, start, position, keys, first_key,
-    SCALE: tl.constexpr, SHIFT: tl.constexpr, BOUNDED: tl.constexpr, KEEP_LSE: tl.constexpr, BLOCK_N: tl.constexpr,
-    WIDTH: tl.constexpr, MASKED: tl.constexpr,
+    SCALE: tl.constexpr, SHIFT: tl.constexpr, BOUNDED: tl.constexpr, KEEP_LSE: tl.constexpr, STARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add a block of keys to the sums (BLOCK_M, WIDTH) of p·v, of p (BLOCK_M,) and of p rounded as the product takes it.
 
@@ -67,7 +76,7 @@ def forward_block(
     x = dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], tl.float32))
     if MASKED:
         key = start + tl.arange(0, BLOCK_N)
-        seen = (key[None, :] <= position[:, None]) & (key[None, :] >= first_key[:, None])
+        seen = sees(position, key, first_key, STARTS)
     if BOUNDED:
         p = exp2(x * SCALE - SHIFT)
         if MASKED:
@@ -129,12 +138,12 @@ def forward_kernel(
     for start in tl.range(begin, whole_end, BLOCK_N):
         sums, total, rounded, highest = forward_block(
             sums, total, rounded, highest, q, k_ptr, v_ptr, k_token_stride, v_token_stride, start, position, keys,
-            first_key, SCALE, SHIFT, BOUNDED, KEEP_LSE, BLOCK_N, WIDTH, False,
+            first_key, SCALE, SHIFT, BOUNDED, KEEP_LSE, STARTS, BLOCK_N, WIDTH, False,
         )  # fmt: skip
     for start in tl.range(whole_end, end, BLOCK_N):
         sums, total, rounded, highest = forward_block(
             sums, total, rounded, highest, q, k_ptr, v_ptr, k_token_stride, v_token_stride, start, position, keys,
-            first_key, SCALE, SHIFT, BOUNDED, KEEP_LSE, BLOCK_N, WIDTH, True,
+            first_key, SCALE, SHIFT, BOUNDED, KEEP_LSE, STARTS, BLOCK_N, WIDTH, True,
         )  # fmt: skip
     store_attention(
         out_ptr, lse_ptr, sums, total, rounded, highest, position - first_key + 1, t, head, heads, tokens,
@@ -202,7 +211,7 @@ def decode_kernel(
         for start in tl.range(begin, tl.minimum(begin + PART, keys), BLOCK_N):
             sums, total, rounded, highest = forward_block(
                 sums, total, rounded, highest, q, k_ptr, v_ptr, k_token_stride, v_token_stride, start, position, keys,
-                first_key, SCALE, SHIFT, BOUNDED, KEEP_LSE, BLOCK_N, WIDTH, True,
+                first_key, SCALE, SHIFT, BOUNDED, KEEP_LSE, False, BLOCK_N, WIDTH, True,
             )  # fmt: skip
         row = tl.cast(program, tl.int64) * (tokens * share) + i
         tl.store(sums_ptr + row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], sums, mask=known[:, None])

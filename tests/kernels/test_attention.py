@@ -441,7 +441,7 @@ def test_bad_input():
 # faults that a test must catch: see test_planted_faults.py
 K, G, F, L = "attention_kernels", "attention_gradient_kernels", "attention", "attention_launches"
 PLANTED_FAULTS = {
-    "a key after the query is seen": (K, "(key[None, :] <= position[:, None])", "(key[None, :] <= position[:, None] + 1)",
+    "a key after the query is seen": (K, "return before >= 0", "return before >= -1",
      "test_attention"),
     "the block on the diagonal is taken as seen whole": (K, "first_query + queries_before + 1, 0) // BLOCK_N",
      "first_query + queries_before + 1, 0) // BLOCK_N + 1", "test_attention"),
@@ -463,7 +463,7 @@ PLANTED_FAULTS = {
     "float16 without a shift": (L, "bounded = max(half - FLOAT16_TOP, 0.0)", "bounded = 0.0", "test_the_shift_of_float16"),
     "a part is added twice": (K, "tl.cdiv(keys, PART), PARTS)", "tl.cdiv(keys, PART), PARTS - 1)", "test_lengths"),
     "parts past the row's length are added": (K, "known = part < tl.cdiv(keys, PART)", "known = part < parts", "test_lengths"),
-    "a document sees the one before": (K, "& (key[None, :] >= first_key[:, None])", "& (key[None, :] >= 0)", "test_documents"),
+    "a document sees the one before": (K, "(position - first_key).to", "position.to", "test_documents"),
     "documents end at the end of the row": (G, "& (t[None, :] < end_query[:, None])", "& (t[None, :] < tokens)", "test_documents"),
     "documents begin in the row before": (F, ".maximum(row) - row", " - row", "test_documents"),
     "delta without the gradient of lse": (G, "delta -= tl.load(dlse_ptr", "delta -= 0 * tl.load(dlse_ptr", "test_attention"),
