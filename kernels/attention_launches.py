@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nanochat_kernels import reference
+from nanochat_kernels import hopper_attention, hopper_attention_gradient, reference
 from nanochat_kernels.attention_gradient_kernels import key_gradients_kernel, query_gradient_kernel
 from nanochat_kernels.attention_kernels import combine_kernel, decode_kernel, forward_kernel
 from nanochat_kernels.configs import launch_parameters
@@ -53,6 +53,15 @@ def results_of(q: Tensor, keep_lse: bool) -> tuple[Tensor, Tensor]:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
 
 
+def parameters_of(kernel: str, q: Tensor, is_whole: bool, parameters: dict[str, int] | None) -> dict[str, int]:
+    """Return the launch parameters, from the table if none are given; is_whole: the kernels for sm_90 can take the call."""
+    key = q.size(3), "whole" if is_whole else "any"
+    parameters = parameters or launch_parameters(kernel, q.device, q.dtype, key)
+    if "STAGES" in parameters and not is_whole:
+        raise ValueError(f"{kernel}: {parameters} are for whole sequences on sm_90")
+    return parameters
+
+
 def lengths_arguments(lengths: Tensor | None, other: Tensor) -> tuple[Tensor, int]:
     """Return what the kernels take as the pointer to the lengths and their stride."""
     return (other, 0) if lengths is None else (lengths, lengths.stride(0))
@@ -66,14 +75,19 @@ def forward(
     q, k, v = as_read(q), as_read(k), as_read(v)
     out, lse = results_of(q, keep_lse)
     batch, tokens, heads, width = q.shape
-    parameters = parameters or launch_parameters("attention_forward", q.device, q.dtype, (width,))
+    constants = softmax_constants(bound, width, q.dtype)
+    is_whole = lengths is None and starts is None and constants["BOUNDED"] and hopper_attention.takes(q, k, v)
+    parameters = parameters_of("attention_forward", q, is_whole, parameters)
+    if "STAGES" in parameters:
+        hopper_attention.launch_tiles(q, k, v, out, lse, constants, keep_lse, parameters)
+        return out, lse
     lengths_ptr, lengths_stride = lengths_arguments(lengths, q)
     if out.numel():
         launch(
             forward_kernel, (batch * heads * cdiv(tokens, parameters["BLOCK_M"]),), q.device,
             q, k, v, lengths_ptr, q if starts is None else starts, out, lse, lengths_stride, tokens, k.size(1), heads,
             heads // k.size(2), batch, *strides(q, k, v),
-            **softmax_constants(bound, width, q.dtype), KEEP_LSE=keep_lse, LENGTHS=lengths is not None,
+            **constants, KEEP_LSE=keep_lse, LENGTHS=lengths is not None,
             STARTS=starts is not None, WIDTH=width, **parameters,
         )  # fmt: skip
     return out, lse
@@ -133,9 +147,16 @@ def query_gradient(
     q, k, v, dout = as_read(q), as_read(k), as_read(v), as_read(dout)
     batch, tokens, heads, width = q.shape
     delta = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
-    parameters = parameters or launch_parameters("attention_query_gradient", q.device, q.dtype, (width,))
+    is_whole = lengths is None and starts is None and hopper_attention.takes(q, k, v, dout)
+    parameters = parameters_of("attention_query_gradient", q, is_whole, parameters)
     lengths_ptr, lengths_stride = lengths_arguments(lengths, q)
     factors, sums, offset = projection_arguments(projection, q)
+    if "STAGES" in parameters:
+        hopper_attention_gradient.launch_query_gradient(
+            q, k, v, out, dout, lse, dlse if dlse is None else dlse.contiguous(), dq, delta, (*factors, sums), offset,
+            projection is not None, parameters,
+        )  # fmt: skip
+        return delta
     if q.numel():
         launch(
             query_gradient_kernel, (batch * heads * cdiv(tokens, parameters["BLOCK_M"]),), q.device,
@@ -156,9 +177,15 @@ def key_gradients(
     """Store the gradients of k and v (B, S, G, D) in dk and dv. With a projection, both are dq of query_gradient, of all heads."""
     q, k, v, dout = as_read(q), as_read(k), as_read(v), as_read(dout)
     batch, tokens, heads, width = q.shape
-    parameters = parameters or launch_parameters("attention_key_gradients", q.device, q.dtype, (width,))
+    is_whole = lengths is None and ends is None and hopper_attention.takes(q, k, v, dout)
+    parameters = parameters_of("attention_key_gradients", q, is_whole, parameters)
     lengths_ptr, lengths_stride = lengths_arguments(lengths, q)
     factors, sums, offset = projection_arguments(projection, q)
+    if "STAGES" in parameters:
+        hopper_attention_gradient.launch_key_gradients(
+            q, k, v, dout, lse, delta, dk, dv, (*factors, sums), offset, projection is not None, parameters
+        )  # fmt: skip
+        return
     if k.numel():
         launch(
             key_gradients_kernel, (batch * k.size(2) * cdiv(k.size(1), parameters["BLOCK_N"]),), q.device,
@@ -199,15 +226,18 @@ def limits(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def forward_launches(key, dtype: torch.dtype, device: torch.device):
     q, k, v, _ = given_heads(key, dtype, device)
-    lengths, starts, _ = limits(q)
     bound = math.sqrt(key[0])
 
-    def run(lengths=None, starts=None, bound=bound, keep_lse=True):
-        return lambda parameters: forward(q, k, v, lengths, starts, bound, keep_lse, parameters)
+    def run(lengths=None, starts=None, bound=bound, keep_lse=True, tokens=2048):
+        given = (x[:, :tokens] for x in (q, k, v))
+        return partial(forward, *given, lengths, starts, bound, keep_lse)
 
+    if key[1] == "whole":
+        return {"training": run(), "no lse": run(keep_lse=False)}
+    lengths, starts, _ = limits(q)
     return {
-        "training": run(),
-        "no lse": run(keep_lse=False),
+        "ragged": run(tokens=2047),
+        "ragged, no lse": run(keep_lse=False, tokens=2047),
         "no bound": run(bound=None),
         "prefill": run(lengths, keep_lse=False),
         "prefill, no bound": run(lengths, bound=None, keep_lse=False),
@@ -245,24 +275,25 @@ def backward_launches(which: str, key, dtype: torch.dtype, device: torch.device)
     head_rstd, sums = (torch.ones(n, rows, device=device) for n in (2 * heads, 3 * heads))
     projection = (rstd, head_rstd, *tables(q.size(1), key[0], dtype, device), sums, 0)
 
-    def run(lengths=None, starts=None, ends=None, dlse=None, projection=projection):
-        dq, dk, dv = [results] * 3 if projection else results.split(heads, 2)
-        if projection is None:
-            dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (dq, dk, dv))
+    def run(lengths=None, starts=None, ends=None, dlse=None, projection=projection, tokens=2048):
+        given = [x[:, :tokens] for x in (q, k, v)]
+        statistics = [x[..., :tokens].contiguous() for x in (lse, delta)]
+        if projection:
+            dq = dk = dv = results
+        else:
+            dq, dk, dv = (torch.empty(x.shape, dtype=dtype, device=device) for x in given)
         if which == "query":
-            return lambda parameters: query_gradient(
-                q, k, v, q, dout, lse, dlse, lengths, starts, dq, projection, parameters
-            )
-        return lambda parameters: key_gradients(
-            q, k, v, dout, lse, delta, lengths, ends, dk, dv, projection, parameters
-        )
+            more = q[:, :tokens].contiguous(), dout[:, :tokens], statistics[0], dlse, lengths, starts, dq, projection
+            return partial(query_gradient, *given, *more)
+        return partial(key_gradients, *given, dout[:, :tokens], *statistics, lengths, ends, dk, dv, projection)
 
+    if key[1] == "whole":
+        return {"training": run(), "alone": run(projection=None, dlse=delta)}
     return {
-        "training": run(),
-        "alone": run(projection=None, dlse=delta),
-        "lengths": run(lengths, projection=None),
         "documents": run(starts=starts, ends=ends),
         "documents, alone": run(starts=starts, ends=ends, projection=None),
+        "ragged": run(projection=None, tokens=2047),
+        "lengths": run(lengths, projection=None),
     }
 
 
@@ -279,20 +310,40 @@ FORWARD_SPACE = tiles(
     (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (128, 32, 8, 3), (128, 32, 4, 3),
     (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2),
 )  # fmt: skip
+# the kernels for sm_90
+FORWARD_SPACE += tuple(
+    {"BLOCK_M": 128, "BLOCK_N": 128, "GROUP": group, "STAGES": 2, "TURNS": turns}
+    for group in (1, 8)
+    for turns in (0, 1)
+)
 QUERY_SPACE = tiles(
     (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (128, 32, 8, 3)
 )
 KEYS_SPACE = tiles(
     (64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (32, 64, 4, 3), (64, 64, 8, 3), (32, 64, 8, 2)
 )
+HOPPER_GRADIENTS = tuple(
+    {"BLOCK_M": 128, "BLOCK_N": 64, "GROUP": group, "STAGES": stages} for group in (8, 32) for stages in (2, 3)
+)
+QUERY_SPACE, KEYS_SPACE = QUERY_SPACE + HOPPER_GRADIENTS, KEYS_SPACE + HOPPER_GRADIENTS
 DECODE_SPACE = tuple(
     {"BLOCK_N": n, "PART": part, "PARTS": 16, "num_warps": warps, "num_stages": stages}
     for n, warps, stages in ((32, 2, 3), (64, 4, 3), (64, 2, 4), (128, 4, 2))
     for part in (128, 256, 512)
 )
+BY_WORD = tuple((*key, word) for word in ("whole", "any") for key in KEYS)
 KERNELS = (
-    Kernel("attention_forward", DTYPES[:2], KEYS, FORWARD_SPACE, forward_launches, ((32,),)),
+    Kernel("attention_forward", DTYPES[:2], BY_WORD, FORWARD_SPACE, forward_launches, ((32, "any"),)),
     Kernel("attention_decode", DTYPES[:2], KEYS, DECODE_SPACE, decode_launches, ((32,),)),
-    Kernel("attention_query_gradient", DTYPES[:2], KEYS, QUERY_SPACE, partial(backward_launches, "query"), ((32,),)),
-    Kernel("attention_key_gradients", DTYPES[:2], KEYS, KEYS_SPACE, partial(backward_launches, "keys"), ((32,),)),
+    Kernel(
+        "attention_query_gradient",
+        DTYPES[:2],
+        BY_WORD,
+        QUERY_SPACE,
+        partial(backward_launches, "query"),
+        ((32, "any"),),
+    ),
+    Kernel(
+        "attention_key_gradients", DTYPES[:2], BY_WORD, KEYS_SPACE, partial(backward_launches, "keys"), ((32, "any"),)
+    ),
 )
