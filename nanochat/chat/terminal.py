@@ -25,7 +25,8 @@ def chat(options: ChatOptions, paths: Paths) -> None:
     sampling = {"temperature": options.temperature, "top_k": options.top_k, "seed": options.seed}
     session = Session(Engine(model, tokenizer), options.max_tokens, **sampling)
     if options.prompt:
-        print_answer(session, options.prompt)
+        if not print_answer(session, options.prompt):
+            raise KeyboardInterrupt  # the command ends as any other that is interrupted
         return
     say(f"nanochat ({options.source} of the run {paths.run_name}); /help names the commands, /quit leaves")
     for text in questions(paths):
@@ -73,17 +74,23 @@ def questions(paths: Paths) -> Iterator[str]:
             return
 
 
-def print_answer(session: Session, text: str) -> None:
-    """Print the answer to a message while it is generated. An interrupt (Ctrl-C) ends the answer, not the chat."""
+def print_answer(session: Session, text: str) -> bool:
+    """Print the answer to a message while it is generated; return whether it came to its end.
+
+    An interrupt (Ctrl-C) ends the answer, not the chat.
+    """
+    whole = True
     console.print("[bold]nanochat:[/bold] ", end="")
     answer = session.ask(text)
     try:
         for piece in shown(answer):
             console.print(piece, end="", markup=False)
     except KeyboardInterrupt:
+        whole = False
         with contextlib.suppress(KeyboardInterrupt):
             answer.throw(
                 KeyboardInterrupt
             )  # unless it was raised in there: what has been said stays in the conversation
         console.print(" (stopped)", end="")
     say("")
+    return whole

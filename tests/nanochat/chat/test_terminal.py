@@ -2,8 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 
+import pytest
+
+from nanochat.chat.terminal import chat, print_answer
 from nanochat.inference.session import Text, ToolCall, ToolResult, shown
+from nanochat.options.chat import ChatOptions
 from nanochat.options.evaluate import EvaluateChatOptions
 from nanochat.platform.paths import Paths
 from tests import forked
@@ -13,6 +18,26 @@ from tests.conftest import TINY_EVALUATE_BASE, TINY_EVALUATE_CHAT, command, envi
 def test_a_tool_call_is_shown_with_its_result():
     assert "".join(shown([Text("It is"), ToolCall("2+3"), ToolResult("5"), Text(".")])) == "It is [2+3 → 5] ."
     assert "".join(shown([ToolCall("what"), Text("?")])) == " [what] ?"
+
+
+def test_an_interrupted_answer_is_said_to_be_so(monkeypatch):
+    """The chat goes on; with --prompt the command ends as one that was interrupted."""
+
+    class Interrupted:
+        def ask(self, text):
+            yield Text("I am")
+            raise KeyboardInterrupt
+
+    class Whole:
+        def ask(self, text):
+            yield Text("I am here")
+
+    assert print_answer(Whole(), "hi") and not print_answer(Interrupted(), "hi")
+    monkeypatch.setattr("nanochat.chat.terminal.print_answer", lambda *_: False)
+    monkeypatch.setattr("nanochat.chat.terminal.load_model", lambda *_: (None, None, None))
+    monkeypatch.setattr("nanochat.chat.terminal.Engine", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        chat(ChatOptions(prompt="hi", device="cpu"), Paths(Path("nowhere")))
 
 
 def test_chat_and_evaluation_of_a_trained_model(trained_base, tmp_path):
