@@ -11,7 +11,7 @@ gradient is 1, nothing is rounded twice. Other logits are kept, and backward com
 import torch
 from torch import Tensor
 
-from nanochat_kernels import reference
+from nanochat_kernels import fused_cross_entropy, reference
 from nanochat_kernels.checks import (
     autocast_products,
     check_float,
@@ -252,8 +252,12 @@ def flops(arguments: tuple, part: str, variant: str) -> float:
 
 
 LINEAR_CROSS_ENTROPY = Operation(
-    "linear_cross_entropy", linear_cross_entropy, run_reference, {"triton": Implementation(run, unsupported_reason)},
-    KERNELS, trials,
+    "linear_cross_entropy", linear_cross_entropy, run_reference,
+    {
+        "triton": Implementation(run, unsupported_reason),
+        "fused": Implementation(fused_cross_entropy.run, fused_cross_entropy.unsupported_reason),
+    },
+    (*KERNELS, *fused_cross_entropy.KERNELS), trials,
     Benchmark(
         ("d12", "d20"), benchmark_inputs, (0, 1), elements, flops, ("fwd", "both"), {"liger": liger}, is_loss=True
     ),
