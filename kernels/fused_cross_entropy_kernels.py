@@ -27,8 +27,8 @@ LEAST_WEIGHT = tl.constexpr(2.0**-60)
 def exponentials(z, other, CAP):
     """Return (exp(l), E) of two logits."""
     w, v = two_weights(z, other, CAP)
-    e, f = exponential(w, CAP), exponential(v, CAP)
     w, v = w - LEAST_WEIGHT, v - LEAST_WEIGHT
+    e, f = exponential(w, CAP), exponential(v, CAP)
     return e, f, e * (w - w * w), f * (v - v * v)
 
 
@@ -112,7 +112,9 @@ def rows_kernel(
     z = tl.load(target_logits_ptr + row, mask=known, other=float("nan")).to(tl.float64)
     w, rest = 1.0 / (1.0 + tl.exp(z * (2.0 / CAP))), 1.0 / (1.0 + tl.exp(z * (-2.0 / CAP)))
     exact = tl.exp(CAP * (rest - w))
-    tl.store(losses_ptr + row, tl.where(counts, tl.log(1.0 + others / exact), 0.0).to(tl.float32), mask=mask)
+    ratio = others / exact
+    loss = tl.where(ratio < 1e-8, ratio, tl.log(1.0 + ratio))  # the sum would round a small ratio
+    tl.store(losses_ptr + row, tl.where(counts, loss, 0.0).to(tl.float32), mask=mask)
     if GRADIENT:
         factor = tl.load(factor_ptr + row * factor_stride, mask=mask, other=0.0) if FACTOR else 1.0
         total = others + tl.where(known, exact, 0.0)
