@@ -110,13 +110,14 @@ def linear_cross_entropy_chunks(
         values, part = memory[: chunk.stop - start], x[chunk]
         sums, target_logits = exponentials(part, weight, targets[chunk], softcap, values, has_gradient)
         factors = factor if factor is None or factor.dim() == 0 else factor[chunk]
-        scale = launch_rows(
+        scale, row_scale = launch_rows(
             sums, targets[chunk], target_logits, factors, losses[chunk], values, softcap, ignore_index, has_gradient
         )
         if needs_dx:
             scaled_rows("linear_cross_entropy_input_gradient", values, weight, scale, out=dx[chunk])
         if needs_dw:
-            scaled = torch.mul(part, scale[:, None], out=torch.empty(part.shape, dtype=x.dtype, device=x.device))
+            scaled = torch.empty(part.shape, dtype=x.dtype, device=x.device)
+            torch.mul(part, row_scale[:, None], out=scaled)
             add_chunk(dweight, values, scaled, start == 0)
     return losses, dx, dweight
 

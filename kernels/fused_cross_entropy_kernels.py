@@ -96,7 +96,12 @@ def rows_kernel(
     gradient_stride, factor_stride, ignore_index, CAP: tl.constexpr, GRADIENT: tl.constexpr, FACTOR: tl.constexpr,
     ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Add up sums (parts, rows) of each row, and compute the losses; with GRADIENT also 4·factor/S, and the target's entry of E."""
+    """Add up sums (parts, rows) of each row, and compute the losses; with GRADIENT also the target's entry of E and two scales.
+
+    The first scale is a = 4·factor/S. The rows of x are multiplied by the second one, and rounded: it is a times the number by which
+    the rounding of the target's entry changed it. Otherwise the target's term, which is most of the weight's gradient, would
+    be rounded twice. The other terms are as far off as they are by their own rounding.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mask = row < rows
     part = tl.arange(0, PARTS)[:, None]
@@ -118,28 +123,35 @@ def rows_kernel(
     if GRADIENT:
         factor = tl.load(factor_ptr + row * factor_stride, mask=mask, other=0.0) if FACTOR else 1.0
         total = others + tl.where(known, exact, 0.0)
-        tl.store(scale_ptr + row, (tl.where(counts, 4.0 * factor, 0.0) / total).to(tl.float32), mask=mask)
-        value = cast((-others * w * rest).to(tl.float32), gradient_ptr.dtype.element_ty)
-        tl.store(gradient_ptr + row * gradient_stride + target, value, mask=known & counts)
+        scale = tl.where(counts, 4.0 * factor, 0.0) / total
+        tl.store(scale_ptr + row, scale.to(tl.float32), mask=mask)
+        value = -others * w * rest
+        stored = cast(value.to(tl.float32), gradient_ptr.dtype.element_ty)
+        tl.store(gradient_ptr + row * gradient_stride + target, stored, mask=known & counts)
+        stored = stored.to(tl.float32).to(tl.float64)
+        scale *= tl.where(known & (stored != 0.0), value / stored, 1.0)
+        tl.store(scale_ptr + rows + row, scale.to(tl.float32), mask=mask)
 
 
 def launch_rows(
     sums: Tensor, targets: Tensor, target_logits: Tensor, factor: Tensor | None, losses: Tensor, exponentials: Tensor,
     cap: float, ignore_index: int, has_gradient: bool, parameters: dict[str, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Fill losses (N,), and with a gradient put the target's entries into exponentials (N, V). Return the rows' scale (N,) of them.
+    """Fill losses (N,), and with a gradient put the target's entries into exponentials (N, V). Return two scales (2, N) of the rows.
+
+    The first one multiplies the rows of exponentials·weight, the second one those of x in exponentialsᵀ·x.
 
     sums (parts, N) and target_logits (N,) come from the product's epilogue. factor: () or (N,), of each row's loss; None stands for 1.
     Without a gradient the result is undefined.
     """
     rows = targets.size(0)
-    scale = torch.empty(rows if has_gradient else 0, dtype=torch.float32, device=targets.device)
+    scales = torch.empty(2, rows if has_gradient else 0, dtype=torch.float32, device=targets.device)
     parameters = parameters or launch_parameters("cross_entropy_rows", sums.device, sums.dtype, (sums.size(0),))
     factor = None if factor is None else factor.to(torch.float32).expand(rows)
     launch(
         rows_kernel, (cdiv(rows, parameters["ROWS"]),), sums.device, sums, targets, target_logits,
-        losses if factor is None else factor, losses, scale if has_gradient else losses, exponentials, rows, sums.size(0),
+        losses if factor is None else factor, losses, scales if has_gradient else losses, exponentials, rows, sums.size(0),
         exponentials.size(1), exponentials.stride(0), 0 if factor is None else factor.stride(0), ignore_index, CAP=cap,
         GRADIENT=has_gradient, FACTOR=factor is not None, **parameters,
     )  # fmt: skip
-    return scale
+    return scales
