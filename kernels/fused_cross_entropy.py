@@ -3,8 +3,9 @@
 With l = softcap·tanh(z/softcap) of the logits z = x·weightᵀ, S = Σ exp(l) of each row and f the product of all factors of its loss,
     dloss/dz = f·(exp(l)/S − [target])·(1 − (l/softcap)²) = a·E,   a = 4·f/S,   dx = a ⊙ (E·weight),   dweight = Eᵀ·(a ⊙ x),
 where E = exp(l)·(1 − (l/softcap)²)/4 except for the target, whose entry is −(S − exp(l))·(1 − (l/softcap)²)/4. Softcapped logits are
-bounded, so that E and S need no running maximum. The first product's epilogue stores E before S is known; a small kernel adds up S,
-and replaces one entry of each row. So the target's term needs neither a scatter nor atomic additions.
+bounded, so that E and S need no running maximum. The first product's epilogue stores E before S is known; a small kernel adds up S and
+replaces one entry of each row. In dweight, where most rows have few targets, the targets' terms are most of an element, and a ⊙ x is
+rounded: they are added in float32 instead, by one program for all rows with the same target, without atomic additions.
 
 The tokens are divided into as few chunks as keep E within CHUNK_BYTES; E is overwritten by the next chunk. The gradients are therefore
 computed in forward, and backward multiplies them by the upstream gradient, if that is one number: for reduction "mean". They are
@@ -13,12 +14,13 @@ float32 sums for the weight, so that they are rounded once. For "none", forward 
 This file does not define an operation of the package: it is an implementation of linear_cross_entropy.py.
 """
 
+import math
 from math import ceil
 
 import torch
 from torch import Tensor
 
-from nanochat_kernels.fused_cross_entropy_kernels import EXPONENTIALS, launch_rows
+from nanochat_kernels.fused_cross_entropy_kernels import EXPONENTIALS, add_target_rows, launch_rows
 from nanochat_kernels.linear import scaled_rows
 from nanochat_kernels.matrix_product import SPACE, product, product_parameters
 from nanochat_kernels.operation import MODEL_WIDTHS, Kernel
@@ -105,20 +107,22 @@ def linear_cross_entropy_chunks(
         return losses, dx, dweight.zero_()
     step = chunk_rows(rows, weight.size(0), x.element_size())
     memory = matrix(step, weight.size(0), x.dtype, x.device)
+    coefficients = torch.empty_like(losses) if has_gradient else None
     for start in range(0, rows, step):
         chunk = slice(start, min(start + step, rows))
-        values, part = memory[: chunk.stop - start], x[chunk]
-        sums, target_logits = exponentials(part, weight, targets[chunk], softcap, values, has_gradient)
+        values, part, wanted = memory[: chunk.stop - start], x[chunk], targets[chunk]
+        sums, target_logits = exponentials(part, weight, wanted, softcap, values, has_gradient)
         factors = factor if factor is None or factor.dim() == 0 else factor[chunk]
-        scale, row_scale = launch_rows(
-            sums, targets[chunk], target_logits, factors, losses[chunk], values, softcap, ignore_index, has_gradient
-        )
+        known = coefficients[chunk] if has_gradient else None
+        scale = launch_rows(sums, wanted, target_logits, factors, losses[chunk], values, known, softcap, ignore_index)
         if needs_dx:
             scaled_rows("linear_cross_entropy_input_gradient", values, weight, scale, out=dx[chunk])
         if needs_dw:
+            values.scatter_(1, wanted.clamp(0, weight.size(0) - 1)[:, None], 0.0)
             scaled = torch.empty(part.shape, dtype=x.dtype, device=x.device)
-            torch.mul(part, row_scale[:, None], out=scaled)
-            add_chunk(dweight, values, scaled, start == 0)
+            add_chunk(dweight, values, torch.mul(part, scale[:, None], out=scaled), start == 0)
+    if needs_dw:
+        add_target_rows(dweight, x, targets, coefficients)
     return losses, dx, dweight
 
 
@@ -242,14 +246,21 @@ def rows_launches(key, dtype: torch.dtype, device: torch.device):
     rows, width = 8192, 64 * key[0]
     sums, losses = torch.ones(key[0], rows, device=device), torch.empty(rows, device=device)
     targets, values = torch.randint(width, (rows,), device=device), matrix(rows, width, torch.bfloat16, device)
-    given = sums, targets, losses
 
-    def run(factor: Tensor | None, has_gradient: bool):
-        return lambda parameters: launch_rows(
-            *given, factor, torch.empty_like(losses), values, SOFTCAP, -1, has_gradient, parameters
-        )
+    def run(factor: Tensor | None, coefficients: Tensor | None):
+        given = sums, targets, losses, factor, torch.empty_like(losses), values, coefficients
+        return lambda parameters: launch_rows(*given, SOFTCAP, -1, parameters)
 
-    return {"a factor": run(losses[0], True), "no factor": run(None, True), "losses": run(None, False)}
+    return {"a factor": run(losses[0], losses), "no factor": run(None, losses), "losses": run(None, None)}
+
+
+def target_rows_launches(key, dtype: torch.dtype, device: torch.device):
+    rows = 65_536
+    x, coefficients = torch.empty(rows, *key, device=device, dtype=dtype).normal_(), torch.ones(rows, device=device)
+    # like words of a text: the n-th most frequent one has about 1/n of the occurrences of the first
+    targets = (torch.rand(rows, device=device) * math.log(VOCABULARY)).exp().long().clamp(max=VOCABULARY - 1)
+    dweight = torch.zeros(VOCABULARY, *key, device=device)
+    return {"targets": lambda parameters: add_target_rows(dweight, x, targets, coefficients, parameters)}
 
 
 VOCABULARY = 65_536
@@ -263,5 +274,12 @@ KERNELS = (
         "cross_entropy_rows", DTYPES[2:], ((256,), (1024,)),
         tuple({"ROWS": rows, "PARTS": parts, "num_warps": 4} for rows in (16, 32, 64) for parts in (8, 16, 32)),
         rows_launches, ((3,),),
+    ),
+    Kernel(
+        "cross_entropy_target_rows", (torch.bfloat16, torch.float32), tuple((width,) for width in MODEL_WIDTHS.values()),
+        tuple(
+            {"ROWS": rows, "COLUMNS": columns, "num_warps": 4} for rows in (4, 8, 16) for columns in (256, 512)
+        ),
+        target_rows_launches, ((15,), (1000,)),
     ),
 )  # fmt: skip

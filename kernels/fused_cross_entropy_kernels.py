@@ -7,6 +7,8 @@ in the same order, and then knows the loss, the row's factor and the target's en
 
 The target's e is left out of the sums because probabilities near 1 would cancel: S − e is what remains for all other tokens, and
 the loss log(S/e) = log(1 + (S − e)/e) and the target's gradient, which contains (S − e)/S, keep their relative precision.
+
+The last kernel adds the targets' terms of the weight's gradient, which are most of it, in float32.
 """
 
 import torch
@@ -17,7 +19,7 @@ from nanochat_kernels.configs import launch_parameters
 from nanochat_kernels.cross_entropy_kernels import exponential, two_weights
 from nanochat_kernels.hopper_product import gl, gluon
 from nanochat_kernels.matrix_product import Epilogue, store_block, store_row_sums
-from nanochat_kernels.triton_helpers import cast, cdiv, launch, tl, triton
+from nanochat_kernels.triton_helpers import cast, cdiv, launch, power_of_2, tl, triton
 
 # what w is where exp2's exponent is limited in two_weights: without it a saturated logit has E = 0, as in the reference
 LEAST_WEIGHT = tl.constexpr(2.0**-60)
@@ -47,7 +49,7 @@ def exponentials_epilogue(
         store_block(out_ptr, out_stride, tl.reshape(tl.join(g, h), [ROWS, PART]), row, column, m, n, WHOLE)
     r = row + tl.arange(0, ROWS)
     target = tl.load(targets_ptr + r, mask=r < m, other=-1)
-    is_here = (target >= column) & (target < column + PART) & (target < n)
+    is_here = (target >= column) & (target < column + PART)
     target = tl.where(is_here, target - column, -1).to(tl.int32)
     left = 2 * tl.arange(0, PART // 2)[None, :]
     is_left, is_right = left == target[:, None], left + 1 == target[:, None]
@@ -74,7 +76,7 @@ def exponentials_on_hopper(z, out_desc, first, second, arguments, row, column, m
         hopper_product.store_memory(out_desc, first, row, column)
     r = hopper_product.row_numbers(z, row)
     target = gl.load(targets_ptr + r, mask=r < m, other=-1)
-    is_here = (target >= column) & (target < column + PART) & (target < n)
+    is_here = (target >= column) & (target < column + PART)
     target = gl.where(is_here, target - column, -1).to(gl.int32)
     left = 2 * gl.arange(0, PART // 2, layout=gl.SliceLayout(0, z.type.layout))[None, :]
     is_left, is_right = left == target[:, None], left + 1 == target[:, None]
@@ -92,16 +94,11 @@ EXPONENTIALS = Epilogue(exponentials_epilogue, exponentials_on_hopper)
 
 @triton.jit
 def rows_kernel(
-    sums_ptr, targets_ptr, target_logits_ptr, factor_ptr, losses_ptr, scale_ptr, gradient_ptr, rows, parts, width,
-    gradient_stride, factor_stride, ignore_index, CAP: tl.constexpr, GRADIENT: tl.constexpr, FACTOR: tl.constexpr,
+    sums_ptr, targets_ptr, target_logits_ptr, factor_ptr, losses_ptr, scale_ptr, coefficient_ptr, gradient_ptr, rows,
+    parts, width, gradient_stride, factor_stride, ignore_index, CAP: tl.constexpr, GRADIENT: tl.constexpr, FACTOR: tl.constexpr,
     ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Add up sums (parts, rows) of each row, and compute the losses; with GRADIENT also the target's entry of E and two scales.
-
-    The first scale is a = 4·factor/S. The rows of x are multiplied by the second one, and rounded: it is a times the number by which
-    the rounding of the target's entry changed it. Otherwise the target's term, which is most of the weight's gradient, would
-    be rounded twice. The other terms are as far off as they are by their own rounding.
-    """
+    """Add up sums (parts, rows) of each row, and compute the losses; with GRADIENT also a = 4·factor/S and the target's entry of E."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mask = row < rows
     part = tl.arange(0, PARTS)[:, None]
@@ -126,32 +123,74 @@ def rows_kernel(
         scale = tl.where(counts, 4.0 * factor, 0.0) / total
         tl.store(scale_ptr + row, scale.to(tl.float32), mask=mask)
         value = -others * w * rest
-        stored = cast(value.to(tl.float32), gradient_ptr.dtype.element_ty)
-        tl.store(gradient_ptr + row * gradient_stride + target, stored, mask=known & counts)
-        stored = stored.to(tl.float32).to(tl.float64)
-        scale *= tl.where(known & (stored != 0.0), value / stored, 1.0)
-        tl.store(scale_ptr + rows + row, scale.to(tl.float32), mask=mask)
+        tl.store(coefficient_ptr + row, tl.where(known & counts, scale * value, 0.0).to(tl.float32), mask=mask)
+        value = cast(value.to(tl.float32), gradient_ptr.dtype.element_ty)
+        tl.store(gradient_ptr + row * gradient_stride + target, value, mask=known & counts)
+
+
+@triton.jit
+def target_rows_kernel(
+    sorted_ptr, order_ptr, ends_ptr, x_ptr, coefficient_ptr, gradient_ptr, vocabulary, width, x_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Add coefficient·x of all rows with the same target to the target's row of the gradient (vocabulary, width).
+
+    The targets are sorted: a program whose target differs from the one before adds up all rows with its target, in their order.
+    """
+    position = tl.program_id(0).to(tl.int64)
+    target = tl.load(sorted_ptr + position)
+    before = tl.load(sorted_ptr + position - 1, mask=position > 0, other=-1)
+    is_first = (position == 0) | (before != target)
+    if is_first & (target >= 0) & (target < vocabulary):
+        end = tl.load(ends_ptr + position)
+        column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+        sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for start in tl.range(position, end, ROWS):
+            at = start + tl.arange(0, ROWS)
+            row = tl.load(order_ptr + at, mask=at < end, other=0)
+            coefficient = tl.load(coefficient_ptr + row, mask=at < end, other=0.0)
+            mask = (at < end)[:, None] & (column < width)[None, :]
+            x = tl.load(x_ptr + (row[:, None] * x_stride + column[None, :]), mask=mask, other=0.0)
+            sums += x.to(tl.float32) * coefficient[:, None]
+        at = gradient_ptr + target * width + column
+        value = tl.load(at, mask=column < width, other=0.0) + tl.sum(sums, axis=0)
+        tl.store(at, value, mask=column < width)
 
 
 def launch_rows(
     sums: Tensor, targets: Tensor, target_logits: Tensor, factor: Tensor | None, losses: Tensor, exponentials: Tensor,
-    cap: float, ignore_index: int, has_gradient: bool, parameters: dict[str, int] | None = None,
+    coefficients: Tensor | None, cap: float, ignore_index: int, parameters: dict[str, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Fill losses (N,), and with a gradient put the target's entries into exponentials (N, V). Return two scales (2, N) of the rows.
-
-    The first one multiplies the rows of exponentials·weight, the second one those of x in exponentialsᵀ·x.
+    """Fill losses (N,), and with a gradient the target's entries of exponentials (N, V) and coefficients (N,). Return a (N,).
 
     sums (parts, N) and target_logits (N,) come from the product's epilogue. factor: () or (N,), of each row's loss; None stands for 1.
-    Without a gradient the result is undefined.
+    coefficients: the derivatives of factor·loss by the targets' logits; None if there is no gradient, and no result then.
     """
-    rows = targets.size(0)
-    scales = torch.empty(2, rows if has_gradient else 0, dtype=torch.float32, device=targets.device)
+    rows, has_gradient = targets.size(0), coefficients is not None
+    scale = torch.empty(rows if has_gradient else 0, dtype=torch.float32, device=targets.device)
     parameters = parameters or launch_parameters("cross_entropy_rows", sums.device, sums.dtype, (sums.size(0),))
     factor = None if factor is None else factor.to(torch.float32).expand(rows)
     launch(
         rows_kernel, (cdiv(rows, parameters["ROWS"]),), sums.device, sums, targets, target_logits,
-        losses if factor is None else factor, losses, scales if has_gradient else losses, exponentials, rows, sums.size(0),
-        exponentials.size(1), exponentials.stride(0), 0 if factor is None else factor.stride(0), ignore_index, CAP=cap,
-        GRADIENT=has_gradient, FACTOR=factor is not None, **parameters,
+        losses if factor is None else factor, losses, *((scale, coefficients) if has_gradient else (losses, losses)),
+        exponentials, rows, sums.size(0), exponentials.size(1), exponentials.stride(0),
+        0 if factor is None else factor.stride(0), ignore_index, CAP=cap, GRADIENT=has_gradient, FACTOR=factor is not None,
+        **parameters,
     )  # fmt: skip
-    return scales
+    return scale
+
+
+def add_target_rows(
+    dweight: Tensor, x: Tensor, targets: Tensor, coefficients: Tensor,
+    parameters: dict[str, int] | None = None,
+) -> None:  # fmt: skip
+    """Add coefficients (N,) times the rows of x (N, C) to the targets' rows of dweight (V, C): repeated calls are bitwise equal."""
+    sorted_targets, order = torch.sort(targets, stable=True)
+    ends = torch.searchsorted(sorted_targets, sorted_targets, right=True)
+    parameters = dict(parameters or launch_parameters("cross_entropy_target_rows", x.device, x.dtype, (x.size(1),)))
+    parameters["COLUMNS"] = min(parameters["COLUMNS"], power_of_2(max(x.size(1), 16)))
+    grid = targets.size(0), cdiv(x.size(1), parameters["COLUMNS"])
+    launch(
+        target_rows_kernel, grid, x.device, sorted_targets, order, ends, x, coefficients, dweight, *dweight.shape, x.stride(0),
+        **parameters,
+    )  # fmt: skip

@@ -1,4 +1,7 @@
-"""linear_cross_entropy as three products, impl="fused", against the reference."""
+"""linear_cross_entropy as three products, impl="fused", against the reference.
+
+This file is long because the operation has two reductions, a buffer, loss weights and chunks, and because it lists many faults.
+"""
 
 import importlib
 import itertools
@@ -120,21 +123,22 @@ def test_huge_activations_have_no_gradient(dtype):
     assert abs(found[0] - true) <= 4 * EPSILON and not found[1].any() and not found[2].any()
 
 
-@pytest.mark.parametrize("softcap", [1.0, 8.0, 15.0])
+@pytest.mark.parametrize("softcap", [1.0, 15.0, 40.0])
 def test_probabilities_near_one_keep_their_precision(softcap):
-    """The loss is about exp(−1.9·softcap) and the target's gradient even smaller: a difference of 1 and p would be 0 or noise."""
+    """The loss is about exp(−1.9·softcap), and so is the target's gradient: the difference of 1 and p would be 0 even in float64."""
     logits = torch.full((5, 32), -2.0 * softcap, device=DEVICE) + 0.01 * randn(5, 32, dtype=torch.float32)
     targets = torch.tensor([0, 31, 16, 15, 7], device=DEVICE)
-    logits[torch.arange(5, device=DEVICE), targets] = 2.0 * softcap
-    given_ = [logits, targets, softcap, -1, "none"]
-    upstream = torch.ones(5, device=DEVICE)
-    found = harness.evaluate(of_logits(fused), given_, [upstream], (0,))
-    true = harness.evaluate(
-        of_logits(reference.linear_cross_entropy), [logits.double(), *given_[1:]], [upstream.double()], (0,)
+    rows = torch.arange(5, device=DEVICE)
+    logits[rows, targets] = 2.0 * softcap
+    found = harness.evaluate(
+        of_logits(fused), [logits, targets, softcap, -1, "none"], [torch.ones(5, device=DEVICE)], (0,)
     )
-    mask = target_entries(5, 32, targets)
-    torch.testing.assert_close(found[0].double(), true[0], rtol=1e-4, atol=1e-15)
-    torch.testing.assert_close(found[1][mask].double(), true[1][mask], rtol=1e-4, atol=0.0)
+    z = logits.double() / softcap
+    ratios = (softcap * (z.tanh() - z[rows, targets].tanh()[:, None])).exp()
+    others = torch.where(target_entries(5, 32, targets), 0.0, ratios).sum(1)
+    torch.testing.assert_close(found[0].double(), others.log1p(), rtol=1e-4, atol=0.0)
+    gradient = -others / (1.0 + others) / z[rows, targets].cosh().square()
+    torch.testing.assert_close(found[1][rows, targets].double(), gradient, rtol=1e-4, atol=0.0)
 
 
 def in_dtype(function, x, head, targets, factor, dtype):
@@ -159,12 +163,10 @@ def test_a_weighted_mean_as_in_training(weight, several_chunks):
     true, plain = (in_dtype(HEAD.run_reference, *given_, dtype) for dtype in (torch.float64, torch.bfloat16))
     found = in_dtype(fused, *given_, torch.bfloat16)
     assert abs(found[0] - true[0]) <= EPSILON
-    wrong = over_budget(found[1], true[1], plain[1])
-    assert not wrong, wrong
-    errors = [[(ours - exact).norm() for ours, exact in zip(results, true, strict=True)] for results in (found, plain)]
-    assert errors[0][1] < 1.05 * errors[1][1]
-    # two operands of the weight's gradient are rounded, E and the scaled rows of x, and one of the reference's
-    assert errors[0][2] < 1.05 * 2**0.5 * errors[1][2]
+    for ours, exact, other in zip(found[1:], true[1:], plain[1:], strict=True):
+        wrong = over_budget(ours, exact, other)
+        assert not wrong, wrong
+        assert (ours - exact).norm() < 1.05 * (other - exact).norm()
 
 
 @pytest.mark.parametrize("wrt", [(0,), (1,)])
@@ -317,7 +319,7 @@ def losses_of(logits, targets):
         *[width] * 4, EPILOGUE=KERNELS.EXPONENTIALS.triton, BLOCK_M=16, PART=part,
     )  # fmt: skip
     losses = torch.empty(rows, device=DEVICE)
-    KERNELS.launch_rows(sums, targets, target_logits, None, losses, logits, kernels.SOFTCAP, -1, False)
+    KERNELS.launch_rows(sums, targets, target_logits, None, losses, logits, None, kernels.SOFTCAP, -1)
     return losses
 
 
@@ -358,22 +360,35 @@ def test_an_upstream_gradient_that_is_not_finite_does_not_reach_ignored_rows(red
 def test_every_launch_configuration(kernel):
     """Only those with small tiles on a CPU, where a large tile takes long."""
     x, weight, targets = inputs(40, 64, 200, torch.bfloat16)
+    targets[:20] = targets[-1]
     true = reference.linear_cross_entropy(x.double(), weight.double(), targets, reduction="none")
-    is_product, values = kernel.is_product, FILE.matrix(40, 200, x.dtype, DEVICE)
+    values, losses = FILE.matrix(40, 200, x.dtype, DEVICE), torch.empty(40, device=DEVICE)
+    expected = torch.zeros(200, 64, device=DEVICE).index_add_(0, targets.clamp(min=0), x.float())
     for parameters in kernel.space:
         if not GPU and ("STAGES" in parameters or parameters.get("num_stages", 3) == 4):
             continue
-        product, rows = (parameters, None) if is_product else (harness.SMALL_TILES, parameters)
-        losses = torch.empty(40, device=DEVICE)
+        if kernel.name == "cross_entropy_target_rows":
+            dweight, ones = torch.zeros(200, 64, device=DEVICE), torch.ones(40, device=DEVICE)
+            FILE.add_target_rows(dweight, x, targets, ones, parameters)
+            torch.testing.assert_close(dweight[1:], expected[1:])
+            continue
+        product, rows = (parameters, None) if kernel.is_product else (harness.SMALL_TILES, parameters)
         sums = FILE.exponentials(x, weight, targets, kernels.SOFTCAP, values, True, product)
-        FILE.launch_rows(sums[0], targets, sums[1], None, losses, values, kernels.SOFTCAP, -1, True, rows)
+        FILE.launch_rows(sums[0], targets, sums[1], None, losses, values, losses.clone(), kernels.SOFTCAP, -1, rows)
         assert (losses - true).abs().max() < (0.2 if "TORCH" in product else 1e-4), parameters
         assert values.isfinite().all()
 
 
+def test_many_rows_with_one_target():
+    """More than one step of the sum over them takes. The others are ignored, or have a target alone."""
+    x, weight, targets = inputs(60, 16, 40, torch.float32, ignored=0.5)
+    targets[::2], targets[1] = 7, 39
+    check(fused, reference.linear_cross_entropy, [x, weight, targets], (0, 1), epsilon=EPSILON)
+
+
 def test_many_parts():
     """More parts of each row than one step of the sum takes, with a number of rows that is no multiple of the program's."""
-    x, weight, targets = inputs(5, 16, 1100 if GPU else 600, torch.float32)
+    x, weight, targets = inputs(5, 16, 9000 if GPU else 600, torch.bfloat16)
     check(fused, reference.linear_cross_entropy, [x, weight, targets], (0, 1), epsilon=EPSILON)
 
 
@@ -476,8 +491,6 @@ PLANTED_FAULTS = {
      "test_a_weighted_mean_as_in_training"),
     "target's logit of the wrong neighbour": (STEM, "tl.where(is_right, other, 0.0)", "tl.where(is_right, z, 0.0)",
      "test_loss_and_gradients"),
-    "target beyond the vocabulary": (STEM, "(target < column + PART) & (target < n)\n    target = tl.where",
-     "(target < column + PART)\n    target = tl.where", "test_a_target_outside_gives_nan_and_no_stray_access"),
     "target outside has a finite loss": (STEM, 'other=float("nan")).to(tl.float64)', "other=0.0).to(tl.float64)",
      "test_a_target_outside_gives_nan_and_no_stray_access"),
     "only the first parts added up": (STEM, "for start in tl.range(0, parts, PARTS)", "for start in tl.range(0, PARTS, PARTS)",
@@ -485,6 +498,20 @@ PLANTED_FAULTS = {
     "parts of other rows": (STEM, "(start + part).to(tl.int64) * rows", "(start + part).to(tl.int64) * ROWS",
      "test_loss_and_gradients"),
     "32-bit rows": (STEM, "(start + part).to(tl.int64) * rows", "(start + part) * rows", "test_offsets_are_64_bits_wide"),
+    "32-bit rows of targets": (STEM, "    position = tl.program_id(0).to(tl.int64)",
+     "    position = tl.program_id(0)", "test_offsets_are_64_bits_wide"),
+    "only the first rows with a target": (STEM, "in tl.range(position, end, ROWS)", "in tl.range(position, position + 1, ROWS)",
+     "test_many_rows_with_one_target"),
+    "rows of the next target too": (STEM, "coefficient = tl.load(coefficient_ptr + row, mask=at < end, other=0.0)",
+     "coefficient = tl.load(coefficient_ptr + row)", "test_many_rows_with_one_target"),
+    "each row of a target begins again": (STEM, "is_first = (position == 0) | (before != target)",
+     "is_first = position >= 0", "test_many_rows_with_one_target"),
+    "targets' terms replace the others": (STEM, "value = tl.load(at, mask=column < width, other=0.0) + tl.sum(sums, axis=0)",
+     "value = tl.sum(sums, axis=0)", "test_loss_and_gradients"),
+    "targets' terms twice in the weight's gradient": (OPERATION,
+     "            values.scatter_(1, wanted.clamp(0, weight.size(0) - 1)[:, None], 0.0)\n", "", "test_loss_and_gradients"),
+    "targets' terms dropped": (OPERATION, "add_target_rows(dweight, x, targets, coefficients)", "pass",
+     "test_loss_and_gradients"),
     "small losses rounded": (STEM, "tl.where(ratio < 1e-8, ratio, tl.log(1.0 + ratio))", "tl.log(1.0 + ratio)",
      "test_probabilities_near_one_keep_their_precision"),
     "ignored rows have a loss": (STEM, "tl.where(counts, loss, 0.0)", "loss", "test_loss_and_gradients"),
@@ -492,20 +519,22 @@ PLANTED_FAULTS = {
      "test_another_ignore_index"),
     "the target's own probability dropped": (STEM, "total = others + tl.where(known, exact, 0.0)", "total = others",
      "test_loss_and_gradients"),
-    "the target's entry from rounded sums": (STEM, "(-others * w * rest)", "((exact - total) * w * rest)",
+    "the target's entry from rounded sums": (STEM, "value = -others * w * rest", "value = (exact - total) * w * rest",
      "test_probabilities_near_one_keep_their_precision"),
-    "the target's entry without the cap's derivative": (STEM, "-others * w * rest", "-others * 0.25", "test_loss_and_gradients"),
+    "the target's entry without the cap's derivative": (STEM, "value = -others * w * rest", "value = -others * 0.25",
+     "test_loss_and_gradients"),
     "factor of the first row for all": (STEM, "tl.load(factor_ptr + row * factor_stride, mask=mask, other=0.0) if",
      "tl.load(factor_ptr + row * 0, mask=mask, other=0.0) if", "test_loss_and_gradients"),
     "factor of the first chunk for all": (OPERATION, "else factor[chunk]", "else factor[: chunk.stop - start]",
      "test_loss_and_gradients"),
-    "targets of the first chunk for all": (OPERATION, "scale = launch_rows(\n            sums, targets[chunk]",
-     "scale = launch_rows(\n            sums, targets[: chunk.stop - start]", "test_loss_and_gradients"),
-    "each chunk replaces the weight's gradient": (OPERATION, "scaled, start == 0)", "scaled, True)", "test_loss_and_gradients"),
-    "weight's gradient added to undefined memory": (OPERATION, "scaled, start == 0)", "scaled, False)",
+    "targets of the first chunk for all": (OPERATION, "x[chunk], targets[chunk]", "x[chunk], targets[: chunk.stop - start]",
      "test_loss_and_gradients"),
-    "weight's gradient without the rows' scale": (OPERATION, "add_chunk(dweight, values, scaled,",
-     "add_chunk(dweight, values, part,", "test_loss_and_gradients"),
+    "each chunk replaces the weight's gradient": (OPERATION, "out=scaled), start == 0)", "out=scaled), True)",
+     "test_loss_and_gradients"),
+    "weight's gradient added to undefined memory": (OPERATION, "out=scaled), start == 0)", "out=scaled), False)",
+     "test_loss_and_gradients"),
+    "weight's gradient without the rows' scale": (OPERATION, "torch.mul(part, scale[:, None], out=scaled)", "part",
+     "test_loss_and_gradients"),
     "forward adds to the buffer": (OPERATION, "        return reduced(found[0], factor, True), *found",
      "        _ = weight_gradient is not None and weight_gradient.add_(1.0)\n"
      "        return reduced(found[0], factor, True), *found", "test_the_weight_s_gradient_is_added_to_a_buffer"),
@@ -528,7 +557,7 @@ PLANTED_FAULTS = {
      "test_chunks_are_as_few_as_fit"),
     "more chunks than needed": (OPERATION, "ceil(equal / TILE_ROWS) * TILE_ROWS", "equal // TILE_ROWS * TILE_ROWS or equal",
      "test_chunks_are_as_few_as_fit"),
-    "torch.compile told another shape": (OPERATION, "x.new_empty(weight.shape if needs_dw else 0", "x.new_empty(weight.shape",
-     "test_the_products_are_opaque_to_the_compiler"),
+    "torch.compile told another shape": (OPERATION, "@opaque(result_shapes)",
+     "@opaque(lambda *given: result_shapes(*given[:-1], True))", "test_the_products_are_opaque_to_the_compiler"),
     "float16 taken": (OPERATION, "if x.dtype == torch.float16", "if False", "test_unsupported_arguments_are_named"),
 }  # fmt: skip
