@@ -21,15 +21,14 @@ from nanochat_kernels.hopper_product import gl, gluon
 from nanochat_kernels.matrix_product import Epilogue, store_block, store_row_sums
 from nanochat_kernels.triton_helpers import cast, cdiv, launch, power_of_2, tl, triton
 
-# what w is where exp2's exponent is limited in two_weights: without it a saturated logit has E = 0, as in the reference
-LEAST_WEIGHT = tl.constexpr(2.0**-60)
-
 
 @triton.jit
 def exponentials(z, other, CAP):
     """Return (exp(l), E) of two logits."""
     w, v = two_weights(z, other, CAP)
-    w, v = w - LEAST_WEIGHT, v - LEAST_WEIGHT
+    # what w is where two_weights limits exp2's exponent: without it a saturated logit has E = 0, as in the reference
+    LEAST: tl.constexpr = 2.0**-60
+    w, v = w - LEAST, v - LEAST
     e, f = exponential(w, CAP), exponential(v, CAP)
     return e, f, e * (w - w * w), f * (v - v * v)
 
