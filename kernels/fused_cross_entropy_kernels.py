@@ -47,9 +47,9 @@ def exponentials_epilogue(
     if gradient is not None:
         store_block(out_ptr, out_stride, tl.reshape(tl.join(g, h), [ROWS, PART]), row, column, m, n, WHOLE)
     r = row + tl.arange(0, ROWS)
-    target = tl.load(targets_ptr + r, mask=r < m, other=-1)
-    is_here = (target >= column) & (target < column + PART)
-    target = tl.where(is_here, target - column, -1).to(tl.int32)
+    target = tl.load(targets_ptr + r, mask=r < m, other=-1) - column
+    is_here = (target >= 0) & (target < PART)
+    target = tl.where(is_here, target, -1).to(tl.int32)
     left = 2 * tl.arange(0, PART // 2)[None, :]
     is_left, is_right = left == target[:, None], left + 1 == target[:, None]
     target_logits = tl.sum(tl.where(is_left, z, 0.0) + tl.where(is_right, other, 0.0), axis=1)
@@ -74,9 +74,9 @@ def exponentials_on_hopper(z, out_desc, first, second, arguments, row, column, m
         first.store(gl.reshape(gl.join(g, h), [ROWS, PART]).to(out_desc.dtype))
         hopper_product.store_memory(out_desc, first, row, column)
     r = hopper_product.row_numbers(z, row)
-    target = gl.load(targets_ptr + r, mask=r < m, other=-1)
-    is_here = (target >= column) & (target < column + PART)
-    target = gl.where(is_here, target - column, -1).to(gl.int32)
+    target = gl.load(targets_ptr + r, mask=r < m, other=-1) - column
+    is_here = (target >= 0) & (target < PART)
+    target = gl.where(is_here, target, -1).to(gl.int32)
     left = 2 * gl.arange(0, PART // 2, layout=gl.SliceLayout(0, z.type.layout))[None, :]
     is_left, is_right = left == target[:, None], left + 1 == target[:, None]
     target_logits = gl.sum(gl.where(is_left, z, 0.0) + gl.where(is_right, other, 0.0), axis=1)

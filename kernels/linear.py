@@ -54,8 +54,7 @@ def scaled_by_torch(x: Tensor, y: Tensor, factor: Tensor | None, out: Tensor | N
     if factor is None:
         return x @ y if out is None else torch.mm(x, y, out=out)
     sums = torch.mm(x, y, out_dtype=torch.float32) if x.is_cuda else x.float() @ y.float()
-    product = (sums * factor[:, None]).to(x.dtype)
-    return product if out is None else out.copy_(product)
+    return (sums * factor[:, None]).to(x.dtype) if out is None else torch.mul(sums, factor[:, None], out=out)
 
 
 class Linear(KernelFunction):
