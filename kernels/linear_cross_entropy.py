@@ -6,6 +6,8 @@ where f is the product of all factors of a row's loss: the loss weight, one over
 bfloat16 logits whose rows fit on the chip are overwritten with their gradient while the loss is computed, and no kernel reads them
 again. The factors that are known by then multiply the gradient before it is rounded, so that in training, where the upstream
 gradient is 1, nothing is rounded twice. Other logits are kept, and backward computes f ⊙ G from them.
+
+A second implementation, "fused", is in fused_cross_entropy.py: it stores no logits, and at most 1 GiB of what replaces them.
 """
 
 import torch
