@@ -184,6 +184,8 @@ def add_target_rows(
     parameters: dict[str, int] | None = None,
 ) -> None:  # fmt: skip
     """Add coefficients (N,) times the rows of x (N, C) to the targets' rows of dweight (V, C): repeated calls are bitwise equal."""
+    if not x.numel():
+        return
     sorted_targets, order = torch.sort(targets, stable=True)
     ends = torch.searchsorted(sorted_targets, sorted_targets, right=True)
     parameters = dict(parameters or launch_parameters("cross_entropy_target_rows", x.device, x.dtype, (x.size(1),)))
