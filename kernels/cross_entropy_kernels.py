@@ -50,7 +50,7 @@ def weight_of(z, CAP: tl.constexpr):
 
 
 @triton.jit
-def two_weights(z, other, CAP: tl.constexpr):
+def two_weights(z, other, CAP):
     """weight_of(z) and weight_of(other) from one reciprocal: 1/a = b/(a·b). exp2's exponent is limited to 60 to keep a·b finite."""
     # without propagate_nan a GPU's min.f32 returns the other operand for NaN
     a = 1.0 + exp2(tl.minimum(z * (2.0 * LOG2E / CAP), 60.0, propagate_nan=tl.PropagateNan.ALL))
@@ -68,7 +68,7 @@ def weights_of(z, CAP: tl.constexpr):
 
 
 @triton.jit
-def exponential(w, CAP: tl.constexpr):
+def exponential(w, CAP):
     """exp(l), computed from w."""
     return exp2(w * (-2.0 * LOG2E * CAP) + LOG2E * CAP)
 

@@ -33,28 +33,28 @@ def add_product(gradient: Tensor, dy: Tensor, x: Tensor) -> None:
 
 def scaled_rows(
     name: str, x: Tensor, y: Tensor, factor: Tensor | None = None, *, y_transposed: bool = False,
-    parameters: dict[str, int] | None = None,
+    parameters: dict[str, int] | None = None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return factor ⊙ (x·y) in x's dtype, for x (M, K), y (K, N) or (N, K), and a float32 factor for each row; rounded once.
 
-    name: the product's in the launch tables. Under torch.compile torch computes the product.
+    name: the product's in the launch tables. out: memory for the result. Under torch.compile torch computes the product.
     """
     x, y = as_rows(x), as_rows(y)
     if torch.compiler.is_compiling() or triton_unsupported_reason(x):
-        return scaled_by_torch(x, y.t() if y_transposed else y, factor)
+        return scaled_by_torch(x, y.t() if y_transposed else y, factor, out)
     shape = x.size(0), y.size(0 if y_transposed else 1), x.size(1)
     parameters = product_parameters(name, x, y, shape, None, parameters)
     if "TORCH" in parameters:
-        return scaled_by_torch(x, y.t() if y_transposed else y, factor)
-    out = torch.empty(shape[:2], dtype=x.dtype, device=x.device)
+        return scaled_by_torch(x, y.t() if y_transposed else y, factor, out)
+    out = torch.empty(shape[:2], dtype=x.dtype, device=x.device) if out is None else out
     return product(x, y, out, SCALE_ROWS, parameters, (factor,), y_transposed=y_transposed)
 
 
-def scaled_by_torch(x: Tensor, y: Tensor, factor: Tensor | None) -> Tensor:
+def scaled_by_torch(x: Tensor, y: Tensor, factor: Tensor | None, out: Tensor | None = None) -> Tensor:
     if factor is None:
-        return x @ y
+        return x @ y if out is None else torch.mm(x, y, out=out)
     sums = torch.mm(x, y, out_dtype=torch.float32) if x.is_cuda else x.float() @ y.float()
-    return (sums * factor[:, None]).to(x.dtype)
+    return (sums * factor[:, None]).to(x.dtype) if out is None else torch.mul(sums, factor[:, None], out=out)
 
 
 class Linear(KernelFunction):

@@ -6,12 +6,14 @@ where f is the product of all factors of a row's loss: the loss weight, one over
 bfloat16 logits whose rows fit on the chip are overwritten with their gradient while the loss is computed, and no kernel reads them
 again. The factors that are known by then multiply the gradient before it is rounded, so that in training, where the upstream
 gradient is 1, nothing is rounded twice. Other logits are kept, and backward computes f ⊙ G from them.
+
+A second implementation, "fused", is in fused_cross_entropy.py: it stores no logits, and at most 1 GiB of what replaces them.
 """
 
 import torch
 from torch import Tensor
 
-from nanochat_kernels import reference
+from nanochat_kernels import fused_cross_entropy, reference
 from nanochat_kernels.checks import (
     autocast_products,
     check_float,
@@ -252,8 +254,12 @@ def flops(arguments: tuple, part: str, variant: str) -> float:
 
 
 LINEAR_CROSS_ENTROPY = Operation(
-    "linear_cross_entropy", linear_cross_entropy, run_reference, {"triton": Implementation(run, unsupported_reason)},
-    KERNELS, trials,
+    "linear_cross_entropy", linear_cross_entropy, run_reference,
+    {
+        "triton": Implementation(run, unsupported_reason),
+        "fused": Implementation(fused_cross_entropy.run, fused_cross_entropy.unsupported_reason),
+    },
+    (*KERNELS, *fused_cross_entropy.KERNELS), trials,
     Benchmark(
         ("d12", "d20"), benchmark_inputs, (0, 1), elements, flops, ("fwd", "both"), {"liger": liger}, is_loss=True
     ),

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import nanochat_kernels as kernels
@@ -101,6 +101,7 @@ def inputs(batch, tokens, keys, groups, share, width, dtype, seed=0):
     return [x.to(dtype) for x in (q, k, v)]
 
 
+few_examples = settings(harness.property_test, max_examples=60 if GPU else 6)
 bounds = st.sampled_from((None, 1.0))  # in units of √D
 sizes = dict(
     batch=st.integers(1, 2), groups=st.integers(1, 2), share=st.integers(1, 3), width=st.sampled_from(FILE.HEAD_WIDTHS[:2]),
@@ -112,7 +113,7 @@ def bound_of(bound, width):
     return bound and bound * math.sqrt(width)
 
 
-@harness.property_test
+@few_examples
 @example(batch=2, tokens=70, groups=2, share=2, width=32, dtype=torch.bfloat16, bound=1.0, seed=1)
 @example(batch=1, tokens=49, groups=1, share=3, width=64, dtype=torch.float16, bound=None, seed=2)
 @given(tokens=st.integers(1, 70), **sizes)
@@ -121,7 +122,7 @@ def test_attention(batch, tokens, groups, share, width, dtype, bound, seed):
     check(with_bound(bound_of(bound, width)), plain, given_, [0, 1, 2], seed)
 
 
-@harness.property_test
+@few_examples
 @example(batch=2, tokens=20, more=30, groups=1, share=2, width=32, dtype=torch.bfloat16, bound=1.0, seed=1)
 @example(batch=2, tokens=1, more=80, groups=2, share=2, width=32, dtype=torch.float16, bound=1.0, seed=1)
 @example(batch=2, tokens=2, more=70, groups=1, share=3, width=32, dtype=torch.bfloat16, bound=None, seed=3)
@@ -135,7 +136,7 @@ def test_lengths(batch, tokens, more, groups, share, width, dtype, bound, seed):
     check(with_bound(bound_of(bound, width)), plain, given_, [0, 1, 2], seed)
 
 
-@harness.property_test
+@few_examples
 @example(
     batch=2,
     documents=(7, 7, 30, 50, 70),

@@ -288,8 +288,8 @@ def test_every_operation_is_judged(monkeypatch, name):
                 unable.add(name)
     assert choice["faults"].keys() == unable <= {"cudnn", "flash", "efficient"}
     assert choice["impl"] in choice["ms"].keys() == {*operation.implementations, "reference"} - unable
-    if not GPU:  # an interpreted kernel is slower than anything
-        assert choice["impl"] == "reference"
+    if not GPU:  # an interpreted kernel is slower than anything; the parts are references there
+        assert choice["impl"] in ("reference", "parts")
 
 
 @pytest.mark.parametrize("name", FUSED)
