@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 import nanochat_kernels as kernels
 from nanochat_kernels import reference
+from nanochat_kernels.operation import RunShape
+from nanochat_kernels.triton_helpers import recorded_launches
 from tests.kernels import harness
 from tests.kernels.harness import DEVICE, GPU, check, check_compiled, check_graph_replay, randn, same
 from tests.kernels.int64 import narrow_offsets
@@ -350,6 +352,18 @@ def test_every_launch_configuration(kernel):
             LAUNCHES.key_gradients(q, k, v, dout, lse, delta, None, None, *found, None, parameters)
             expected = dk, dv
         torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+
+
+def test_gate_and_benchmark_call_it_as_the_model_does():
+    """With the bound of normalised heads: without it another kernel would be validated and timed."""
+    shape, meta = RunShape(2, 80, 256, 2, 1, 512, 2), torch.device("meta")
+    operation = FILE.ATTENTION
+    calls = [trial.inputs for trial in operation.trials(shape, meta, torch.bfloat16)]
+    calls += [operation.benchmark.inputs(name, torch.bfloat16, meta) for name in operation.benchmark.shapes]
+    for arguments in calls:
+        with recorded_launches() as launches:
+            operation.benchmark.call(fused, *arguments)
+        assert launches and all(launch.constants["BOUNDED"] for launch in launches)
 
 
 def test_offsets_are_int64():
