@@ -150,7 +150,9 @@ def run_torch(backend: SDPBackend, q, k, v, lengths, cu_seqlens, bound, return_l
     return out.transpose(1, 2)
 
 
-def torch_unsupported_reason(q, k, v, lengths, cu_seqlens, bound, return_lse) -> str | None:
+def torch_unsupported_reason(
+    backend: SDPBackend, q, k, v, lengths, cu_seqlens, bound=None, return_lse=False
+) -> str | None:
     if q.device.type != "cuda":
         return f"torch's backends are for CUDA tensors, got one on {q.device}; impl='reference' is torch's attention on any"
     if lengths is not None or cu_seqlens is not None or return_lse:
@@ -159,6 +161,8 @@ def torch_unsupported_reason(q, k, v, lengths, cu_seqlens, bound, return_lse) ->
         return "torch's backends align the first query with the first key, not the last with the last"
     if q.dtype not in DTYPES[:2]:
         return f"torch's fast backends take bfloat16 or float16, got {q.dtype}"
+    if backend == SDPBackend.EFFICIENT_ATTENTION and q.size(2) != k.size(2):
+        return f"torch's efficient backend takes as many key heads as query heads, got {k.size(2)} and {q.size(2)}"
     return None
 
 
@@ -266,7 +270,7 @@ ATTENTION = Operation(
     {
         "triton": Implementation(run, unsupported_reason),
         **{
-            name: Implementation(partial(run_torch, backend), torch_unsupported_reason)
+            name: Implementation(partial(run_torch, backend), partial(torch_unsupported_reason, backend))
             for name, backend in BACKENDS.items()
         },
     },

@@ -5,6 +5,7 @@ This file is long because the operation is five kernels, each with and without a
 
 import importlib
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -412,13 +413,29 @@ def test_on_another_device():
 @pytest.mark.skipif(not GPU, reason="torch's backends need a GPU")
 @pytest.mark.parametrize("impl", ["cudnn", "flash", "efficient"])
 def test_backends_of_torch(impl):
-    given_ = inputs(2, 256, 256, 2, 2, 64, torch.bfloat16)
+    given_ = inputs(2, 256, 256, 2, 1 if impl == "efficient" else 2, 64, torch.bfloat16)
     found, expected = (
         harness.evaluate(lambda *x, impl=impl: kernels.attention(*x, impl=impl), given_, [given_[0]], [0, 1, 2])
         for impl in (impl, "triton")
     )
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0.03, atol=0.03)
+
+
+def test_what_backends_of_torch_do_not_support():
+    """An explicit request says what is unsupported, before torch finds no kernel. On a CPU the reasons see stand-ins of tensors."""
+
+    def reason(impl, q, k, *more):
+        q, k = (SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, size=shape.__getitem__) for shape in (q, k))
+        return FILE.ATTENTION.implementations[impl].unsupported_reason(q, k, k, *more, None, False)
+
+    plain_, grouped = (2, 8, 4, 64), (2, 8, 2, 64)
+    for impl in FILE.BACKENDS:
+        assert reason(impl, plain_, plain_, None, None) is None
+        assert "first query" in reason(impl, (2, 4, 4, 64), plain_, None, None)
+        assert "no lengths" in reason(impl, plain_, plain_, None, object())
+        found = reason(impl, plain_, grouped, None, None)
+        assert "as many key heads" in found if impl == "efficient" else found is None
 
 
 def test_bad_input():
