@@ -19,7 +19,7 @@ HEAD_WIDTHS = (32, 64, 128)
 LOG2E = math.log2(math.e)
 MOST_QUERIES = 64  # tokens times heads that read one key/value head, for which the keys are split
 WIDEST_RANGE = 100.0  # powers of two between the smallest and the largest p that a bound may allow
-FLOAT16_TOP, FLOAT16_RANGE = 15.0, 33.0  # p of at most 2¹⁵ and at least 2⁻¹⁸, where float16 still has 6 bits
+FLOAT16_TOP, FLOAT16_RANGE = 15.0, 29.0  # p of at most 2¹⁵ and at least 2⁻¹⁴, below which float16 has fewer bits
 
 
 def as_read(x: Tensor) -> Tensor:
@@ -34,13 +34,14 @@ def strides(*tensors: Tensor) -> list[int]:
 def softmax_constants(bound: float | None, width: int, dtype: torch.dtype) -> dict[str, float | bool]:
     """Return SCALE, SHIFT, LEAST, MOST and BOUNDED of the kernels; BOUNDED is False without a bound or with one that is too wide.
 
-    p = 2^(x − SHIFT) lies in 2^±(bound·log₂e) around 2^−SHIFT. In float16 it must not exceed 2¹⁵, and is then at least LEAST.
+    p = 2^(x − SHIFT) lies in 2^±(bound·log₂e) around 2^−SHIFT. In float16 the largest is 2¹⁵, and a bound is too wide if the smallest
+    would be below the normal numbers: a query may have no other keys than those, and they would lose bits.
     """
     scale = LOG2E / math.sqrt(width)
     half = math.inf if bound is None else bound * LOG2E
     shift, least, bounded = 0.0, 2.0**-WIDEST_RANGE, 2 * half <= WIDEST_RANGE
     if dtype == torch.float16 and bounded:
-        shift, bounded = max(half - FLOAT16_TOP, 0.0), 2 * half <= FLOAT16_RANGE
+        shift, bounded = half - FLOAT16_TOP, 2 * half <= FLOAT16_RANGE
         least = 2.0 ** (-half - shift - 1)  # half of what the bound allows, because q and k are rounded too
     return {
         "SCALE": scale, "SHIFT": shift if bounded else 0.0, "LEAST": least, "MOST": 2.0**WIDEST_RANGE, "BOUNDED": bounded,

@@ -236,14 +236,26 @@ def test_scores_beyond_the_bound_are_right_or_nan(dtype, tokens):
     assert nans, "no score was beyond what the sums can hold"
 
 
+@pytest.mark.parametrize("tokens", [4, 50])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_queries_whose_scores_are_all_low(dtype, width, tokens):
+    """All scores near −√D, and different: p of float16 must not lose bits there."""
+    q, k = torch.zeros(1, tokens, 1, width), torch.zeros(1, 50, 1, width)
+    q[..., 0], k[..., 0] = 1.0, -1.0
+    k += 0.1 * randn(*k.shape, dtype=torch.float32).cpu() / math.sqrt(width)
+    q, k = (reference.rms_norm(x).to(DEVICE, dtype) for x in (q, k))
+    check(with_bound(math.sqrt(width)), plain, [q, k, randn(1, 50, 1, width, dtype=dtype)], [0, 1, 2])
+
+
 def test_the_shift_of_float16():
-    """At a head width of 128, p of the largest score exceeds what float16 holds without a shift."""
-    constants = LAUNCHES.softmax_constants(math.sqrt(128), 128, torch.float16)
-    largest = 2 ** (math.sqrt(128) * math.log2(math.e) - constants["SHIFT"])
-    assert largest == pytest.approx(2**15)
-    unit = torch.zeros(1, 20, 1, 128, device=DEVICE, dtype=torch.float16)
-    unit[..., 0] = math.sqrt(128)
-    check(with_bound(math.sqrt(128)), plain, [unit, unit, randn(1, 20, 1, 128, dtype=torch.float16)], [0, 1, 2])
+    """p of the largest score is the largest power of two that float16 holds with some room, that of the smallest a normal number."""
+    constants = LAUNCHES.softmax_constants(8.0, 64, torch.float16)
+    assert constants["BOUNDED"] and 2 ** (8 * math.log2(math.e) - constants["SHIFT"]) == pytest.approx(2**15)
+    assert 2 ** (-8 * math.log2(math.e) - constants["SHIFT"]) > torch.finfo(torch.float16).tiny
+    unit = torch.zeros(1, 20, 1, 64, device=DEVICE, dtype=torch.float16)
+    unit[..., 0] = 8.0
+    check(with_bound(8.0), plain, [unit, unit, randn(1, 20, 1, 64, dtype=torch.float16)], [0, 1, 2])
 
 
 def test_a_bound_that_is_too_wide_keeps_the_maximum():
@@ -251,7 +263,7 @@ def test_a_bound_that_is_too_wide_keeps_the_maximum():
         bound: LAUNCHES.softmax_constants(bound, 128, torch.bfloat16)["BOUNDED"] for bound in (None, 11.4, 34.0, 35.0)
     }
     assert constants == {None: False, 11.4: True, 34.0: True, 35.0: False}
-    assert [LAUNCHES.softmax_constants(b, 128, torch.float16)["BOUNDED"] for b in (11.4, 12.0)] == [True, False]
+    assert [LAUNCHES.softmax_constants(b, 128, torch.float16)["BOUNDED"] for b in (10.0, 11.3)] == [True, False]
     q, k, v = inputs(1, 40, 40, 1, 1, 32, torch.float16)
     check(with_bound(40.0), plain, [4 * q, 4 * k, v], [0, 1, 2])
 
@@ -491,7 +503,9 @@ PLANTED_FAULTS = {
      "test_scores_beyond_the_bound_are_right_or_nan"),
     "float16 without its own limit": (L, "2.0 ** (-half - shift - 1)", "2.0 ** -100",
      "test_scores_beyond_the_bound_are_right_or_nan"),
-    "float16 without a shift": (L, "bounded = max(half - FLOAT16_TOP, 0.0)", "bounded = 0.0", "test_the_shift_of_float16"),
+    "float16 without a shift": (L, "bounded = half - FLOAT16_TOP", "bounded = 0.0", "test_the_shift_of_float16"),
+    "float16 with too few bits": (L, "FLOAT16_TOP, FLOAT16_RANGE = 15.0, 29.0", "FLOAT16_TOP, FLOAT16_RANGE = 15.0, 33.0",
+     "test_queries_whose_scores_are_all_low"),
     "a part is added twice": (K, "tl.cdiv(keys, PART), PARTS)", "tl.cdiv(keys, PART), PARTS - 1)", "test_lengths"),
     "parts past the row's length are added": (K, "known = part < tl.cdiv(keys, PART)", "known = part < parts", "test_lengths"),
     "a document sees the one before": (K, "(position - first_key).to", "position.to", "test_documents"),
