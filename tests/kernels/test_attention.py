@@ -383,6 +383,29 @@ def test_offsets_are_int64():
     assert narrow_offsets(*(kernel.name for kernel in LAUNCHES.KERNELS)) == ""
 
 
+REPEATED_WORK = r"""
+import re, sys, torch
+from nanochat_kernels import configs, dispatch, inspect
+names = ("attention_forward", "attention_query_gradient", "attention_key_gradients")
+for kernel in dispatch.tunable_kernels():
+    for key in kernel.keys if kernel.name in names else ():
+        with configs.tables_of(ARCHITECTURE):
+            launch = inspect.record(kernel, key, torch.bfloat16)["training"][0]
+        code = inspect.compile_launch(launch, ARCHITECTURE).asm["ttgir"]
+        layouts = re.findall(r"(#mma\d*) = .*warpsPerCTA = \[(\d+), (\d+)\], instrShape = \[(\d+), (\d+)", code)
+        covered = {name: (int(a) * int(m), int(b) * int(n)) for name, a, b, m, n in layouts}
+        dots = re.findall(r"(?:tt.dot|warp_group_dot) .*-> tensor<(\d+)x(\d+)xf32, (#mma\d*)>", code)
+        assert len(dots) >= 4, code
+        print({f"{kernel.name} {key}: {x}" for x in dots if covered[x[2]][0] > int(x[0]) or covered[x[2]][1] > int(x[1])} or "")
+"""
+
+
+@pytest.mark.parametrize("architecture", ["sm80", "sm90"])
+def test_no_product_is_computed_twice(architecture):
+    """Triton lets two groups of warps compute the same tile if it has fewer rows than they could take."""
+    assert not harness.without_interpreter(REPEATED_WORK.replace("ARCHITECTURE", repr(architecture))).strip()
+
+
 @pytest.mark.skipif(not GPU or torch.cuda.mem_get_info()[1] < 70e9, reason="needs 60 GB of GPU memory")
 def test_more_than_2_to_31_elements():
     """The last row of a batch whose q, k and v have more together, and gradients of as many."""
@@ -438,7 +461,10 @@ def test_what_backends_of_torch_do_not_support():
     """An explicit request says what is unsupported, before torch finds no kernel. On a CPU the reasons see stand-ins of tensors."""
 
     def reason(impl, q, k, *more):
-        q, k = (SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, size=shape.__getitem__) for shape in (q, k))
+        q, k = (
+            SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, size=shape.__getitem__)
+            for shape in (q, k)
+        )
         return FILE.ATTENTION.implementations[impl].unsupported_reason(q, k, k, *more, None, False)
 
     plain_, grouped = (2, 8, 4, 64), (2, 8, 2, 64)
