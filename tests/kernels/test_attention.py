@@ -68,7 +68,7 @@ class Rounded(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, dlse, _):
         q, k, v, seen, out, p = ctx.saved_tensors
-        share, dout = q.size(2) // k.size(2), dout.float()
+        share, dout = q.size(2) // k.size(2), torch.zeros_like(out).float() if dout is None else dout.float()
         dp = torch.einsum("bthd,bshd->bhts", dout, v.float().repeat_interleave(share, 2))
         delta = (dout * out.float()).sum(-1).transpose(1, 2)
         delta = delta if dlse is None else delta - dlse
@@ -312,6 +312,22 @@ def test_strides():
         check(with_bound(math.sqrt(32)), plain, given_, [0, 1, 2])
 
 
+def test_upstream_of_one_result_and_of_any_layout():
+    """Of lse alone, of out alone, and of out as a sum gives them: one number, expanded."""
+    given_ = inputs(1, 20, 20, 1, 2, 32, torch.bfloat16)
+    bounded = with_bound(math.sqrt(32))
+    for part, wrt in ((0, [0, 1, 2]), (1, [0, 1])):
+        check(lambda *x, part=part: bounded(*x)[part], lambda *x, part=part: plain(*x)[part], given_, wrt)
+    leaves = [x.clone().requires_grad_() for x in given_]
+    out = fused(*leaves, bound=math.sqrt(32))
+    one = torch.ones((), dtype=out.dtype, device=DEVICE)
+    columns = torch.ones(*out.shape, 2, dtype=out.dtype, device=DEVICE)[..., 0]
+    expected = torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=True)
+    for upstream in (one.expand(out.shape), columns):
+        found = torch.autograd.grad(out, leaves, upstream, retain_graph=True)
+        assert all(map(torch.equal, found, expected))
+
+
 @pytest.mark.parametrize("shape", [(0, 5, 5), (2, 0, 0), (2, 0, 5)])
 def test_empty(shape):
     given_ = inputs(*shape, 1, 2, 32, torch.bfloat16)
@@ -538,6 +554,10 @@ PLANTED_FAULTS = {
     "documents end at the end of the row": (G, "& (t[None, :] < end_query[:, None])", "& (t[None, :] < tokens)", "test_documents"),
     "documents begin in the row before": (F, ".maximum(row) - row", " - row", "test_documents"),
     "delta without the gradient of lse": (G, "delta -= tl.load(dlse_ptr", "delta -= 0 * tl.load(dlse_ptr", "test_attention"),
+    "a gradient of out where there is none": (F, "torch.zeros_like(out) if dout is None", "torch.ones_like(out) if dout is None",
+     "test_upstream_of_one_result_and_of_any_layout"),
+    "expanded gradients read as if next to each other": (L, "as_read(dout)\n    batch, tokens, heads, width = q.shape\n    delta",
+     "dout\n    batch, tokens, heads, width = q.shape\n    delta", "test_upstream_of_one_result_and_of_any_layout"),
     "scale of dq forgotten": (G, "dq_ptr, dq * ROOT", "dq_ptr, dq", "test_attention"),
     "gradients of one head in a group": (G, "for i in tl.range(0, share)", "for i in tl.range(0, 1)", "test_attention"),
     "strides of out for its gradient": (G, "rows_of(dout_ptr, head, heads, d_batch_stride, d_token_stride,",
