@@ -99,15 +99,15 @@ def decode(
     flags = {"KEEP_LSE": keep_lse, "LENGTHS": lengths is not None, "WIDTH": width}
     if out.numel():
         launch(
-            decode_kernel, (batch * groups * parts,), q.device,
-            q, k, v, lengths_ptr, sums, statistics, lengths_stride, tokens, k.size(1), heads, share, parts,
+            decode_kernel, (batch * groups, parts), q.device,
+            q, k, v, lengths_ptr, sums, statistics, lengths_stride, tokens, k.size(1), heads, share,
             *strides(q, k, v),
             **{name: value for name, value in constants.items() if name not in ("LEAST", "MOST")}, **flags,
             QUERIES=max(power_of_2(tokens * share), 16), **parameters,
         )  # fmt: skip
         launch(
             combine_kernel, (batch * heads * tokens,), q.device,
-            sums, statistics, lengths_ptr, out, lse, lengths_stride, tokens, k.size(1), heads, share, parts,
+            sums, statistics, lengths_ptr, out, lse, lengths_stride, tokens, k.size(1), heads, share,
             **{name: value for name, value in constants.items() if name != "SCALE"}, **flags,
             PART=parameters["PART"], PARTS=parts_together, num_warps=1,
         )  # fmt: skip

@@ -399,6 +399,24 @@ def test_offsets_are_int64():
     assert narrow_offsets(*(kernel.name for kernel in LAUNCHES.KERNELS)) == ""
 
 
+GROWING_CACHE = """
+import torch
+from nanochat_kernels import configs, inspect
+from nanochat_kernels.attention_launches import decode
+from nanochat_kernels.triton_helpers import recorded_launches
+cache = torch.empty(3, 8192, 2, 128, dtype=torch.bfloat16, device="meta")
+with configs.tables_of("sm90"), recorded_launches() as launches:
+    for keys in (1, 2, 16, 255, 256, 257, 1000, 4000, 4096, 4097):
+        decode(cache[:, :1], cache[:, :keys], cache[:, :keys], None, 11.4, False)
+print(len({inspect.specialize(launch, "sm90")[0].hash() for launch in launches}))
+"""
+
+
+def test_a_growing_cache_does_not_compile_again():
+    """Both kernels once. Triton compiles for numbers that are 1, or multiples of 16, apart."""
+    assert harness.without_interpreter(GROWING_CACHE).strip() == "2"
+
+
 REPEATED_WORK = r"""
 import re, sys, torch
 from nanochat_kernels import configs, dispatch, inspect
