@@ -170,7 +170,8 @@ def test_documents_are_those_of_separate_calls():
 @pytest.mark.parametrize("width", FILE.HEAD_WIDTHS)
 @pytest.mark.parametrize("dtype", HALVES)
 def test_model_widths(tokens, width, dtype):
-    check(with_bound(math.sqrt(width)), plain, inputs(2 if GPU else 1, tokens, tokens, 2, 1, width, dtype), [0, 1, 2])
+    given_ = inputs(2 if GPU else 1, tokens, tokens, 2, 1, width, dtype, seed=1)
+    check(with_bound(math.sqrt(width)), plain, given_, [0, 1, 2])
 
 
 @pytest.mark.skipif(not GPU, reason="too long for the interpreter")
