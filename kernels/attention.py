@@ -11,6 +11,7 @@ Few new tokens against many keys (decoding) split the keys into parts of fixed s
 does not depend on the batch. Milakov & Gimelshein 2018 (online softmax), Dao et al. 2022, Dao 2023 (FlashAttention).
 """
 
+import math
 from functools import partial
 
 import torch
@@ -149,7 +150,9 @@ def run_torch(backend: SDPBackend, q, k, v, lengths, cu_seqlens, bound, return_l
     return out.transpose(1, 2)
 
 
-def torch_unsupported_reason(q, k, v, lengths, cu_seqlens, bound, return_lse) -> str | None:
+def torch_unsupported_reason(
+    backend: SDPBackend, q, k, v, lengths, cu_seqlens, bound=None, return_lse=False
+) -> str | None:
     if q.device.type != "cuda":
         return f"torch's backends are for CUDA tensors, got one on {q.device}; impl='reference' is torch's attention on any"
     if lengths is not None or cu_seqlens is not None or return_lse:
@@ -158,6 +161,8 @@ def torch_unsupported_reason(q, k, v, lengths, cu_seqlens, bound, return_lse) ->
         return "torch's backends align the first query with the first key, not the last with the last"
     if q.dtype not in DTYPES[:2]:
         return f"torch's fast backends take bfloat16 or float16, got {q.dtype}"
+    if backend == SDPBackend.EFFICIENT_ATTENTION and q.size(2) != k.size(2):
+        return f"torch's efficient backend takes as many key heads as query heads, got {k.size(2)} and {q.size(2)}"
     return None
 
 
@@ -173,8 +178,8 @@ def attention(
     v: Tensor,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    *,
     bound: float | None = None,
+    *,
     return_lse: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -216,14 +221,19 @@ def check(q, k, v, lengths, cu_seqlens, bound, return_lse) -> None:
 
 
 def trials(shape, device: torch.device, dtype: torch.dtype):
-    """Training's call, and decoding's: a token in each row against a cache that is filled to a length of its own."""
-    sizes = shape.heads, shape.kv_heads, shape.width // shape.heads, dtype, device
+    """Training's call, and decoding's: a token in each row against a cache that is filled to a length of its own.
+
+    Both with the bound of normalised heads, as the model calls it.
+    """
+    width = shape.width // shape.heads
+    sizes = shape.heads, shape.kv_heads, width, dtype, device
     # the gradient of a query that sees one key is 0, the difference of two sums
     more = {"row_elements": shape.heads * shape.tokens**2, "cancellation": 1e-5}
-    yield Trial(inputs(shape.rows, shape.tokens, *sizes), (0, 1, 2), (0, 1, 2), **more)
+    bound = math.sqrt(width)
+    yield Trial((*inputs(shape.rows, shape.tokens, *sizes), None, None, bound), (0, 1, 2), (0, 1, 2), **more)
     q, k, v = inputs(shape.rows, shape.tokens, *sizes)
     lengths = torch.randint(1, shape.tokens + 1, (shape.rows,), device=device)
-    yield Trial((q[:, :1], k, v, lengths), (0, 1, 2, 3), (), timed=False)
+    yield Trial((q[:, :1], k, v, lengths, None, bound), (0, 1, 2, 3), (), timed=False)
 
 
 def elements(arguments: tuple, part: str) -> float:
@@ -236,6 +246,12 @@ def flops(arguments: tuple, part: str, variant: str) -> float:
     batch, tokens, heads, width = arguments[0].shape
     products = 2 if part == "fwd" else 7 if variant == "triton" else 5
     return products * batch * heads * tokens**2 * width
+
+
+def benchmark_inputs(shape: str, dtype: torch.dtype, device: torch.device) -> tuple:
+    """Return q, k and v, and the bound of normalised heads, as the model gives it."""
+    sizes = BENCHMARK_SHAPES[shape]
+    return *inputs(*sizes, dtype, device), None, None, math.sqrt(sizes[-1])
 
 
 BENCHMARK_SHAPES = {  # rows, tokens, query heads, key/value heads, channels
@@ -254,15 +270,12 @@ ATTENTION = Operation(
     {
         "triton": Implementation(run, unsupported_reason),
         **{
-            name: Implementation(partial(run_torch, backend), torch_unsupported_reason)
+            name: Implementation(partial(run_torch, backend), partial(torch_unsupported_reason, backend))
             for name, backend in BACKENDS.items()
         },
     },
     KERNELS, trials,
-    Benchmark(
-        tuple(BENCHMARK_SHAPES), lambda shape, dtype, device: inputs(*BENCHMARK_SHAPES[shape], dtype, device), (0, 1, 2),
-        elements, flops,
-    ),
+    Benchmark(tuple(BENCHMARK_SHAPES), benchmark_inputs, (0, 1, 2), elements, flops),
     fused_by_torch=True,
 )  # fmt: skip
 OPERATIONS = (ATTENTION,)

@@ -174,9 +174,9 @@ def store_attention(
         tl.store(lse_ptr + (tl.cast(head, tl.int64) * tokens + t), lse, mask=t < tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["all_keys"])  # a growing cache must not compile again and again
 def decode_kernel(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, sums_ptr, statistics_ptr, lengths_stride, tokens, all_keys, heads, share, parts,
+    q_ptr, k_ptr, v_ptr, lengths_ptr, sums_ptr, statistics_ptr, lengths_stride, tokens, all_keys, heads, share,
     q_batch_stride, q_token_stride, q_head_stride, k_batch_stride, k_token_stride, k_head_stride,
     v_batch_stride, v_token_stride, v_head_stride,
     SCALE: tl.constexpr, SHIFT: tl.constexpr, BOUNDED: tl.constexpr, KEEP_LSE: tl.constexpr, LENGTHS: tl.constexpr,
@@ -187,9 +187,8 @@ def decode_kernel(
     Query i is that of token i // share and of the head i % share among those that share the keys. Stored are the sums of p·v
     (group of a row, part, query, WIDTH), and for each of these the sum of p, that of p rounded, and the highest score.
     """
-    program = tl.program_id(0)
     groups = heads // share
-    group, part = program // parts, program % parts  # of all rows
+    group, part = tl.program_id(0), tl.program_id(1)  # group: of all rows
     batch = group // groups
     keys = keys_of_row(lengths_ptr, lengths_stride, batch, all_keys, LENGTHS)
     begin = part * PART
@@ -213,16 +212,16 @@ def decode_kernel(
                 sums, total, rounded, highest, q, k_ptr, v_ptr, k_token_stride, v_token_stride, start, position, keys,
                 first_key, SCALE, SHIFT, BOUNDED, KEEP_LSE, False, BLOCK_N, WIDTH, True,
             )  # fmt: skip
-        row = tl.cast(program, tl.int64) * (tokens * share) + i
+        row = (tl.cast(group, tl.int64) * tl.num_programs(1) + part) * (tokens * share) + i
         tl.store(sums_ptr + row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], sums, mask=known[:, None])
         tl.store(statistics_ptr + row * 3, total, mask=known)
         tl.store(statistics_ptr + row * 3 + 1, rounded, mask=known)
         tl.store(statistics_ptr + row * 3 + 2, highest, mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["all_keys"])  # a growing cache must not compile again and again
 def combine_kernel(
-    sums_ptr, statistics_ptr, lengths_ptr, out_ptr, lse_ptr, lengths_stride, tokens, all_keys, heads, share, parts,
+    sums_ptr, statistics_ptr, lengths_ptr, out_ptr, lse_ptr, lengths_stride, tokens, all_keys, heads, share,
     SHIFT: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, BOUNDED: tl.constexpr, KEEP_LSE: tl.constexpr, LENGTHS: tl.constexpr,
     WIDTH: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -239,7 +238,7 @@ def combine_kernel(
     for start in tl.range(0, tl.cdiv(keys, PART), PARTS):
         part = start + tl.arange(0, PARTS)
         known = part < tl.cdiv(keys, PART)
-        row = (tl.cast(group, tl.int64) * parts + part) * queries + i
+        row = (tl.cast(group, tl.int64) * tl.cdiv(all_keys, PART) + part) * queries + i
         more = tl.load(sums_ptr + row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], mask=known[:, None], other=0.0)
         more_total = tl.load(statistics_ptr + row * 3, mask=known, other=0.0)
         more_rounded = tl.load(statistics_ptr + row * 3 + 1, mask=known, other=0.0)

@@ -19,7 +19,7 @@ HEAD_WIDTHS = (32, 64, 128)
 LOG2E = math.log2(math.e)
 MOST_QUERIES = 64  # tokens times heads that read one key/value head, for which the keys are split
 WIDEST_RANGE = 100.0  # powers of two between the smallest and the largest p that a bound may allow
-FLOAT16_TOP, FLOAT16_RANGE = 15.0, 33.0  # p of at most 2¹⁵ and at least 2⁻¹⁸, where float16 still has 6 bits
+FLOAT16_TOP, FLOAT16_RANGE = 15.0, 29.0  # p of at most 2¹⁵ and at least 2⁻¹⁴, below which float16 has fewer bits
 
 
 def as_read(x: Tensor) -> Tensor:
@@ -34,13 +34,14 @@ def strides(*tensors: Tensor) -> list[int]:
 def softmax_constants(bound: float | None, width: int, dtype: torch.dtype) -> dict[str, float | bool]:
     """Return SCALE, SHIFT, LEAST, MOST and BOUNDED of the kernels; BOUNDED is False without a bound or with one that is too wide.
 
-    p = 2^(x − SHIFT) lies in 2^±(bound·log₂e) around 2^−SHIFT. In float16 it must not exceed 2¹⁵, and is then at least LEAST.
+    p = 2^(x − SHIFT) lies in 2^±(bound·log₂e) around 2^−SHIFT. In float16 the largest is 2¹⁵, and a bound is too wide if the smallest
+    would be below the normal numbers: a query may have no other keys than those, and they would lose bits.
     """
     scale = LOG2E / math.sqrt(width)
     half = math.inf if bound is None else bound * LOG2E
     shift, least, bounded = 0.0, 2.0**-WIDEST_RANGE, 2 * half <= WIDEST_RANGE
     if dtype == torch.float16 and bounded:
-        shift, bounded = max(half - FLOAT16_TOP, 0.0), 2 * half <= FLOAT16_RANGE
+        shift, bounded = half - FLOAT16_TOP, 2 * half <= FLOAT16_RANGE
         least = 2.0 ** (-half - shift - 1)  # half of what the bound allows, because q and k are rounded too
     return {
         "SCALE": scale, "SHIFT": shift if bounded else 0.0, "LEAST": least, "MOST": 2.0**WIDEST_RANGE, "BOUNDED": bounded,
@@ -112,15 +113,15 @@ def decode(
     flags = {"KEEP_LSE": keep_lse, "LENGTHS": lengths is not None, "WIDTH": width}
     if out.numel():
         launch(
-            decode_kernel, (batch * groups * parts,), q.device,
-            q, k, v, lengths_ptr, sums, statistics, lengths_stride, tokens, k.size(1), heads, share, parts,
+            decode_kernel, (batch * groups, parts), q.device,
+            q, k, v, lengths_ptr, sums, statistics, lengths_stride, tokens, k.size(1), heads, share,
             *strides(q, k, v),
             **{name: value for name, value in constants.items() if name not in ("LEAST", "MOST")}, **flags,
             QUERIES=max(power_of_2(tokens * share), 16), **parameters,
         )  # fmt: skip
         launch(
             combine_kernel, (batch * heads * tokens,), q.device,
-            sums, statistics, lengths_ptr, out, lse, lengths_stride, tokens, k.size(1), heads, share, parts,
+            sums, statistics, lengths_ptr, out, lse, lengths_stride, tokens, k.size(1), heads, share,
             **{name: value for name, value in constants.items() if name != "SCALE"}, **flags,
             PART=parameters["PART"], PARTS=parts_together, num_warps=1,
         )  # fmt: skip
@@ -317,11 +318,13 @@ FORWARD_SPACE += tuple(
     for turns in (0, 1)
 )
 QUERY_SPACE = tiles(
-    (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (128, 32, 8, 3)
-)
+    (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (128, 32, 8, 2),
+    (128, 32, 8, 3),
+)  # fmt: skip
 KEYS_SPACE = tiles(
-    (64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (32, 64, 4, 3), (64, 64, 8, 3), (32, 64, 8, 2)
-)
+    (64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (32, 64, 4, 3), (64, 64, 8, 3), (32, 64, 8, 2),
+    (16, 128, 8, 2), (16, 128, 8, 3),
+)  # fmt: skip
 HOPPER_GRADIENTS = tuple(
     {"BLOCK_M": 128, "BLOCK_N": 64, "GROUP": group, "STAGES": stages} for group in (8, 32) for stages in (2, 3)
 )

@@ -135,9 +135,11 @@ def run_backend(backend: str, *arguments):
 
 
 def backend_unsupported_reason(
-    x, w_q, w_k, w_v, cos, sin, rstd, q_gradient, k_gradient, v_gradient, offset, cu_seqlens, *_
+    backend: str, x, w_q, w_k, w_v, cos, sin, rstd, q_gradient, k_gradient, v_gradient, offset, cu_seqlens, *_
 ):
-    return torch_unsupported_reason(x, x, x, None, cu_seqlens, None, False)
+    width = 2 * cos.size(1)
+    q, k = (x[..., :1, None].expand(-1, -1, w.size(0) // width, width) for w in (w_q, w_k))
+    return torch_unsupported_reason(BACKENDS[backend], q, k, k, None, cu_seqlens)
 
 
 def run_reference(
@@ -224,7 +226,10 @@ SELF_ATTENTION = Operation(
     {
         "triton": Implementation(run, unsupported_reason),
         "parts": Implementation(run_parts),
-        **{name: Implementation(partial(run_backend, name), backend_unsupported_reason) for name in BACKENDS},
+        **{
+            name: Implementation(partial(run_backend, name), partial(backend_unsupported_reason, name))
+            for name in BACKENDS
+        },
     },
     KERNELS, trials, Benchmark(tuple(MODEL_WIDTHS), benchmark_inputs, (0, 1, 2, 3), elements, flops),
 )  # fmt: skip

@@ -124,6 +124,12 @@ def test_results_that_are_not_used():
     torch.testing.assert_close(both.float(), of_out.float() + 2, rtol=0.01, atol=0.01)
 
 
+def test_heads_as_small_as_epsilon():
+    """Then QK-norm's epsilon takes part in the derivative of the norm of x."""
+    x, w_q, w_k, w_v, *more = inputs(8, 3, 24, 4, 2, torch.float16)
+    check(fused, plain, [x, w_q * 4e-4, w_k * 4e-4, w_v, *more], [0])
+
+
 def test_rstd_of_x_may_be_given():
     given_ = inputs(2, 20, 24, 2, 1, torch.bfloat16)
     _, rstd = kernels.output_projection(given_[0], torch.eye(24, device=DEVICE, dtype=torch.bfloat16), impl="reference")
@@ -204,6 +210,7 @@ PLANTED_FAULTS = {
     "rstd of the head of q for k": (G, "tl.cast(head, tl.int64) * all_rows + row, mask=mask, other=0.0)\n            factor",
      "row, mask=mask, other=0.0)\n            factor", "test_self_attention"),
     "rstd of the rows forgotten": (G, "gradient *= factor[:, None]", "gradient *= 1.0", "test_self_attention"),
+    "epsilon of QK-norm forgotten": (G, "product *= EPS * head_rstd * head_rstd", "product *= 0.0", "test_heads_as_small_as_epsilon"),
     "values normed like keys": (G, "EPS, PROJECTED, False, WIDTH,", "EPS, PROJECTED, True, WIDTH,", "test_self_attention"),
     "offset of the tables forgotten": (G, "t + offset, tl.cast(rows", "t, tl.cast(rows", "test_self_attention"),
     "values in the place of keys": (G, "number + groups if PROJECTED else number", "number", "test_self_attention"),

@@ -66,6 +66,10 @@ def test_a_decoder_that_is_kept_for_later_calls_changes_nothing(model, tokenizer
         ([[7, 8], [9] * 300], {"temperature": 0.0}),
         ([[2], [3]], {"temperature": 0.0}),
         ([[2] * 290, [3]], {"temperature": 0.0}),
+        # as many rows and positions as the call before, but other sampling
+        ([[2] * 290, [3]], {"temperature": 0.8, "seed": 7}),
+        ([[2] * 290, [3]], {"temperature": 1.5, "seed": 7}),
+        ([[2] * 290, [3]], {"temperature": 1.5, "seed": 7, "top_k": 3}),
     )
     decoders = []
     for prompts, options in calls:

@@ -1,0 +1,62 @@
+"""bench.engine without a GPU: what its numbers count, with stand-ins for a GPU's clock and graphs."""
+
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import engine
+from nanochat.gpt import GPTConfig
+from nanochat.train.timing import trained_model
+
+CLOCK_MS = 2.0  # of a step, by the stand-in of an event
+
+
+@pytest.fixture
+def results(monkeypatch):
+    """Rows of results of two variants, and the runs that made them. The host sleeps 5 ms before each token."""
+    runs, made, decode = [], engine.Run.__init__, engine.Decoder.__call__
+
+    def watched(run, *arguments):
+        made(run, *arguments)
+        runs.append(run)
+
+    def slow(decoder, *arguments):
+        time.sleep(0.005)
+        return decode(decoder, *arguments)
+
+    monkeypatch.setattr(engine.Run, "__init__", watched)
+    monkeypatch.setattr(engine.Decoder, "__call__", slow)
+    monkeypatch.setattr(engine, "Graph", lambda run: run, raising=False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    config = engine.EngineConfig(
+        cached=20, steps=4, turns=1, vocab_size=64, variants=("eager:reference", "replay:reference")
+    )
+    with torch.inference_mode():
+        model = trained_model(GPTConfig(1, 32, 1, 1, 64, 64), torch.device("cpu"), torch.float32)
+        return engine.measure(model, 2, config, 1e9), runs
+
+
+class Event(SimpleNamespace):
+    """The time between two events is that of the steps between them: what the host does is not counted."""
+
+    def record(self) -> None:
+        pass
+
+    def elapsed_time(self, end) -> float:
+        return 4 * CLOCK_MS
+
+
+def test_time_of_the_gpu_is_without_the_host(results):
+    rows, _ = results
+    for row in rows:
+        assert row["gpu_ms"] == CLOCK_MS and min(row["token_ms"]) >= 5, row
+
+
+def test_variants_share_one_cache(results):
+    """At 256 rows of d20 one takes 55 GB."""
+    _, runs = results
+    assert len(runs) == 2 and len({run.decoder.cache.keys.data_ptr() for run in runs}) == 1
