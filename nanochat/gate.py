@@ -35,7 +35,8 @@ def take_gate(paths: Paths, model: GPTConfig, rows: int, runtime: Runtime) -> tu
         raise UserError(str(error)) from error
     chosen = chosen_implementations(choices)
     if runtime.primary:
-        fused = [name for name, impl in chosen.items() if impl != "reference"]
+        # the parts of an operation are chosen on their own
+        fused = [name for name, impl in chosen.items() if impl not in ("reference", "parts")]
         say(f"kernels: the gate of {paths.gate} chose fused {', '.join(fused) or 'nothing'}")
     model = with_choices(model, chosen)
     timed = more.get("micro_step", {"impl": None, "ms": {}})
