@@ -6,6 +6,7 @@ the test in that module which must fail).
 
 import importlib
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from tests import forked
 from tests.conftest import copy_packages, environment
 
+LONGEST = 300  # seconds: a sound test takes a tenth of it
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 MODULES = [path.stem for path in sorted(HERE.glob("test_*.py")) if path.stem != Path(__file__).stem]
@@ -41,13 +43,16 @@ def run_in_copy(directory: Path, module: str, test: str, file: str = "", sound: 
     env = environment(None, PYTHONPATH=str(directory), ONLY_STATED_EXAMPLES="1", **mode)
     node = f"tests/kernels/{module}.py::{test}"
     return forked.run(
-        "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "", node, cwd=directory, env=env, timeout=1500
+        "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "", node, cwd=directory, env=env, timeout=LONGEST
     )
 
 
 def test_fault_is_caught(planted, tmp_path):
     file, sound, faulty, test = FAULTS[planted]
-    done = run_in_copy(tmp_path, planted[0], test, file, sound, faulty)
+    try:
+        done = run_in_copy(tmp_path, planted[0], test, file, sound, faulty)
+    except subprocess.TimeoutExpired:
+        return  # a stray write may also make the process run for ever
     # 1: tests failed; negative: a stray memory access killed the process, which counts as well
     assert done.returncode == 1 or done.returncode < 0, (
         f"{planted[0]}.{test} does not fail with: {planted[1]}\n{done.stdout[-1500:]}{done.stderr[-500:]}"
