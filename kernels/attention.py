@@ -46,7 +46,7 @@ from nanochat_kernels.triton_helpers import (
 )
 
 
-def forward_shapes(q, k, v, lengths, starts, bound, keep_lse, parameters=None):
+def forward_shapes(q, k, v, lengths, starts, bound, keep_lse):
     batch, tokens, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty(batch, heads, tokens if keep_lse else 0, dtype=torch.float32)
 
@@ -248,12 +248,6 @@ def flops(arguments: tuple, part: str, variant: str) -> float:
     return products * batch * heads * tokens**2 * width
 
 
-def benchmark_inputs(shape: str, dtype: torch.dtype, device: torch.device) -> tuple:
-    """Return q, k and v, and the bound of normalised heads, as the model gives it."""
-    sizes = BENCHMARK_SHAPES[shape]
-    return *inputs(*sizes, dtype, device), None, None, math.sqrt(sizes[-1])
-
-
 BENCHMARK_SHAPES = {  # rows, tokens, query heads, key/value heads, channels
     "d20": (32, 2048, 10, 10, 128),
     "512": (128, 512, 10, 10, 128),
@@ -263,6 +257,12 @@ BENCHMARK_SHAPES = {  # rows, tokens, query heads, key/value heads, channels
     "64-wide": (32, 2048, 20, 20, 64),
     "grouped": (32, 2048, 10, 2, 128),
 }
+
+
+def benchmark_inputs(shape: str, dtype: torch.dtype, device: torch.device) -> tuple:
+    """Return q, k and v, and the bound of normalised heads, as the model gives it."""
+    sizes = BENCHMARK_SHAPES[shape]
+    return *inputs(*sizes, dtype, device), None, None, math.sqrt(sizes[-1])
 
 
 ATTENTION = Operation(

@@ -173,10 +173,8 @@ def key_gradients_kernel(
     v_ptr = rows_of(v_ptr, group, groups, v_batch_stride, v_token_stride, v_head_stride, first_key)
     k = load_tile(k_ptr, k_token_stride, keys - first_key, BLOCK_N, WIDTH, True)
     v = load_tile(v_ptr, v_token_stride, keys - first_key, BLOCK_N, WIDTH, True)
-    begin = tl.maximum(first_key - queries_before, 0)
+    begin = tl.maximum(first_key - queries_before, 0)  # behind the last query for keys that are not valid
     end = tokens
-    if first_key >= keys:
-        end = begin
     end_query = tl.full([BLOCK_N], 2147483647, tl.int32)
     if ENDS:
         row = tl.cast(batch, tl.int64) * tokens

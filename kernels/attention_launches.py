@@ -129,7 +129,7 @@ def decode(
 
 
 Projection = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]
-"""rstd of the rows, rstd of the heads, cos, sin, sums (H + 2G, N), offset; see attention_kernels.store_gradient"""
+"""rstd of the rows, rstd of the heads, cos, sin, sums (H + 2G, N), offset; see attention_gradient_kernels.store_gradient"""
 
 
 def projection_arguments(projection: Projection | None, other: Tensor) -> tuple[tuple[Tensor, ...], Tensor, int]:
@@ -138,6 +138,12 @@ def projection_arguments(projection: Projection | None, other: Tensor) -> tuple[
         return (other,) * 4, other, 0
     *factors, sums, offset = projection
     return tuple(factors), sums, offset
+
+
+def gradient_constants(width: int, projection: Projection | None) -> dict[str, float | bool]:
+    """Return what the kernels of both gradients take besides their sizes."""
+    root = 1 / math.sqrt(width)
+    return {"SCALE": LOG2E * root, "ROOT": root, "EPS": EPS, "PROJECTED": projection is not None}
 
 
 def query_gradient(
@@ -155,7 +161,7 @@ def query_gradient(
     if "STAGES" in parameters:
         hopper_attention_gradient.launch_query_gradient(
             q, k, v, out, dout, lse, dlse if dlse is None else dlse.contiguous(), dq, delta, (*factors, sums), offset,
-            projection is not None, parameters,
+            gradient_constants(width, projection), parameters,
         )  # fmt: skip
         return delta
     if q.numel():
@@ -164,9 +170,8 @@ def query_gradient(
             q, k, v, out, dout, lse, q if dlse is None else dlse.contiguous(), lengths_ptr, q if starts is None else starts,
             *factors, dq, delta, sums, lengths_stride, tokens, k.size(1), heads, heads // k.size(2), batch, dq.size(2),
             offset, *strides(q, k, v, dout),
-            SCALE=LOG2E / math.sqrt(width), ROOT=1 / math.sqrt(width), EPS=EPS, DLSE=dlse is not None,
-            LENGTHS=lengths is not None, STARTS=starts is not None, PROJECTED=projection is not None, WIDTH=width,
-            **parameters,
+            **gradient_constants(width, projection), DLSE=dlse is not None,
+            LENGTHS=lengths is not None, STARTS=starts is not None, WIDTH=width, **parameters,
         )  # fmt: skip
     return delta
 
@@ -184,7 +189,7 @@ def key_gradients(
     factors, sums, offset = projection_arguments(projection, q)
     if "STAGES" in parameters:
         hopper_attention_gradient.launch_key_gradients(
-            q, k, v, dout, lse, delta, dk, dv, (*factors, sums), offset, projection is not None, parameters
+            q, k, v, dout, lse, delta, dk, dv, (*factors, sums), offset, gradient_constants(width, projection), parameters
         )  # fmt: skip
         return
     if k.numel():
@@ -193,8 +198,8 @@ def key_gradients(
             q, k, v, dout, lse, delta, lengths_ptr, q if ends is None else ends, *factors, dk, dv, sums, lengths_stride,
             tokens, k.size(1), heads, heads // k.size(2), batch, dk.size(2), 0 if projection is None else heads, offset,
             *strides(q, k, v, dout),
-            SCALE=LOG2E / math.sqrt(width), ROOT=1 / math.sqrt(width), EPS=EPS, LENGTHS=lengths is not None,
-            ENDS=ends is not None, PROJECTED=projection is not None, WIDTH=width, **parameters,
+            **gradient_constants(width, projection), LENGTHS=lengths is not None, ENDS=ends is not None, WIDTH=width,
+            **parameters,
         )  # fmt: skip
 
 

@@ -49,11 +49,31 @@ def tile_of(index, blocks, heads, rows, GROUP: gl.constexpr):
 
 
 @gluon.jit
+def load_keys(k_desc, v_desc, memory, first_row, steps, head, step, STAGES: gl.constexpr):
+    """Load the first `steps` blocks of keys and values of a head, from the last to the first; return the number of the next step."""
+    k_ring, v_ring, k_filled, k_empty, v_filled, v_empty = memory
+    ROWS: gl.constexpr = k_desc.block_type.shape[0]
+    WIDTH: gl.constexpr = k_desc.block_type.shape[1]
+    for i in range(steps):
+        stage, phase = step % STAGES, (step // STAGES & 1) ^ 1
+        at = [first_row + (steps - 1 - i) * ROWS, head * WIDTH]
+        mbarrier.wait(k_empty.index(stage), phase)
+        mbarrier.expect(k_filled.index(stage), k_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(k_desc, at, k_filled.index(stage), k_ring.index(stage))
+        mbarrier.wait(v_empty.index(stage), phase)
+        mbarrier.expect(v_filled.index(stage), v_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(v_desc, at, v_filled.index(stage), v_ring.index(stage))
+        step += 1
+    return step
+
+
+@gluon.jit
 def load_blocks(
     q_desc, k_desc, v_desc, memory, tokens, blocks, heads, rows, share, total, STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Load the queries, keys and values of all tiles of this program."""
     q_tiles, k_ring, v_ring, _, q_filled, q_empty, k_filled, k_empty, v_filled, v_empty, _ = memory
+    keys_memory = (k_ring, v_ring, k_filled, k_empty, v_filled, v_empty)
     HALF: gl.constexpr = q_desc.block_type.shape[0]
     BLOCK_N: gl.constexpr = k_desc.block_type.shape[0]
     WIDTH: gl.constexpr = q_desc.block_type.shape[1]
@@ -68,16 +88,7 @@ def load_blocks(
             tma.async_copy_global_to_shared(q_desc, at, bar, q_tiles.index(which))
         turn += 1  # noqa: SIM113
         steps = (block + 1) * (2 * HALF) // BLOCK_N
-        for i in range(steps):
-            stage, phase = step % STAGES, (step // STAGES & 1) ^ 1
-            at = [row * tokens + (steps - 1 - i) * BLOCK_N, head // share * WIDTH]
-            mbarrier.wait(k_empty.index(stage), phase)
-            mbarrier.expect(k_filled.index(stage), k_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(k_desc, at, k_filled.index(stage), k_ring.index(stage))
-            mbarrier.wait(v_empty.index(stage), phase)
-            mbarrier.expect(v_filled.index(stage), v_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(v_desc, at, v_filled.index(stage), v_ring.index(stage))
-            step += 1
+        step = load_keys(k_desc, v_desc, keys_memory, row * tokens, steps, head // share, step, STAGES)
 
 
 @gluon.jit

@@ -4,14 +4,11 @@ As there, two groups of warps compute half of a tile's rows each, and another wa
 keys for dq, and 128 keys against blocks of 64 queries for dk and dv. attention_gradient_kernels.py has the notation.
 """
 
-import math
-
 from torch import Tensor
 
 from nanochat_kernels.architecture import TRITON_INSTALLED
-from nanochat_kernels.hopper_attention import TILE, barriers, ring, rows_of_heads, tile_of
+from nanochat_kernels.hopper_attention import TILE, barriers, load_keys, ring, rows_of_heads, tile_of
 from nanochat_kernels.hopper_product import COMPUTING, LOADING, REGISTERS, descriptor, gl, gluon, halves
-from nanochat_kernels.reference import EPS
 from nanochat_kernels.triton_helpers import LOG2E, exp2, launch, multiprocessors
 
 if TRITON_INSTALLED:
@@ -72,6 +69,7 @@ def load_for_queries(
     q_tiles, dout_tiles, out_tiles, k_ring, v_ring, filled, empty, out_empty, k_filled, k_empty, v_filled, v_empty = (
         memory
     )
+    keys_memory = (k_ring, v_ring, k_filled, k_empty, v_filled, v_empty)
     WIDTH: gl.constexpr = q_desc.block_type.shape[1]
     step, turn = 0, 0
     for index in range(gl.program_id(0), total, gl.num_programs(0)):
@@ -87,16 +85,7 @@ def load_for_queries(
             tma.async_copy_global_to_shared(out_desc, at, bar, out_tiles.index(which))
         turn += 1  # noqa: SIM113
         steps = 2 * block + 2
-        for i in range(steps):
-            stage, phase = step % STAGES, (step // STAGES & 1) ^ 1
-            at = [row * tokens + (steps - 1 - i) * BLOCK, head // share * WIDTH]
-            mbarrier.wait(k_empty.index(stage), phase)
-            mbarrier.expect(k_filled.index(stage), k_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(k_desc, at, k_filled.index(stage), k_ring.index(stage))
-            mbarrier.wait(v_empty.index(stage), phase)
-            mbarrier.expect(v_filled.index(stage), v_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(v_desc, at, v_filled.index(stage), v_ring.index(stage))
-            step += 1
+        step = load_keys(k_desc, v_desc, keys_memory, row * tokens, steps, head // share, step, STAGES)
 
 
 @gluon.jit
@@ -358,7 +347,7 @@ def key_gradients_on_hopper(
 
 def launch_query_gradient(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None, dq: Tensor, delta: Tensor,
-    factors: tuple[Tensor, ...], offset: int, projected: bool, parameters: dict[str, int],
+    factors: tuple[Tensor, ...], offset: int, constants: dict[str, float | bool], parameters: dict[str, int],
 ) -> None:  # fmt: skip
     """Launch the kernel for arguments that hopper_attention takes; factors: rstd, the heads' rstd, cos, sin and the sums."""
     batch, tokens, heads, width = q.shape
@@ -367,14 +356,13 @@ def launch_query_gradient(
     launch(
         query_gradient_on_hopper, (min(total, multiprocessors(q.device)),), q.device, *descriptors, lse,
         lse if dlse is None else dlse, delta, factors, tokens, tokens // TILE, heads, batch, heads // k.size(2), total, offset,
-        SCALE=math.log2(math.e) / math.sqrt(width), ROOT=1 / math.sqrt(width), EPS=EPS, DLSE=dlse is not None,
-        PROJECTED=projected, STAGES=parameters["STAGES"], GROUP=parameters["GROUP"], num_warps=4, maxnreg=REGISTERS,
+        **constants, DLSE=dlse is not None, STAGES=parameters["STAGES"], GROUP=parameters["GROUP"], num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
 
 
 def launch_key_gradients(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor,
-    factors: tuple[Tensor, ...], offset: int, projected: bool, parameters: dict[str, int],
+    factors: tuple[Tensor, ...], offset: int, constants: dict[str, float | bool], parameters: dict[str, int],
 ) -> None:  # fmt: skip
     """Launch the kernel for arguments that hopper_attention takes; factors: rstd, the heads' rstd, cos, sin and the sums."""
     batch, tokens, heads, width = q.shape
@@ -382,7 +370,6 @@ def launch_key_gradients(
     descriptors = [descriptor(rows_of_heads(x), 64, width) for x in (q, k, v, dout, dk, dv)]
     launch(
         key_gradients_on_hopper, (min(total, multiprocessors(q.device)),), q.device, *descriptors, lse, delta, factors, tokens,
-        tokens // TILE, k.size(2), batch, heads // k.size(2), total, heads if projected else 0, offset,
-        SCALE=math.log2(math.e) / math.sqrt(width), ROOT=1 / math.sqrt(width), EPS=EPS, PROJECTED=projected,
-        STAGES=parameters["STAGES"], GROUP=parameters["GROUP"], num_warps=4, maxnreg=REGISTERS,
+        tokens // TILE, k.size(2), batch, heads // k.size(2), total, heads if constants["PROJECTED"] else 0, offset,
+        **constants, STAGES=parameters["STAGES"], GROUP=parameters["GROUP"], num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip

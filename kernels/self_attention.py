@@ -113,7 +113,6 @@ class Backward(KernelFunction):
 def run(x, w_q, w_k, w_v, cos, sin, rstd, q_gradient, k_gradient, v_gradient, offset, cu_seqlens, *_):
     starts, ends = document_limits(cu_seqlens, x)
     cos, sin = cos.contiguous(), sin.contiguous()
-    # a buffer takes the gradient of a weight that itself requires none
     keep_lse = needs_gradient(x, w_q, w_k, w_v)
     buffers = q_gradient, k_gradient, v_gradient
     found = differentiable(SelfAttention, x, w_q, w_k, w_v, cos, sin, starts, ends, rstd, *buffers, offset, keep_lse)
