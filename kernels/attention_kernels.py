@@ -5,7 +5,7 @@ x = q·kᵀ·SCALE with SCALE = log₂e/√D, so that a probability is one exp2.
 first query: query t stands at position t + queries_before among the keys, and attends to the keys up to its position.
 """
 
-from nanochat_kernels.triton_helpers import LN2, cast, dot, exp2, tl, triton
+from nanochat_kernels.triton_helpers import LN2, cast, dot, exp2, round_both, tl, triton
 
 
 @triton.jit
@@ -90,8 +90,8 @@ def forward_block(
         p = exp2(x * SCALE - reference[:, None])
         factor = exp2(highest - reference)
         sums, total, rounded, highest = sums * factor[:, None], total * factor, rounded * factor, higher
-    p_rounded = cast(p, v_ptr.dtype.element_ty)
-    rounded += tl.sum(p_rounded.to(tl.float32), 1)
+    p_rounded, as_float = round_both(p, v_ptr.dtype.element_ty)
+    rounded += tl.sum(as_float, 1)
     if KEEP_LSE:
         total += tl.sum(p, 1)
     v = load_tile(v_ptr + tl.cast(start, tl.int64) * v_stride, v_stride, keys - start, BLOCK_N, WIDTH, MASKED)

@@ -319,7 +319,7 @@ FORWARD_SPACE = tiles(
 # the kernels for sm_90
 FORWARD_SPACE += tuple(
     {"BLOCK_M": 128, "BLOCK_N": 128, "GROUP": group, "STAGES": 2, "TURNS": turns}
-    for group in (1, 8)
+    for group in (8, 16, 32)
     for turns in (0, 1)
 )
 QUERY_SPACE = tiles(
@@ -331,7 +331,7 @@ KEYS_SPACE = tiles(
     (16, 128, 8, 2), (16, 128, 8, 3),
 )  # fmt: skip
 HOPPER_GRADIENTS = tuple(
-    {"BLOCK_M": 128, "BLOCK_N": 64, "GROUP": group, "STAGES": stages} for group in (8, 32) for stages in (2, 3)
+    {"BLOCK_M": 128, "BLOCK_N": 64, "GROUP": group, "STAGES": stages} for group in (8, 16, 32) for stages in (2, 3)
 )
 QUERY_SPACE, KEYS_SPACE = QUERY_SPACE + HOPPER_GRADIENTS, KEYS_SPACE + HOPPER_GRADIENTS
 DECODE_SPACE = tuple(

@@ -19,13 +19,12 @@ from nanochat_kernels.matrix_product import (
     load_rows,
     product,
     product_parameters,
-    rounded,
     store_block,
     store_row_sums,
 )
 from nanochat_kernels.operation import Kernel
 from nanochat_kernels.reference import EPS
-from nanochat_kernels.triton_helpers import DTYPES, cdiv, launch, power_of_2, rsqrt, tl, triton
+from nanochat_kernels.triton_helpers import DTYPES, cdiv, launch, power_of_2, round_both, rsqrt, tl, triton
 
 
 @triton.jit
@@ -76,7 +75,7 @@ def residual_epilogue(
     store_block(out_ptr, out_stride, sums, row, column, m, n, WHOLE)
     if not WHOLE:  # beyond the last column an infinity of x times the padding of the weight is NaN
         sums = tl.where((column + tl.arange(0, sums.shape[1]) < n)[None, :], sums, 0.0)
-    value = rounded(sums, out_ptr).to(tl.float32)
+    _, value = round_both(sums, out_ptr.dtype.element_ty)
     store_row_sums(squares_ptr, tl.sum(value * value, axis=1), row, column, m, n, sums.shape[1])
 
 
@@ -99,10 +98,10 @@ def residual_on_hopper(sums, out_desc, residual, second, arguments, row, column,
     """residual_epilogue for hopper_product.py."""
     if arguments[1] is not None:
         sums += residual.load(sums.type.layout).to(gl.float32)
-    value = sums.to(out_desc.dtype)
+    value, as_float = round_both(sums, out_desc.dtype)
     hopper_product.store_part(value, out_desc, residual, row, column)
     inside = column + gl.arange(0, sums.shape[1], layout=gl.SliceLayout(0, sums.type.layout)) < n
-    value = gl.where(inside[None, :], value.to(gl.float32), 0.0)  # outside, an infinity in x makes NaN
+    value = gl.where(inside[None, :], as_float, 0.0)  # outside, an infinity in x makes NaN
     hopper_product.store_row_sums(arguments[0], gl.sum(value * value, axis=1), sums, row, column, m, n)
 
 

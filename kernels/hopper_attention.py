@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nanochat_kernels.architecture import TRITON_INSTALLED
 from nanochat_kernels.hopper_product import COMPUTING, LOADING, REGISTERS, descriptor, gl, gluon
-from nanochat_kernels.triton_helpers import LN2, exp2, launch, multiprocessors
+from nanochat_kernels.triton_helpers import LN2, exp2, launch, multiprocessors, round_both
 
 if TRITON_INSTALLED:
     from nanochat_kernels.hopper_product import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
@@ -49,6 +49,38 @@ def tile_of(index, blocks, heads, rows, GROUP: gl.constexpr):
 
 
 @gluon.jit
+def next_tile(counter_ptr):
+    """Return the number of the tile that this program's loading warp takes after its first, as programs become free for them."""
+    return gl.num_programs(0) + gl.atomic_add(counter_ptr, 1)
+
+
+@gluon.jit
+def numbers_of_tiles():
+    """Return shared memory for the number of each group's tile."""
+    return gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def store_number(numbers, which: gl.constexpr, index):
+    """Tell a group which tile comes next, in front of the arrival at the barrier that the group waits for."""
+    numbers.index(which).store(gl.full([1], index, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+
+
+@gluon.jit
+def load_number(numbers, which: gl.constexpr):
+    return gl.max(numbers.index(which).load(gl.BlockedLayout([1], [32], [4], [0])), axis=0)
+
+
+@gluon.jit
+def say_end(numbers, filled, empty, turn):
+    """Tell both groups that no tile comes next."""
+    for which in gl.static_range(2):
+        mbarrier.wait(empty.index(which), (turn & 1) ^ 1)
+        store_number(numbers, which, -1)
+        mbarrier.arrive(filled.index(which), count=1)
+
+
+@gluon.jit
 def load_keys(k_desc, v_desc, memory, first_row, steps, head, step, STAGES: gl.constexpr):
     """Load the first `steps` blocks of keys and values of a head, from the last to the first; return the number of the next step."""
     k_ring, v_ring, k_filled, k_empty, v_filled, v_empty = memory
@@ -69,46 +101,51 @@ def load_keys(k_desc, v_desc, memory, first_row, steps, head, step, STAGES: gl.c
 
 @gluon.jit
 def load_blocks(
-    q_desc, k_desc, v_desc, memory, tokens, blocks, heads, rows, share, total, STAGES: gl.constexpr, GROUP: gl.constexpr,
+    q_desc, k_desc, v_desc, counter_ptr, memory, tokens, blocks, heads, rows, share, total, STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
 ):  # fmt: skip
     """Load the queries, keys and values of all tiles of this program."""
-    q_tiles, k_ring, v_ring, _, q_filled, q_empty, k_filled, k_empty, v_filled, v_empty, _ = memory
+    q_tiles, k_ring, v_ring, _, numbers, q_filled, q_empty, k_filled, k_empty, v_filled, v_empty, _ = memory
     keys_memory = (k_ring, v_ring, k_filled, k_empty, v_filled, v_empty)
     HALF: gl.constexpr = q_desc.block_type.shape[0]
     BLOCK_N: gl.constexpr = k_desc.block_type.shape[0]
     WIDTH: gl.constexpr = q_desc.block_type.shape[1]
     step, turn = 0, 0
-    for index in range(gl.program_id(0), total, gl.num_programs(0)):
+    index = gl.program_id(0)
+    while index < total:
         block, head, row = tile_of(index, blocks, heads, rows, GROUP)
         for which in gl.static_range(2):
             mbarrier.wait(q_empty.index(which), (turn & 1) ^ 1)
+            store_number(numbers, which, index)
             bar = q_filled.index(which)
             mbarrier.expect(bar, q_desc.block_type.nbytes)
             at = [row * tokens + block * (2 * HALF) + which * HALF, head * WIDTH]
             tma.async_copy_global_to_shared(q_desc, at, bar, q_tiles.index(which))
-        turn += 1  # noqa: SIM113
+        turn += 1
         steps = (block + 1) * (2 * HALF) // BLOCK_N
         step = load_keys(k_desc, v_desc, keys_memory, row * tokens, steps, head // share, step, STAGES)
+        index = next_tile(counter_ptr)
+    say_end(numbers, q_filled, q_empty, turn)
 
 
 @gluon.jit
 def rounded_probabilities(x, total, rounded, SCALE: gl.constexpr, SHIFT: gl.constexpr, DTYPE: gl.constexpr):
     """Return p of a block's scores as the operand of the product with v, and the sums of p and of p rounded with it."""
     p = exp2(x * SCALE - SHIFT)
-    p_rounded = p.to(DTYPE)
+    p_rounded, as_float = round_both(p, DTYPE)
     total += gl.sum(p, axis=1)
-    rounded += gl.sum(p_rounded.to(gl.float32), axis=1)
+    rounded += gl.sum(as_float, axis=1)
     return p_rounded, total, rounded
 
 
 @gluon.jit
 def compute_rows(
-    which: gl.constexpr, out_desc, lse_ptr, memory, tokens, blocks, heads, rows, total_tiles, SCALE: gl.constexpr,
+    which: gl.constexpr, out_desc, lse_ptr, memory, tokens, blocks, heads, rows, SCALE: gl.constexpr,
     SHIFT: gl.constexpr, LEAST: gl.constexpr, MOST: gl.constexpr, KEEP_LSE: gl.constexpr, STAGES: gl.constexpr,
     GROUP: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """Compute the first (which = 0) or second half of the rows of every tile of this program."""
-    q_tiles, k_ring, v_ring, out_tiles, q_filled, q_empty, k_filled, k_empty, v_filled, v_empty, turns = memory
+    q_tiles, k_ring, v_ring, out_tiles, numbers, q_filled, q_empty, k_filled, k_empty, v_filled, v_empty, turns = memory
     HALF: gl.constexpr = out_desc.block_type.shape[0]
     BLOCK_N: gl.constexpr = k_ring.type.shape[1]
     WIDTH: gl.constexpr = out_desc.block_type.shape[1]
@@ -119,11 +156,12 @@ def compute_rows(
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     q = q_tiles.index(which)
     step, turn, taken = 0, 0, 0
-    for index in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
+    mbarrier.wait(q_filled.index(which), 0)
+    index = load_number(numbers, which)
+    while index >= 0:
         block, head, row = tile_of(index, blocks, heads, rows, GROUP)
         first = block * (2 * HALF) + which * HALF
         steps = (block + 1) * (2 * HALF) // BLOCK_N
-        mbarrier.wait(q_filled.index(which), turn & 1)
         t = first + gl.arange(0, HALF, layout=row_layout)
         # the block on the diagonal
         stage = step % STAGES
@@ -176,36 +214,41 @@ def compute_rows(
         if KEEP_LSE:
             lse = gl.where(fits, (SHIFT + gl.log2(total)) * LN2, float("nan"))
             gl.store(lse_ptr + ((row * heads + head).to(gl.int64) * tokens + t), lse)
-        turn += 1  # noqa: SIM113
+        turn += 1
+        mbarrier.wait(q_filled.index(which), turn & 1)
+        index = load_number(numbers, which)
     tma.store_wait(0)
 
 
 @gluon.jit
 def hopper_attention_kernel(
-    q_desc, k_desc, v_desc, out_desc, lse_ptr, tokens, blocks, heads, rows, share, total, SCALE: gl.constexpr,
+    q_desc, k_desc, v_desc, out_desc, lse_ptr, counter_ptr, tokens, blocks, heads, rows, share, total, SCALE: gl.constexpr,
     SHIFT: gl.constexpr, LEAST: gl.constexpr, MOST: gl.constexpr, KEEP_LSE: gl.constexpr, STAGES: gl.constexpr,
     GROUP: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
-    """Compute the attention of whole sequences in `total` tiles; program p takes tiles p, p + num_programs, …"""
+    """Compute the attention of whole sequences in `total` tiles. A program that is free takes the next; counter: 0 at first."""
     q_tiles, out_tiles, k_ring, v_ring = ring(q_desc, 2), ring(out_desc, 2), ring(k_desc, STAGES), ring(v_desc, STAGES)
     q_filled, q_empty, turns = barriers(2, 1), barriers(2, 1), barriers(2, 1)
     k_filled, k_empty, v_filled, v_empty = (
         barriers(STAGES, 1), barriers(STAGES, 2), barriers(STAGES, 1), barriers(STAGES, 2),
     )  # fmt: skip
     fence_async_shared()  # the copies see the barriers
-    memory = (q_tiles, k_ring, v_ring, out_tiles, q_filled, q_empty, k_filled, k_empty, v_filled, v_empty, turns)
+    numbers = numbers_of_tiles()
+    memory = (
+        q_tiles, k_ring, v_ring, out_tiles, numbers, q_filled, q_empty, k_filled, k_empty, v_filled, v_empty, turns,
+    )  # fmt: skip
     gl.warp_specialize(
         [
             (compute_rows, (
-                0, out_desc, lse_ptr, memory, tokens, blocks, heads, rows, total, SCALE, SHIFT, LEAST, MOST, KEEP_LSE,
+                0, out_desc, lse_ptr, memory, tokens, blocks, heads, rows, SCALE, SHIFT, LEAST, MOST, KEEP_LSE,
                 STAGES, GROUP, TURNS,
             )),
             (compute_rows, (
-                1, out_desc, lse_ptr, memory, tokens, blocks, heads, rows, total, SCALE, SHIFT, LEAST, MOST, KEEP_LSE,
+                1, out_desc, lse_ptr, memory, tokens, blocks, heads, rows, SCALE, SHIFT, LEAST, MOST, KEEP_LSE,
                 STAGES, GROUP, TURNS,
             )),
             (load_blocks, (
-                q_desc, k_desc, v_desc, memory, tokens, blocks, heads, rows, share, total, STAGES, GROUP,
+                q_desc, k_desc, v_desc, counter_ptr, memory, tokens, blocks, heads, rows, share, total, STAGES, GROUP,
             )),
         ],
         [4, 1],
@@ -239,9 +282,14 @@ def launch_tiles(
         hopper_attention_kernel, (min(total, multiprocessors(q.device)),), q.device,
         descriptor(rows_of_heads(q), TILE // 2, width), descriptor(rows_of_heads(k), block_n, width),
         descriptor(rows_of_heads(v), block_n, width), descriptor(rows_of_heads(out), TILE // 2, width), lse,
-        tokens, blocks, heads, batch, heads // k.size(2), total, **constants, KEEP_LSE=keep_lse,
+        tile_counter(q.device), tokens, blocks, heads, batch, heads // k.size(2), total, **constants, KEEP_LSE=keep_lse,
         STAGES=parameters["STAGES"], GROUP=parameters["GROUP"], TURNS=parameters["TURNS"], num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
+
+
+def tile_counter(device: torch.device) -> Tensor:
+    """Return what the programs of a launch count their tiles with."""
+    return torch.zeros(1, dtype=torch.int32, device=device)
 
 
 def rows_of_heads(x: Tensor) -> Tensor:

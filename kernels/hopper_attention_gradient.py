@@ -7,28 +7,35 @@ keys for dq, and 128 keys against blocks of 64 queries for dk and dv. attention_
 from torch import Tensor
 
 from nanochat_kernels.architecture import TRITON_INSTALLED
-from nanochat_kernels.hopper_attention import TILE, barriers, load_keys, ring, rows_of_heads, tile_of
+from nanochat_kernels.hopper_attention import (
+    TILE,
+    barriers,
+    load_keys,
+    load_number,
+    next_tile,
+    numbers_of_tiles,
+    ring,
+    rows_of_heads,
+    say_end,
+    store_number,
+    tile_counter,
+    tile_of,
+)
 from nanochat_kernels.hopper_product import COMPUTING, LOADING, REGISTERS, descriptor, gl, gluon, halves
 from nanochat_kernels.triton_helpers import LOG2E, exp2, launch, multiprocessors
 
 if TRITON_INSTALLED:
-    from nanochat_kernels.hopper_product import (
-        fence_async_shared,
-        mbarrier,
-        tma,
-        warpgroup_mma,
-        warpgroup_mma_wait,
-    )
+    from nanochat_kernels.hopper_product import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 BLOCK = gl.constexpr(64) if TRITON_INSTALLED else 64  # keys or queries of a step, and rows of a group
 
 
 @gluon.jit
-def store_gradient(
-    gradient, y_memory, memory, out_desc, at_row, t, row, head, factors, position, all_rows, EPS: gl.constexpr,
+def place_gradient(
+    gradient, y_memory, memory, row, head, factors, position, all_rows, EPS: gl.constexpr,
     PROJECTED: gl.constexpr, NORMED: gl.constexpr,
 ):  # fmt: skip
-    """attention_gradient_kernels.store_gradient: y is in shared memory, and the gradient is stored through `memory`."""
+    """attention_gradient_kernels.store_gradient: y is in shared memory, and the gradient goes to `memory`."""
     WIDTH: gl.constexpr = gradient.shape[1]
     if PROJECTED:
         rstd_ptr, head_rstd_ptr, cos_ptr, sin_ptr, sums_ptr = factors
@@ -49,55 +56,57 @@ def store_gradient(
             )
             c = gl.load(cos_ptr + table).to(gl.float32)
             s = gl.load(sin_ptr + table).to(gl.float32)
-            memory.slice(0, HALF, dim=1).store((g1 * c - g2 * s).to(out_desc.dtype))
-            memory.slice(HALF, HALF, dim=1).store((g1 * s + g2 * c).to(out_desc.dtype))
+            memory.slice(0, HALF, dim=1).store((g1 * c - g2 * s).to(memory.dtype))
+            memory.slice(HALF, HALF, dim=1).store((g1 * s + g2 * c).to(memory.dtype))
         else:
-            memory.store((gradient * factor[:, None]).to(out_desc.dtype))
+            memory.store((gradient * factor[:, None]).to(memory.dtype))
         gl.store(sums_ptr + (head.to(gl.int64) * all_rows + row), product)
     else:
-        memory.store(gradient.to(out_desc.dtype))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(out_desc, [at_row, head * WIDTH], memory)
+        memory.store(gradient.to(memory.dtype))
 
 
 @gluon.jit
 def load_for_queries(
-    q_desc, k_desc, v_desc, out_desc, dout_desc, memory, tokens, blocks, heads, rows, share, total, STAGES: gl.constexpr,
-    GROUP: gl.constexpr,
+    q_desc, k_desc, v_desc, out_desc, dout_desc, counter_ptr, memory, tokens, blocks, heads, rows, share, total,
+    STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Load what compute_query_gradient needs of all tiles of this program."""
-    q_tiles, dout_tiles, out_tiles, k_ring, v_ring, filled, empty, out_empty, k_filled, k_empty, v_filled, v_empty = (
-        memory
-    )
+    (
+        q_tiles, dout_tiles, out_tiles, k_ring, v_ring, numbers, filled, empty, out_empty, k_filled, k_empty, v_filled, v_empty,
+    ) = memory  # fmt: skip
     keys_memory = (k_ring, v_ring, k_filled, k_empty, v_filled, v_empty)
     WIDTH: gl.constexpr = q_desc.block_type.shape[1]
     step, turn = 0, 0
-    for index in range(gl.program_id(0), total, gl.num_programs(0)):
+    index = gl.program_id(0)
+    while index < total:
         block, head, row = tile_of(index, blocks, heads, rows, GROUP)
         for which in gl.static_range(2):
             at = [row * tokens + (2 * block + which) * BLOCK, head * WIDTH]
             bar = filled.index(which)
             mbarrier.wait(empty.index(which), (turn & 1) ^ 1)
+            store_number(numbers, which, index)
             mbarrier.expect(bar, 3 * q_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(q_desc, at, bar, q_tiles.index(which))
             tma.async_copy_global_to_shared(dout_desc, at, bar, dout_tiles.index(which))
             mbarrier.wait(out_empty.index(which), (turn & 1) ^ 1)
             tma.async_copy_global_to_shared(out_desc, at, bar, out_tiles.index(which))
-        turn += 1  # noqa: SIM113
+        turn += 1
         steps = 2 * block + 2
         step = load_keys(k_desc, v_desc, keys_memory, row * tokens, steps, head // share, step, STAGES)
+        index = next_tile(counter_ptr)
+    say_end(numbers, filled, empty, turn)
 
 
 @gluon.jit
 def compute_query_gradient(
-    which: gl.constexpr, dq_desc, lse_ptr, dlse_ptr, delta_ptr, factors, memory, tokens, blocks, heads, rows, total, offset,
+    which: gl.constexpr, dq_desc, lse_ptr, dlse_ptr, delta_ptr, factors, memory, tokens, blocks, heads, rows, offset,
     SCALE: gl.constexpr, ROOT: gl.constexpr, EPS: gl.constexpr, DLSE: gl.constexpr, PROJECTED: gl.constexpr,
     STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Compute dq and delta of the first (which = 0) or second half of the rows of every tile of this program."""
-    q_tiles, dout_tiles, out_tiles, k_ring, v_ring, filled, empty, out_empty, k_filled, k_empty, v_filled, v_empty = (
-        memory
-    )
+    (
+        q_tiles, dout_tiles, out_tiles, k_ring, v_ring, numbers, filled, empty, out_empty, k_filled, k_empty, v_filled, v_empty,
+    ) = memory  # fmt: skip
     WIDTH: gl.constexpr = dq_desc.block_type.shape[1]
     DTYPE: gl.constexpr = dq_desc.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
@@ -106,13 +115,14 @@ def compute_query_gradient(
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     q, dout, out = q_tiles.index(which), dout_tiles.index(which), out_tiles.index(which)
     step, turn = 0, 0
-    for index in range(gl.program_id(0), total, gl.num_programs(0)):
+    mbarrier.wait(filled.index(which), 0)
+    index = load_number(numbers, which)
+    while index >= 0:
         block, head, row = tile_of(index, blocks, heads, rows, GROUP)
         first = (2 * block + which) * BLOCK
         t = first + gl.arange(0, BLOCK, layout=row_layout)
         statistic = (row * heads + head).to(gl.int64) * tokens + t
         lse = gl.load(lse_ptr + statistic) * LOG2E
-        mbarrier.wait(filled.index(which), turn & 1)
         products = dout.load(o_layout).to(gl.float32) * out.load(o_layout).to(gl.float32)
         delta = gl.convert_layout(gl.sum(products, axis=1), row_layout)
         if DLSE:
@@ -161,23 +171,26 @@ def compute_query_gradient(
         rows_layout: gl.constexpr = gl.SliceLayout(1, o_layout)
         position = first + gl.arange(0, BLOCK, layout=rows_layout)
         number = (row * tokens).to(gl.int64) + position
-        store_gradient(
-            dq * ROOT, q, out, dq_desc, row * tokens + first, position, number, head, factors, position + offset,
-            (rows * tokens).to(gl.int64), EPS, PROJECTED, True,
+        place_gradient(
+            dq * ROOT, q, out, number, head, factors, position + offset, (rows * tokens).to(gl.int64), EPS, PROJECTED, True,
         )  # fmt: skip
+        fence_async_shared()
+        tma.async_copy_shared_to_global(dq_desc, [row * tokens + first, head * WIDTH], out)
         mbarrier.arrive(empty.index(which), count=1)
         tma.store_wait(0)
         mbarrier.arrive(out_empty.index(which), count=1)
-        turn += 1  # noqa: SIM113
+        turn += 1
+        mbarrier.wait(filled.index(which), turn & 1)
+        index = load_number(numbers, which)
 
 
 @gluon.jit
 def query_gradient_on_hopper(
-    q_desc, k_desc, v_desc, out_desc, dout_desc, dq_desc, lse_ptr, dlse_ptr, delta_ptr, factors, tokens, blocks, heads, rows,
-    share, total, offset, SCALE: gl.constexpr, ROOT: gl.constexpr, EPS: gl.constexpr, DLSE: gl.constexpr,
+    q_desc, k_desc, v_desc, out_desc, dout_desc, dq_desc, lse_ptr, dlse_ptr, delta_ptr, counter_ptr, factors, tokens, blocks, heads,
+    rows, share, total, offset, SCALE: gl.constexpr, ROOT: gl.constexpr, EPS: gl.constexpr, DLSE: gl.constexpr,
     PROJECTED: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    """Compute dq and delta in `total` tiles of 128 queries; program p takes tiles p, p + num_programs, …"""
+    """Compute dq and delta in `total` tiles of 128 queries. A program that is free takes the next; counter: 0 at first."""
     q_tiles, dout_tiles, out_tiles = ring(q_desc, 2), ring(dout_desc, 2), ring(out_desc, 2)
     k_ring, v_ring = ring(k_desc, STAGES), ring(v_desc, STAGES)
     filled, empty, out_empty = barriers(2, 1), barriers(2, 1), barriers(2, 1)
@@ -185,21 +198,23 @@ def query_gradient_on_hopper(
         barriers(STAGES, 1), barriers(STAGES, 2), barriers(STAGES, 1), barriers(STAGES, 2),
     )  # fmt: skip
     fence_async_shared()  # the copies see the barriers
+    numbers = numbers_of_tiles()
     memory = (
-        q_tiles, dout_tiles, out_tiles, k_ring, v_ring, filled, empty, out_empty, k_filled, k_empty, v_filled, v_empty,
+        q_tiles, dout_tiles, out_tiles, k_ring, v_ring, numbers, filled, empty, out_empty, k_filled, k_empty, v_filled, v_empty,
     )  # fmt: skip
     gl.warp_specialize(
         [
             (compute_query_gradient, (
-                0, dq_desc, lse_ptr, dlse_ptr, delta_ptr, factors, memory, tokens, blocks, heads, rows, total, offset, SCALE,
+                0, dq_desc, lse_ptr, dlse_ptr, delta_ptr, factors, memory, tokens, blocks, heads, rows, offset, SCALE,
                 ROOT, EPS, DLSE, PROJECTED, STAGES, GROUP,
             )),
             (compute_query_gradient, (
-                1, dq_desc, lse_ptr, dlse_ptr, delta_ptr, factors, memory, tokens, blocks, heads, rows, total, offset, SCALE,
+                1, dq_desc, lse_ptr, dlse_ptr, delta_ptr, factors, memory, tokens, blocks, heads, rows, offset, SCALE,
                 ROOT, EPS, DLSE, PROJECTED, STAGES, GROUP,
             )),
             (load_for_queries, (
-                q_desc, k_desc, v_desc, out_desc, dout_desc, memory, tokens, blocks, heads, rows, share, total, STAGES, GROUP,
+                q_desc, k_desc, v_desc, out_desc, dout_desc, counter_ptr, memory, tokens, blocks, heads, rows, share, total,
+                STAGES, GROUP,
             )),
         ],
         [4, 1],
@@ -209,24 +224,26 @@ def query_gradient_on_hopper(
 
 @gluon.jit
 def load_for_keys(
-    q_desc, k_desc, v_desc, dout_desc, memory, tokens, blocks, groups, rows, share, total, STAGES: gl.constexpr,
-    GROUP: gl.constexpr,
+    q_desc, k_desc, v_desc, dout_desc, counter_ptr, memory, tokens, blocks, groups, rows, share, total,
+    STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Load what compute_key_gradients needs of all tiles of this program."""
-    k_tiles, v_tiles, q_ring, dout_ring, filled, empty, q_filled, dout_filled, ring_empty = memory
+    k_tiles, v_tiles, q_ring, dout_ring, numbers, filled, empty, q_filled, dout_filled, ring_empty = memory
     WIDTH: gl.constexpr = q_desc.block_type.shape[1]
     step, turn = 0, 0
-    for index in range(gl.program_id(0), total, gl.num_programs(0)):
+    index = gl.program_id(0)
+    while index < total:
         block, group, row = tile_of(index, blocks, groups, rows, GROUP)
         first = 2 * (blocks - 1 - block)
         for which in gl.static_range(2):
             at = [row * tokens + (first + which) * BLOCK, group * WIDTH]
             bar = filled.index(which)
             mbarrier.wait(empty.index(which), (turn & 1) ^ 1)
+            store_number(numbers, which, index)
             mbarrier.expect(bar, 2 * k_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(k_desc, at, bar, k_tiles.index(which))
             tma.async_copy_global_to_shared(v_desc, at, bar, v_tiles.index(which))
-        turn += 1  # noqa: SIM113
+        turn += 1
         for head in range(group * share, (group + 1) * share):
             for start in range(first * BLOCK, tokens, BLOCK):
                 stage = step % STAGES
@@ -237,16 +254,18 @@ def load_for_keys(
                 mbarrier.expect(dout_filled.index(stage), dout_desc.block_type.nbytes)
                 tma.async_copy_global_to_shared(dout_desc, at, dout_filled.index(stage), dout_ring.index(stage))
                 step += 1
+        index = next_tile(counter_ptr)
+    say_end(numbers, filled, empty, turn)
 
 
 @gluon.jit
 def compute_key_gradients(
-    which: gl.constexpr, dk_desc, dv_desc, lse_ptr, delta_ptr, factors, memory, tokens, blocks, groups, rows, share, total,
+    which: gl.constexpr, dk_desc, dv_desc, lse_ptr, delta_ptr, factors, memory, tokens, blocks, groups, rows, share,
     first_head, offset, SCALE: gl.constexpr, ROOT: gl.constexpr, EPS: gl.constexpr, PROJECTED: gl.constexpr,
     STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Compute dk and dv of the first (which = 0) or second half of the keys of every tile of this program."""
-    k_tiles, v_tiles, q_ring, dout_ring, filled, empty, q_filled, dout_filled, ring_empty = memory
+    k_tiles, v_tiles, q_ring, dout_ring, numbers, filled, empty, q_filled, dout_filled, ring_empty = memory
     WIDTH: gl.constexpr = dk_desc.block_type.shape[1]
     DTYPE: gl.constexpr = dk_desc.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
@@ -255,12 +274,13 @@ def compute_key_gradients(
     k, v = k_tiles.index(which), v_tiles.index(which)
     query = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, s_layout))
     step, turn = 0, 0
-    for index in range(gl.program_id(0), total, gl.num_programs(0)):
+    mbarrier.wait(filled.index(which), 0)
+    index = load_number(numbers, which)
+    while index >= 0:
         block, group, row = tile_of(index, blocks, groups, rows, GROUP)
         first = 2 * (blocks - 1 - block)
         first_key = (first + which) * BLOCK
         key = first_key + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, s_layout))
-        mbarrier.wait(filled.index(which), turn & 1)
         dk = gl.zeros([BLOCK, WIDTH], gl.float32, o_layout)
         dv = gl.zeros([BLOCK, WIDTH], gl.float32, o_layout)
         for head in range(group * share, (group + 1) * share):
@@ -295,49 +315,46 @@ def compute_key_gradients(
         position = first_key + gl.arange(0, BLOCK, layout=rows_layout)
         number = (row * tokens).to(gl.int64) + position
         all_rows = (rows * tokens).to(gl.int64)
+        of_keys, of_values = first_head + group, first_head + group + (groups if PROJECTED else 0)
+        place_gradient(dv, v, v, number, of_values, factors, position + offset, all_rows, EPS, PROJECTED, False)
+        place_gradient(dk * ROOT, k, k, number, of_keys, factors, position + offset, all_rows, EPS, PROJECTED, True)
+        fence_async_shared()
         at = row * tokens + first_key
-        of_values = first_head + group + (groups if PROJECTED else 0)
-        store_gradient(
-            dv, v, v, dv_desc, at, position, number, of_values, factors, position + offset, all_rows, EPS, PROJECTED, False,
-        )  # fmt: skip
-        store_gradient(
-            dk * ROOT, k, k, dk_desc, at, position, number, first_head + group, factors, position + offset, all_rows, EPS,
-            PROJECTED, True,
-        )  # fmt: skip
+        tma.async_copy_shared_to_global(dv_desc, [at, of_values * WIDTH], v)
+        tma.async_copy_shared_to_global(dk_desc, [at, of_keys * WIDTH], k)
         tma.store_wait(0)
         mbarrier.arrive(empty.index(which), count=1)
-        turn += 1  # noqa: SIM113
+        turn += 1
+        mbarrier.wait(filled.index(which), turn & 1)
+        index = load_number(numbers, which)
 
 
 @gluon.jit
 def key_gradients_on_hopper(
-    q_desc, k_desc, v_desc, dout_desc, dk_desc, dv_desc, lse_ptr, delta_ptr, factors, tokens, blocks, groups, rows, share,
-    total, first_head, offset, SCALE: gl.constexpr, ROOT: gl.constexpr, EPS: gl.constexpr, PROJECTED: gl.constexpr,
+    q_desc, k_desc, v_desc, dout_desc, dk_desc, dv_desc, lse_ptr, delta_ptr, counter_ptr, factors, tokens, blocks, groups,
+    rows, share, total, first_head, offset, SCALE: gl.constexpr, ROOT: gl.constexpr, EPS: gl.constexpr, PROJECTED: gl.constexpr,
     STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    """Compute dk and dv in `total` tiles of 128 keys; program p takes tiles p, p + num_programs, …"""
-    k_tiles, v_tiles, q_ring, dout_ring = (
-        ring(k_desc, 2),
-        ring(v_desc, 2),
-        ring(q_desc, STAGES),
-        ring(dout_desc, STAGES),
-    )
+    """Compute dk and dv in `total` tiles of 128 keys. A program that is free takes the next; counter: 0 at first."""
+    k_tiles, v_tiles = ring(k_desc, 2), ring(v_desc, 2)
+    q_ring, dout_ring = ring(q_desc, STAGES), ring(dout_desc, STAGES)
     filled, empty = barriers(2, 1), barriers(2, 1)
     q_filled, dout_filled, ring_empty = barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, 2)
     fence_async_shared()  # the copies see the barriers
-    memory = (k_tiles, v_tiles, q_ring, dout_ring, filled, empty, q_filled, dout_filled, ring_empty)
+    numbers = numbers_of_tiles()
+    memory = (k_tiles, v_tiles, q_ring, dout_ring, numbers, filled, empty, q_filled, dout_filled, ring_empty)
     gl.warp_specialize(
         [
             (compute_key_gradients, (
-                0, dk_desc, dv_desc, lse_ptr, delta_ptr, factors, memory, tokens, blocks, groups, rows, share, total,
+                0, dk_desc, dv_desc, lse_ptr, delta_ptr, factors, memory, tokens, blocks, groups, rows, share,
                 first_head, offset, SCALE, ROOT, EPS, PROJECTED, STAGES, GROUP,
             )),
             (compute_key_gradients, (
-                1, dk_desc, dv_desc, lse_ptr, delta_ptr, factors, memory, tokens, blocks, groups, rows, share, total,
+                1, dk_desc, dv_desc, lse_ptr, delta_ptr, factors, memory, tokens, blocks, groups, rows, share,
                 first_head, offset, SCALE, ROOT, EPS, PROJECTED, STAGES, GROUP,
             )),
             (load_for_keys, (
-                q_desc, k_desc, v_desc, dout_desc, memory, tokens, blocks, groups, rows, share, total, STAGES, GROUP,
+                q_desc, k_desc, v_desc, dout_desc, counter_ptr, memory, tokens, blocks, groups, rows, share, total, STAGES, GROUP,
             )),
         ],
         [4, 1],
@@ -355,7 +372,8 @@ def launch_query_gradient(
     descriptors = [descriptor(rows_of_heads(x), 64, width) for x in (q, k, v, out, dout, dq)]
     launch(
         query_gradient_on_hopper, (min(total, multiprocessors(q.device)),), q.device, *descriptors, lse,
-        lse if dlse is None else dlse, delta, factors, tokens, tokens // TILE, heads, batch, heads // k.size(2), total, offset,
+        lse if dlse is None else dlse, delta, tile_counter(q.device), factors,
+        tokens, tokens // TILE, heads, batch, heads // k.size(2), total, offset,
         **constants, DLSE=dlse is not None, STAGES=parameters["STAGES"], GROUP=parameters["GROUP"], num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
 
@@ -369,7 +387,8 @@ def launch_key_gradients(
     total = batch * k.size(2) * (tokens // TILE)
     descriptors = [descriptor(rows_of_heads(x), 64, width) for x in (q, k, v, dout, dk, dv)]
     launch(
-        key_gradients_on_hopper, (min(total, multiprocessors(q.device)),), q.device, *descriptors, lse, delta, factors, tokens,
-        tokens // TILE, k.size(2), batch, heads // k.size(2), total, heads if constants["PROJECTED"] else 0, offset,
+        key_gradients_on_hopper, (min(total, multiprocessors(q.device)),), q.device, *descriptors, lse, delta,
+        tile_counter(q.device), factors, tokens, tokens // TILE, k.size(2), batch, heads // k.size(2), total,
+        heads if constants["PROJECTED"] else 0, offset,
         **constants, STAGES=parameters["STAGES"], GROUP=parameters["GROUP"], num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip

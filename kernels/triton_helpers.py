@@ -184,6 +184,28 @@ def cast(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def round_both(x, dtype: tl.constexpr):
+    """Return x, from float32, rounded to `dtype`, and the same numbers in float32 again.
+
+    Where both are needed the compiler converts one number at a time, in the unit that computes exponentials; this converts pairs.
+    """
+    if _INTERPRETED or dtype == tl.float32:
+        y = cast(x, dtype)
+        both = (y, y.to(tl.float32))
+    elif dtype == tl.bfloat16:
+        both = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $4, $3; shl.b32 $1, $0, 16; and.b32 $2, $0, 0xffff0000;",
+            "=&r,=&r,=r,r,r", [x], dtype=(tl.bfloat16, tl.float32), is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        both = tl.inline_asm_elementwise(
+            "{.reg .b16 a, b; cvt.rn.f16x2.f32 $0, $4, $3; mov.b32 {a, b}, $0; cvt.f32.f16 $1, a; cvt.f32.f16 $2, b;}",
+            "=&r,=&r,=r,r,r", [x], dtype=(tl.float16, tl.float32), is_pure=True, pack=2,
+        )  # fmt: skip
+    return both
+
+
+@triton.jit
 def dot(a, b, sums):
     """sums + a·b. The interpreter cannot multiply bfloat16, so that it gets float32."""
     if _INTERPRETED:
