@@ -1,8 +1,8 @@
 """Time a training micro-step on this GPU in the ways that training can run it: python -m bench.training_step --depth 12 20
 
-A variant is EXECUTION:IMPL, such as graph:auto (the default of training) or compile:reference (the baseline). IMPL auto-OPERATION is
-auto with the reference for one operation. Variants take turns in one process, micro-steps follow each other without waiting for
-the host, and tokens and weights are random, not zero. Host time is the time to launch a micro-step on an idle GPU.
+A variant is EXECUTION:IMPL, such as graph:auto (the default of training) or compile:reference (the baseline). IMPL may be followed by
+others for some operations: graph:auto,attention=cudnn. Variants take turns in one process, micro-steps follow each other without
+waiting for the host, and tokens and weights are random, not zero. Host time is the time to launch a micro-step on an idle GPU.
 --first-step times the start of a run, in a process of its own: python -m bench.training_step --first-step
 """
 
@@ -60,12 +60,16 @@ class TrainingStepConfig:
 
 
 def implementations(text: str) -> Implementations:
-    """Parse IMPL: auto, reference or another implementation for every operation, or auto-OPERATION."""
-    impl, _, without = text.partition("-")
+    """Parse IMPL[,OPERATION=IMPL]…: auto, reference or another implementation for every operation, and others for some."""
+    impl, *others = text.split(",")
     names = [field.name for field in fields(Implementations)]
-    if without and without not in names:
-        raise UserError(f"{text}: {without} is not an operation; choose one of {', '.join(names)}")
-    return replace(Implementations(**dict.fromkeys(names, impl)), **({without: "reference"} if without else {}))
+    chosen = dict.fromkeys(names, impl)
+    for other in others:
+        operation, _, of_operation = other.partition("=")
+        if operation not in names or not of_operation:
+            raise UserError(f"{text}: {other} is not OPERATION=IMPL with one of {', '.join(names)}")
+        chosen[operation] = of_operation
+    return Implementations(**chosen)
 
 
 def prepare(variant: str, shape: GPTConfig, device: torch.device) -> MicroStep:

@@ -284,15 +284,15 @@ def compute_key_gradients(
         dk = gl.zeros([BLOCK, WIDTH], gl.float32, o_layout)
         dv = gl.zeros([BLOCK, WIDTH], gl.float32, o_layout)
         for head in range(group * share, (group + 1) * share):
-            statistics = (row * groups * share + head).to(gl.int64) * tokens
+            statistics = (row * groups * share + head) * tokens  # fewer than q has elements, by the width
             for start in range(first * BLOCK, tokens, BLOCK):
                 stage, phase = step % STAGES, step // STAGES & 1
                 # the sums begin with what is to be subtracted from them, which then takes no registers
-                lse = gl.load(lse_ptr + (statistics + start) + query)
+                lse = gl.load(lse_ptr + (statistics + start + query))
                 x = gl.zeros([BLOCK, BLOCK], gl.float32, s_layout) - (lse * (LOG2E / SCALE))[None, :]
                 dp = (
                     gl.zeros([BLOCK, BLOCK], gl.float32, s_layout)
-                    - gl.load(delta_ptr + (statistics + start) + query)[None, :]
+                    - gl.load(delta_ptr + (statistics + start + query))[None, :]
                 )
                 q, dout = q_ring.index(stage), dout_ring.index(stage)
                 mbarrier.wait(q_filled.index(stage), phase)

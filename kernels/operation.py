@@ -58,8 +58,8 @@ class Kernel:
 
     @property
     def is_product(self) -> bool:
-        """Whether it is a matrix product, whose tiles have a third size. tune times products without pauses."""
-        return any("BLOCK_K" in parameters for parameters in self.space)
+        """Whether its time is that of matrix products, in tiles of BLOCK_M rows. tune times products without pauses."""
+        return any("BLOCK_M" in parameters for parameters in self.space)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from statistics import median
@@ -16,7 +17,8 @@ from nanochat_kernels.dispatch import tunable_kernels
 from nanochat_kernels.operation import Kernel, Key
 
 ROUNDS = 15
-COMPILERS = 8  # processes that fill Triton's cache before the timing, each with its own inputs on the GPU
+COMPILERS = 16  # at most so many processes fill Triton's cache before the timing
+COMPILER_BYTES = 4 * 2**30  # of the GPU's memory, for the context and the inputs of each
 
 
 def tune(only: tuple[str, ...] = (), say: Callable[[str], None] = print) -> Iterator[tuple[str, float, dict[str, int]]]:
@@ -41,7 +43,7 @@ def tune(only: tuple[str, ...] = (), say: Callable[[str], None] = print) -> Iter
                 if dtype == torch.float16 and torch.bfloat16 in kernel.dtypes:
                     classes[format_key(key)] = found["bfloat16"][format_key(key)]
                     continue
-                milliseconds, parameters = fastest(kernel, key, dtype, device, launchable[kernel.name, key, dtype])
+                milliseconds, parameters = fastest(kernel, key, dtype, name, launchable[kernel.name, key, dtype], say)
                 classes[format_key(key)] = parameters
                 yield f"{kernel.name} {dtype_name(dtype)} {format_key(key)}", milliseconds, parameters
         table["launch"][kernel.name] = found
@@ -57,7 +59,8 @@ def launchable_configurations(
 ) -> dict[tuple, list[dict[str, int]]]:
     """Return the configurations that compile without a defect and launch, by (kernel name, shape class, dtype).
 
-    A kernel with a single configuration is not tried, because there is nothing to choose.
+    Only the first set of flags is tried, because most configurations are too slow for the others to matter; see fastest. A kernel
+    with a single configuration is not tried, because there is nothing to choose.
     """
     cases = [
         (kernel, key, dtype)
@@ -75,7 +78,8 @@ def launchable_configurations(
         # tensor descriptors are for sm_90 and later, and faster there than pointers
         if is_for(parameters, name)
     ]
-    with ProcessPoolExecutor(COMPILERS, multiprocessing.get_context("spawn")) as pool:
+    compilers = max(1, min(COMPILERS, os.cpu_count() or 1, torch.cuda.mem_get_info()[0] // COMPILER_BYTES))
+    with ProcessPoolExecutor(compilers, multiprocessing.get_context("spawn")) as pool:
         for (kernel, key, dtype, parameters, _), problem in zip(jobs, pool.map(_try, jobs, chunksize=4), strict=True):
             if problem:
                 say(f"{kernel} {dtype_name(dtype)} {format_key(key)} {parameters}: {problem}")
@@ -102,7 +106,7 @@ def _try(job: tuple) -> str:
     kernel = next(kernel for kernel in tunable_kernels() if kernel.name == name)
     device = torch.device("cuda", torch.cuda.current_device())
     try:
-        defects = defects_of(kernel, key, dtype, parameters, target)
+        defects = defects_of(kernel, key, dtype, parameters, target, sets=1)
         if not defects:
             if target == "sm80" and torch.cuda.get_device_capability(device)[0] > 8:
                 run_ptx_of("sm80")
@@ -113,12 +117,14 @@ def _try(job: tuple) -> str:
     return "; ".join(defects)
 
 
-def defects_of(kernel: Kernel, key: Key, dtype: torch.dtype, parameters: dict[str, int], target: str) -> list[str]:
-    """Return the defects that inspect finds with these parameters in every set of flags: one entry of the table serves them all."""
+def defects_of(
+    kernel: Kernel, key: Key, dtype: torch.dtype, parameters: dict[str, int], target: str, sets: int | None = None
+) -> list[str]:
+    """Return the defects that inspect finds with these parameters in every set of flags, or in the first `sets` of them."""
     with configs.tables_of(target):
         launches = inspect.record(kernel, key, dtype, parameters)
     defects = []
-    for flags, of_flags in launches.items():
+    for flags, of_flags in list(launches.items())[:sets]:
         for number, launch in enumerate(of_flags):
             found = inspect.inspect_launch(launch, target, inspect.Place(kernel.name, dtype, key, flags, number))
             defects += [f"{flags}: {defect}" for defect in found.defects]
@@ -131,19 +137,28 @@ def timed(kernel: Kernel, key: Key, dtype: torch.dtype, device: torch.device) ->
 
 
 def fastest(
-    kernel: Kernel, key: Key, dtype: torch.dtype, device: torch.device, configurations: list[dict[str, int]]
+    kernel: Kernel,
+    key: Key,
+    dtype: torch.dtype,
+    architecture: str,
+    configurations: list[dict[str, int]],
+    say: Callable[[str], None] = print,
 ) -> tuple[float, dict[str, int]]:
-    """Return (median milliseconds, parameters) of the fastest configuration."""
-    if not configurations:
-        raise inspect.CannotRun(
-            f"{kernel.name}: no configuration for {format_key(key)} {dtype} compiles without a defect"
-        )
-    run = timed(kernel, key, dtype, device)
+    """Return (median milliseconds, parameters) of the fastest configuration that compiles without a defect in every set of flags.
+
+    One entry of the table serves all sets.
+    """
+    run = timed(kernel, key, dtype, torch.device("cuda", torch.cuda.current_device()))
     variants = {str(n): lambda _, parameters=p: run(parameters) for n, p in enumerate(configurations)}
     samples = timing.sustained(variants, 0.12) if kernel.is_product else timing.interleaved(variants, ROUNDS)
     times = {name: median(values) for name, values in samples.items()}
-    best = min(times, key=times.__getitem__)
-    return times[best], configurations[int(best)]
+    for name in sorted(times, key=times.__getitem__):
+        parameters = configurations[int(name)]
+        defects = defects_of(kernel, key, dtype, parameters, architecture) if len(kernel.space) > 1 else []
+        if not defects:
+            return times[name], parameters
+        say(f"{kernel.name} {dtype_name(dtype)} {format_key(key)} {parameters}: {'; '.join(defects)}")
+    raise inspect.CannotRun(f"{kernel.name}: no configuration for {format_key(key)} {dtype} compiles without a defect")
 
 
 def write(architecture: str, table: dict) -> None:

@@ -17,7 +17,7 @@ from nanochat_kernels import reference
 from nanochat_kernels.operation import RunShape
 from nanochat_kernels.triton_helpers import recorded_launches
 from tests.kernels import harness
-from tests.kernels.harness import DEVICE, GPU, check, check_compiled, check_graph_replay, randn, same
+from tests.kernels.harness import DEVICE, GPU, check_compiled, check_graph_replay, randn, same
 from tests.kernels.int64 import narrow_offsets
 
 FILE = importlib.import_module("nanochat_kernels.attention")
@@ -89,6 +89,11 @@ def plain(q, k, v, lengths=None, cu_seqlens=None):
     return Rounded.apply(q, k, v, seen[:, None])[:2]
 
 
+def check(*arguments, **options):
+    """harness.check, where lse may have the error of exp2 and log2 in the unit for special functions."""
+    harness.check(*arguments, **options, epsilon=2**-22)
+
+
 def with_bound(bound):
     return lambda *arguments: fused(*arguments, bound=bound, return_lse=True)
 
@@ -106,8 +111,10 @@ def inputs(batch, tokens, keys, groups, share, width, dtype, seed=0):
 
 few_examples = settings(harness.property_test, max_examples=60 if GPU else 6)
 bounds = st.sampled_from((None, 1.0))  # in units of √D
+# the errors of a row with few keys are few numbers, so that a norm over few rows is luck; the interpreter draws the same rows always
 sizes = dict(
-    batch=st.integers(1, 2), groups=st.integers(1, 2), share=st.integers(1, 3), width=st.sampled_from(FILE.HEAD_WIDTHS[:2]),
+    batch=st.integers(12, 16) if GPU else st.integers(1, 2), groups=st.integers(1, 2), share=st.integers(1, 3),
+    width=st.sampled_from(FILE.HEAD_WIDTHS[:2]),
     dtype=st.sampled_from(HALVES), bound=bounds, seed=harness.seeds,
 )  # fmt: skip
 
@@ -131,11 +138,11 @@ def test_attention(batch, tokens, groups, share, width, dtype, bound, seed):
 @example(batch=2, tokens=2, more=70, groups=1, share=3, width=32, dtype=torch.bfloat16, bound=None, seed=3)
 @given(tokens=st.integers(1, 30), more=st.integers(0, 60), **sizes)
 def test_lengths(batch, tokens, more, groups, share, width, dtype, bound, seed):
-    """Chunks of queries, and single ones, against caches that are filled to different lengths, the last one not at all."""
-    keys = tokens + more
+    """Chunks of queries, and single ones, against caches that are filled to different lengths, the last ones not at all."""
+    keys, few = tokens + more, max(1, batch // 2)
     lengths = torch.randint(tokens, keys + 1, (batch,), generator=torch.Generator().manual_seed(seed))
-    lengths = torch.cat([lengths, torch.tensor([keys, min(tokens - 1, 3)])]).to(DEVICE)
-    given_ = [*inputs(batch + 2, tokens, keys, groups, share, width, dtype, seed), lengths]
+    lengths = torch.cat([lengths, torch.tensor([keys] + [min(tokens - 1, 3)] * few)]).to(DEVICE)
+    given_ = [*inputs(batch + 1 + few, tokens, keys, groups, share, width, dtype, seed), lengths]
     check(with_bound(bound_of(bound, width)), plain, given_, [0, 1, 2], seed)
 
 

@@ -98,11 +98,12 @@ dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("parameters", configurations("forward"), ids=str)
 def test_forward(shape, width, dtype, parameters):
     q, k, v, _ = whole(*shape, width, dtype)
+    bound = min(math.sqrt(width), 10.0)  # a wider one is too wide for float16; no score of random heads is near it
     with poisoned():
-        runs = [LAUNCHES.forward(q, k, v, None, None, math.sqrt(width), True, parameters) for _ in range(3)]
+        runs = [LAUNCHES.forward(q, k, v, None, None, bound, True, parameters) for _ in range(3)]
     oracle, baseline = plain(q.double(), k.double(), v.double()), plain(q, k, v)
     for number in range(2):
-        assert not over_budget(runs[0][number], oracle[number], baseline[number])
+        assert not over_budget(runs[0][number], oracle[number], baseline[number], 2**-22)
         assert all(torch.equal(runs[0][number], run[number]) for run in runs)
 
 

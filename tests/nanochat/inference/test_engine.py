@@ -89,9 +89,9 @@ def test_generations_at_the_same_time_do_not_disturb_each_other(model, tokenizer
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-@pytest.mark.parametrize("impl", ["auto", "triton"])
-def test_a_replayed_step_decodes_the_same(tokenizer, impl):
-    config = GPTConfig(2, 256, 2, 1, tokenizer.vocab_size, 512, impl=Implementations(attention=impl))
+def test_a_replayed_step_decodes_the_same(tokenizer):
+    """With the implementation whose results do not depend on the capacity of the cache, which replay rounds up."""
+    config = GPTConfig(2, 256, 2, 1, tokenizer.vocab_size, 512, impl=Implementations(attention="triton"))
     model = perturbed(config).to("cuda")
     model.compute_dtype = torch.bfloat16
     model.cos, model.sin = model.cos.bfloat16(), model.sin.bfloat16()
