@@ -33,6 +33,8 @@ def tune(only: tuple[str, ...] = (), say: Callable[[str], None] = print) -> Iter
     device = torch.device("cuda", torch.cuda.current_device())
     name = architecture(device.index)
     table = configs.table(name)
+    forced = " running sm80's PTX" if name == "sm80" and torch.cuda.get_device_capability()[0] > 8 else ""
+    measured_on = measured_on_after(only, table["measured_on"], torch.cuda.get_device_name() + forced)
     kernels = [kernel for kernel in tunable_kernels() if not only or kernel.name in only]
     launchable = launchable_configurations(kernels, name, say)
     for kernel in kernels:
@@ -47,11 +49,15 @@ def tune(only: tuple[str, ...] = (), say: Callable[[str], None] = print) -> Iter
                 classes[format_key(key)] = parameters
                 yield f"{kernel.name} {dtype_name(dtype)} {format_key(key)}", milliseconds, parameters
         table["launch"][kernel.name] = found
-        forced = " running sm80's PTX" if name == "sm80" and torch.cuda.get_device_capability()[0] > 8 else ""
-        table["measured_on"] = torch.cuda.get_device_name() + forced
+        table["measured_on"] = measured_on
         table["versions"] = {"torch": torch.__version__, "triton": triton.__version__}
         table["command"] = "nanochat kernels tune"
         write(name, table)
+
+
+def measured_on_after(only: tuple[str, ...], before: str, card: str) -> str:
+    """Return what a table says it was measured on, once the kernels `only` (empty: all) were on `card`."""
+    return card if not only or before == card else f"{before}; on {card}: {', '.join(only)}"
 
 
 def launchable_configurations(

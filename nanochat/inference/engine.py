@@ -35,9 +35,11 @@ class _Row:
 class Engine:
     """Generates text with a model and its tokenizer."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, replay: bool = False):
-        """replay: decode by replaying a CUDA graph, which serves later calls with as many rows and the same sampling too."""
-        self.model, self.tokenizer, self.replay = model, tokenizer, replay
+    def __init__(self, model: GPT, tokenizer: Tokenizer, replay: bool | None = None):
+        """replay: decode by replaying a CUDA graph, which serves later calls with as many rows and the same sampling too; None: on a
+        GPU."""
+        self.model, self.tokenizer = model, tokenizer
+        self.replay = model.device.type == "cuda" if replay is None else replay
         self.kept: dict[tuple, Decoder] = {}  # that of the last generation that ended, under what it serves
         self.stops = {tokenizer.special("assistant_end"), tokenizer.bos}
         self.positions = model.cos.size(0)

@@ -43,3 +43,10 @@ def test_the_search_for_code_that_is_run_as_ptx_leaves_torch_out(monkeypatch):
     assert tune.is_for(by_torch, "sm80") and tune.is_for(by_torch, "sm90")
     monkeypatch.setattr(tune, "forced_architecture", lambda: "sm80")
     assert not tune.is_for(by_torch, "sm80")
+
+
+def test_a_table_names_the_cards_of_all_its_kernels():
+    assert tune.measured_on_after((), "NVIDIA H200", "NVIDIA H100") == "NVIDIA H100"
+    assert tune.measured_on_after(("rms_norm_forward",), "NVIDIA H200", "NVIDIA H200") == "NVIDIA H200"
+    both = tune.measured_on_after(("rms_norm_forward",), "NVIDIA H200", "NVIDIA H100")
+    assert both == "NVIDIA H200; on NVIDIA H100: rms_norm_forward"

@@ -59,7 +59,7 @@ def test_samples_share_a_prefill_and_differ(engine):
 
 def test_a_decoder_that_is_kept_for_later_calls_changes_nothing(model, tokenizer):
     """On a CPU its step is not replayed from a graph; its cache returns all positions, and is used again."""
-    kept, plain = Engine(model, tokenizer, replay=True), Engine(model, tokenizer)
+    kept, plain = (Engine(model, tokenizer, replay) for replay in (True, False))
     calls = (
         ([[1, 2, 3], [4]], {"samples": 3, "temperature": 0.8, "seed": 5}),
         ([[7, 8]], {"samples": 6, "temperature": 0.8, "seed": 6}),
