@@ -45,8 +45,9 @@ def evaluate(function: Callable, inputs: Sequence, upstream: Sequence[Tensor], w
 
 
 def over_budget(
-    found: Tensor, oracle: Tensor, baseline: Tensor, epsilon: float | Tensor = 0.0, apart: Tensor | None = None
-) -> str | None:
+    found: Tensor, oracle: Tensor, baseline: Tensor, epsilon: float | Tensor = 0.0, apart: Tensor | None = None,
+    fewest_rows: int = FEWEST_ROWS,
+) -> str | None:  # fmt: skip
     """What is wrong with a result, or None.
 
     In every group, the norm of the error and the error of the worst element are at most 1.5 × the baseline's, plus what chance
@@ -54,7 +55,8 @@ def over_budget(
     factor is rounded by that. NaN and infinities must stand where the oracle has them.
 
     epsilon: error that each element may have besides, a number or a tensor that broadcasts to the oracle's shape.
-    apart: bool mask of elements that are judged in groups of their own.
+    apart: bool mask of elements that are judged in groups of their own. fewest_rows: rows of a group; more than usual where the
+    errors of a row are not independent, as those of a sum of few vectors.
     """
     if not found.numel():
         return None
@@ -69,10 +71,10 @@ def over_budget(
     # where the oracle itself rounds to 0, as 1 − tanh² does
     tolerance = tolerance + torch.finfo(torch.float64).eps * size.max()
     if apart is None:
-        return _groups_over_budget("", found.dtype, error, allowed, size, tolerance)
+        return _groups_over_budget("", found.dtype, error, allowed, size, tolerance, fewest_rows)
     for name, mask in ((", entries apart", _rows(apart)), (", other entries", ~_rows(apart))):
         parts = (torch.where(mask, x, 0.0) for x in (error, allowed, size, tolerance))
-        wrong = wrong or _groups_over_budget(name, found.dtype, *parts)
+        wrong = wrong or _groups_over_budget(name, found.dtype, *parts, fewest_rows)
     return wrong
 
 
@@ -92,12 +94,12 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _groups_over_budget(
-    name: str, dtype: torch.dtype, error: Tensor, allowed: Tensor, size: Tensor, tolerance: Tensor
+    name: str, dtype: torch.dtype, error: Tensor, allowed: Tensor, size: Tensor, tolerance: Tensor, fewest_rows: int
 ) -> str | None:
     """over_budget for the errors (rows, C) of a result in `dtype`, of a baseline, and magnitudes of the oracle."""
     norms = size.norm(dim=1)
     exponents = torch.where(norms > 0, norms.log2().div(2).floor(), -torch.inf)
-    groups, group_of_row = _joined(exponents, (size > 0).sum(1))
+    groups, group_of_row = _joined(exponents, (size > 0).sum(1), fewest_rows)
 
     def largest(values: Tensor) -> Tensor:
         return values.new_zeros(groups).scatter_reduce_(0, group_of_row, values, "amax")
@@ -118,8 +120,9 @@ def _groups_over_budget(
     return None
 
 
-def _joined(exponents: Tensor, elements: Tensor) -> tuple[int, Tensor]:
+def _joined(exponents: Tensor, elements: Tensor, fewest_rows: int) -> tuple[int, Tensor]:
     """(how many groups, the group of each row), of each row's exponent and number of elements that are not 0."""
+    factor = fewest_rows // FEWEST_ROWS
     found, group_of_row = exponents.unique(return_inverse=True)
     counts = torch.stack([elements, (elements > 0).long()], 1)
     counts = counts.new_zeros(len(found), 2).index_add_(0, group_of_row, counts).tolist()
@@ -127,7 +130,9 @@ def _joined(exponents: Tensor, elements: Tensor) -> tuple[int, Tensor]:
     for count, rows in counts:  # from the smallest exponent up; rows of zeros have a group of their own
         joined.append(group)
         collected, collected_rows = collected + count, collected_rows + rows
-        enough_rows = collected >= FEWEST_ELEMENTS and collected_rows >= FEWEST_ROWS
-        if rows == 0 or enough_rows or collected >= ENOUGH_ELEMENTS:
+        enough_rows = collected >= factor * FEWEST_ELEMENTS and collected_rows >= fewest_rows
+        if rows == 0 or enough_rows or collected >= factor * ENOUGH_ELEMENTS:
             group, collected, collected_rows = group + 1, 0, 0
+    if collected and group and any(rows for (_, rows), of in zip(counts, joined, strict=True) if of == group - 1):
+        joined = [min(of, group - 1) for of in joined]  # too few are left for a group
     return group + 1, torch.tensor(joined, device=exponents.device)[group_of_row]

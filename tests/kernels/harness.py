@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanochat_kernels import matrix_product
 from nanochat_kernels.operation import Kernel
-from nanochat_kernels.oracle import evaluate, evaluate_each, misplaced, over_budget
+from nanochat_kernels.oracle import FEWEST_ROWS, evaluate, evaluate_each, misplaced, over_budget
 from tests import forked
 from tests.conftest import environment
 from tests.kernels.int64 import narrow_offsets
@@ -117,12 +117,14 @@ def check(
     seed: int = 0,
     epsilon: float = 0.0,
     apart: Mapping[int, Tensor] | None = None,
+    cancellation: float = 0.0,
+    fewest_rows: int = FEWEST_ROWS,
 ) -> None:
     """Compare the kernel with the oracle and with a repeated run, also for strided and transposed upstream gradients.
 
     wrt: the indices of the inputs whose gradients are checked. epsilon: error that an operation documents and may add, absolute in
     results and relative in gradients. apart: number of a result or, counting on, of a gradient → mask of elements that are judged
-    separately from the others.
+    separately from the others. cancellation: absolute error of gradients that are differences of sums. fewest_rows: see over_budget.
     """
     inputs, apart = list(inputs), apart or {}
     shapes = as_tuple(reference(*inputs))
@@ -144,11 +146,13 @@ def check(
         name = f"result {number}" if number < len(shapes) else f"gradient {number - len(shapes)}"
         assert a.dtype == other.dtype and a.shape == other.shape, f"{name}: {a.dtype} {tuple(a.shape)}"
         assert same(a, b), f"{name} differs when repeated"
-        more = epsilon if number < len(shapes) else epsilon * true.abs()
-        wrong = over_budget(a, true, other, more, apart.get(number))
+        more = epsilon if number < len(shapes) else epsilon * true.abs() + cancellation
+        wrong = over_budget(a, true, other, more, apart.get(number), fewest_rows)
         assert not wrong, f"{name}: {wrong}"
         for layout, those, others in zip(("strided", "transposed"), found[1:], baselines[1:], strict=False):
-            wrong = number >= len(shapes) and over_budget(those[number], true, others[number], more, apart.get(number))
+            wrong = number >= len(shapes) and over_budget(
+                those[number], true, others[number], more, apart.get(number), fewest_rows
+            )
             assert not wrong, f"{name} with {layout} upstream gradients: {wrong}"
 
 

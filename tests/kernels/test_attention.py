@@ -90,8 +90,11 @@ def plain(q, k, v, lengths=None, cu_seqlens=None):
 
 
 def check(*arguments, **options):
-    """harness.check, where lse may have the error of exp2 and log2 in the unit for special functions."""
-    harness.check(*arguments, **options, epsilon=2**-22)
+    """harness.check, where lse may have the error of exp2 and log2 in the unit for special functions.
+
+    The gradient of a query that sees few keys is a small difference, and its errors are as few numbers.
+    """
+    harness.check(*arguments, **options, epsilon=2**-22, cancellation=1e-5, fewest_rows=64)
 
 
 def with_bound(bound):

@@ -57,14 +57,16 @@ def test_self_attention(batch, tokens, width, heads, dtype, adjacent, offset, do
     given_ = inputs(batch, tokens, width, *heads, dtype, 32, seed, "contiguous", offset, offset, adjacent)
     ends = sorted(min(end, batch * tokens) for end in documents)
     cu_seqlens = torch.tensor([0, *ends, batch * tokens], device=DEVICE) if documents else None
-    check(fused, plain, [*given_, None, cu_seqlens], [0, 1, 2, 3], seed)
+    test_attention.check(fused, plain, [*given_, None, cu_seqlens], [0, 1, 2, 3], seed)
 
 
 @pytest.mark.parametrize("tokens", [1023, 1024] if GPU else [18])
 @pytest.mark.parametrize(("head_width", "dtype"), [(64, torch.float16), (128, torch.bfloat16)])
 def test_wider_heads(head_width, dtype, tokens):
     heads, width = ((10, 5), 1280) if GPU else ((2, 1), 32)
-    check(fused, plain, inputs(2, tokens, width, *heads, dtype, head_width, offset=3, more=5), [0, 1, 2, 3])
+    test_attention.check(
+        fused, plain, inputs(2, tokens, width, *heads, dtype, head_width, offset=3, more=5), [0, 1, 2, 3]
+    )
 
 
 def test_forward_is_bitwise_that_of_the_two_operations():
