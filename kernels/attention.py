@@ -161,6 +161,12 @@ def torch_unsupported_reason(
         return "torch's backends align the first query with the first key, not the last with the last"
     if q.dtype not in DTYPES[:2]:
         return f"torch's fast backends take bfloat16 or float16, got {q.dtype}"
+    if q.size(3) % 8 or q.size(3) > 128:
+        return f"torch's fast backends serve heads of at most 128 channels, a multiple of 8, got {q.size(3)}"
+    if not q.numel() or q.size(1) == 1:
+        return f"torch's fast backends do not all take {q.size(0)} rows of {q.size(1)} tokens and {q.size(2)} heads"
+    if any(x.stride(3) != 1 for x in (q, k, v)):
+        return "torch's fast backends read channels with stride 1"
     if backend == SDPBackend.EFFICIENT_ATTENTION and q.size(2) != k.size(2):
         return f"torch's efficient backend takes as many key heads as query heads, got {k.size(2)} and {q.size(2)}"
     return None

@@ -68,11 +68,12 @@ def store_number(numbers, which: gl.constexpr, index):
 
 @gluon.jit
 def load_number(numbers, which: gl.constexpr):
+    """Return the number that store_number left, or −1 after the last tile."""
     return gl.max(numbers.index(which).load(gl.BlockedLayout([1], [32], [4], [0])), axis=0)
 
 
 @gluon.jit
-def say_end(numbers, filled, empty, turn):
+def announce_end(numbers, filled, empty, turn):
     """Tell both groups that no tile comes next."""
     for which in gl.static_range(2):
         mbarrier.wait(empty.index(which), (turn & 1) ^ 1)
@@ -125,7 +126,7 @@ def load_blocks(
         steps = (block + 1) * (2 * HALF) // BLOCK_N
         step = load_keys(k_desc, v_desc, keys_memory, row * tokens, steps, head // share, step, STAGES)
         index = next_tile(counter_ptr)
-    say_end(numbers, q_filled, q_empty, turn)
+    announce_end(numbers, q_filled, q_empty, turn)
 
 
 @gluon.jit
@@ -261,7 +262,7 @@ def takes(q: Tensor, *others: Tensor) -> bool:
     if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] != 9:
         return False
     tokens, width = q.size(1), q.size(3)
-    return tokens > 0 and tokens % TILE == 0 and width in (64, 128) and all(
+    return q.size(0) > 0 and tokens > 0 and tokens % TILE == 0 and width in (64, 128) and all(
         x.size(1) == tokens and x.stride(3) == 1 and x.stride(2) == width and (x.size(0) == 1 or x.stride(0) == tokens * x.stride(1))
         and x.stride(1) % 8 == 0 and x.data_ptr() % 16 == 0
         for x in (q, *others)

@@ -9,6 +9,7 @@ from torch import Tensor
 from nanochat_kernels.architecture import TRITON_INSTALLED
 from nanochat_kernels.hopper_attention import (
     TILE,
+    announce_end,
     barriers,
     load_keys,
     load_number,
@@ -16,7 +17,6 @@ from nanochat_kernels.hopper_attention import (
     numbers_of_tiles,
     ring,
     rows_of_heads,
-    say_end,
     store_number,
     tile_counter,
     tile_of,
@@ -94,7 +94,7 @@ def load_for_queries(
         steps = 2 * block + 2
         step = load_keys(k_desc, v_desc, keys_memory, row * tokens, steps, head // share, step, STAGES)
         index = next_tile(counter_ptr)
-    say_end(numbers, filled, empty, turn)
+    announce_end(numbers, filled, empty, turn)
 
 
 @gluon.jit
@@ -255,7 +255,7 @@ def load_for_keys(
                 tma.async_copy_global_to_shared(dout_desc, at, dout_filled.index(stage), dout_ring.index(stage))
                 step += 1
         index = next_tile(counter_ptr)
-    say_end(numbers, filled, empty, turn)
+    announce_end(numbers, filled, empty, turn)
 
 
 @gluon.jit
@@ -284,7 +284,7 @@ def compute_key_gradients(
         dk = gl.zeros([BLOCK, WIDTH], gl.float32, o_layout)
         dv = gl.zeros([BLOCK, WIDTH], gl.float32, o_layout)
         for head in range(group * share, (group + 1) * share):
-            statistics = (row * groups * share + head) * tokens  # fewer than q has elements, by the width
+            statistics = (row * groups * share + head) * tokens  # below 2³¹: as many heads would take 256 GiB in q
             for start in range(first * BLOCK, tokens, BLOCK):
                 stage, phase = step % STAGES, step // STAGES & 1
                 # the sums begin with what is to be subtracted from them, which then takes no registers

@@ -92,15 +92,9 @@ def load_block(
 
 
 @triton.jit
-def rounded(x, out_ptr):
-    """Return x in the dtype of the elements of out_ptr."""
-    return cast(x, out_ptr.dtype.element_ty)
-
-
-@triton.jit
 def store_block(x_ptr, stride, block, row, column, rows, columns, WHOLE: tl.constexpr):
     """Round a block, and store it into a matrix (rows, columns) without what lies outside."""
-    block = rounded(block, x_ptr)
+    block = cast(block, x_ptr.dtype.element_ty)
     if WHOLE:
         tl.store(block_pointers(x_ptr, stride, row, column, block.shape[0], block.shape[1]), block)
     else:

@@ -57,8 +57,8 @@ class Kernel:
     """further shapes, such as the widest row and ragged sizes, that inspect compiles with the parameters of the nearest class"""
 
     @property
-    def is_product(self) -> bool:
-        """Whether its time is that of matrix products, in tiles of BLOCK_M rows. tune times products without pauses."""
+    def is_compute_bound(self) -> bool:
+        """Whether its time is that of matrix products, in tiles of BLOCK_M rows. tune times such kernels without pauses."""
         return any("BLOCK_M" in parameters for parameters in self.space)
 
 

@@ -122,7 +122,7 @@ def _groups_over_budget(
 
 def _joined(exponents: Tensor, elements: Tensor, fewest_rows: int) -> tuple[int, Tensor]:
     """(how many groups, the group of each row), of each row's exponent and number of elements that are not 0."""
-    factor = fewest_rows // FEWEST_ROWS
+    factor = max(1, fewest_rows // FEWEST_ROWS)
     found, group_of_row = exponents.unique(return_inverse=True)
     counts = torch.stack([elements, (elements > 0).long()], 1)
     counts = counts.new_zeros(len(found), 2).index_add_(0, group_of_row, counts).tolist()
@@ -133,6 +133,8 @@ def _joined(exponents: Tensor, elements: Tensor, fewest_rows: int) -> tuple[int,
         enough_rows = collected >= factor * FEWEST_ELEMENTS and collected_rows >= fewest_rows
         if rows == 0 or enough_rows or collected >= factor * ENOUGH_ELEMENTS:
             group, collected, collected_rows = group + 1, 0, 0
-    if collected and group and any(rows for (_, rows), of in zip(counts, joined, strict=True) if of == group - 1):
-        joined = [min(of, group - 1) for of in joined]  # too few are left for a group
+    if (
+        factor > 1 and collected and group
+    ):  # what is left of the largest joins those before; never zeros, which come first
+        joined = [min(of, group - 1) if group > 1 or counts[0][1] else of for of in joined]
     return group + 1, torch.tensor(joined, device=exponents.device)[group_of_row]

@@ -34,7 +34,7 @@ def tune(only: tuple[str, ...] = (), say: Callable[[str], None] = print) -> Iter
     name = architecture(device.index)
     table = configs.table(name)
     forced = " running sm80's PTX" if name == "sm80" and torch.cuda.get_device_capability()[0] > 8 else ""
-    measured_on = measured_on_after(only, table["measured_on"], torch.cuda.get_device_name() + forced)
+    card = torch.cuda.get_device_name() + forced
     kernels = [kernel for kernel in tunable_kernels() if not only or kernel.name in only]
     launchable = launchable_configurations(kernels, name, say)
     for kernel in kernels:
@@ -49,15 +49,20 @@ def tune(only: tuple[str, ...] = (), say: Callable[[str], None] = print) -> Iter
                 classes[format_key(key)] = parameters
                 yield f"{kernel.name} {dtype_name(dtype)} {format_key(key)}", milliseconds, parameters
         table["launch"][kernel.name] = found
-        table["measured_on"] = measured_on
+        note_card(table, kernel.name, card)
         table["versions"] = {"torch": torch.__version__, "triton": triton.__version__}
         table["command"] = "nanochat kernels tune"
         write(name, table)
 
 
-def measured_on_after(only: tuple[str, ...], before: str, card: str) -> str:
-    """Return what a table says it was measured on, once the kernels `only` (empty: all) were on `card`."""
-    return card if not only or before == card else f"{before}; on {card}: {', '.join(only)}"
+def note_card(table: dict, kernel: str, card: str) -> None:
+    """Write into a table that a kernel's parameters were measured on `card`, which may be another than that of the others."""
+    others = table.pop("measured_elsewhere", {}) | {kernel: card}
+    if set(others) >= set(table["launch"]) and set(others.values()) == {card}:
+        table["measured_on"] = card
+    others = {name: other for name, other in others.items() if other != table["measured_on"]}
+    if others:
+        table["measured_elsewhere"] = others
 
 
 def launchable_configurations(
@@ -156,11 +161,14 @@ def fastest(
     """
     run = timed(kernel, key, dtype, torch.device("cuda", torch.cuda.current_device()))
     variants = {str(n): lambda _, parameters=p: run(parameters) for n, p in enumerate(configurations)}
-    samples = timing.sustained(variants, 0.12) if kernel.is_product else timing.interleaved(variants, ROUNDS)
+    samples = timing.sustained(variants, 0.12) if kernel.is_compute_bound else timing.interleaved(variants, ROUNDS)
     times = {name: median(values) for name, values in samples.items()}
     for name in sorted(times, key=times.__getitem__):
         parameters = configurations[int(name)]
-        defects = defects_of(kernel, key, dtype, parameters, architecture) if len(kernel.space) > 1 else []
+        try:
+            defects = defects_of(kernel, key, dtype, parameters, architecture) if len(kernel.space) > 1 else []
+        except Exception as error:  # another set of flags may not compile
+            defects = [f"{type(error).__name__} {str(error)[:80]}"]
         if not defects:
             return times[name], parameters
         say(f"{kernel.name} {dtype_name(dtype)} {format_key(key)} {parameters}: {'; '.join(defects)}")

@@ -3,7 +3,7 @@
 sm80.json (A100) and sm90.json (H100, H200) are written by `nanochat kernels tune` and contain
     launch: kernel → dtype → shape class → parameters; the name of a class is its key joined by "x": "2048x128", "1280xmasked"
     auto:   operation → {impl, why}: the implementation that impl="auto" takes on that architecture
-    measured_on, versions, command: where the numbers come from
+    measured_on, versions, command: where the numbers come from; measured_elsewhere: kernel → GPU, for others than on that one
 A device without a table of its own uses the table of the nearest architecture below it, or sm80.
 """
 

@@ -1,5 +1,7 @@
 """One step of decoding for all rows of a cache: the model, the choice of a token, and the cache's growth."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,14 @@ from nanochat.gpt import GPT
 from nanochat.inference.cache import KVCache
 from nanochat.inference.sampling import Sampler
 from nanochat.platform.cuda_graphs import Replayed
+
+
+def decode(model: GPT, cache: KVCache, sampler: Sampler, given: Tensor) -> Tensor:
+    """The tokens (B,) after `given` (2, B): the tokens before, and by how much each row of the cache grows."""
+    tokens, grown = given
+    hidden = model.hidden(tokens[:, None], cache)
+    cache.lengths.add_(grown)
+    return sampler.choose(model.logits(hidden[:, -1]))
 
 
 class Decoder:
@@ -22,13 +32,9 @@ class Decoder:
         rows, device = len(cache.lengths), model.device
         self.on_host = torch.zeros(2, rows, dtype=torch.int64, pin_memory=device.type == "cuda")
         self.given = torch.zeros(2, rows, dtype=torch.int64, device=device)  # tokens, and by how much a row grows
-        self.step = Replayed(self._step, torch.cuda.graph_pool_handle() if replay and device.type == "cuda" else None)
-
-    def _step(self) -> Tensor:
-        tokens, grown = self.given
-        hidden = self.model.hidden(tokens[:, None], self.cache)
-        self.cache.lengths.add_(grown)
-        return self.sampler.choose(self.model.logits(hidden[:, -1]))
+        pool = torch.cuda.graph_pool_handle() if replay and device.type == "cuda" else None
+        # not a method, which would refer to the decoder: dropping that frees the cache at once
+        self.step = Replayed(partial(decode, model, cache, sampler, self.given), pool)
 
     def __call__(self, tokens: list[int], grown: list[int], longest: int) -> list[int]:
         """The next token of each row. grown: 1 for a row that keeps its token, 0 for one that has ended, whose token is overwritten

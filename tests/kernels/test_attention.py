@@ -13,6 +13,7 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 import nanochat_kernels as kernels
+from nanochat.gpt import GPTConfig
 from nanochat_kernels import reference
 from nanochat_kernels.operation import RunShape
 from nanochat_kernels.triton_helpers import recorded_launches
@@ -144,10 +145,10 @@ def test_attention(batch, tokens, groups, share, width, dtype, bound, seed):
 @given(tokens=st.integers(1, 30), more=st.integers(0, 60), **sizes)
 def test_lengths(batch, tokens, more, groups, share, width, dtype, bound, seed):
     """Chunks of queries, and single ones, against caches that are filled to different lengths, the last ones not at all."""
-    keys, few = tokens + more, max(1, batch // 2)
+    keys, short = tokens + more, max(1, batch // 2)
     lengths = torch.randint(tokens, keys + 1, (batch,), generator=torch.Generator().manual_seed(seed))
-    lengths = torch.cat([lengths, torch.tensor([keys] + [min(tokens - 1, 3)] * few)]).to(DEVICE)
-    given_ = [*inputs(batch + 1 + few, tokens, keys, groups, share, width, dtype, seed), lengths]
+    lengths = torch.cat([lengths, torch.tensor([keys] + [min(tokens - 1, 3)] * short)]).to(DEVICE)
+    given_ = [*inputs(batch + 1 + short, tokens, keys, groups, share, width, dtype, seed), lengths]
     check(with_bound(bound_of(bound, width)), plain, given_, [0, 1, 2], seed)
 
 
@@ -513,11 +514,14 @@ def test_backends_of_torch(impl):
 def test_what_backends_of_torch_do_not_support():
     """An explicit request says what is unsupported, before torch finds no kernel. On a CPU the reasons see stand-ins of tensors."""
 
-    def reason(impl, q, k, *more):
+    def reason(impl, q, k, *more, stride=1):
         q, k = (
-            SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, size=shape.__getitem__)
+            SimpleNamespace(
+                device=torch.device("cuda"), dtype=torch.bfloat16, size=shape.__getitem__,
+                numel=lambda shape=shape: math.prod(shape), stride=lambda i: stride,
+            )
             for shape in (q, k)
-        )
+        )  # fmt: skip
         return FILE.ATTENTION.implementations[impl].unsupported_reason(q, k, k, *more, None, False)
 
     plain_, grouped = (2, 8, 4, 64), (2, 8, 2, 64)
@@ -527,6 +531,13 @@ def test_what_backends_of_torch_do_not_support():
         assert "no lengths" in reason(impl, plain_, plain_, None, object())
         found = reason(impl, plain_, grouped, None, None)
         assert "as many key heads" in found if impl == "efficient" else found is None
+        assert "of 0 tokens" in reason(impl, (2, 0, 4, 64), (2, 0, 4, 64), None, None)
+        assert "of 1 tokens" in reason(impl, (2, 1, 4, 64), (2, 1, 4, 64), None, None)
+        assert "stride 1" in reason(impl, plain_, plain_, None, None, stride=2)
+        for depth in range(1, 41):  # auto must not choose what torch then refuses
+            config = GPTConfig.from_depth(depth, 65536)
+            shape = (2, 8, config.n_head, config.head_width)
+            assert (reason(impl, shape, shape, None, None) is None) == (config.head_width % 8 == 0), depth
 
 
 def test_bad_input():

@@ -372,7 +372,7 @@ def test_every_launch_configuration(kernel):
             FILE.add_target_rows(dweight, x, targets, ones, parameters)
             torch.testing.assert_close(dweight[1:], expected[1:])
             continue
-        product, rows = (parameters, None) if kernel.is_product else (harness.SMALL_TILES, parameters)
+        product, rows = (parameters, None) if kernel.is_compute_bound else (harness.SMALL_TILES, parameters)
         sums = FILE.exponentials(x, weight, targets, kernels.SOFTCAP, values, True, product)
         FILE.launch_rows(sums[0], targets, sums[1], None, losses, values, losses.clone(), kernels.SOFTCAP, -1, rows)
         assert (losses - true).abs().max() < (0.2 if "TORCH" in product else 1e-4), parameters

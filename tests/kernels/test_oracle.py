@@ -50,6 +50,31 @@ def test_small_rows_are_not_hidden_by_large_ones():
     assert "rows of norm up to" in over_budget(found, true, plain)
 
 
+def test_many_small_rows_are_not_hidden_by_one_large_row():
+    true = normal(1001, 32)
+    true[:1000] *= 1e-3
+    true[1000] *= 1e3
+    found, plain = with_error(true, 1e-3, seed=2), with_error(true, 1e-3)
+    assert over_budget(found, true, plain) is None
+    found[:1000] = 0.0
+    assert "rows of norm up to" in over_budget(found, true, plain)
+
+
+def test_groups_of_more_rows():
+    """Four rows whose error is larger by luck are judged with others, zeros alone, and what is wrong with many rows is noticed."""
+    true = normal(400, 64)
+    true[:4] *= 1e-2
+    true[4:8] = 0.0
+    found, plain = with_error(true, 1e-3, seed=2), with_error(true, 1e-3)
+    found[:4] += 2 * (found[:4] - true[:4])
+    assert "rows of norm up to" in over_budget(found, true, plain)
+    assert over_budget(found, true, plain, fewest_rows=64) is None
+    found[5, 3] = 1e-6
+    assert "rows of norm up to 0" in over_budget(found, true, plain, fewest_rows=64)
+    found = with_error(true, 2e-3, seed=2)
+    assert "rows of norm up to" in over_budget(found, true, plain, fewest_rows=64)
+
+
 def test_an_error_that_is_small_by_luck_sets_no_budget():
     """Two orders of the same float32 sums, in columns of which some nearly cancel."""
     for seed in range(200):

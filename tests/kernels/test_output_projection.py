@@ -270,7 +270,7 @@ PLANTED_FAULTS = {
     "stride of the residual ignored": ("folded_norm", "residual_ptr, residual_stride, row", "residual_ptr, out_stride, row",
      "test_output_projection"),
     "squares of the sums before they are rounded": (
-        "folded_norm", "value = rounded(sums, out_ptr).to(tl.float32)", "value = sums", "test_output_projection",
+        "folded_norm", "_, value = round_both(sums, out_ptr.dtype.element_ty)", "value = sums", "test_output_projection",
     ),
     "squares of padding": ("folded_norm", "    if not WHOLE:", "    if False:", "test_nan_and_infinity"),
     "mean over the wrong width": ("folded_norm", "return y, finish(squares, shape[1])", "return y, finish(squares, shape[2])",

@@ -260,7 +260,7 @@ def check_gradients_under_autocast(given_):
 
 
 @pytest.mark.parametrize(
-    "kernel", [kernel for kernel in FILE.KERNELS if kernel.is_product], ids=lambda kernel: kernel.name
+    "kernel", [kernel for kernel in FILE.KERNELS if kernel.is_compute_bound], ids=lambda kernel: kernel.name
 )
 def test_every_launch_configuration(kernel):
     """Only those with small tiles on a CPU, where a large tile takes long."""

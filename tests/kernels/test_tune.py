@@ -45,8 +45,11 @@ def test_the_search_for_code_that_is_run_as_ptx_leaves_torch_out(monkeypatch):
     assert not tune.is_for(by_torch, "sm80")
 
 
-def test_a_table_names_the_cards_of_all_its_kernels():
-    assert tune.measured_on_after((), "NVIDIA H200", "NVIDIA H100") == "NVIDIA H100"
-    assert tune.measured_on_after(("rms_norm_forward",), "NVIDIA H200", "NVIDIA H200") == "NVIDIA H200"
-    both = tune.measured_on_after(("rms_norm_forward",), "NVIDIA H200", "NVIDIA H100")
-    assert both == "NVIDIA H200; on NVIDIA H100: rms_norm_forward"
+def test_a_table_names_the_gpu_of_every_kernel():
+    table = {"measured_on": "H200", "launch": {"a": {}, "b": {}}}
+    tune.note_card(table, "a", "H200")
+    assert table == {"measured_on": "H200", "launch": {"a": {}, "b": {}}}
+    tune.note_card(table, "a", "H100")
+    assert table["measured_on"] == "H200" and table["measured_elsewhere"] == {"a": "H100"}
+    tune.note_card(table, "b", "H100")
+    assert table == {"measured_on": "H100", "launch": {"a": {}, "b": {}}}

@@ -1,5 +1,8 @@
 """Decoding with a cache equals decoding without one; unequal prompts; samples; the calculator."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -76,6 +79,18 @@ def test_a_decoder_that_is_kept_for_later_calls_changes_nothing(model, tokenizer
         assert kept.generate(prompts, 9, **options) == plain.generate(prompts, 9, **options)
         decoders.append(*kept.kept.values())
     assert decoders[0] is decoders[1] and decoders[2] is not decoders[3] and not plain.kept
+
+
+def test_a_decoder_that_is_not_kept_is_freed_at_once(model, tokenizer):
+    engine = Engine(model, tokenizer, replay=True)
+    gc.disable()
+    try:
+        engine.generate([[1, 2]], 3, temperature=0.0)
+        dropped = weakref.ref(*engine.kept.values())
+        engine.generate([[1], [2]], 3, temperature=0.0)
+        assert dropped() is None
+    finally:
+        gc.enable()
 
 
 def test_generations_at_the_same_time_do_not_disturb_each_other(model, tokenizer):
