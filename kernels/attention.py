@@ -164,7 +164,7 @@ def torch_unsupported_reason(
     if q.size(3) % 8 or q.size(3) > 128:
         return f"torch's fast backends serve heads of at most 128 channels, a multiple of 8, got {q.size(3)}"
     if not q.numel() or q.size(1) == 1:
-        return f"torch's fast backends do not all take {q.size(0)} rows of {q.size(1)} tokens and {q.size(2)} heads"
+        return f"torch's fast backends need two tokens or more, got {q.size(0)} rows of {q.size(1)} tokens"
     if any(x.stride(3) != 1 for x in (q, k, v)):
         return "torch's fast backends read channels with stride 1"
     if backend == SDPBackend.EFFICIENT_ATTENTION and q.size(2) != k.size(2):

@@ -133,8 +133,7 @@ def _joined(exponents: Tensor, elements: Tensor, fewest_rows: int) -> tuple[int,
         enough_rows = collected >= factor * FEWEST_ELEMENTS and collected_rows >= fewest_rows
         if rows == 0 or enough_rows or collected >= factor * ENOUGH_ELEMENTS:
             group, collected, collected_rows = group + 1, 0, 0
-    if (
-        factor > 1 and collected and group
-    ):  # what is left of the largest joins those before; never zeros, which come first
-        joined = [min(of, group - 1) if group > 1 or counts[0][1] else of for of in joined]
+    zeros = int(not counts[0][1])  # groups of rows of zeros, which come first
+    if factor > 1 and collected and group > zeros:  # too few rows are left for a group
+        joined = [min(of, group - 1) for of in joined]
     return group + 1, torch.tensor(joined, device=exponents.device)[group_of_row]

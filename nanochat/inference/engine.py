@@ -36,8 +36,8 @@ class Engine:
     """Generates text with a model and its tokenizer."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, replay: bool | None = None):
-        """replay: decode by replaying a CUDA graph, which serves later calls with as many rows and the same sampling too; None: on a
-        GPU."""
+        """replay: decode by replaying a CUDA graph, which serves later calls with as many rows and the same sampling too (None: if the
+        model is on a GPU)."""
         self.model, self.tokenizer = model, tokenizer
         self.replay = model.device.type == "cuda" if replay is None else replay
         self.kept: dict[tuple, Decoder] = {}  # that of the last generation that ended, under what it serves

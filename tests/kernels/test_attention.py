@@ -531,8 +531,8 @@ def test_what_backends_of_torch_do_not_support():
         assert "no lengths" in reason(impl, plain_, plain_, None, object())
         found = reason(impl, plain_, grouped, None, None)
         assert "as many key heads" in found if impl == "efficient" else found is None
-        assert "of 0 tokens" in reason(impl, (2, 0, 4, 64), (2, 0, 4, 64), None, None)
-        assert "of 1 tokens" in reason(impl, (2, 1, 4, 64), (2, 1, 4, 64), None, None)
+        assert "rows of 0 tokens" in reason(impl, (2, 0, 4, 64), (2, 0, 4, 64), None, None)
+        assert "rows of 1 tokens" in reason(impl, (2, 1, 4, 64), (2, 1, 4, 64), None, None)
         assert "stride 1" in reason(impl, plain_, plain_, None, None, stride=2)
         for depth in range(1, 41):  # auto must not choose what torch then refuses
             config = GPTConfig.from_depth(depth, 65536)

@@ -71,6 +71,8 @@ def test_groups_of_more_rows():
     assert over_budget(found, true, plain, fewest_rows=64) is None
     found[5, 3] = 1e-6
     assert "rows of norm up to 0" in over_budget(found, true, plain, fewest_rows=64)
+    # too few rows for a group besides the zeros
+    assert "rows of norm up to 0" in over_budget(found[4:20], true[4:20], plain[4:20], fewest_rows=64)
     found = with_error(true, 2e-3, seed=2)
     assert "rows of norm up to" in over_budget(found, true, plain, fewest_rows=64)
 
