@@ -21,8 +21,8 @@ from bench.measure import header, need_gpu
 from nanochat.platform.errors import UserError
 from nanochat.platform.files import write_json
 from nanochat_kernels.dispatch import tunable_kernels
-from nanochat_kernels.matrix_product import BY_TORCH
 from nanochat_kernels.operation import Kernel, Key
+from nanochat_kernels.product_configurations import BY_TORCH
 from nanochat_kernels.timing import sustained
 
 

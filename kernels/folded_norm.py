@@ -24,7 +24,18 @@ from nanochat_kernels.matrix_product import (
 )
 from nanochat_kernels.operation import Kernel
 from nanochat_kernels.reference import EPS
-from nanochat_kernels.triton_helpers import DTYPES, cdiv, launch, power_of_2, round_both, rsqrt, tl, triton
+from nanochat_kernels.triton_helpers import (
+    DTYPES,
+    begin_early,
+    cdiv,
+    early,
+    launch,
+    power_of_2,
+    round_both,
+    rsqrt,
+    tl,
+    triton,
+)
 
 
 @triton.jit
@@ -44,9 +55,11 @@ def row_rstd_kernel(
 @triton.jit
 def finish_kernel(
     sums_ptr, rstd_ptr, out_ptr, rows, parts, EPS: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr,
-    ROWS: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Add up sums (parts, rows) of each row: rstd from sums of squares, or with BACKWARD r²·sum/WIDTH."""
+    if PDL:
+        begin_early()
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS], tl.float32)
     for start in range(0, parts, PARTS):
@@ -137,14 +150,20 @@ def row_sums(parameters: dict[str, int], rows: int, columns: int, device: torch.
     return torch.empty(cdiv(columns, parameters["PART"]), rows, dtype=torch.float32, device=device)
 
 
-def finish(sums: Tensor, width: int, rstd: Tensor | None = None, parameters: dict[str, int] | None = None) -> Tensor:
-    """Add up sums (parts, N). Return rstd (N,) if they are of squares; with rstd, the coefficient of x in norm's derivative."""
+def finish(
+    sums: Tensor, width: int, rstd: Tensor | None = None, parameters: dict[str, int] | None = None, pdl: int = 0
+) -> Tensor:  # fmt: skip
+    """Add up sums (parts, N). Return rstd (N,) if they are of squares; with rstd, the coefficient of x in norm's derivative.
+
+    pdl: 1 lets the launch begin early, if the one before it does.
+    """
     out = torch.empty(sums.size(1), dtype=torch.float32, device=sums.device)
     if out.numel():
         parameters = parameters or launch_parameters("finish_rows", sums.device, sums.dtype, (sums.size(0),))
         launch(
             finish_kernel, (cdiv(sums.size(1), parameters["ROWS"]),), sums.device, sums, out if rstd is None else rstd,
-            out, sums.size(1), sums.size(0), EPS=EPS, WIDTH=width, BACKWARD=rstd is not None, **parameters,
+            out, sums.size(1), sums.size(0), EPS=EPS, WIDTH=width, BACKWARD=rstd is not None, **early({"PDL": pdl}),
+            **parameters,
         )  # fmt: skip
     return out
 
@@ -154,11 +173,11 @@ def add_residual(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return y = residual + x·weightᵀ (N, C), and rstd of its rows; name: the product's in the launch tables."""
     shape = x.size(0), weight.size(0), x.size(1)
-    parameters = product_parameters(name, x, weight, shape, None, parameters)
+    parameters = product_parameters(name, x, weight, shape, None, parameters, decodes=True)
     y, squares = torch.empty(shape[:2], dtype=x.dtype, device=x.device), row_sums(parameters, *shape[:2], x.device)
     arguments = squares, None if residual is None else 1
     product(x, weight, y, RESIDUAL, parameters, arguments, residual, y_transposed=True)
-    return y, finish(squares, shape[1])
+    return y, finish(squares, shape[1], pdl=parameters.get("PDL", 0))
 
 
 def input_gradient(

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from nanochat_kernels.fused_cross_entropy_kernels import EXPONENTIALS, add_target_rows, launch_rows
 from nanochat_kernels.linear import scaled_rows
-from nanochat_kernels.matrix_product import SPACE, product, product_parameters
+from nanochat_kernels.matrix_product import product, product_parameters
 from nanochat_kernels.operation import MODEL_WIDTHS, Kernel
+from nanochat_kernels.product_configurations import SPACE
 from nanochat_kernels.reference import SOFTCAP
 from nanochat_kernels.softcap_cross_entropy import factor_of, reduced, unsupported_reason_for
 from nanochat_kernels.tracing import opaque

@@ -30,8 +30,8 @@ from nanochat_kernels.cross_entropy_kernels import (
 )
 from nanochat_kernels.dispatch import choose
 from nanochat_kernels.linear import add_product, plain_linear, scaled_rows
-from nanochat_kernels.matrix_product import SPACE
 from nanochat_kernels.operation import MODEL_WIDTHS, Benchmark, Implementation, Kernel, Operation, Trial
+from nanochat_kernels.product_configurations import SPACE
 from nanochat_kernels.reference import SOFTCAP
 from nanochat_kernels.softcap_cross_entropy import factor_of, random_logits, reduced, unsupported_reason_for
 from nanochat_kernels.triton_helpers import DTYPES, KernelFunction, derivative, differentiable, needs_gradient

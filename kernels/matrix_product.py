@@ -10,7 +10,8 @@ epilogue may read, and `arguments` a tuple of pointers and numbers. The same epi
 ("TORCH": 1 in the launch table, where that is faster): it is then applied in one pass over the stored product.
 
 On sm_80 tiles are read through pointers, one program per tile. On sm_90 the kernel of hopper_product.py takes its place, except for
-batches and triangles: these are read through tensor descriptors here.
+batches and triangles, which are read through tensor descriptors here, and for few rows, as in decoding: then narrow tiles keep all
+multiprocessors reading the weight, and on sm_90 a launch begins while the one before it ends ("PDL").
 """
 
 from typing import Any, NamedTuple
@@ -21,15 +22,18 @@ from torch import Tensor
 from nanochat_kernels.architecture import TRITON_INSTALLED
 from nanochat_kernels.configs import launch_parameters
 from nanochat_kernels.hopper_product import hopper_product, scale_rows_on_hopper
-from nanochat_kernels.operation import MODEL_WIDTHS
+from nanochat_kernels.product_configurations import BY_TORCH, FEWEST_ROWS, UNALIGNED
 from nanochat_kernels.triton_helpers import (
     DTYPES,
     GRID_LIMIT,
+    begin_early,
     cast,
     cdiv,
     dot,
+    early,
     launch,
     multiprocessors,
+    prefetch,
     tl,
     triton,
     triton_unsupported_reason,
@@ -140,12 +144,18 @@ def product_kernel(
     EPILOGUE: tl.constexpr, X_TRANSPOSED: tl.constexpr, Y_TRANSPOSED: tl.constexpr, TRIANGLE: tl.constexpr,
     BATCH: tl.constexpr, WHOLE: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Compute out (batch, m, n) in tiles BLOCK_M × BLOCK_N; program p takes tiles p, p + num_programs, ….
 
     There are `tiles` tiles in each matrix and `total` in the batch. In a batch the matrices lie one after the other: the operands
     are read as one tall matrix, and the epilogue gets pointers to the results and the other matrices of its own matrix.
+    PDL: y is a weight that no launch before this one writes, and prefetched while that one ends.
     """
+    if PDL:
+        _, column = tile_position(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, GROUP, TRIANGLE)
+        prefetch_rows(y_ptr, y_stride, column, n, k, BLOCK_N)
+        begin_early()
     for index in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLATTEN):
         matrix = index // tiles if BATCH else 0
         row, column = tile_position(index % tiles if BATCH else index, m, n, BLOCK_M, BLOCK_N, GROUP, TRIANGLE)
@@ -175,6 +185,14 @@ def product_kernel(
 
 
 @triton.jit
+def prefetch_rows(x_ptr, stride, row, rows, columns, ROWS: tl.constexpr):
+    """Prefetch the first 512 elements of ROWS rows of a 16-bit matrix into the L2 cache."""
+    r, line = row + tl.arange(0, ROWS), 64 * tl.arange(0, 8)
+    inside = (r < rows)[:, None] & (line < columns)[None, :]
+    prefetch(tl.where(inside, x_ptr + tl.cast(r, tl.int64)[:, None] * stride + line[None, :], x_ptr))
+
+
+@triton.jit
 def load_operand(
     x_ptr, stride, matrix, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BATCH: tl.constexpr,
     TMA: tl.constexpr, WHOLE: tl.constexpr,
@@ -193,9 +211,11 @@ def load_operand(
 @triton.jit
 def epilogue_kernel(
     sums_ptr, out_ptr, first_ptr, second_ptr, arguments, m, n, sums_stride, out_stride, first_stride, second_stride,
-    EPILOGUE: tl.constexpr, BLOCK_M: tl.constexpr, PART: tl.constexpr,
+    EPILOGUE: tl.constexpr, BLOCK_M: tl.constexpr, PART: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Apply an epilogue to a product that is stored; out may be the same memory."""
+    if PDL:
+        begin_early()
     row, column = tl.program_id(0) * BLOCK_M, tl.program_id(1) * PART
     sums = load_block(sums_ptr, sums_stride, row, column, m, n, BLOCK_M, PART, False).to(tl.float32)
     EPILOGUE(
@@ -234,21 +254,24 @@ def tile_count(m: int, n: int, block_m: int, block_n: int, triangle: bool) -> in
 
 def product_parameters(
     name: str, x: Tensor, y: Tensor, shape: tuple[int, int, int], part: int | None = None,
-    parameters: dict[str, int] | None = None,
+    parameters: dict[str, int] | None = None, *, decodes: bool = False,
 ) -> dict[str, int]:  # fmt: skip
     """Return the launch parameters of a product, from the table of `name` unless given, adjusted to operands x and y.
 
     shape: (M, N, K). part: the width of the parts if the epilogue requires one, such as that of a head. Operands that no tensor
-    descriptor can describe are read through pointers. Products in float32 and of few rows are left to torch.
+    descriptor can describe are read through pointers. Products in float32 are left to torch, and those of few rows too, unless
+    decodes: then y is a weight (N, K), and the table of `name`_few_rows serves them.
     """
     if parameters is None and x.dim() == 2 and shape[0] < FEWEST_ROWS:
         parameters = BY_TORCH
+        if decodes and x.dtype in DTYPES[:2]:
+            parameters = launch_parameters(f"{name}_few_rows", x.device, x.dtype, shape)
     if x.dtype not in DTYPES[:2]:
         parameters = parameters if parameters and "TORCH" in parameters else BY_TORCH
     found = dict(parameters or launch_parameters(name, x.device, x.dtype, shape))
     if "STAGES" in found and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] != 9:
         found = dict(BY_TORCH)  # newer GPUs take sm_90's table, but not its instructions
-    if "TORCH" in found:
+    if "TORCH" in found or "SUMS" in found:
         return found | ({"PART": part} if part else {})
     aligned = described(x) and described(y) and shape[1] % 8 == 0
     if x.dim() == 2 and not aligned and ("STAGES" in found or parameters is None):
@@ -292,12 +315,20 @@ def product(
     if not out.numel():
         return out
     others = [out if t is None else t for t in (first, second)]
-    if parameters.pop("TORCH", 0):
-        sums = torch.mm(x.t() if x_transposed else x, y.t() if y_transposed else y)
+    begins_early = early(parameters)
+    if "TORCH" in parameters or "SUMS" in parameters:
+        if "TORCH" in parameters:
+            sums = torch.mm(x.t() if x_transposed else x, y.t() if y_transposed else y)
+        else:
+            sums = torch.empty(m, n, dtype=torch.float32, device=x.device)
+            of_sums = {name: value for name, value in parameters.items() if name != "SUMS"}
+            of_sums |= {"PART": parameters["BLOCK_N"], "PDL": begins_early["PDL"]}
+            product(x, y, sums, SCALE_ROWS, of_sums, (None,), x_transposed=x_transposed, y_transposed=y_transposed)
         grid = (cdiv(m, parameters["BLOCK_M"]), cdiv(n, parameters["PART"]))
         launch(
             epilogue_kernel, grid, out.device, sums, out, *others, arguments, m, n,
-            *(t.stride(0) for t in (sums, out, *others)), EPILOGUE=epilogue.triton, **parameters,
+            *(t.stride(0) for t in (sums, out, *others)), EPILOGUE=epilogue.triton, BLOCK_M=parameters["BLOCK_M"],
+            PART=parameters["PART"], num_warps=parameters["num_warps"], **begins_early,
         )  # fmt: skip
         return out
     if "STAGES" in parameters:
@@ -326,7 +357,7 @@ def product(
     launch(
         product_kernel, grid, out.device, x, y, out, *others, arguments, tiles, total, m, n, k, *strides,
         EPILOGUE=epilogue.triton, X_TRANSPOSED=x_transposed, Y_TRANSPOSED=y_transposed, TRIANGLE=triangle, BATCH=batch > 1,
-        WHOLE=whole, TMA=bool(tma), FLATTEN=programs > 0 and not triangle, **parameters,
+        WHOLE=whole, TMA=bool(tma), FLATTEN=programs > 0 and not triangle, **begins_early, **parameters,
     )  # fmt: skip
     return out
 
@@ -334,53 +365,3 @@ def product(
 def descriptor(x: Tensor, rows: int, columns: int):
     matrix = x.view(-1, x.size(2)) if x.dim() == 3 else x
     return TensorDescriptor.from_tensor(matrix, [rows, columns])
-
-
-ROWS = (1024, 16_384, 65_536)
-
-
-def product_keys(n: int, k: int) -> tuple[tuple[int, int, int], ...]:
-    """Return the shape classes (M, N, K) of a product with N = n·C and K = k·C for the widths C of models."""
-    return tuple((rows, n * width, k * width) for width in MODEL_WIDTHS.values() for rows in ROWS)
-
-
-def configuration(
-    m: int, n: int, k: int, part: int, programs: int, tma: int, warps: int, stages: int
-) -> dict[str, int]:
-    return {
-        "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "PART": part, "GROUP": 1, "PROGRAMS": programs, "TMA": tma,
-        "num_warps": warps, "num_stages": stages,
-    }  # fmt: skip
-
-
-# every element of an unaligned row has an address of its own, which takes registers from the sums
-UNALIGNED = configuration(64, 128, 32, 32, 0, 0, 8, 3)
-# Decoding, with one token per row, launches from the host, which a Gluon product takes 0.1 to 0.25 ms of.
-FEWEST_ROWS = 256
-BY_TORCH = {"TORCH": 1, "BLOCK_M": 16, "PART": 256, "num_warps": 4}
-SPACE = (
-    # for sm_90, hopper_product.py
-    *(
-        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 64, "PART": 64, "STAGES": stages, "GROUP": group}
-        for m, n, stages, groups in (
-            (128, 128, 5, (1, 8, 16)),
-            (256, 128, 3, (1, 8, 16)),
-            (128, 256, 3, (1, 8, 16)),
-            (64, 128, 6, (1, 8)),
-        )
-        for group in groups
-    ),
-    # for sm_80, this file
-    *(
-        configuration(m, n, k, part, 0, 0, warps, stages) | {"GROUP": group}
-        for m, n, k, warps, stages, parts, groups in (
-            (128, 256, 64, 8, 3, (64,), (1, 8)),
-            (128, 128, 32, 4, 3, (32, 64), (1, 8)),
-            (128, 128, 32, 4, 5, (32,), (8,)),
-            (64, 128, 32, 4, 4, (64,), (1, 8)),
-        )
-        for part in parts
-        for group in groups
-    ),
-    BY_TORCH,
-)

@@ -58,8 +58,12 @@ class Kernel:
 
     @property
     def is_compute_bound(self) -> bool:
-        """Whether its time is that of matrix products, in tiles of BLOCK_M rows. tune times such kernels without pauses."""
-        return any("BLOCK_M" in parameters for parameters in self.space)
+        """Whether its time is that of matrix products, in tiles of BLOCK_M rows. tune times such kernels without pauses.
+
+        Products of few rows, which may begin early ("PDL"), are bound by reading the weight.
+        """
+        names = set().union(*self.space)
+        return "BLOCK_M" in names and "PDL" not in names
 
 
 @dataclass(frozen=True)

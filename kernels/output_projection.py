@@ -13,7 +13,6 @@ from nanochat_kernels.dispatch import choose
 from nanochat_kernels.folded_norm import KERNELS as NORM_KERNELS
 from nanochat_kernels.folded_norm import add_residual, residual_launches
 from nanochat_kernels.linear import add_product, plain_linear, scaled_rows
-from nanochat_kernels.matrix_product import SPACE, product_keys
 from nanochat_kernels.operation import (
     BENCHMARK_TOKENS,
     MODEL_WIDTHS,
@@ -23,6 +22,7 @@ from nanochat_kernels.operation import (
     Operation,
     Trial,
 )
+from nanochat_kernels.product_configurations import SPACE, few_rows_kernel, product_keys
 from nanochat_kernels.tracing import opaque
 from nanochat_kernels.triton_helpers import DTYPES, KernelFunction, as_rows, derivative, differentiable
 
@@ -135,6 +135,7 @@ KERNELS = (
     Kernel(
         "output_projection", DTYPES[:2], product_keys(1, 1), SPACE, launches, ((1000, 96, 192), (1001, 15, 30))
     ),
+    few_rows_kernel("output_projection", 1, 1, launches),
     Kernel(
         "output_projection_input_gradient", DTYPES[:2], product_keys(1, 1), SPACE, input_gradient_launches,
         ((1000, 96, 192), (1001, 15, 30)),

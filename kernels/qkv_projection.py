@@ -27,8 +27,9 @@ from nanochat_kernels.dispatch import choose
 from nanochat_kernels.folded_norm import KERNELS as NORM_KERNELS
 from nanochat_kernels.folded_norm import input_gradient, norm_backward_launches, row_rstd
 from nanochat_kernels.linear import add_product, plain_linear
-from nanochat_kernels.matrix_product import SPACE, product, product_keys, product_parameters
+from nanochat_kernels.matrix_product import product, product_parameters
 from nanochat_kernels.operation import MODEL_WIDTHS, Benchmark, Implementation, Kernel, Operation, Trial
+from nanochat_kernels.product_configurations import SPACE, few_rows_kernel, product_keys
 from nanochat_kernels.qk_norm_rope import qk_norm_rope, tables
 from nanochat_kernels.qkv_projection_kernels import QKV, product_gradient
 from nanochat_kernels.reference import EPS
@@ -71,7 +72,7 @@ def heads_of(
     """Return all heads (B, T, H + 2G, D) of x (B, T, C), for the joined weight, and the rstd (H + G, N) of queries' and keys' heads."""
     rows, positions, width = as_rows(x), cos.size(0), 2 * cos.size(1)
     shape = rows.size(0), weight.size(0), x.size(2)
-    parameters = product_parameters("qkv_projection", rows, weight, shape, width, parameters)
+    parameters = product_parameters("qkv_projection", rows, weight, shape, width, parameters, decodes=True)
     out = torch.empty(*x.shape[:2], heads + 2 * kv_heads, width, dtype=x.dtype, device=x.device)
     head_rstd = torch.empty(heads + kv_heads, shape[0], dtype=torch.float32, device=x.device)
     table = None
@@ -332,6 +333,7 @@ BACKWARD_SPACE = tuple(
 )
 KERNELS = (
     Kernel("qkv_projection", DTYPES[:2], product_keys(3, 1), SPACE, launches, ((1000, 384, 96), (1001, 192, 40))),
+    few_rows_kernel("qkv_projection", 3, 1, launches, sums=True),  # a part is a whole head
     Kernel("qkv_backward", DTYPES[:2], ((64,), (128,)), BACKWARD_SPACE, backward_launches, ((32,),)),
     Kernel(
         "qkv_projection_input_gradient", DTYPES[:2], product_keys(1, 3), SPACE, input_gradient_launches,

@@ -33,12 +33,10 @@ from nanochat_kernels.folded_norm import (
 from nanochat_kernels.hopper_product import gl, gluon
 from nanochat_kernels.linear import add_product, plain_linear
 from nanochat_kernels.matrix_product import (
-    SPACE,
     Epilogue,
     load_block,
     load_rows,
     product,
-    product_keys,
     product_parameters,
     store_block,
     store_row_sums,
@@ -52,6 +50,7 @@ from nanochat_kernels.operation import (
     Operation,
     Trial,
 )
+from nanochat_kernels.product_configurations import SPACE, few_rows_kernel, product_keys
 from nanochat_kernels.tracing import opaque
 from nanochat_kernels.triton_helpers import (
     DTYPES,
@@ -116,7 +115,7 @@ RELU2_BACKWARD = Epilogue(relu2_backward_epilogue, relu2_backward_on_hopper)
 def up(x: Tensor, w_up: Tensor, rstd: Tensor, parameters: dict[str, int] | None = None) -> Tensor:
     """Return h (N, F) for rows x (N, C)."""
     shape = x.size(0), w_up.size(0), x.size(1)
-    parameters = product_parameters("relu2_mlp_up", x, w_up, shape, None, parameters)
+    parameters = product_parameters("relu2_mlp_up", x, w_up, shape, None, parameters, decodes=True)
     h = torch.empty(shape[:2], dtype=x.dtype, device=x.device)
     return product(x, w_up, h, RELU2, parameters, (rstd,), y_transposed=True)
 
@@ -314,6 +313,8 @@ MORE_UP, MORE_DOWN = ((1000, 384, 96), (1001, 30, 15)), ((1000, 96, 384), (1001,
 KERNELS = (
     Kernel("relu2_mlp_up", DTYPES[:1], UP, SPACE, up_launches, MORE_UP),
     Kernel("relu2_mlp_down", DTYPES[:1], DOWN, SPACE, down_launches, MORE_DOWN),
+    few_rows_kernel("relu2_mlp_up", 4, 1, up_launches, DTYPES[:1]),
+    few_rows_kernel("relu2_mlp_down", 1, 4, down_launches, DTYPES[:1]),
     Kernel("relu2_mlp_hidden_gradient", DTYPES[:1], UP, SPACE, hidden_gradient_launches, MORE_UP),
     Kernel("relu2_mlp_input_gradient", DTYPES[:1], DOWN, SPACE, input_gradient_launches, MORE_DOWN),
     *NORM_KERNELS,

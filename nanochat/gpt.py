@@ -311,7 +311,8 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The softcapped logits (…, V), in float32, for hidden states (…, C)."""
-        return kernels.SOFTCAP * torch.tanh(self.head(hidden).float() / kernels.SOFTCAP)
+        weight, _ = self.head.operands(hidden.dtype)
+        return kernels.softcapped_logits(hidden, weight)
 
     def forward(
         self,

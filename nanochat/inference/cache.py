@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+import nanochat_kernels as kernels
 from nanochat.gpt import GPTConfig
 
 
@@ -14,7 +15,6 @@ class KVCache:
 
     def __init__(self, keys: Tensor, values: Tensor, lengths: Tensor, all_positions: bool = False):
         self.keys, self.values, self.lengths = keys, values, lengths
-        self.row_numbers = torch.arange(len(lengths), device=lengths.device)[:, None]
         self.longest = 0  # the largest length, on the host: reading it from `lengths` would wait for the device
         self.all_positions = all_positions
 
@@ -56,12 +56,9 @@ class KVCache:
         Returns the layer's keys and values, (B, longest + T, G, D) or all positions, and the new lengths (B,).
         """
         end = self.keys.size(2) if self.all_positions else self.longest + k.size(1)
-        if layer == 0:  # all layers of a forward pass store at the same positions
-            positions = self.lengths[:, None] + torch.arange(k.size(1), device=k.device)  # (B, T)
-            self.indices = self.row_numbers, positions
+        if layer == 0:  # the same for all layers of a forward pass
             self.new_lengths = self.lengths + k.size(1)
-        self.keys[layer][self.indices] = k
-        self.values[layer][self.indices] = v
+        kernels.cache_append(self.keys[layer], self.values[layer], k, v, self.lengths)
         return self.keys[layer][:, :end], self.values[layer][:, :end], self.new_lengths
 
     def advance(self, tokens: Tensor | int, longest: int) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nanochat_kernels import matrix_product
+from nanochat_kernels import matrix_product, product_configurations
 from nanochat_kernels.operation import Kernel
 from nanochat_kernels.oracle import FEWEST_ROWS, evaluate, evaluate_each, misplaced, over_budget
 from tests import forked
@@ -31,8 +31,9 @@ SMALL_TILES = {
     "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "PART": 16, "GROUP": 2, "PROGRAMS": 1, "TMA": 0, "num_warps": 1, "num_stages": 2,
 }  # fmt: skip
 # how a product may be launched, None for the parameters of the tables
-PRODUCTS = (None, SMALL_TILES, matrix_product.BY_TORCH) if GPU else (
-    SMALL_TILES, SMALL_TILES | {"PART": 32, "GROUP": 1, "PROGRAMS": 0}, matrix_product.BY_TORCH
+PRODUCTS = (
+    *((None, SMALL_TILES) if GPU else (SMALL_TILES, SMALL_TILES | {"PART": 32, "GROUP": 1, "PROGRAMS": 0})),
+    product_configurations.BY_TORCH, SMALL_TILES | {"SUMS": 1},
 )  # fmt: skip
 
 # no shrinking of failing examples: they are small already, and interpreted kernels are slow; planted faults are caught by the

@@ -11,7 +11,7 @@ from tests.kernels.harness import DEVICE, GPU, poisoned, randn, without_interpre
 
 FOLDED = importlib.import_module("nanochat_kernels.folded_norm")
 QKV = importlib.import_module("nanochat_kernels.qkv_projection")
-SPACE = importlib.import_module("nanochat_kernels.matrix_product").SPACE
+SPACE = importlib.import_module("nanochat_kernels.product_configurations").SPACE
 CONFIGURATIONS = [parameters for parameters in SPACE if "STAGES" in parameters]
 hopper = pytest.mark.skipif(
     not GPU or torch.cuda.get_device_capability()[0] != 9, reason="the kernel runs on sm_90 only"

@@ -8,6 +8,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from nanochat_kernels import product_configurations
 from nanochat_kernels.triton_helpers import cdiv, tl, triton
 from tests.kernels import harness
 from tests.kernels.harness import DEVICE, GPU, SMALL_TILES, poisoned, randn
@@ -93,9 +94,9 @@ def weighted_epilogue(
     store_row_sums(sums_ptr, tl.sum(sums, axis=1), row, column, m, n, sums.shape[1])
 
 
-def in_a_wider_matrix(x, left: int):
+def in_a_wider_matrix(x, left: int, around: float = float("nan")):
     """The same numbers as the columns from `left` on of a matrix with 22 more."""
-    wide = x.new_full((x.size(0), x.size(1) + 22), float("nan"))
+    wide = x.new_full((x.size(0), x.size(1) + 22), around)
     return wide[:, left : left + x.size(1)].copy_(x)
 
 
@@ -112,8 +113,10 @@ def in_a_wider_matrix(x, left: int):
 def test_product(m, n, k, dtype, transposed, parameters, left, seed):
     """Of operands, addends and a result that are columns of wider matrices, each also transposed in memory."""
     shapes = ((k, m) if transposed[0] else (m, k)), ((n, k) if transposed[1] else (k, n)), (m, n), (m, n), (m, n)
+    # torch's bfloat16 product on a CPU with AMX multiplies what lies behind a row of odd length by zero
+    around = 0.0 if parameters and "TORCH" in parameters and not GPU else float("nan")
     x, y, first, second, out = (
-        in_a_wider_matrix(randn(*shape, dtype=dtype, seed=seed + i), (left + 5 * i) % 22)
+        in_a_wider_matrix(randn(*shape, dtype=dtype, seed=seed + i), (left + 5 * i) % 22, *([around] if i < 2 else []))
         for i, shape in enumerate(shapes)
     )
     parameters = FILE.product_parameters("output_projection", x, y, (m, n, k), None, parameters)
@@ -171,22 +174,24 @@ def test_parameters_with_parts_of_a_given_width():
     assert found == SMALL_TILES | {"PART": 128, "BLOCK_N": 128}
     found = FILE.product_parameters("any", x, x, (16, 16, 32), None, SMALL_TILES | {"PART": 64})
     assert found["PART"] == 32, "no part is wider than a tile"
-    found = FILE.product_parameters("any", x, x, (16, 16, 32), 64, FILE.BY_TORCH)
-    assert found == FILE.BY_TORCH | {"PART": 64}
+    found = FILE.product_parameters("any", x, x, (16, 16, 32), 64, product_configurations.BY_TORCH)
+    assert found == product_configurations.BY_TORCH | {"PART": 64}
 
 
 def test_products_in_float32_are_torch_s():
     x = torch.empty(16, 32, device=DEVICE)
-    assert FILE.product_parameters("any", x, x, (16, 16, 32)) == FILE.BY_TORCH
-    assert FILE.product_parameters("any", x, x, (16, 16, 32), 64, SMALL_TILES) == FILE.BY_TORCH | {"PART": 64}
-    other = FILE.BY_TORCH | {"BLOCK_M": 32}
+    assert FILE.product_parameters("any", x, x, (16, 16, 32)) == product_configurations.BY_TORCH
+    assert FILE.product_parameters("any", x, x, (16, 16, 32), 64, SMALL_TILES) == product_configurations.BY_TORCH | {
+        "PART": 64
+    }
+    other = product_configurations.BY_TORCH | {"BLOCK_M": 32}
     assert FILE.product_parameters("any", x, x, (16, 16, 32), None, other) == other
 
 
 def test_parameters_are_copies():
     """Changing what a call got changes no later call."""
     x = torch.empty(16, 32, device=DEVICE, dtype=torch.bfloat16)
-    for given_ in (SMALL_TILES, FILE.BY_TORCH):
+    for given_ in (SMALL_TILES, product_configurations.BY_TORCH):
         before = dict(given_)
         FILE.product_parameters("any", x, x, (16, 16, 32), 64, given_).clear()
         assert given_ == before
@@ -196,7 +201,10 @@ def test_parameters_are_copies():
 
 
 def test_shape_classes():
-    assert FILE.product_keys(3, 1)[0] == (1024, 3 * 768, 768) and len(set(FILE.product_keys(3, 1))) == 9
+    assert (
+        product_configurations.product_keys(3, 1)[0] == (1024, 3 * 768, 768)
+        and len(set(product_configurations.product_keys(3, 1))) == 9
+    )
 
 
 def test_offsets_are_int64():

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import nanochat_kernels as kernels
-from nanochat_kernels import matrix_product, reference
+from nanochat_kernels import product_configurations, reference
 from tests.kernels import harness
 from tests.kernels.harness import DEVICE, DTYPES, GPU, check, check_compiled, check_graph_replay, randn
 from tests.kernels.int64 import narrow_offsets
@@ -209,7 +209,7 @@ def test_offsets_are_int64():
 def test_compiled(dtype):
     """In compiled code torch computes the input's gradient, so that it does here in eager code too."""
     given_ = inputs((2, 5), 24, 16, dtype)
-    with harness.products_with(matrix_product.BY_TORCH):
+    with harness.products_with(product_configurations.BY_TORCH):
         # Inductor adds a product to the sum of gradients in one operation
         check_compiled(lambda *x: triton_projection(*x)[0], given_, [0, 1, 2], units=2.0, is_opaque=True)
         check_compiled(lambda *x: triton_projection(*x)[0], given_[:2], [0, 1], units=2.0, is_opaque=True)
@@ -273,7 +273,7 @@ PLANTED_FAULTS = {
         "folded_norm", "_, value = round_both(sums, out_ptr.dtype.element_ty)", "value = sums", "test_output_projection",
     ),
     "squares of padding": ("folded_norm", "    if not WHOLE:", "    if False:", "test_nan_and_infinity"),
-    "mean over the wrong width": ("folded_norm", "return y, finish(squares, shape[1])", "return y, finish(squares, shape[2])",
+    "mean over the wrong width": ("folded_norm", "return y, finish(squares, shape[1]", "return y, finish(squares, shape[2]",
      "test_output_projection"),
     "eps dropped": ("folded_norm", "value = rsqrt(total / WIDTH + EPS)", "value = rsqrt(total / WIDTH)",
      "test_rstd_of_zero_rows"),

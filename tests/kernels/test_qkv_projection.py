@@ -399,10 +399,10 @@ def test_every_launch_configuration():
     x, *weights, cos, sin, _ = inputs(1, 6, 16, 10, 5, torch.bfloat16)
     upstream = harness.upstream_of(plain(x, *weights, cos, sin)[:3])
     weight, rstd = FILE.joined(*weights), reference.with_rstd(x)[1].view(-1)
-    product, backward, *_ = FILE.KERNELS
+    product, few_rows, backward, *_ = FILE.KERNELS
     expected = torch.cat(reference.qkv_projection(*[t.double() for t in (x, *weights, cos, sin)]), 2)
-    for parameters in product.space:
-        small = parameters["BLOCK_M"] == 64 and not parameters.get("TMA", 1)
+    for parameters in (*product.space, *few_rows.space):
+        small = parameters["BLOCK_M"] <= 64 and not parameters.get("TMA", 1)
         if GPU or small or "TORCH" in parameters:
             found, head_rstd = FILE.heads_of(x, weight, rstd, cos, sin, 0, None, 10, 5, parameters)
             assert float((found - expected).norm() / expected.norm()) < 5e-3, parameters
@@ -421,7 +421,7 @@ def test_a_program_has_heads_of_one_kind(heads, monkeypatch):
 
 
 def test_offsets_are_int64():
-    assert narrow_offsets(*(kernel.name for kernel in FILE.KERNELS[:3])) == ""
+    assert narrow_offsets(*(kernel.name for kernel in FILE.KERNELS[:4])) == ""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
@@ -443,7 +443,7 @@ def test_one_token_compiles():
         "    compile_launch(launch, 'sm80')\n"
         "print(len(launches))\n"
     )
-    assert harness.without_interpreter(code).strip() == "6"
+    assert harness.without_interpreter(code).strip() == "8"  # a product of few rows has its epilogue in a pass
 
 
 @pytest.mark.parametrize("adjacent", [True, False])

@@ -1,11 +1,10 @@
 """nanochat kernels tune: what is searched and how the table is written."""
 
-import importlib
 import json
 
 import pytest
 
-from nanochat_kernels import configs, tune
+from nanochat_kernels import configs, product_configurations, tune
 from tests.conftest import nanochat
 from tests.kernels.harness import GPU
 
@@ -39,7 +38,7 @@ def test_tuning_needs_a_gpu(base):
 
 def test_the_search_for_code_that_is_run_as_ptx_leaves_torch_out(monkeypatch):
     """torch's product would run as the device's own code, and win against sm80's on an H100."""
-    by_torch = importlib.import_module("nanochat_kernels.matrix_product").BY_TORCH
+    by_torch = product_configurations.BY_TORCH
     assert tune.is_for(by_torch, "sm80") and tune.is_for(by_torch, "sm90")
     monkeypatch.setattr(tune, "forced_architecture", lambda: "sm80")
     assert not tune.is_for(by_torch, "sm80")

@@ -1,0 +1,135 @@
+"""Store new keys and values in a key/value cache, each row's behind the tokens that it has: one launch for both.
+
+Notation: B rows, S positions of the cache, T new tokens, G key/value heads of width D.
+"""
+
+import torch
+from torch import Tensor
+
+from nanochat_kernels.checks import check_float, check_integers, check_shape
+from nanochat_kernels.configs import launch_parameters
+from nanochat_kernels.dispatch import choose
+from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
+from nanochat_kernels.triton_helpers import (
+    DTYPES,
+    begin_early,
+    cdiv,
+    early,
+    launch,
+    needs_gradient,
+    power_of_2,
+    tl,
+    triton,
+    triton_unsupported_reason,
+)
+
+
+@triton.jit
+def cache_append_kernel(
+    keys_ptr, values_ptr, k_ptr, v_ptr, lengths_ptr, lengths_stride, tokens, positions, heads,
+    keys_batch_stride, keys_token_stride, keys_head_stride, values_batch_stride, values_token_stride, values_head_stride,
+    k_batch_stride, k_token_stride, k_head_stride, v_batch_stride, v_token_stride, v_head_stride,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Copy ROWS heads of tokens of one row of the batch."""
+    if PDL:
+        begin_early()
+    batch = tl.program_id(1).to(tl.int64)
+    position = tl.load(lengths_ptr + batch * lengths_stride)
+    number = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    t, head, channel = (number // heads).to(tl.int64), (number % heads).to(tl.int64), tl.arange(0, BLOCK)
+    inside = (number < tokens * heads) & (position + t >= 0) & (position + t < positions)
+    mask = inside[:, None] & (channel < WIDTH)[None, :]
+    from_k = batch * k_batch_stride + t * k_token_stride + head * k_head_stride
+    from_v = batch * v_batch_stride + t * v_token_stride + head * v_head_stride
+    to_keys = batch * keys_batch_stride + (position + t) * keys_token_stride + head * keys_head_stride
+    to_values = batch * values_batch_stride + (position + t) * values_token_stride + head * values_head_stride
+    k = tl.load(k_ptr + from_k[:, None] + channel[None, :], mask=mask)
+    v = tl.load(v_ptr + from_v[:, None] + channel[None, :], mask=mask)
+    tl.store(keys_ptr + to_keys[:, None] + channel[None, :], k, mask=mask)
+    tl.store(values_ptr + to_values[:, None] + channel[None, :], v, mask=mask)
+
+
+def run(
+    keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lengths: Tensor, parameters: dict[str, int] | None = None
+) -> None:  # fmt: skip
+    batch, tokens, heads, width = k.shape
+    parameters = dict(parameters or launch_parameters("cache_append", k.device, k.dtype, (width,)))
+    k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
+    if k.numel():
+        launch(
+            cache_append_kernel, (cdiv(tokens * heads, parameters["ROWS"]), batch), k.device,
+            keys, values, k, v, lengths, lengths.stride(0), tokens, keys.size(1), heads,
+            *[stride for x in (keys, values, k, v) for stride in x.stride()[:3]],
+            WIDTH=width, BLOCK=power_of_2(width), **early(parameters), **parameters,
+        )  # fmt: skip
+
+
+def run_reference(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> None:
+    positions = lengths[:, None] + torch.arange(k.size(1), device=k.device)
+    at = torch.arange(k.size(0), device=k.device)[:, None], positions
+    keys[at], values[at] = k, v
+
+
+def unsupported_reason(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> str | None:
+    if needs_gradient(keys, values, k, v):
+        return "it computes no gradient; call it under torch.no_grad()"
+    if keys.stride(3) != 1 or values.stride(3) != 1:
+        return "the channels of a head must lie next to each other in the cache"
+    if k.size(0) > 65_535:
+        return f"it takes at most 65,535 rows, got {k.size(0)}"
+    return triton_unsupported_reason(k)
+
+
+def cache_append(
+    keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *, impl: str = "auto"
+) -> None:  # fmt: skip
+    """Store k and v (B, T, G, D) in keys and values (B, S, G, D) at the positions lengths[b], lengths[b] + 1, … of row b.
+
+    lengths (B,): integers. The caller makes sure that all positions lie inside the cache: the fused implementation stores nothing
+    outside it, and the reference raises an error. Raises ValueError for mismatched shapes or devices, TypeError for mismatched
+    dtypes, and KernelRequestError (a ValueError) if the implementation named by impl does not support the call.
+    """
+    check_float("cache_append", keys=keys, values=values, k=k, v=v)
+    check_shape("cache_append", "keys", keys, "B", "S", "G", "D")
+    check_shape("cache_append", "values", values, *keys.shape)
+    check_shape("cache_append", "k", k, keys.size(0), "T", *keys.shape[2:])
+    check_shape("cache_append", "v", v, *k.shape)
+    check_integers("cache_append", k, "lengths", lengths, keys.size(0))
+    choose(CACHE_APPEND, impl, keys, values, k, v, lengths)(keys, values, k, v, lengths)
+
+
+def inputs(
+    rows: int, tokens: int, heads: int, width: int, positions: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, ...]:
+    """Return a cache of which each row is filled to another length, and views of new heads."""
+    keys, values = (torch.empty(rows, positions, heads, width, device=device, dtype=dtype).normal_() for _ in range(2))
+    k, v = torch.empty(rows, tokens, 2 * heads, width, device=device, dtype=dtype).normal_().split(heads, 2)
+    lengths = torch.arange(rows, device=device) % (positions - tokens + 1)
+    return keys, values, k, v, lengths
+
+
+def launches(key, dtype: torch.dtype, device: torch.device):
+    given = inputs(64, 1, 1280 // key[0], key[0], 256, dtype, device)
+    return {"one token": lambda parameters: run(*given, parameters)}
+
+
+SPACE = tuple({"ROWS": rows, "PDL": pdl, "num_warps": 4} for rows in (4, 8, 16) for pdl in (0, 1))
+KERNELS = (Kernel("cache_append", DTYPES, ((64,), (128,)), SPACE, launches, ((40,),)),)
+
+
+def trials(shape, device: torch.device, dtype: torch.dtype):
+    sizes = shape.kv_heads, shape.width // shape.heads
+    given = inputs(min(shape.rows, 64), 1, *sizes, 256, dtype, device)
+    yield Trial(given, tuple(range(5)), in_place=(0, 1))
+
+
+CACHE_APPEND = Operation(
+    "cache_append", cache_append, run_reference, {"triton": Implementation(run, unsupported_reason)}, KERNELS, trials,
+    Benchmark(
+        ("d12", "d20", "d32"),
+        lambda shape, dtype, device: inputs(64, 1, {"d12": 6, "d20": 10, "d32": 16}[shape], 128, 2048, dtype, device),
+        (), lambda arguments, part: 4 * arguments[2].numel(), lambda arguments, part, variant: 0, modes=("fwd",),
+    ),
+)  # fmt: skip
+OPERATIONS = (CACHE_APPEND,)
