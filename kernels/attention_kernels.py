@@ -5,7 +5,7 @@ x = q·kᵀ·SCALE with SCALE = log₂e/√D, so that a probability is one exp2.
 first query: query t stands at position t + queries_before among the keys, and attends to the keys up to its position.
 """
 
-from nanochat_kernels.triton_helpers import LN2, begin_early, cast, dot, exp2, round_both, tl, triton
+from nanochat_kernels.triton_helpers import LN2, cast, dot, exp2, round_both, tl, triton
 
 
 @triton.jit
@@ -180,15 +180,13 @@ def decode_kernel(
     q_batch_stride, q_token_stride, q_head_stride, k_batch_stride, k_token_stride, k_head_stride,
     v_batch_stride, v_token_stride, v_head_stride,
     SCALE: tl.constexpr, SHIFT: tl.constexpr, BOUNDED: tl.constexpr, KEEP_LSE: tl.constexpr, LENGTHS: tl.constexpr,
-    WIDTH: tl.constexpr, QUERIES: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr, PDL: tl.constexpr,
+    WIDTH: tl.constexpr, QUERIES: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Sum over PART keys of a key/value head, for all tokens·share queries that read it (at most QUERIES).
 
     Query i is that of token i // share and of the head i % share among those that share the keys. Stored are the sums of p·v
     (group of a row, part, query, WIDTH), and for each of these the sum of p, that of p rounded, and the highest score.
     """
-    if PDL:
-        begin_early()
     groups = heads // share
     group, part = tl.program_id(0), tl.program_id(1)  # group: of all rows
     batch = group // groups
@@ -225,11 +223,9 @@ def decode_kernel(
 def combine_kernel(
     sums_ptr, statistics_ptr, lengths_ptr, out_ptr, lse_ptr, lengths_stride, tokens, all_keys, heads, share,
     SHIFT: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, BOUNDED: tl.constexpr, KEEP_LSE: tl.constexpr, LENGTHS: tl.constexpr,
-    WIDTH: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+    WIDTH: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Add the parts of one query of decode_kernel, PARTS at a time, in an order that depends on the row's length alone."""
-    if PDL:
-        begin_early()
     program = tl.program_id(0)
     queries = tokens * share
     group, i = program // queries, program % queries

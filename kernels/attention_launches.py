@@ -13,7 +13,7 @@ from nanochat_kernels.configs import launch_parameters
 from nanochat_kernels.operation import Kernel
 from nanochat_kernels.qk_norm_rope import tables
 from nanochat_kernels.reference import EPS
-from nanochat_kernels.triton_helpers import DTYPES, cdiv, early, launch, power_of_2
+from nanochat_kernels.triton_helpers import DTYPES, cdiv, launch, power_of_2
 
 HEAD_WIDTHS = (32, 64, 128)
 LOG2E = math.log2(math.e)
@@ -104,7 +104,7 @@ def decode(
     batch, tokens, heads, width = q.shape
     groups, share = k.size(2), heads // k.size(2)
     parameters = dict(parameters or launch_parameters("attention_decode", q.device, q.dtype, (width,)))
-    parts_together, begins_early = parameters.pop("PARTS"), early(parameters)
+    parts_together = parameters.pop("PARTS")
     parts = cdiv(k.size(1), parameters["PART"])
     sums = torch.empty(batch * groups, parts, tokens * share, width, dtype=torch.float32, device=q.device)
     statistics = torch.empty(*sums.shape[:3], 3, dtype=torch.float32, device=q.device)
@@ -117,13 +117,13 @@ def decode(
             q, k, v, lengths_ptr, sums, statistics, lengths_stride, tokens, k.size(1), heads, share,
             *strides(q, k, v),
             **{name: value for name, value in constants.items() if name not in ("LEAST", "MOST")}, **flags,
-            QUERIES=max(power_of_2(tokens * share), 16), **begins_early, **parameters,
+            QUERIES=max(power_of_2(tokens * share), 16), **parameters,
         )  # fmt: skip
         launch(
             combine_kernel, (batch * heads * tokens,), q.device,
             sums, statistics, lengths_ptr, out, lse, lengths_stride, tokens, k.size(1), heads, share,
             **{name: value for name, value in constants.items() if name != "SCALE"}, **flags,
-            PART=parameters["PART"], PARTS=parts_together, num_warps=1, **begins_early,
+            PART=parameters["PART"], PARTS=parts_together, num_warps=1,
         )  # fmt: skip
     return out, lse
 
@@ -335,10 +335,9 @@ HOPPER_GRADIENTS = tuple(
 )
 QUERY_SPACE, KEYS_SPACE = QUERY_SPACE + HOPPER_GRADIENTS, KEYS_SPACE + HOPPER_GRADIENTS
 DECODE_SPACE = tuple(
-    {"BLOCK_N": n, "PART": part, "PARTS": 16, "PDL": pdl, "num_warps": warps, "num_stages": stages}
+    {"BLOCK_N": n, "PART": part, "PARTS": 16, "num_warps": warps, "num_stages": stages}
     for n, warps, stages in ((32, 2, 3), (64, 4, 3), (64, 2, 4), (128, 4, 2))
     for part in (128, 256, 512)
-    for pdl in (0, 1)
 )
 BY_WORD = tuple((*key, word) for word in ("whole", "any") for key in KEYS)
 KERNELS = (

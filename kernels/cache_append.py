@@ -12,9 +12,7 @@ from nanochat_kernels.dispatch import choose
 from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
 from nanochat_kernels.triton_helpers import (
     DTYPES,
-    begin_early,
     cdiv,
-    early,
     launch,
     needs_gradient,
     power_of_2,
@@ -29,11 +27,9 @@ def cache_append_kernel(
     keys_ptr, values_ptr, k_ptr, v_ptr, lengths_ptr, lengths_stride, tokens, positions, heads,
     keys_batch_stride, keys_token_stride, keys_head_stride, values_batch_stride, values_token_stride, values_head_stride,
     k_batch_stride, k_token_stride, k_head_stride, v_batch_stride, v_token_stride, v_head_stride,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Copy ROWS heads of tokens of one row of the batch."""
-    if PDL:
-        begin_early()
     batch = tl.program_id(1).to(tl.int64)
     position = tl.load(lengths_ptr + batch * lengths_stride)
     number = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -61,7 +57,7 @@ def run(
             cache_append_kernel, (cdiv(tokens * heads, parameters["ROWS"]), batch), k.device,
             keys, values, k, v, lengths, lengths.stride(0), tokens, keys.size(1), heads,
             *[stride for x in (keys, values, k, v) for stride in x.stride()[:3]],
-            WIDTH=width, BLOCK=power_of_2(width), **early(parameters), **parameters,
+            WIDTH=width, BLOCK=power_of_2(width), **parameters,
         )  # fmt: skip
 
 
@@ -114,7 +110,7 @@ def launches(key, dtype: torch.dtype, device: torch.device):
     return {"one token": lambda parameters: run(*given, parameters)}
 
 
-SPACE = tuple({"ROWS": rows, "PDL": pdl, "num_warps": 4} for rows in (4, 8, 16) for pdl in (0, 1))
+SPACE = tuple({"ROWS": rows, "num_warps": 4} for rows in (4, 8, 16))
 KERNELS = (Kernel("cache_append", DTYPES, ((64,), (128,)), SPACE, launches, ((40,),)),)
 
 

@@ -26,9 +26,7 @@ from nanochat_kernels.operation import Kernel
 from nanochat_kernels.reference import EPS
 from nanochat_kernels.triton_helpers import (
     DTYPES,
-    begin_early,
     cdiv,
-    early,
     launch,
     power_of_2,
     round_both,
@@ -55,11 +53,9 @@ def row_rstd_kernel(
 @triton.jit
 def finish_kernel(
     sums_ptr, rstd_ptr, out_ptr, rows, parts, EPS: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr,
-    ROWS: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Add up sums (parts, rows) of each row: rstd from sums of squares, or with BACKWARD r²·sum/WIDTH."""
-    if PDL:
-        begin_early()
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS], tl.float32)
     for start in range(0, parts, PARTS):
@@ -80,8 +76,11 @@ def residual_epilogue(
     sums, out_ptr, out_stride, residual_ptr, residual_stride, second_ptr, second_stride, arguments, row, column, m, n,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Store sums + residual, and for each row of the part the sum of the squares of what is stored."""
-    squares_ptr, has_residual = arguments
+    """Store sums + residual, and for each row of the part the sum of the squares of what is stored.
+
+    With width a part is a whole row, of so many elements, and its rstd is stored.
+    """
+    squares_ptr, has_residual, width, EPS = arguments
     if has_residual is not None:
         residual = load_block(residual_ptr, residual_stride, row, column, m, n, sums.shape[0], sums.shape[1], WHOLE)
         sums += residual.to(tl.float32)
@@ -89,7 +88,10 @@ def residual_epilogue(
     if not WHOLE:  # beyond the last column an infinity of x times the padding of the weight is NaN
         sums = tl.where((column + tl.arange(0, sums.shape[1]) < n)[None, :], sums, 0.0)
     _, value = round_both(sums, out_ptr.dtype.element_ty)
-    store_row_sums(squares_ptr, tl.sum(value * value, axis=1), row, column, m, n, sums.shape[1])
+    squares = tl.sum(value * value, axis=1)
+    if width is not None:
+        squares = rsqrt(squares / width + EPS)
+    store_row_sums(squares_ptr, squares, row, column, m, n, sums.shape[1])
 
 
 @triton.jit
@@ -151,19 +153,15 @@ def row_sums(parameters: dict[str, int], rows: int, columns: int, device: torch.
 
 
 def finish(
-    sums: Tensor, width: int, rstd: Tensor | None = None, parameters: dict[str, int] | None = None, pdl: int = 0
+    sums: Tensor, width: int, rstd: Tensor | None = None, parameters: dict[str, int] | None = None
 ) -> Tensor:  # fmt: skip
-    """Add up sums (parts, N). Return rstd (N,) if they are of squares; with rstd, the coefficient of x in norm's derivative.
-
-    pdl: 1 lets the launch begin early, if the one before it does.
-    """
+    """Add up sums (parts, N). Return rstd (N,) if they are of squares; with rstd, the coefficient of x in norm's derivative."""
     out = torch.empty(sums.size(1), dtype=torch.float32, device=sums.device)
     if out.numel():
         parameters = parameters or launch_parameters("finish_rows", sums.device, sums.dtype, (sums.size(0),))
         launch(
             finish_kernel, (cdiv(sums.size(1), parameters["ROWS"]),), sums.device, sums, out if rstd is None else rstd,
-            out, sums.size(1), sums.size(0), EPS=EPS, WIDTH=width, BACKWARD=rstd is not None, **early({"PDL": pdl}),
-            **parameters,
+            out, sums.size(1), sums.size(0), EPS=EPS, WIDTH=width, BACKWARD=rstd is not None, **parameters,
         )  # fmt: skip
     return out
 
@@ -174,10 +172,13 @@ def add_residual(
     """Return y = residual + x·weightᵀ (N, C), and rstd of its rows; name: the product's in the launch tables."""
     shape = x.size(0), weight.size(0), x.size(1)
     parameters = product_parameters(name, x, weight, shape, None, parameters, decodes=True)
+    whole_rows = "SUMS" in parameters
+    if whole_rows:
+        parameters["PART"] = power_of_2(shape[1])
     y, squares = torch.empty(shape[:2], dtype=x.dtype, device=x.device), row_sums(parameters, *shape[:2], x.device)
-    arguments = squares, None if residual is None else 1
+    arguments = squares, None if residual is None else 1, shape[1] if whole_rows else None, EPS
     product(x, weight, y, RESIDUAL, parameters, arguments, residual, y_transposed=True)
-    return y, finish(squares, shape[1], pdl=parameters.get("PDL", 0))
+    return y, squares[0] if whole_rows else finish(squares, shape[1])
 
 
 def input_gradient(

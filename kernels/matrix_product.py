@@ -10,8 +10,8 @@ epilogue may read, and `arguments` a tuple of pointers and numbers. The same epi
 ("TORCH": 1 in the launch table, where that is faster): it is then applied in one pass over the stored product.
 
 On sm_80 tiles are read through pointers, one program per tile. On sm_90 the kernel of hopper_product.py takes its place, except for
-batches and triangles, which are read through tensor descriptors here, and for few rows, as in decoding: then narrow tiles keep all
-multiprocessors reading the weight, and on sm_90 a launch begins while the one before it ends ("PDL").
+batches and triangles, which are read through tensor descriptors here, and for few rows, as in decoding: then narrow tiles, and
+slices of K, keep all multiprocessors reading the weight.
 """
 
 from typing import Any, NamedTuple
@@ -26,14 +26,11 @@ from nanochat_kernels.product_configurations import BY_TORCH, FEWEST_ROWS, UNALI
 from nanochat_kernels.triton_helpers import (
     DTYPES,
     GRID_LIMIT,
-    begin_early,
     cast,
     cdiv,
     dot,
-    early,
     launch,
     multiprocessors,
-    prefetch,
     tl,
     triton,
     triton_unsupported_reason,
@@ -144,23 +141,24 @@ def product_kernel(
     EPILOGUE: tl.constexpr, X_TRANSPOSED: tl.constexpr, Y_TRANSPOSED: tl.constexpr, TRIANGLE: tl.constexpr,
     BATCH: tl.constexpr, WHOLE: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr,
-    PDL: tl.constexpr,
+    SLICE: tl.constexpr,
 ):  # fmt: skip
     """Compute out (batch, m, n) in tiles BLOCK_M × BLOCK_N; program p takes tiles p, p + num_programs, ….
 
     There are `tiles` tiles in each matrix and `total` in the batch. In a batch the matrices lie one after the other: the operands
     are read as one tall matrix, and the epilogue gets pointers to the results and the other matrices of its own matrix.
-    PDL: y is a weight that no launch before this one writes, and prefetched while that one ends.
+    SLICE: if not 0, out is (slices, m, n), and each slice the product of so many columns of x and rows of y.
     """
-    if PDL:
-        _, column = tile_position(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, GROUP, TRIANGLE)
-        prefetch_rows(y_ptr, y_stride, column, n, k, BLOCK_N)
-        begin_early()
+    first_k, last_k = 0, k
+    if SLICE:
+        first_k = tl.program_id(1) * SLICE
+        last_k = tl.minimum(first_k + SLICE, k)
+        out_ptr += tl.cast(tl.program_id(1), tl.int64) * m * out_stride
     for index in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLATTEN):
         matrix = index // tiles if BATCH else 0
         row, column = tile_position(index % tiles if BATCH else index, m, n, BLOCK_M, BLOCK_N, GROUP, TRIANGLE)
         sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for start in range(0, k, BLOCK_K):
+        for start in range(first_k, last_k, BLOCK_K):
             if X_TRANSPOSED:
                 a = load_operand(x_ptr, x_stride, matrix, start, row, k, m, BLOCK_K, BLOCK_M, BATCH, TMA, WHOLE).T
             else:
@@ -185,14 +183,6 @@ def product_kernel(
 
 
 @triton.jit
-def prefetch_rows(x_ptr, stride, row, rows, columns, ROWS: tl.constexpr):
-    """Prefetch the first 512 elements of ROWS rows of a 16-bit matrix into the L2 cache."""
-    r, line = row + tl.arange(0, ROWS), 64 * tl.arange(0, 8)
-    inside = (r < rows)[:, None] & (line < columns)[None, :]
-    prefetch(tl.where(inside, x_ptr + tl.cast(r, tl.int64)[:, None] * stride + line[None, :], x_ptr))
-
-
-@triton.jit
 def load_operand(
     x_ptr, stride, matrix, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BATCH: tl.constexpr,
     TMA: tl.constexpr, WHOLE: tl.constexpr,
@@ -211,13 +201,14 @@ def load_operand(
 @triton.jit
 def epilogue_kernel(
     sums_ptr, out_ptr, first_ptr, second_ptr, arguments, m, n, sums_stride, out_stride, first_stride, second_stride,
-    EPILOGUE: tl.constexpr, BLOCK_M: tl.constexpr, PART: tl.constexpr, PDL: tl.constexpr,
+    SLICES: tl.constexpr, EPILOGUE: tl.constexpr, BLOCK_M: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Apply an epilogue to a product that is stored; out may be the same memory."""
-    if PDL:
-        begin_early()
+    """Apply an epilogue to a product that is stored, or to the sum of its slices; out may be the same memory."""
     row, column = tl.program_id(0) * BLOCK_M, tl.program_id(1) * PART
     sums = load_block(sums_ptr, sums_stride, row, column, m, n, BLOCK_M, PART, False).to(tl.float32)
+    for number in tl.static_range(1, SLICES):
+        slice_ptr = sums_ptr + tl.cast(number, tl.int64) * m * sums_stride
+        sums += load_block(slice_ptr, sums_stride, row, column, m, n, BLOCK_M, PART, False)
     EPILOGUE(
         sums, out_ptr, out_stride, first_ptr, first_stride, second_ptr, second_stride, arguments, row, column, m, n,
         False,
@@ -242,6 +233,7 @@ class Epilogue(NamedTuple):
     gluon: Any = None
 
 
+PASS_ELEMENTS = 2048  # of a tile of epilogue_kernel, which adds slices
 SCALE_ROWS = Epilogue(scale_rows_epilogue, scale_rows_on_hopper)
 
 
@@ -315,20 +307,17 @@ def product(
     if not out.numel():
         return out
     others = [out if t is None else t for t in (first, second)]
-    begins_early = early(parameters)
+    if "TORCH" in parameters:
+        sums = torch.mm(x.t() if x_transposed else x, y.t() if y_transposed else y)[None]
+    elif "SUMS" in parameters:
+        sums = sums_of_slices(x, y, out, parameters, x_transposed, y_transposed)
     if "TORCH" in parameters or "SUMS" in parameters:
-        if "TORCH" in parameters:
-            sums = torch.mm(x.t() if x_transposed else x, y.t() if y_transposed else y)
-        else:
-            sums = torch.empty(m, n, dtype=torch.float32, device=x.device)
-            of_sums = {name: value for name, value in parameters.items() if name != "SUMS"}
-            of_sums |= {"PART": parameters["BLOCK_N"], "PDL": begins_early["PDL"]}
-            product(x, y, sums, SCALE_ROWS, of_sums, (None,), x_transposed=x_transposed, y_transposed=y_transposed)
-        grid = (cdiv(m, parameters["BLOCK_M"]), cdiv(n, parameters["PART"]))
+        part = parameters["PART"]
+        block_m = max(1, parameters["BLOCK_M"] if "TORCH" in parameters else PASS_ELEMENTS // part)
         launch(
-            epilogue_kernel, grid, out.device, sums, out, *others, arguments, m, n,
-            *(t.stride(0) for t in (sums, out, *others)), EPILOGUE=epilogue.triton, BLOCK_M=parameters["BLOCK_M"],
-            PART=parameters["PART"], num_warps=parameters["num_warps"], **begins_early,
+            epilogue_kernel, (cdiv(m, block_m), cdiv(n, part)), out.device, sums, out, *others, arguments, m, n,
+            sums.stride(1), *(t.stride(0) for t in (out, *others)), SLICES=sums.size(0), EPILOGUE=epilogue.triton,
+            BLOCK_M=block_m, PART=part, num_warps=parameters["num_warps"],
         )  # fmt: skip
         return out
     if "STAGES" in parameters:
@@ -344,7 +333,7 @@ def product(
     batch = out.size(0) if out.dim() == 3 else 1
     block_m, block_n, block_k = (parameters[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     whole = m % block_m == 0 and n % block_n == 0 and k % block_k == 0
-    tma = parameters.pop("TMA")
+    tma = parameters.pop("TMA", 0)
     if not tma and (x_transposed or not whole):  # addresses and masks take registers from the sums
         parameters["num_warps"] = max(parameters["num_warps"], block_m * block_n // 2048)
     strides = [t.stride(-2) for t in (x, y, out, *others)]
@@ -352,14 +341,32 @@ def product(
         x = descriptor(x, *((block_k, block_m) if x_transposed else (block_m, block_k)))
         y = descriptor(y, *((block_n, block_k) if y_transposed else (block_k, block_n)))
     tiles = tile_count(m, n, block_m, block_n, triangle)
-    programs, total = parameters.pop("PROGRAMS"), tiles * batch
+    programs, total = parameters.pop("PROGRAMS", 0), tiles * batch
     grid = (min(total, programs * multiprocessors(out.device)) if programs else total,)
     launch(
         product_kernel, grid, out.device, x, y, out, *others, arguments, tiles, total, m, n, k, *strides,
         EPILOGUE=epilogue.triton, X_TRANSPOSED=x_transposed, Y_TRANSPOSED=y_transposed, TRIANGLE=triangle, BATCH=batch > 1,
-        WHOLE=whole, TMA=bool(tma), FLATTEN=programs > 0 and not triangle, **begins_early, **parameters,
+        WHOLE=whole, TMA=bool(tma), FLATTEN=programs > 0 and not triangle, SLICE=0, **{"GROUP": 1, **parameters},
     )  # fmt: skip
     return out
+
+
+def sums_of_slices(
+    x: Tensor, y: Tensor, out: Tensor, parameters: dict[str, int], x_transposed: bool, y_transposed: bool
+) -> Tensor:  # fmt: skip
+    """Return the products (slices, M, N), in float32, of at most "SUMS" slices of the columns of x and the rows of y."""
+    (m, n), k = out.shape, x.size(0 if x_transposed else 1)
+    tile = {name: parameters[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")}
+    width = cdiv(cdiv(k, parameters["SUMS"]), tile["BLOCK_K"]) * tile["BLOCK_K"]
+    sums = torch.empty(cdiv(k, width), m, n, dtype=torch.float32, device=x.device)
+    tiles = tile_count(m, n, tile["BLOCK_M"], tile["BLOCK_N"], False)
+    launch(
+        product_kernel, (tiles, sums.size(0)), x.device, x, y, sums, sums, sums, (None,), tiles, tiles, m, n, k,
+        x.stride(0), y.stride(0), n, n, n, EPILOGUE=scale_rows_epilogue, X_TRANSPOSED=x_transposed,
+        Y_TRANSPOSED=y_transposed, TRIANGLE=False, BATCH=False, WHOLE=False, TMA=False, FLATTEN=False, SLICE=width,
+        PART=tile["BLOCK_N"], GROUP=1, **tile,
+    )  # fmt: skip
+    return sums
 
 
 def descriptor(x: Tensor, rows: int, columns: int):

@@ -55,15 +55,13 @@ class Kernel:
     them on the meta device (triton_helpers.recorded_launches)."""
     more_keys: tuple[Key, ...] = ()
     """further shapes, such as the widest row and ragged sizes, that inspect compiles with the parameters of the nearest class"""
+    few_rows: bool = False
+    """a matrix product of so few rows that reading the weight is what takes its time"""
 
     @property
     def is_compute_bound(self) -> bool:
-        """Whether its time is that of matrix products, in tiles of BLOCK_M rows. tune times such kernels without pauses.
-
-        Products of few rows, which may begin early ("PDL"), are bound by reading the weight.
-        """
-        names = set().union(*self.space)
-        return "BLOCK_M" in names and "PDL" not in names
+        """Whether its time is that of matrix products, in tiles of BLOCK_M rows. tune times such kernels without pauses."""
+        return not self.few_rows and any("BLOCK_M" in parameters for parameters in self.space)
 
 
 @dataclass(frozen=True)

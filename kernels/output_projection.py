@@ -135,7 +135,7 @@ KERNELS = (
     Kernel(
         "output_projection", DTYPES[:2], product_keys(1, 1), SPACE, launches, ((1000, 96, 192), (1001, 15, 30))
     ),
-    few_rows_kernel("output_projection", 1, 1, launches),
+    few_rows_kernel("output_projection", 1, 1, launches, slices=True),
     Kernel(
         "output_projection_input_gradient", DTYPES[:2], product_keys(1, 1), SPACE, input_gradient_launches,
         ((1000, 96, 192), (1001, 15, 30)),

@@ -26,22 +26,16 @@ FEW_ROWS = (16, 64)  # classes of decoding: one token for each row of a batch
 
 
 def few_rows_kernel(
-    name: str, n: int, k: int, launches, dtypes: tuple[torch.dtype, ...] = DTYPES[:2], sums: bool = False
+    name: str, n: int, k: int, launches, dtypes: tuple[torch.dtype, ...] = DTYPES[:2], slices: bool = False
 ) -> Kernel:  # fmt: skip
     """Return the record of the product `name` with few rows, N = n·C and K = k·C; launches: those of `name`.
 
-    sums: the epilogue needs parts that are too wide for a tile, and is applied in a pass over the sums in float32.
+    slices: the epilogue needs parts that are wider than a tile, and is applied in a pass over the products of slices of K.
     """
     keys = tuple((rows, n * width, k * width) for width in MODEL_WIDTHS.values() for rows in FEW_ROWS)
-    space = tuple(parameters | ({"SUMS": 1} if sums else {}) for parameters in FEW_ROWS_SPACE)
-    return Kernel(
-        f"{name}_few_rows",
-        dtypes,
-        keys,
-        (*space, BY_TORCH),
-        launches,
-        ((16, n * 384, k * 384), (9, n * 64, k * 40), (1, n * 384, k * 384)),
-    )
+    more = ((16, n * 384, k * 384), (9, n * 64, k * 40), (1, n * 384, k * 384))
+    space = SLICES_SPACE if slices else FEW_ROWS_SPACE
+    return Kernel(f"{name}_few_rows", dtypes, keys, (*space, BY_TORCH), launches, more, few_rows=True)
 
 
 # every element of an unaligned row has an address of its own, which takes registers from the sums
@@ -74,13 +68,18 @@ SPACE = (
     ),
     BY_TORCH,
 )
-# The rows of one tile are those of the batch, so that the weight is read once. PDL: see begin_early
+# The rows of one tile are those of the batch, so that the weight is read once.
 FEW_ROWS_SPACE = tuple(
-    configuration(m, n, k, n, 0, 0, warps, stages) | {"PDL": pdl}
+    {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "PART": n, "num_warps": warps, "num_stages": stages}
     for m, n, k, warps, stages in (
         (16, 16, 256, 2, 4), (16, 16, 128, 2, 6), (16, 16, 256, 4, 4), (16, 32, 256, 4, 4), (16, 32, 128, 4, 6),
         (16, 64, 128, 4, 4), (16, 64, 256, 4, 3), (16, 128, 128, 4, 4), (32, 32, 256, 4, 4), (32, 64, 128, 4, 4),
         (64, 32, 128, 4, 4), (64, 32, 256, 4, 3), (64, 64, 128, 4, 4), (64, 128, 64, 4, 4), (64, 128, 128, 8, 3),
     )
-    for pdl in (0, 1)
 )  # fmt: skip
+SLICES_SPACE = tuple(
+    parameters | {"SUMS": slices}
+    for parameters in FEW_ROWS_SPACE
+    for slices in (1, 2, 4, 8)
+    if parameters["BLOCK_N"] <= 64
+)

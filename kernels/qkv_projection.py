@@ -333,7 +333,7 @@ BACKWARD_SPACE = tuple(
 )
 KERNELS = (
     Kernel("qkv_projection", DTYPES[:2], product_keys(3, 1), SPACE, launches, ((1000, 384, 96), (1001, 192, 40))),
-    few_rows_kernel("qkv_projection", 3, 1, launches, sums=True),  # a part is a whole head
+    few_rows_kernel("qkv_projection", 3, 1, launches, slices=True),  # a part is a whole head
     Kernel("qkv_backward", DTYPES[:2], ((64,), (128,)), BACKWARD_SPACE, backward_launches, ((32,),)),
     Kernel(
         "qkv_projection_input_gradient", DTYPES[:2], product_keys(1, 3), SPACE, input_gradient_launches,

@@ -314,7 +314,7 @@ KERNELS = (
     Kernel("relu2_mlp_up", DTYPES[:1], UP, SPACE, up_launches, MORE_UP),
     Kernel("relu2_mlp_down", DTYPES[:1], DOWN, SPACE, down_launches, MORE_DOWN),
     few_rows_kernel("relu2_mlp_up", 4, 1, up_launches, DTYPES[:1]),
-    few_rows_kernel("relu2_mlp_down", 1, 4, down_launches, DTYPES[:1]),
+    few_rows_kernel("relu2_mlp_down", 1, 4, down_launches, DTYPES[:1], slices=True),
     Kernel("relu2_mlp_hidden_gradient", DTYPES[:1], UP, SPACE, hidden_gradient_launches, MORE_UP),
     Kernel("relu2_mlp_input_gradient", DTYPES[:1], DOWN, SPACE, input_gradient_launches, MORE_DOWN),
     *NORM_KERNELS,

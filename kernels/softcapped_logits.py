@@ -102,7 +102,7 @@ KERNELS = (
     Kernel(
         "softcapped_logits_few_rows", DTYPES[:2],
         tuple((rows, VOCABULARY, width) for width in MODEL_WIDTHS.values() for rows in (16, 64)),
-        FEW_ROWS_SPACE, launches, ((9, 1001, 40),),
+        FEW_ROWS_SPACE, launches, ((9, 1001, 40), (1, 4096, 768)), few_rows=True,
     ),
 )  # fmt: skip
 

@@ -242,22 +242,3 @@ def prefetch(ptr):
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
         )
-
-
-@triton.jit
-def begin_early():
-    """For a launch that may begin while the one before it ends: let the next one begin, and wait for the results of the last.
-
-    Programmatic dependent launch, from sm_90 on. Until here a kernel may read only what no launch before it writes.
-    """
-    if not _INTERPRETED:
-        tl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], dtype=tl.int32,
-            is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-def early(parameters: dict[str, int]) -> dict[str, bool]:
-    """Take "PDL" out of launch parameters, and return what a kernel that calls begin_early gets for it."""
-    begins_early = bool(parameters.pop("PDL", 0))
-    return {"PDL": begins_early} | ({"launch_pdl": True} if begins_early and not INTERPRETED else {})

@@ -100,15 +100,15 @@ def launchable_configurations(
 
 
 def is_for(parameters: dict[str, int], architecture: str) -> bool:
-    """Whether a configuration is for an architecture: with "TMA": 1, "PDL": 1 or "STAGES" for sm_90 and later, with 0 for sm_80.
+    """Whether a configuration is for an architecture: with "TMA": 1 or "STAGES" for sm_90 and later, with "TMA": 0 for sm_80.
 
     torch's product runs as the device's own code, with which another architecture's cannot be compared.
     """
     if "TORCH" in parameters:
         return forced_architecture() is None
-    if not {"TMA", "PDL", "STAGES"} & parameters.keys():
+    if "TMA" not in parameters and "STAGES" not in parameters:
         return True
-    return bool(parameters.get("PDL", parameters.get("TMA", 1))) == (architecture != "sm80")
+    return bool(parameters.get("TMA", 1)) == (architecture != "sm80")
 
 
 def _try(job: tuple) -> str:

@@ -33,7 +33,7 @@ SMALL_TILES = {
 # how a product may be launched, None for the parameters of the tables
 PRODUCTS = (
     *((None, SMALL_TILES) if GPU else (SMALL_TILES, SMALL_TILES | {"PART": 32, "GROUP": 1, "PROGRAMS": 0})),
-    product_configurations.BY_TORCH, SMALL_TILES | {"SUMS": 1},
+    product_configurations.BY_TORCH, SMALL_TILES | {"SUMS": 2},
 )  # fmt: skip
 
 # no shrinking of failing examples: they are small already, and interpreted kernels are slow; planted faults are caught by the
@@ -118,16 +118,18 @@ def check(
     seed: int = 0,
     epsilon: float = 0.0,
     apart: Mapping[int, Tensor] | None = None,
-    cancellation: float = 0.0,
+    cancellation: float | Sequence[float | Tensor] = 0.0,
     fewest_rows: int = FEWEST_ROWS,
 ) -> None:
     """Compare the kernel with the oracle and with a repeated run, also for strided and transposed upstream gradients.
 
     wrt: the indices of the inputs whose gradients are checked. epsilon: error that an operation documents and may add, absolute in
     results and relative in gradients. apart: number of a result or, counting on, of a gradient → mask of elements that are judged
-    separately from the others. cancellation: absolute error of gradients that are differences of sums. fewest_rows: see over_budget.
+    separately from the others. cancellation: absolute error of gradients that are differences of sums, for all of them or for each
+    one. fewest_rows: see over_budget.
     """
     inputs, apart = list(inputs), apart or {}
+    cancellations = cancellation if isinstance(cancellation, Sequence) else [cancellation] * len(wrt)
     shapes = as_tuple(reference(*inputs))
     upstream = upstream_of(shapes, seed) if wrt else [torch.empty(0) for _ in shapes]
     upstreams = [upstream]
@@ -147,7 +149,7 @@ def check(
         name = f"result {number}" if number < len(shapes) else f"gradient {number - len(shapes)}"
         assert a.dtype == other.dtype and a.shape == other.shape, f"{name}: {a.dtype} {tuple(a.shape)}"
         assert same(a, b), f"{name} differs when repeated"
-        more = epsilon if number < len(shapes) else epsilon * true.abs() + cancellation
+        more = epsilon if number < len(shapes) else epsilon * true.abs() + cancellations[number - len(shapes)]
         wrong = over_budget(a, true, other, more, apart.get(number), fewest_rows)
         assert not wrong, f"{name}: {wrong}"
         for layout, those, others in zip(("strided", "transposed"), found[1:], baselines[1:], strict=False):

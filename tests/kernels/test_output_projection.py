@@ -55,6 +55,10 @@ def inputs(rows, width, k, dtype, seed=0, layouts=("contiguous",) * 3):
     rows=[9], width=48, k=33, dtype=torch.float16, layouts=("columns",) * 3, has_residual=False,
     parameters=harness.PRODUCTS[1], seed=2,
 )  # fmt: skip
+@example(
+    rows=[6], width=70, k=40, dtype=torch.bfloat16, layouts=("contiguous",) * 3, has_residual=True,
+    parameters=harness.PRODUCTS[3], seed=3,
+)  # fmt: skip
 @given(
     rows=st.lists(st.integers(1, 9), min_size=1, max_size=2),
     width=st.integers(16, 70),
@@ -273,8 +277,17 @@ PLANTED_FAULTS = {
         "folded_norm", "_, value = round_both(sums, out_ptr.dtype.element_ty)", "value = sums", "test_output_projection",
     ),
     "squares of padding": ("folded_norm", "    if not WHOLE:", "    if False:", "test_nan_and_infinity"),
-    "mean over the wrong width": ("folded_norm", "return y, finish(squares, shape[1]", "return y, finish(squares, shape[2]",
+    "mean over the wrong width": ("folded_norm", "else finish(squares, shape[1])", "else finish(squares, shape[2])",
      "test_output_projection"),
+    "a slice of K dropped": (
+        "matrix_product", "tl.static_range(1, SLICES)", "tl.static_range(1, SLICES - 1)", "test_output_projection",
+    ),
+    "a slice of K begins at another's": (
+        "matrix_product", "first_k = tl.program_id(1) * SLICE", "first_k = 0", "test_output_projection",
+    ),
+    "the mean of a whole row over its padding": (
+        "folded_norm", "rsqrt(squares / width + EPS)", "rsqrt(squares / sums.shape[1] + EPS)", "test_output_projection",
+    ),
     "eps dropped": ("folded_norm", "value = rsqrt(total / WIDTH + EPS)", "value = rsqrt(total / WIDTH)",
      "test_rstd_of_zero_rows"),
     "last part of the row sums dropped": ("folded_norm", "& (start + i < parts)", "& (start + i < parts - 1)",

@@ -109,7 +109,7 @@ def test_wrong_arguments():
 @pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
 def test_graph_replay():
     with harness.products_with(None):
-        check_graph_replay(triton_logits, *inputs([3], 64, 100, torch.bfloat16))
+        check_graph_replay(triton_logits, inputs([3], 64, 100, torch.bfloat16), ())
 
 
 def test_few_rows_take_the_tables_of_few_rows():
