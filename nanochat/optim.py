@@ -7,10 +7,11 @@ layers can be views of a group's buffers: `layer.copy` of a `Linear` layer, the 
 `layer.gradient`, to which backward adds the weight's gradient. A group is therefore one batch for each kernel and one message
 for each exchange between ranks.
 
-**A step.** The gradient of each group is reduce-scattered: each rank receives the mean gradient of the items (matrices or rows)
-that it owns. The gradients are clipped by their global norm, which is known once all of them have arrived. Each rank updates
-the items that it owns; their optimizer state, in float32, exists only on that rank. The new rows and then Muon's updates are
-all-gathered while the next group is orthogonalized.
+**A step.** The gradients are reduce-scattered in chunks: each rank receives the mean gradient of the items (matrices or rows)
+that it owns. Inside of `exchanging` a chunk is on its way as soon as backward has passed the blocks that it belongs to; the others
+follow in `synchronize`. The gradients are clipped by their global norm, which is known once all of them have arrived. Each rank
+updates the items that it owns; their optimizer state, in float32, exists only on that rank. The new rows and then Muon's updates
+are all-gathered while the next group is orthogonalized.
 
 No part of a step waits for the host, and everything that changes from step to step is a tensor on the device. A whole step can
 therefore be captured in a CUDA graph; with `graphs`, the work between exchanges is replayed from such graphs.
@@ -20,6 +21,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -58,25 +60,31 @@ class Schedule:
 class Group(ABC):
     """Parameters of one kind, as items of one shape in one buffer.
 
-    Rank r owns `counts[r]` of the items. Every rank has equally many slots in the buffer, max(counts), because the collectives
-    exchange equal parts; slots without an item stay zero.
+    The buffer consists of chunks, which ranks exchange one by one. Each chunk has `run` slots for every rank, because the
+    collectives exchange equal parts. Item i is in slot i + shift; slots without an item stay zero. `owned` are the numbers of the
+    items in this rank's slots.
     """
 
     state_names: tuple[str, ...]
 
     def __init__(
-        self, name: str, parameters: list[Tensor], item_shape: torch.Size, lr: float, counts: list[int], rank: int
-    ):
+        self, name: str, parameters: list[Tensor], item_shape: torch.Size, lr: float, items: int, run: int, shift: int,
+        ranks: tuple[int, int],
+    ):  # fmt: skip
         self.name, self.parameters, self.item_shape, self.lr = name, parameters, item_shape, lr
-        self.items, self.per_rank, self.owned = sum(counts), max(counts), counts[rank]
-        self.first = sum(counts[:rank])  # number of this rank's first item
-        self.owned_slots = slice(rank * self.per_rank, rank * self.per_rank + self.owned)
-        self.slots = [r * self.per_rank + i for r, count in enumerate(counts) for i in range(count)]  # of each item
-        size = (self.per_rank * len(counts), *item_shape)
-        self.weights = torch.zeros(size, dtype=parameters[0].dtype, device=parameters[0].device)
+        self.items, self.shift, (self.rank, world_size) = items, shift, ranks
+        size = -(-(items + shift) // (run * world_size)), world_size, run, *item_shape
+        mine = torch.arange(math.prod(size[:3])).view(size[:3])[:, self.rank].flatten() - shift
+        is_item = (mine >= 0) & (mine < items)
+        self.owned = mine[is_item].tolist()
+        first = int(is_item.int().argmax()) if self.owned else 0
+        self.owned_slots = slice(first, first + len(self.owned))  # among this rank's slots
+        self.weights = torch.zeros(size, dtype=parameters[0].dtype, device=parameters[0].device).flatten(0, 2)
         self.gradients = torch.zeros_like(self.weights)
+        self.chunks = self.gradients.view(size)
         # this rank's slots of the gradient after the exchange; with one rank, the gradient itself
-        self.reduced = self.gradients if len(counts) == 1 else torch.zeros_like(self.weights[: self.per_rank])
+        self.reduced = self.chunks[:, 0] if world_size == 1 else torch.zeros_like(self.chunks[:, 0])
+        self.exchanges: dict[int, dist.Work] = {}  # of the chunks that are on their way
         self.gradient_views = self.views(self.gradients)
         for parameter, view, gradient in zip(parameters, self.views(self.weights), self.gradient_views, strict=True):
             parameter.data = view.copy_(parameter.data)
@@ -84,7 +92,7 @@ class Group(ABC):
         self.copies: Tensor | None = None
         self.gradients_in_place = False  # backward adds to the buffer of gradients and does not touch `.grad`
         self.state = {
-            name: torch.zeros(self.owned, *item_shape, device=self.weights.device) for name in self.state_names
+            name: torch.zeros(len(self.owned), *item_shape, device=self.weights.device) for name in self.state_names
         }
 
     @abstractmethod
@@ -94,7 +102,19 @@ class Group(ABC):
     @property
     def owned_gradient(self) -> Tensor:
         """The mean gradient of the items that this rank owns, after the exchange."""
-        return self.reduced[: self.owned]
+        return self.reduced.flatten(0, 1)[self.owned_slots]
+
+    def exchange(self, chunk: int) -> None:
+        """Start to exchange the gradients of a chunk, unless they are on their way already."""
+        if chunk not in self.exchanges:
+            part, average = self.chunks[chunk], dist.ReduceOp.AVG
+            self.exchanges[chunk] = _reduce_scatter(self.reduced[chunk], part.flatten(0, 1), op=average, async_op=True)
+
+    def arrive(self) -> None:
+        """Wait until the gradients of all chunks have arrived, or on a GPU let the work that follows wait."""
+        for work in self.exchanges.values():
+            work.wait()
+        self.exchanges.clear()
 
     def keep_copies(self, layers: list[Linear], dtype: torch.dtype) -> None:
         """Give the layers a copy of their weights in the compute dtype, which every update renews."""
@@ -134,11 +154,11 @@ class MatrixGroup(Group):
 
     state_names = ("momentum",)
 
-    def __init__(self, name: str, parameters: list[Tensor], lr: float, counts: list[int], rank: int):
-        super().__init__(name, parameters, parameters[0].shape, lr, counts, rank)
+    def __init__(self, name: str, parameters: list[Tensor], lr: float, shift: int, ranks: tuple[int, int]):
+        super().__init__(name, parameters, parameters[0].shape, lr, len(parameters), 1, shift, ranks)
 
     def views(self, buffer: Tensor) -> list[Tensor]:
-        return [buffer[slot] for slot in self.slots]
+        return list(buffer[self.shift : self.shift + self.items])
 
     def direction(self, schedule: Schedule, dtype: torch.dtype, impl: str) -> Tensor:
         """Muon's update of the owned matrices, (owned, M, N): their Nesterov momentum, orthogonalized in `dtype`."""
@@ -158,7 +178,7 @@ class MatrixGroup(Group):
 
     def named_state(self) -> Iterator[tuple[str, Tensor, int | None]]:
         for name, tensor in self.state.items():
-            for i, matrix in enumerate(tensor, self.first):
+            for i, matrix in zip(self.owned, tensor, strict=True):
                 yield f"{self.name}.{name}.{i}", matrix, None
 
 
@@ -167,18 +187,20 @@ class RowGroup(Group):
 
     state_names = ("mean", "variance")
 
-    def __init__(self, name: str, parameter: Tensor, lr: float, counts: list[int], rank: int):
-        super().__init__(name, [parameter], parameter.shape[1:], lr, counts, rank)
+    def __init__(self, name: str, parameter: Tensor, lr: float, ranks: tuple[int, int]):
+        run = -(-parameter.size(0) // ranks[1])  # equal runs, so that a rank's rows are contiguous
+        super().__init__(name, [parameter], parameter.shape[1:], lr, parameter.size(0), run, 0, ranks)
+        self.rows = slice(self.rank * run, self.rank * run + len(self.owned))
 
     def views(self, buffer: Tensor) -> list[Tensor]:
         return [buffer[: self.items]]
 
     def update(self, schedule: Schedule, impl: str) -> Tensor:
         """Update the owned rows in place, and return them."""
-        weights = self.weights[self.owned_slots]
+        weights = self.weights[self.rows]
         kernels.adamw(
             weights, self.owned_gradient, self.state["mean"], self.state["variance"], schedule.clip, schedule.rate,
-            schedule.biases, self.lr, ADAM_BETAS, ADAM_EPS, None if self.copies is None else self.copies[self.owned_slots],
+            schedule.biases, self.lr, ADAM_BETAS, ADAM_EPS, None if self.copies is None else self.copies[self.rows],
             impl=impl,
         )  # fmt: skip
         return weights
@@ -229,19 +251,18 @@ class MuonAdamW:
         by_shape = defaultdict(list)
         for parameter in model.blocks.parameters():
             by_shape[tuple(parameter.shape)].append(parameter)
-        counts = assign_matrices({shape: len(parameters) for shape, parameters in by_shape.items()}, self.world_size)
+        shifts = assign_matrices({shape: len(parameters) for shape, parameters in by_shape.items()}, self.world_size)
+        ranks = self.rank, self.world_size
         return [
-            MatrixGroup(f"muon-{m}x{n}", parameters, self.options.matrix_lr, counts[m, n], self.rank)
+            MatrixGroup(f"muon-{m}x{n}", parameters, self.options.matrix_lr, shifts[m, n], ranks)
             for (m, n), parameters in sorted(by_shape.items())
         ]
 
     def _make_row_groups(self, model: GPT) -> list[RowGroup]:
         groups, width_scale = [], (model.config.width / 768) ** -0.5  # the learning rates are given for width 768
         for name, lr in (("embedding", self.options.embedding_lr), ("head", self.options.head_lr)):
-            parameter = getattr(model, name).weight
-            rows = -(-parameter.size(0) // self.world_size)  # equal runs, so that a rank's rows are contiguous
-            counts = [min(rows, max(0, parameter.size(0) - r * rows)) for r in range(self.world_size)]
-            groups.append(RowGroup(f"adamw-{name}", parameter, lr * width_scale, counts, self.rank))
+            parameter, ranks = getattr(model, name).weight, (self.rank, self.world_size)
+            groups.append(RowGroup(f"adamw-{name}", parameter, lr * width_scale, ranks))
         return groups
 
     def _layers(self, model: GPT) -> Iterator[tuple[Group, list[Linear]]]:
@@ -261,21 +282,65 @@ class MuonAdamW:
         embedding = next(group for group in self.row_groups if group.parameters[0] is model.embedding.weight)
         embedding.keep_gradients([model.embedding])
 
+    @contextmanager
+    def exchanging(self, model: GPT) -> Iterator[None]:
+        """Exchange the gradients while the block computes the last ones of a step; they have arrived when it ends.
+
+        For one forward and backward pass with `keep_gradients`. In backward the gradient of a block's input comes after those of
+        the block's weights, and that of the last block's result after the head's. With one process there is nothing to exchange.
+        """
+        if self.world_size == 1:
+            yield
+            return
+        ready = defaultdict(list)  # number of a block → chunks that are complete after its backward
+        block_of = {p: number for number, block in enumerate(model.blocks) for p in block.parameters()}
+        for group in self.matrix_groups:
+            for chunk in range(len(group.chunks)):
+                first = max(0, chunk * self.world_size - group.shift)  # item, that of the lowest block
+                ready[block_of[group.parameters[first]]].append((group, chunk))
+        head = next(group for group in self.row_groups if group.parameters[0] is model.head.weight)
+
+        def start(chunks: list[tuple[Group, int]], _: Tensor) -> None:
+            for group, chunk in chunks:
+                group.exchange(chunk)
+
+        def after(chunks: list[tuple[Group, int]], x: Tensor) -> None:
+            x.register_hook(partial(start, chunks))
+
+        hooks = [model.blocks[-1].register_forward_hook(lambda *given: after([(head, 0)], given[2][0]))]
+        for number, block in enumerate(model.blocks):
+            hooks.append(block.register_forward_pre_hook(lambda _, given, n=number: after(ready[n], given[0])))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._exchange_rest()
+        for group in self.groups:
+            group.arrive()
+
+    def _exchange_rest(self) -> None:
+        """Start to exchange the gradients that are not on their way."""
+        for group in self.groups:
+            for chunk in range(len(group.chunks)):
+                group.exchange(chunk)
+
     @torch.no_grad()
-    def synchronize(self) -> Tensor:
-        """Average the gradients over ranks, keep those of the owned items, and return the global norm, a float32 scalar."""
+    def synchronize(self, exchanged: bool = False) -> Tensor:
+        """Average the gradients over ranks, keep those of the owned items, and return the global norm, a float32 scalar.
+
+        exchanged: the last backward pass of the step was one of `exchanging`.
+        """
         for group in self.groups:
             group.collect()
         if self.world_size == 1:
             squares = self._global_square_sum()
         else:
-            pending = [
-                _reduce_scatter(group.reduced, group.gradients, op=dist.ReduceOp.AVG, async_op=True)
-                for group in self.groups
-            ]
+            if not exchanged:
+                self._exchange_rest()
             parts = []
-            for group, work in zip(self.groups, pending, strict=True):  # one group is summed while the next arrives
-                work.wait()
+            for group in self.groups:  # one group is summed while the next arrives
+                group.arrive()
                 parts.append(square_sum(group.owned_gradient))
             squares = torch.stack(parts).sum()
             dist.all_reduce(squares)
@@ -315,11 +380,11 @@ class MuonAdamW:
                 (g, *self._gather(g, direction()))
                 for g, direction in zip(self.matrix_groups, self._directions, strict=True)
             ]
-            for group, weights, work in rows:
-                work.wait()
+            for group, weights, works in rows:
+                wait_for(works)
                 group.set_weights(weights)
-            for group, update, work in matrices:
-                work.wait()
+            for group, update, works in matrices:
+                wait_for(works)
                 group.apply(update, self.schedule, self.impl)
         for group in self.groups:
             group.gradients.zero_()
@@ -336,12 +401,12 @@ class MuonAdamW:
         for group in self.row_groups:
             group.update(self.schedule, self.impl)
 
-    def _gather(self, group: Group, part: Tensor) -> tuple[Tensor, dist.Work]:
-        """Start to gather the parts of all ranks; returns the whole buffer and the work to wait for before it is read."""
-        padded = part.new_zeros(group.per_rank, *group.item_shape)
-        padded[: group.owned] = part
-        full = part.new_empty(group.weights.shape)
-        return full, _all_gather(full, padded, async_op=True)
+    def _gather(self, group: Group, part: Tensor) -> tuple[Tensor, list[dist.Work]]:
+        """Start to gather the owned items of all ranks; returns the whole buffer and the work to wait for before it is read."""
+        padded, full = part.new_zeros(group.reduced.shape), part.new_empty(group.chunks.shape)
+        padded.flatten(0, 1)[group.owned_slots] = part
+        works = [_all_gather(a.flatten(0, 1), b, async_op=True) for a, b in zip(full, padded, strict=True)]
+        return full.view_as(group.weights), works
 
     def named_state(self) -> Iterator[tuple[str, Tensor, int | None]]:
         """The state that this rank holds, as (name, tensor, rows of the whole), for a checkpoint.
@@ -359,17 +424,26 @@ def square_sum(x: Tensor) -> Tensor:
     return x.square().sum()  # on a CPU torch sums pairwise here, which is more accurate than its norm
 
 
-def assign_matrices(groups: dict[tuple[int, int], int], world_size: int) -> dict[tuple[int, int], list[int]]:
-    """Balance the matrices over ranks: shape → how many of them each rank orthogonalizes. groups: shape → number of matrices.
+def wait_for(works: list[dist.Work]) -> None:
+    for work in works:
+        work.wait()
 
-    The counts of two ranks differ by at most one; the ranks with the least work so far take one more. The work for a matrix is
-    min(M, N)²·max(M, N), that of a product of Newton-Schulz.
+
+def assign_matrices(groups: dict[tuple[int, int], int], world_size: int) -> dict[tuple[int, int], int]:
+    """Balance the matrices over ranks: shape → shift, so that rank r orthogonalizes the matrices i with (i + shift) mod
+    world_size = r. groups: shape → number of matrices.
+
+    The counts of two ranks differ by at most one, and the ranks from `shift` on have one more: neighbours with the least work so
+    far. The work for a matrix is min(M, N)²·max(M, N), that of a product of Newton-Schulz.
     """
     load = [0] * world_size
-    counts = {}
+    shifts = {}
     for (m, n), items in sorted(groups.items(), key=lambda item: (-(min(item[0]) ** 2) * max(item[0]), item[0])):
-        base, remaining = divmod(items, world_size)
-        least_loaded = sorted(range(world_size), key=lambda r: (load[r], r))[:remaining]
-        counts[m, n] = [base + (r in least_loaded) for r in range(world_size)]
-        load = [before + count * min(m, n) ** 2 * max(m, n) for before, count in zip(load, counts[m, n], strict=True)]
-    return counts
+        more = items % world_size
+        shift = min(
+            range(world_size - more + 1 if more else 1), key=lambda first: max(load[first : first + more] or [0])
+        )
+        for i in range(items):
+            load[(i + shift) % world_size] += min(m, n) ** 2 * max(m, n)
+        shifts[m, n] = shift
+    return shifts

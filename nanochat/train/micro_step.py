@@ -10,6 +10,7 @@ fused are, else compile. Every other device uses eager.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import fields
 
 import torch
@@ -66,37 +67,41 @@ class MicroStep:
     """Runs forward and backward of a micro-batch, which counts with a weight in its step.
 
     A call adds the weighted gradients to those that the optimizer collects, and the weighted loss to `loss`, a float32 scalar on
-    the device. one_length: the rows of all batches have the same length.
+    the device. one_length: the rows of all batches have the same length. exchanges: the last call of a step also exchanges the
+    gradients with the other processes, while backward computes them.
     """
 
     def __init__(self, model: GPT, optimizer: MuonAdamW, execution: str, one_length: bool):
-        self.model, self.device = model, model.device
+        self.model, self.device, self.optimizer = model, model.device, optimizer
+        self.exchanges = execution == "graph" and optimizer.world_size > 1
         self.loss = torch.zeros((), device=self.device)
         if execution == "graph":
             optimizer.keep_gradients(model)
             self.weight = torch.ones((), device=self.device)
             self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
-            self.graphs: dict[tuple[int, int], tuple[Tensor, Tensor, Replayed]] = {}  # by rows and length
-            self._run: Callable[[Batch, float], None] = self._replay
+            # by rows, length and whether it exchanges the gradients
+            self.graphs: dict[tuple[int, int, bool], tuple[Tensor, Tensor, Replayed]] = {}
+            self._run: Callable[[Batch, float, bool], None] = self._replay
         else:
             compiled = execution == "compile"
             # dynamic=None: torch compiles for one length first, and for any length when a second one comes
             self.forward = torch.compile(model, dynamic=False if one_length else None) if compiled else model
             self._run = self._plain
 
-    def __call__(self, batch: Batch, weight: float) -> None:
-        self._run(batch, weight)
+    def __call__(self, batch: Batch, weight: float, last: bool = False) -> None:
+        """last: of its step, on this process and all others."""
+        self._run(batch, weight, last and self.exchanges)
 
-    def _plain(self, batch: Batch, weight: float) -> None:
+    def _plain(self, batch: Batch, weight: float, exchange: bool) -> None:
         batch = batch.to(self.device)
         loss = self.forward(batch.inputs, batch.targets) * weight
         loss.backward()
         self.loss += loss.detach()
 
-    def _replay(self, batch: Batch, weight: float) -> None:
+    def _replay(self, batch: Batch, weight: float, exchange: bool) -> None:
         rows, length = batch.inputs.shape
         padded = -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-        shape = (rows, max(length, min(padded, self.model.config.context_length)))
+        shape = (rows, max(length, min(padded, self.model.config.context_length)), exchange)
         if shape not in self.graphs:
             self.graphs[shape] = self._make_graph(*shape)
         inputs, targets, forward_and_backward = self.graphs[shape]
@@ -109,13 +114,14 @@ class MicroStep:
         self.weight.fill_(weight)
         forward_and_backward()
 
-    def _make_graph(self, rows: int, length: int) -> tuple[Tensor, Tensor, Replayed]:
+    def _make_graph(self, rows: int, length: int, exchange: bool) -> tuple[Tensor, Tensor, Replayed]:
         """Inputs and targets (rows, length) at fixed addresses, and the forward and backward pass on them."""
         inputs, targets = (torch.zeros(rows, length, dtype=torch.int64, device=self.device) for _ in range(2))
 
         def forward_and_backward() -> None:
-            loss = self.model(inputs, targets, loss_weight=self.weight)
-            loss.backward()
+            with self.optimizer.exchanging(self.model) if exchange else nullcontext():
+                loss = self.model(inputs, targets, loss_weight=self.weight)
+                loss.backward()
             self.loss += loss.detach()
 
         return inputs, targets, Replayed(forward_and_backward, self.pool, warm_up=1)

@@ -286,10 +286,11 @@ class Trainer:
         step, steps, world_size = self.state.step, self.plan.steps, self.runtime.world_size
         multiplier = self.plan.lr_multiplier(step / steps if steps else agreement.data_progress)
         self.micro_step.loss.zero_()
-        for batch in micro_batches:
-            # every target has the same weight in the step; world_size undoes the mean over ranks in synchronize
-            self.micro_step(batch, int((batch.targets != -1).sum()) * world_size / agreement.targets)
-        norm = self.optimizer.synchronize()
+        for number, batch in enumerate(micro_batches, 1):
+            # every target has the same weight in the step; world_size undoes the mean over ranks in the exchange
+            weight = int((batch.targets != -1).sum()) * world_size / agreement.targets
+            self.micro_step(batch, weight, last=number == len(micro_batches))
+        norm = self.optimizer.synchronize(exchanged=self.micro_step.exchanges)
         # the only wait for the device in a step; the weights are not touched before loss and norm are known to be finite
         rank_loss, grad_norm = self.runtime.read(torch.stack([self.micro_step.loss, norm]))
         loss = self.runtime.sum([rank_loss])[0] / world_size

@@ -115,13 +115,18 @@ def test_a_matrix_without_gradient_stays():
 
 def test_owners_have_equal_work():
     """d20 on eight ranks: ten square matrices each, and of the long and the wide ones five together."""
-    counts = assign_matrices({(1280, 1280): 80, (5120, 1280): 20, (1280, 5120): 20}, 8)
-    assert counts[1280, 1280] == [10] * 8
-    assert [a + b for a, b in zip(counts[5120, 1280], counts[1280, 5120], strict=True)] == [5] * 8
-    for items, ranks in ((3, 2), (2, 4), (7, 3)):
-        assert sorted(assign_matrices({(8, 8): items}, ranks)[8, 8]) == sorted(
-            items // ranks + (r < items % ranks) for r in range(ranks)
-        )
+
+    def counts(items: int, shift: int, ranks: int) -> list[int]:
+        return [sum((i + shift) % ranks == r for i in range(items)) for r in range(ranks)]
+
+    groups = {(1280, 1280): 80, (5120, 1280): 20, (1280, 5120): 20}
+    shifts = assign_matrices(groups, 8)
+    square, long, wide = (counts(items, shifts[shape], 8) for shape, items in groups.items())
+    assert square == [10] * 8
+    assert [a + b for a, b in zip(long, wide, strict=True)] == [5] * 8
+    for items, ranks in ((3, 2), (2, 4), (7, 3), (6, 3)):
+        shift = assign_matrices({(8, 8): items}, ranks)[8, 8]
+        assert items + shift <= -(-items // ranks) * ranks, "no slot more than needed"
 
 
 def test_gradients_elsewhere_are_collected():
