@@ -32,31 +32,35 @@ def installed(package: str) -> str | None:
         return None
 
 
-def header(command: str) -> dict:
+def header(command: str, on_gpu: bool = True) -> dict:
     """Return the header of a result: command, commit, date, device, versions, and the rate of a matrix product on this GPU."""
-    need_gpu()
-    from triton import __version__ as triton_version
-
+    if on_gpu:
+        need_gpu()
     root = Path(__file__).resolve().parents[1]
     describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10"]
     commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() or "unknown"
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    product = median(interleaved({"product": lambda _: a @ b}, 15)["product"])
     return {
         "command": command,
         "commit": commit,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "versions": {
             "python": sys.version.split()[0],
             "torch": torch.__version__,
-            "triton": triton_version,
+            "triton": installed("triton"),
             "cuda": torch.version.cuda,
             **{name: installed(name) for name in ("liger_kernel", "quack-kernels", "helion")},
         },
-        "product_tflops": 2 * 8192**3 / product / 1e9,
+        "product_tflops": product_tflops() if on_gpu else None,
         "rows": [],
     }
+
+
+def product_tflops() -> float:
+    """Return the rate of a large matrix product in bfloat16 on this GPU, in TFLOP/s."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    ms = median(interleaved({"product": lambda _: a @ b}, 15)["product"])
+    return 2 * 8192**3 / ms / 1e9
 
 
 def check(case: Case) -> tuple[dict[str, str], dict[str, dict]]:
