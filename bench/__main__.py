@@ -2,6 +2,7 @@
 
 report and compare: write a report of such results, or compare two of them. train: time micro-steps and whole steps of training.
 parity and gradients: does fused training learn what plain training learns, and are the gradients of a step precise enough?
+profile: one page about where the time and the memory of a step go.
 
 python -m bench --list
 python -m bench --op rms_norm --shape d20 --mode both --json build/rms_norm.json
@@ -10,6 +11,7 @@ python -m bench compare before.json after.json
 python -m bench train --depth 20 --first-step --json build/train.json
 python -m bench parity --depth 4 --steps 1000
 python -m bench gradients --depth 20
+python -m bench profile --depth 20 --out build/profile
 """
 
 import csv
@@ -30,7 +32,7 @@ from nanochat.platform.errors import UserError
 from nanochat.platform.files import write_json
 
 DESCRIPTION = "\n\n".join(line for line in __doc__.splitlines() if line)  # the help joins the lines of a paragraph
-VERBS = ("report", "compare", "train", "parity", "gradients")
+VERBS = ("report", "compare", "train", "parity", "gradients", "profile")
 COLUMNS = (
     "op",
     "shape",
@@ -154,8 +156,9 @@ def _modes(op: str, config: RunConfig) -> Iterable[str]:
 
 
 def _profile(cases: list) -> None:
-    import nvtx
     import torch
+
+    from nanochat_kernels.ranges import recorded, span
 
     for case in cases:
         for variant in case.variants.values():  # compile first
@@ -164,7 +167,7 @@ def _profile(cases: list) -> None:
     torch.cuda.cudart().cudaProfilerStart()
     for case in cases:
         for name, variant in case.variants.items():
-            with nvtx.annotate(f"{case.operation} {case.shape} {case.mode} {name}"):
+            with recorded(), span(f"{case.operation} {case.shape} {case.mode} {name}"):
                 variant(0)
                 torch.cuda.synchronize()
     torch.cuda.cudart().cudaProfilerStop()

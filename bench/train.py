@@ -130,6 +130,9 @@ class Subjects:
         if text in self.notes:
             return None
         subject = None
+        if not self.kept:  # nothing that runs needs what was compiled before
+            torch._dynamo.reset()
+            free(self.device)
         try:
             subject = self.kept.get(text) or self.make(text)
             if self.together:
@@ -143,7 +146,6 @@ class Subjects:
             return None
         others, subject = set(self.kept) - {text}, None
         self.kept.clear()
-        free(self.device)
         if not others:
             self.notes[text] = note
             return None
@@ -283,7 +285,9 @@ def train(config: TrainConfig, command: str) -> None:
         )
     if config.rounds < 1:
         raise UserError(f"--rounds must be at least 1, got {config.rounds}")
-    with start_runtime(config.device) as runtime:
+    # torch.compile must not give up after its eighth model or shape and run eagerly
+    limits = torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True)
+    with limits, start_runtime(config.device) as runtime:
         found = header(command, runtime.device.type == "cuda")
 
         def keep() -> None:  # after each part, so that an interrupted run keeps its results
@@ -299,8 +303,6 @@ def train(config: TrainConfig, command: str) -> None:
                 say(note)
             found["rows"] += results
             keep()
-            torch._dynamo.reset()
-            free(runtime.device)
         texts = tuple(ablations(config.variants[0])) if config.ablate else config.variants
         if config.loss_steps:
             found["loss_differences"] = loss_differences(texts, config.depth[0], config.loss_steps, runtime)

@@ -86,11 +86,11 @@ class PlainOptimizer:
     A call is `synchronize` and `update` of MuonAdamW on one process.
     """
 
-    def __init__(self, optimizer: MuonAdamW):
+    def __init__(self, optimizer: MuonAdamW, replay: bool = True):
         self.optimizer = optimizer
         self.muon, self.adamw = (torch.compile(f, dynamic=False) for f in (self._muon, self._adamw))
-        on_gpu = optimizer.groups[0].weights.is_cuda
-        self.work = Replayed(self._step, torch.cuda.graph_pool_handle() if on_gpu else None, warm_up=3)
+        replay = replay and optimizer.groups[0].weights.is_cuda
+        self.work = Replayed(self._step, torch.cuda.graph_pool_handle() if replay else None, warm_up=3)
 
     def _muon(self, group: MatrixGroup, clip, momentum, rate) -> None:
         direction, _ = reference.nesterov_momentum(
@@ -125,22 +125,27 @@ class PlainOptimizer:
 
 
 class Training:
-    """A variant, ready to train: its model with random weights, which are not zero, its micro-step and its optimizer."""
+    """A variant, ready to train: its model with random weights, which are not zero, its micro-step and its optimizer.
 
-    def __init__(self, text: str, shape: GPTConfig, device: torch.device, dtype: torch.dtype):
+    replay: whether CUDA graphs are replayed, as in training, or their work is launched each time.
+    """
+
+    def __init__(self, text: str, shape: GPTConfig, device: torch.device, dtype: torch.dtype, replay: bool = True):
         variant = parse(text)
         self.model = trained_model(replace(shape, impl=variant.impl), device, dtype)
-        self.optimizer = MuonAdamW(self.model)
+        self.optimizer = MuonAdamW(self.model, graphs=replay)
         own = variant.execution in EXECUTIONS
         execution = variant.execution if own and not variant.liger_loss else "eager"
         self.micro_step = MicroStep(self.model, self.optimizer, execution, one_length=True)
+        if not replay:
+            self.micro_step.pool = None
         compiled = partial(torch.compile, dynamic=False, mode=None if own else variant.execution)
         if variant.liger_loss:
             hidden = self.model.hidden if variant.execution == "eager" else compiled(self.model.hidden)
             self.micro_step.forward = partial(liger_loss, liger(), self.model, hidden)
         elif not own:
             self.micro_step.forward = compiled(self.model)
-        self.plain = PlainOptimizer(self.optimizer) if variant.compiled_optimizer else None
+        self.plain = PlainOptimizer(self.optimizer, replay) if variant.compiled_optimizer else None
 
     def step(self, batch: Batch, micro_steps: int) -> None:
         """A whole step, which waits for the loss before it changes the weights, as training does."""

@@ -31,6 +31,7 @@ import nanochat_kernels as kernels
 from nanochat.gpt import GPT, Embedding, Linear
 from nanochat.options.train import OptimizerOptions
 from nanochat.platform.cuda_graphs import Replayed
+from nanochat_kernels import ranges
 
 ADAM_BETAS, ADAM_EPS = (0.8, 0.95), 1e-10
 NEWTON_SCHULZ_STEPS = 5  # each multiplies small singular values by 3.4445, all five by 485
@@ -261,6 +262,7 @@ class MuonAdamW:
         embedding = next(group for group in self.row_groups if group.parameters[0] is model.embedding.weight)
         embedding.keep_gradients([model.embedding])
 
+    @ranges.named("synchronize gradients")
     @torch.no_grad()
     def synchronize(self) -> Tensor:
         """Average the gradients over ranks, keep those of the owned items, and return the global norm, a float32 scalar."""
@@ -287,6 +289,7 @@ class MuonAdamW:
     def _square_norm(self) -> Tensor:
         return torch.stack([square_sum(group.reduced) for group in self.groups]).sum()
 
+    @ranges.named("update weights")
     @torch.no_grad()
     def update(self, lr_multiplier: float, momentum: float) -> None:
         """Update the weights with the synchronized gradient, then set the gradient to zero."""

@@ -23,6 +23,7 @@ from nanochat.options.model import Implementations
 from nanochat.options.train import Execution
 from nanochat.platform.cuda_graphs import Replayed
 from nanochat.platform.errors import UserError
+from nanochat_kernels import ranges
 
 # Rows are padded to a multiple of this many tokens. At a context of 2048, fine-tuning then needs at most 16 graphs.
 LENGTH_MULTIPLE = 128
@@ -84,6 +85,7 @@ class MicroStep:
             self.forward = torch.compile(model, dynamic=False if one_length else None) if compiled else model
             self._run = self._plain
 
+    @ranges.named("micro-step")
     def __call__(self, batch: Batch, weight: float) -> None:
         self._run(batch, weight)
 
