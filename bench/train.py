@@ -8,7 +8,7 @@ step; host time is the time to launch the work on an idle device.
 import gc
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -67,6 +67,10 @@ class TrainConfig:
     """cuda, or cpu to try the command out"""
     json: Path | None = None
     """file for every sample"""
+
+    @property
+    def all_variants(self) -> tuple[str, ...]:
+        return tuple(ablations(self.variants[0])) if self.ablate else self.variants
 
 
 class Subject:
@@ -164,66 +168,73 @@ def free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+@dataclass
+class Record:
+    """What is known of a variant: facts, and by what is measured the repetitions of a sample, host times and samples in ms."""
+
+    facts: dict
+    counts: dict[str, int] = field(default_factory=dict)
+    host: dict[str, float | None] = field(default_factory=dict)
+    samples: dict[str, list[float]] = field(default_factory=dict)
+
+
+def first_look(subject: Subject, text: str, config: TrainConfig) -> Record:
+    """Measure what takes no turns, and how often the work fits into a sample."""
+    record = Record(subject.facts)
+    for what in config.measure:
+        least = 1 if what.isdecimal() else 2
+        record.counts[what] = max(least, int(1e3 * config.seconds / subject.milliseconds(what, least)))
+        record.host[what], record.samples[what] = subject.host_milliseconds(what), []
+    say(f"{text}: ready after {subject.facts['start_s']:.1f} s")
+    return record
+
+
+def take_samples(subject: Subject, record: Record) -> None:
+    for what, count in record.counts.items():
+        record.samples[what].append(subject.milliseconds(what, count))
+
+
 def measure(shape: GPTConfig, rows: int, config: TrainConfig, runtime: Runtime) -> Iterator[dict]:
     """Yield a row of results for everything that is measured and each variant; one that cannot run has a note in place of times."""
-    texts = tuple(ablations(config.variants[0])) if config.ablate else config.variants
-    batch = random_batch(shape, rows)
+    texts, batch = config.all_variants, random_batch(shape, rows)
     subjects = Subjects(lambda text: Subject(text, shape, batch, runtime), runtime.device)
-    samples: dict[tuple[str, str], list[float]] = {}
-    facts: dict[str, dict] = {}
-    counts: dict[tuple[str, str], int] = {}
-    host: dict[tuple[str, str], float | None] = {}
-
-    def first_round(subject: Subject, text: str) -> None:
-        """Note what is known of a variant without samples, and how often its work fits into one."""
-        facts[text] = subject.facts
-        for what in config.measure:
-            least = 1 if what.isdecimal() else 2
-            ms = subject.milliseconds(what, least)
-            counts[what, text] = max(least, int(1e3 * config.seconds / ms))
-            host[what, text] = subject.host_milliseconds(what)
-
-    for text in texts:
-        subjects.use(text, partial(first_round, text=text))
+    records = {text: subjects.use(text, partial(first_look, text=text, config=config)) for text in texts}
     for number in range(config.rounds):
         for turn in range(len(texts)):
             text = texts[(turn + number) % len(texts)]
-            taken = subjects.use(
-                text, lambda s, text=text: [s.milliseconds(w, counts[w, text]) for w in config.measure]
-            )
-            for what, ms in zip(config.measure, taken or (), strict=bool(taken)):
-                samples.setdefault((what, text), []).append(ms)
-    peak = runtime.peak_flops
+            subjects.use(text, partial(take_samples, record=records[text]))
+    how = "together" if subjects.together else "made anew for every sample"
     for what in config.measure:
-        medians = {text: median(samples[what, text]) for text in texts if text not in subjects.notes}
+        medians = {text: median(records[text].samples[what]) for text in texts if text not in subjects.notes}
         for text in texts:
-            common = {
-                "variant": text, "definition": NAMES.get(text, text), "measured": what, "depth": config_depth(shape, config),
-                "width": shape.width, "rows": rows, "tokens": shape.context_length,
+            row = {
+                "variant": text, "definition": NAMES.get(text, text), "measured": what,
+                "depth": shape.width // 64 if config.layers else shape.depth, "width": shape.width, "rows": rows,
+                "tokens": shape.context_length,
             }  # fmt: skip
-            if text not in medians:
-                yield common | {"ms": None, "note": subjects.notes[text]}
-                continue
-            ms, values = medians[text], samples[what, text]
-            low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-            trained = rows * shape.context_length * (0 if what == "update" else int(what) if what.isdecimal() else 1)
-            rate = trained / ms * 1e3
-            yield common | {
-                "ms": ms,
-                "quartiles_ms": [low, high],
-                "tokens_per_second": rate or None,
-                "mfu": rate * shape.flops_per_token / peak if peak and rate else None,
-                "ratio_to": {other: ms / of_other for other, of_other in medians.items() if other != text},
-                "host_ms": host[what, text],
-                **facts[text],
-                "by_turns": "together" if subjects.together else "made anew for every sample",
-                "samples_ms": values,
-            }
+            if text in medians:
+                numbers = numbers_of(records[text], what, rows * shape.context_length, shape.flops_per_token, runtime)
+                ratios = {other: medians[text] / ms for other, ms in medians.items() if other != text}
+                yield row | numbers | {"ratio_to": ratios, "by_turns": how}
+            else:
+                yield row | {"ms": None, "note": subjects.notes[text]}
 
 
-def config_depth(shape: GPTConfig, config: TrainConfig) -> int:
-    """The depth that names the model, whose number of blocks may be another one."""
-    return shape.width // 64 if config.layers else shape.depth
+def numbers_of(record: Record, what: str, tokens: int, flops_per_token: float, runtime: Runtime) -> dict:
+    """The numbers of a variant in one measurement. tokens: of a micro-step."""
+    samples = record.samples[what]
+    ms = median(samples)
+    low, _, high = quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
+    rate = None if what == "update" else 1e3 * tokens * (int(what) if what.isdecimal() else 1) / ms
+    return {
+        "ms": ms,
+        "quartiles_ms": [low, high],
+        "tokens_per_second": rate,
+        "mfu": rate * flops_per_token / runtime.peak_flops if rate and runtime.peak_flops else None,
+        "host_ms": record.host[what],
+        **record.facts,
+        "samples_ms": samples,
+    }
 
 
 def tables(rows: list[dict]) -> Iterator[Table]:
@@ -231,24 +242,13 @@ def tables(rows: list[dict]) -> Iterator[Table]:
     for what in dict.fromkeys(row["measured"] for row in rows):
         of_this = [row for row in rows if row["measured"] == what]
         first = of_this[0]
-        title = {"micro": "micro-step", "update": "update", "1": "step of 1 micro-step"}.get(
-            what, f"step of {what} micro-steps"
-        )
+        titles = {"micro": "micro-step", "update": "update", "1": "step of 1 micro-step"}
+        title = titles.get(what, f"step of {what} micro-steps")
         table = Table(
             title=f"{title} of d{first['depth']}, {first['rows']} × {first['tokens']}", box=None, title_justify="left"
         )
-        names = (
-            "variant",
-            "ms",
-            "quartiles",
-            "tokens/s",
-            "MFU",
-            f"speed of {first['variant']} ÷ its",
-            "host ms",
-            "GB",
-            "start s",
-        )
-        for name in names:
+        speed = f"speed of {first['variant']} ÷ its"
+        for name in ("variant", "ms", "quartiles", "tokens/s", "MFU", speed, "host ms", "GB", "start s"):
             table.add_column(name, justify="left" if name == "variant" else "right")
         for row in of_this:
             if row["ms"]:
@@ -303,7 +303,7 @@ def train(config: TrainConfig, command: str) -> None:
                 say(note)
             found["rows"] += results
             keep()
-        texts = tuple(ablations(config.variants[0])) if config.ablate else config.variants
+        texts = config.all_variants
         if config.loss_steps:
             found["loss_differences"] = loss_differences(texts, config.depth[0], config.loss_steps, runtime)
             keep()

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from bench import gradients, parity, train
 from bench.first_step import first_steps
@@ -104,6 +105,22 @@ def test_a_variant_that_fails_has_a_note_and_the_others_are_measured(monkeypatch
     plain, peers = train.measure(SHAPE, 2, config, RUNTIME)
     assert plain["ms"] > 0 and plain["tokens_per_second"] is None and peers["ms"] is None
     assert "liger_kernel is not installed; install it with: pip install -e '.[peers]'" in peers["note"]
+
+
+def test_the_loss_of_another_library_takes_the_place_of_the_model_s(monkeypatch):
+    def loss(x, weight, targets, softcap, ignore_index, reduction, loss_weight):
+        logits = softcap * torch.tanh((x @ weight.T).float() / softcap)
+        return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction=reduction) * loss_weight
+
+    monkeypatch.setattr("bench.variants.liger", lambda: loss)
+    texts = ("plain", "eager:reference,linear_cross_entropy=liger")
+    plain, other = (Training(text, SHAPE, CPU, torch.float32) for text in texts)
+    batch = random_batch(SHAPE, 2)
+    for training in (plain, other):
+        training.micro_step(batch, 0.5)
+    assert plain.micro_step.loss.item() == pytest.approx(other.micro_step.loss.item(), rel=1e-5)
+    for a, b in zip(plain.optimizer.groups, other.optimizer.groups, strict=True):
+        torch.testing.assert_close(a.gradients, b.gradients, rtol=1e-3, atol=1e-5)
 
 
 def subjects(memory: int, sizes: dict[str, int]) -> train.Subjects:

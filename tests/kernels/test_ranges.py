@@ -80,7 +80,12 @@ def test_an_error_turns_them_off():
 @pytest.mark.parametrize("on", [False, True])
 def test_torch_compile_does_not_see_them(on):
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: kernels.rms_norm(x, impl="reference"), backend="eager", fullgraph=True)
+    layer = nn.Linear(8, 8)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return kernels.rms_norm(layer(x), impl="reference")
+
     x = torch.randn(2, 8)
-    with ranges.recorded() if on else nullcontext():
-        torch.testing.assert_close(compiled(x), kernels.rms_norm(x, impl="reference"))
+    with ranges.recorded([layer]) if on else nullcontext():
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), model(x))
