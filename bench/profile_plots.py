@@ -104,12 +104,13 @@ def distance_figure(found: dict) -> Figure:
     for position, row in enumerate(rows):
         share = row["floor_ms"] / row["ms"]
         by_memory = row["flops"] < ridge * row["bytes"]
-        axes.barh(position, min(100 * share, 115), color=PALETTE[2] if by_memory else PALETTE[0], height=0.72)
+        axes.barh(position, min(100 * share, 108), color=PALETTE[2] if by_memory else PALETTE[0], height=0.72)
         lost = f"{digits(row['ms'] - row['floor_ms'])} ms above" if share <= 1 else "below its floor"
-        axes.annotate(f" {share:.0%}, {lost}", (min(100 * share, 115), position), va="center", fontsize=8)
+        axes.annotate(f"{share:.0%}, {lost}", (110, position), va="center", fontsize=8)
     axes.set_yticks(range(len(rows)), [f"{row['operation']}, {row['phase']}" for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlim(0, 145)
+    axes.set_xlim(0, 140)
+    axes.set_xticks(range(0, 101, 20))
     axes.axvline(100, color="#555", linewidth=1)
     axes.set(title="Distance to the roofline", xlabel="floor ÷ time, %")
     axes.grid(axis="y", visible=False)
@@ -117,7 +118,7 @@ def distance_figure(found: dict) -> Figure:
         Patch(color=PALETTE[0], label="limited by arithmetic"),
         Patch(color=PALETTE[2], label="limited by memory"),
     ]
-    axes.legend(handles=handles, loc="lower right")
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 
@@ -227,7 +228,7 @@ def memory_figure(trace: Trace) -> Figure:
         axes.set_xlim(0, times[-1])
         axes.set_ylim(bottom=0)
     handles = [Patch(color=COLORS[phase], alpha=0.3, label=phase) for phase in (FORWARD, BACKWARD, OPTIMIZER)]
-    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, fontsize=8)
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8)
     unit = "GB" + ("" if trace.on_gpu else " since the start of the profile")
     axes.set(title=f"Memory of {trace.steps} launched steps", xlabel="ms on the host", ylabel=unit)
     return figure
@@ -237,7 +238,7 @@ def memory_figure(trace: Trace) -> Figure:
 def kernels_figure(rows: list[dict]) -> Figure:
     """What Nsight Compute measured of each kernel: how busy arithmetic and memory were."""
     ordered = sorted(rows, key=lambda row: -row["values"].get("ns", 0) * row["launches"])
-    figure, axes = plt.subplots(figsize=(WIDTH, 1.1 + 0.45 * len(ordered)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(WIDTH, 1.3 + 0.45 * len(ordered)), layout="constrained")
     shown = (
         ("compute_percent", "arithmetic", PALETTE[0]),
         ("memory_percent", "memory and caches", PALETTE[2]),
@@ -253,5 +254,5 @@ def kernels_figure(rows: list[dict]) -> Figure:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
     axes.set(title="Kernels by Nsight Compute", xlabel="of the unit's peak, while the kernel runs")
     axes.grid(axis="y", visible=False)
-    axes.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     return figure

@@ -20,6 +20,7 @@ from nanochat.train.timing import random_batch
 from tests import forked
 from tests.conftest import environment
 
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="needs kernels that are interpreted on a CPU")
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 RUNTIME = Runtime(0, 1, CPU, torch.float32)
@@ -224,6 +225,7 @@ def test_numbers_of_evaluations():
     assert parity.unequal(one, one | {"CORE": float("nan")})
 
 
+@interpreted
 def test_parity_of_a_fused_operation(tmp_path):
     """All of it with RMSNorm's kernel, which rounds in another way than the plain operation."""
     config = parity.ParityConfig(
@@ -244,6 +246,7 @@ def test_loss_differences_of_variants():
     assert "does not run" in baseline["note"]
 
 
+@interpreted
 def test_gradients_are_judged_by_the_plain_ones(tmp_path):
     config = gradients.GradientsConfig(
         depth=1, rows=2, tokens=16, micro_steps=2, vocab_size=301, device="cpu", json=tmp_path / "gradients.json",
