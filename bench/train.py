@@ -94,6 +94,11 @@ class Subject:
             "loss": self.training.micro_step.loss.item(),
         }
 
+    def prepare(self) -> None:
+        """Run once untimed, so that the allocator's cache has the blocks that this variant needs."""
+        self.work("micro")()
+        synchronize(self.device)
+
     def work(self, what: str) -> Callable[[], None]:
         if what == "micro":
             return partial(self.training.micro_step, self.batch, 0.125)
@@ -141,7 +146,12 @@ class Subjects:
             subject = self.kept.get(text) or self.make(text)
             if self.together:
                 self.kept[text] = subject
-            return function(subject)
+            subject.prepare()
+            before = refills(self.device)
+            result = function(subject)
+            if refills(self.device) == before or set(self.kept) <= {text}:
+                return result
+            note = "memory so short that the allocator gave its cache back while the work was timed"
         except torch.OutOfMemoryError as error:
             note = f"out of memory: {str(error).splitlines()[0][:120]}"
         except Exception as error:  # whatever a baseline fails with on this machine, the others are measured
@@ -159,6 +169,11 @@ class Subjects:
         if not self.together:
             say(f"the variants do not fit into the memory together: each is made anew for every sample from {text} on")
         return result
+
+
+def refills(device: torch.device) -> int:
+    """How often torch's allocator has given its cache back to the GPU because it needed other blocks, which takes long."""
+    return torch.cuda.memory_stats()["num_alloc_retries"] if device.type == "cuda" else 0
 
 
 def free(device: torch.device) -> None:
@@ -189,9 +204,8 @@ def first_look(subject: Subject, text: str, config: TrainConfig) -> Record:
     return record
 
 
-def take_samples(subject: Subject, record: Record) -> None:
-    for what, count in record.counts.items():
-        record.samples[what].append(subject.milliseconds(what, count))
+def samples_of(subject: Subject, record: Record) -> dict[str, float]:
+    return {what: subject.milliseconds(what, count) for what, count in record.counts.items()}
 
 
 def measure(shape: GPTConfig, rows: int, config: TrainConfig, runtime: Runtime) -> Iterator[dict]:
@@ -202,7 +216,8 @@ def measure(shape: GPTConfig, rows: int, config: TrainConfig, runtime: Runtime) 
     for number in range(config.rounds):
         for turn in range(len(texts)):
             text = texts[(turn + number) % len(texts)]
-            subjects.use(text, partial(take_samples, record=records[text]))
+            for what, ms in (subjects.use(text, partial(samples_of, record=records[text])) or {}).items():
+                records[text].samples[what].append(ms)
     how = "together" if subjects.together else "made anew for every sample"
     for what in config.measure:
         medians = {text: median(records[text].samples[what]) for text in texts if text not in subjects.notes}

@@ -1,5 +1,6 @@
 """`python -m bench train`, `parity` and `gradients`, with tiny models on the CPU: what they count, compare and conclude."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -124,13 +125,20 @@ def test_the_loss_of_another_library_takes_the_place_of_the_model_s(monkeypatch)
         torch.testing.assert_close(a.gradients, b.gradients, rtol=1e-3, atol=1e-5)
 
 
+class Named(str):
+    """Stands for a variant that is ready to run."""
+
+    def prepare(self) -> None:
+        pass
+
+
 def subjects(memory: int, sizes: dict[str, int]) -> train.Subjects:
     """Variants of these sizes on a device with that much memory."""
 
-    def make(text: str):
+    def make(text: str) -> Named:
         if sizes[text] + sum(sizes[kept] for kept in found.kept) > memory:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
-        return text
+        return Named(text)
 
     found = train.Subjects(make, CPU)
     return found
@@ -167,6 +175,14 @@ def test_memory_that_runs_out_while_a_variant_works():
         return text
 
     assert [found.use(text, work) for text in "ab"] == ["a", "b"] and not found.together and not found.notes
+
+
+def test_what_was_timed_while_memory_was_short_is_timed_again_alone(monkeypatch):
+    """Of a variant that is alone it counts: there is no more memory for it."""
+    found, count, calls = subjects(10, {"a": 4, "b": 5}), itertools.count(), []
+    monkeypatch.setattr(train, "refills", lambda device: next(count))
+    assert [found.use(text, calls.append) for text in "ab"] == [None, None]
+    assert calls == ["a", "b", "b"] and not found.together and not found.notes
 
 
 @pytest.mark.parametrize(
