@@ -1,9 +1,17 @@
-"""python -m bench: time the fused operations on this GPU. report: write a report of results. compare: compare two results.
+"""python -m bench: time the fused operations on this GPU. Without a command it times them one by one, against baselines.
+
+report and compare: write a report of such results, or compare two of them. train: time micro-steps and whole steps of training.
+parity and gradients: does fused training learn what plain training learns, and are the gradients of a step precise enough?
+profile: one page about where the time and the memory of a step go.
 
 python -m bench --list
 python -m bench --op rms_norm --shape d20 --mode both --json build/rms_norm.json
 python -m bench report build/*.json --out build/report
 python -m bench compare before.json after.json
+python -m bench train --depth 20 --first-step --json build/train.json
+python -m bench parity --depth 4 --steps 1000
+python -m bench gradients --depth 20
+python -m bench profile --depth 20 --out build/profile
 """
 
 import csv
@@ -11,6 +19,7 @@ import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +32,7 @@ from nanochat.platform.errors import UserError
 from nanochat.platform.files import write_json
 
 DESCRIPTION = "\n\n".join(line for line in __doc__.splitlines() if line)  # the help joins the lines of a paragraph
+VERBS = ("report", "compare", "train", "parity", "gradients", "profile")
 COLUMNS = (
     "op",
     "shape",
@@ -146,8 +156,9 @@ def _modes(op: str, config: RunConfig) -> Iterable[str]:
 
 
 def _profile(cases: list) -> None:
-    import nvtx
     import torch
+
+    from nanochat_kernels.ranges import recorded, span
 
     for case in cases:
         for variant in case.variants.values():  # compile first
@@ -156,7 +167,7 @@ def _profile(cases: list) -> None:
     torch.cuda.cudart().cudaProfilerStart()
     for case in cases:
         for name, variant in case.variants.items():
-            with nvtx.annotate(f"{case.operation} {case.shape} {case.mode} {name}"):
+            with recorded(), span(f"{case.operation} {case.shape} {case.mode} {name}"):
                 variant(0)
                 torch.cuda.synchronize()
     torch.cuda.cudart().cudaProfilerStop()
@@ -196,21 +207,18 @@ def _table(rows: list[dict]) -> Table:
 
 def main(arguments: list[str]) -> None:
     command = f"python -m bench {shlex.join(arguments)}".strip()
-    verb = arguments[0] if arguments and arguments[0] in ("report", "compare") else None
-    rest = arguments[1:] if verb else arguments
-    prog = f"python -m bench {verb or ''}".strip()
+    verb, rest = (arguments[0], arguments[1:]) if arguments and arguments[0] in VERBS else (None, arguments)
+    if verb is None:
+        return run(tyro.cli(RunConfig, args=rest, prog="python -m bench", description=DESCRIPTION), command)
+    module = import_module(f"bench.{verb}")
+    options = {"report": ReportConfig, "compare": CompareConfig}.get(verb) or getattr(module, f"{verb.title()}Config")
+    config = tyro.cli(options, args=rest, prog=f"python -m bench {verb}")
     if verb == "report":
-        from bench.report import write_report
-
-        config = tyro.cli(ReportConfig, args=rest, prog=prog)
-        say(f"wrote {write_report(config.results, config.out)}")
+        say(f"wrote {module.write_report(config.results, config.out)}")
     elif verb == "compare":
-        from bench.compare import compare
-
-        config = tyro.cli(CompareConfig, args=rest, prog=prog)
-        sys.exit(1 if compare(config.before, config.after) else 0)
-    else:
-        run(tyro.cli(RunConfig, args=rest, prog=prog, description=DESCRIPTION), command)
+        sys.exit(1 if module.compare(config.before, config.after) else 0)
+    elif getattr(module, verb)(config, command) is False:  # parity and gradients: not as they must be
+        sys.exit(1)
 
 
 if __name__ == "__main__":

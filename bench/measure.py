@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median, quantiles
@@ -12,6 +13,7 @@ import torch
 
 from bench.cases import Case, disagreement, tensors
 from nanochat.platform.errors import UserError
+from nanochat.train.timing import milliseconds
 from nanochat_kernels.timing import interleaved, launch_microseconds, transient_bytes
 
 ROUNDS = 40
@@ -32,31 +34,49 @@ def installed(package: str) -> str | None:
         return None
 
 
-def header(command: str) -> dict:
+def header(command: str, on_gpu: bool = True) -> dict:
     """Return the header of a result: command, commit, date, device, versions, and the rate of a matrix product on this GPU."""
-    need_gpu()
-    from triton import __version__ as triton_version
-
+    if on_gpu:
+        need_gpu()
     root = Path(__file__).resolve().parents[1]
     describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10"]
     commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() or "unknown"
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    product = median(interleaved({"product": lambda _: a @ b}, 15)["product"])
     return {
         "command": command,
         "commit": commit,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "versions": {
             "python": sys.version.split()[0],
             "torch": torch.__version__,
-            "triton": triton_version,
+            "triton": installed("triton"),
             "cuda": torch.version.cuda,
             **{name: installed(name) for name in ("liger_kernel", "quack-kernels", "helion")},
         },
-        "product_tflops": 2 * 8192**3 / product / 1e9,
+        "product_tflops": product_tflops() if on_gpu else None,
         "rows": [],
     }
+
+
+def product_tflops() -> float:
+    """Return the rate of a large matrix product in bfloat16 on this GPU, in TFLOP/s."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    ms = median(interleaved({"product": lambda _: a @ b}, 15)["product"])
+    return 2 * 8192**3 / ms / 1e9
+
+
+def peaks(device: torch.device) -> tuple[float, float]:
+    """Return what a copy moves in bytes per second, and what a large matrix product computes in FLOP per second, on this device."""
+    if device.type == "cuda":
+        source = torch.empty(COPY_BYTES // 2, dtype=torch.bfloat16, device=device).normal_()
+        target = torch.empty_like(source)
+        ms = median(interleaved({"copy": lambda _: target.copy_(source)}, 15)["copy"])
+        return 2e3 * COPY_BYTES / ms, 1e12 * product_tflops()
+    source, a = torch.randn(2**24), torch.randn(1024, 1024)
+    target, product = torch.empty_like(source), torch.empty_like(a)
+    copy, multiply = (partial(target.copy_, source), partial(torch.mm, a, a, out=product))
+    copy_ms, product_ms = (min(milliseconds(run, 1, device) for _ in range(5)) for run in (copy, multiply))
+    return 2e3 * source.nbytes / copy_ms, 2e3 * 1024**3 / product_ms
 
 
 def check(case: Case) -> tuple[dict[str, str], dict[str, dict]]:

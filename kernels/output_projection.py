@@ -154,14 +154,14 @@ def trials(shape, device: torch.device, dtype: torch.dtype):
 
 
 def elements(arguments: tuple, part: str) -> float:
-    x, weight, residual = arguments
+    x, weight, residual = arguments[:3]
     if part == "fwd":
         return x.numel() + weight.numel() + 2 * residual.numel()
     return 2 * (x.numel() + weight.numel() + residual.numel())
 
 
 def flops(arguments: tuple, part: str, variant: str) -> float:
-    x, weight, _ = arguments
+    x, weight = arguments[:2]
     return (2 if part == "fwd" else 4) * x.numel() * weight.size(0)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from nanochat_kernels.architecture import TRITON_INSTALLED
+from nanochat_kernels.ranges import span
 
 if TRITON_INSTALLED:
     import triton
@@ -132,7 +133,10 @@ def differentiable(function: type[KernelFunction], *arguments):
 
 def derivative(function: type[KernelFunction], *arguments):
     """Call a KernelFunction inside a backward pass. torch.compile traces it without autograd: it has no second derivatives."""
-    return function.forward(*arguments) if torch.compiler.is_compiling() else differentiable(function, *arguments)
+    if torch.compiler.is_compiling():
+        return function.forward(*arguments)
+    with span(f"{function.__module__.rpartition('.')[2]} backward"):
+        return differentiable(function, *arguments)
 
 
 def _one_slice_after_another(function: type[KernelFunction], batch_size: int, in_dims: tuple, arguments: tuple):

@@ -33,6 +33,7 @@ import nanochat_kernels as kernels
 from nanochat.gpt import GPT, Embedding, Linear
 from nanochat.options.train import OptimizerOptions
 from nanochat.platform.cuda_graphs import Replayed
+from nanochat_kernels import ranges
 
 ADAM_BETAS, ADAM_EPS = (0.8, 0.95), 1e-10
 NEWTON_SCHULZ_STEPS = 5  # each multiplies small singular values by 3.4445, all five by 485
@@ -325,6 +326,7 @@ class MuonAdamW:
             for chunk in range(len(group.chunks)):
                 group.exchange(chunk)
 
+    @ranges.named("synchronize gradients")
     @torch.no_grad()
     def synchronize(self, exchanged: bool = False) -> Tensor:
         """Average the gradients over ranks, keep those of the owned items, and return the global norm, a float32 scalar.
@@ -352,6 +354,7 @@ class MuonAdamW:
     def _square_norm(self) -> Tensor:
         return torch.stack([square_sum(group.reduced) for group in self.groups]).sum()
 
+    @ranges.named("update weights")
     @torch.no_grad()
     def update(self, lr_multiplier: float, momentum: float) -> None:
         """Update the weights with the synchronized gradient, then set the gradient to zero."""

@@ -53,6 +53,8 @@ class RunOptions:
     """on CUDA, use only operations that repeat bit for bit, which is slower; a CPU always repeats"""
     loader_threads: Annotated[int, Between(1, 1024)] = 4
     """threads that tokenise"""
+    nvtx: bool = False
+    """record the stage, steps, micro-steps, layers, operations and phases of the optimizer as NVTX ranges, for `nsys profile`"""
     wandb_run: str = ""
     """name of a wandb run; empty: none"""
     wandb_mode: Literal["offline", "online"] = "offline"

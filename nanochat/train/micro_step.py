@@ -24,6 +24,7 @@ from nanochat.options.model import Implementations
 from nanochat.options.train import Execution
 from nanochat.platform.cuda_graphs import Replayed
 from nanochat.platform.errors import UserError
+from nanochat_kernels import ranges
 
 # Rows are padded to a multiple of this many tokens. At a context of 2048, fine-tuning then needs at most 16 graphs.
 LENGTH_MULTIPLE = 128
@@ -88,6 +89,7 @@ class MicroStep:
             self.forward = torch.compile(model, dynamic=False if one_length else None) if compiled else model
             self._run = self._plain
 
+    @ranges.named("micro-step")
     def __call__(self, batch: Batch, weight: float, last: bool = False) -> None:
         """last: of its step, on this process and all others."""
         self._run(batch, weight, last and self.exchanges)

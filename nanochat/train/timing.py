@@ -1,7 +1,9 @@
-"""Measures the time of a micro-step in each execution, for the gate and for bench/training_step.py."""
+"""Measures the time of a micro-step in each execution, for the gate, and of any work of training, for `python -m bench train`."""
 
 import gc
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from statistics import median
 
 import torch
@@ -32,16 +34,41 @@ def random_batch(config: GPTConfig, rows: int) -> Batch:
     return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), ())
 
 
-def milliseconds(step: MicroStep, batch: Batch, count: int) -> float:
-    """The mean time of `count` micro-steps on the GPU, started one after another without waiting for the GPU."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(count):
-        step(batch, 0.125)
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / count
+def milliseconds(
+    run: Callable[[], object], count: int, device: torch.device, prepare: Callable[[], object] | None = None
+) -> float:
+    """The mean time of `count` calls on a device, started one after another without waiting for it.
+
+    prepare: called before each of them, untimed; the host launches a call while the device prepares.
+    """
+    spans = []
+    synchronize(device)
+    for calls in [1] * count if prepare else [count]:
+        if prepare:
+            prepare()
+        start = _moment(device)
+        for _ in range(calls):
+            run()
+        spans.append((start, _moment(device)))
+    synchronize(device)
+    if device.type == "cuda":
+        return sum(start.elapsed_time(end) for start, end in spans) / count
+    return 1e3 * sum(end - start for start, end in spans) / count
+
+
+def _moment(device: torch.device) -> torch.cuda.Event | float:
+    """An event that a GPU reaches after the work so far, or else the time in seconds."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done its work; other devices have done it when a call returns."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def time_executions(
@@ -65,8 +92,8 @@ def time_executions(
 
 def _time(execution: str, config: GPTConfig, rows: int, device: torch.device, dtype: torch.dtype) -> float:
     model, batch = trained_model(config, device, dtype), random_batch(config, rows)
-    step = MicroStep(model, MuonAdamW(model), execution, one_length=True)
+    step = partial(MicroStep(model, MuonAdamW(model), execution, one_length=True), batch, 0.125)
     for _ in range(4):
-        step(batch, 0.125)
-    count = max(2, int(1e3 * SECONDS / milliseconds(step, batch, 2)))
-    return median(milliseconds(step, batch, count) for _ in range(SAMPLES))
+        step()
+    count = max(2, int(1e3 * SECONDS / milliseconds(step, 2, device)))
+    return median(milliseconds(step, count, device) for _ in range(SAMPLES))

@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import NamedTuple, NoReturn
 
@@ -33,6 +33,7 @@ from nanochat.train.metrics import Metrics
 from nanochat.train.micro_step import MicroStep, choose_execution
 from nanochat.train.plan import Plan
 from nanochat.train.state import SHAPE, Pace, TrainState
+from nanochat_kernels import ranges
 
 # seconds in which a second signal repeats the first: torchrun passes on what a terminal has sent to all of its processes
 SAME_REQUEST = 1.0
@@ -135,7 +136,8 @@ class Trainer:
         torch.use_deterministic_algorithms(self.options.deterministic, warn_only=True)
         positions = self._resume()
         self.started_at = self.state.step
-        with self.interrupt.handling():
+        recording = ranges.recorded(self.model.blocks) if self.options.nvtx else nullcontext()
+        with self.interrupt.handling(), recording, ranges.span(f"train {self.plan.stage}"):
             if self.runtime.primary:
                 wandb = self.options.wandb_run, self.options.wandb_mode
                 self.metrics.open(self.state.step, *wandb, self.plan.stage, self.settings)
@@ -258,7 +260,7 @@ class Trainer:
         if not due:
             return
         results = {}
-        with self.interrupt.ending_at_once(self._stopped):
+        with self.interrupt.ending_at_once(self._stopped), ranges.span("evaluate"):
             for evaluation in due:
                 results |= evaluation.measure()
         self.results |= results
@@ -270,6 +272,7 @@ class Trainer:
         if self.runtime.primary and shown:
             say(f"step {step} | {' | '.join(shown)}")
 
+    @ranges.named("save")
     def _save(self) -> None:
         # the last update may have been too large, and no loss has shown it yet
         if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
@@ -281,6 +284,7 @@ class Trainer:
         self.store.save(self.state.step, self.model, self.optimizer, meta)
         self.saved_step = self.state.step
 
+    @ranges.named("step")
     def _step(self, micro_batches: list[Batch], agreement: Agreement, advance: Callable) -> None:
         started = time.perf_counter()
         step, steps, world_size = self.state.step, self.plan.steps, self.runtime.world_size

@@ -99,7 +99,7 @@ def test_each_example_of_the_help_is_a_line():
     examples = [
         line for line in done.stdout.splitlines() if line.startswith("python -m bench") and "time the" not in line
     ]
-    assert len(examples) == 4 and all(line.count("python -m bench") == 1 for line in examples), done.stdout
+    assert len(examples) == 8 and all(line.count("python -m bench") == 1 for line in examples), done.stdout
 
 
 def test_list_names_every_operation_and_its_baselines():

@@ -1,5 +1,6 @@
 """The choice of an implementation, the launch tables, tuning, inspection and torch.compile."""
 
+import inspect
 import subprocess
 import sys
 from dataclasses import replace
@@ -148,7 +149,7 @@ def test_records_are_complete():
     assert len(set(map(id, (k for o in FUSED for k in o.kernels)))) == len(set(names)), "two kernels have one name"
     for operation in FUSED:
         assert operation.kernels and operation.trials and callable(operation.reference), operation.name
-        assert getattr(kernels, operation.name) is operation.function
+        assert inspect.unwrap(getattr(kernels, operation.name)) is operation.function
     assert set(operations()) <= set(kernels.__all__)
 
 
