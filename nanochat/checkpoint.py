@@ -36,7 +36,7 @@ from nanochat.platform.shapes import check_shape
 from nanochat.tokenizer.bpe import Tokenizer
 
 WEIGHTS = "model.safetensors"
-SIZES = dict.fromkeys((field.name for field in fields(GPTConfig) if field.name != "impl"), int)
+SIZES = dict.fromkeys((field.name for field in fields(GPTConfig) if field.compare), int)
 META = {"step": int, "config": SIZES, "tokenizer": str, "files": {str: object}}
 
 

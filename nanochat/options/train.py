@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from nanochat.options.model import LONGEST_CONTEXT, Implementations
+from nanochat.options.model import LONGEST_CONTEXT, Implementations, Recompute
 from nanochat.options.presets import PresetOptions
 from nanochat.options.ranges import AnyInteger, AtLeast, Between, OrNegative, SomeOrAll
 
@@ -45,6 +45,8 @@ class RunOptions:
     execution: Execution = "auto"
     """how a micro-step runs: graph (replayed from a CUDA graph), compile (torch.compile) or eager. auto: on CUDA the one that
     `kernels gate` measured to be faster; without a gate file, graph if all operations are fused, else compile; elsewhere eager"""
+    recompute: tuple[Recompute, ...] = ()
+    """parts of each block that backward computes again in place of keeping them, for less memory: attention, mlp or both"""
     save_every: Annotated[int, AtLeast(0)] = 1000
     """steps between checkpoints; 0 saves only at the end and on a signal"""
     keep_checkpoints: Annotated[int, AtLeast(1)] = 2

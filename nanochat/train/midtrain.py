@@ -38,7 +38,7 @@ def mid_mixture(options: TrainMidOptions, paths: Paths) -> Mixture:
 def midtrain(options: TrainMidOptions, paths: Paths, runtime: Runtime) -> dict:
     """`nanochat train mid`: run or resume midtraining, from the newest checkpoint of pretraining; returns its results."""
     path, tokenizer, base_meta = find_checkpoint(paths, "base", runtime)
-    shape = GPTConfig(**base_meta["config"], impl=options.impl)
+    shape = GPTConfig(**base_meta["config"], impl=options.impl, recompute=options.run.recompute)
     length, store = shape.context_length, CheckpointStore(paths.checkpoints("mid"), runtime)
     rows, accumulation, total = step_size(options, "mid", length, store)
     shape, micro_step_ms = take_gate(paths, shape, rows, runtime)

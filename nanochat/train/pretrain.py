@@ -29,8 +29,9 @@ def pretrain(options: TrainBaseOptions, paths: Paths, runtime: Runtime) -> dict:
     """`nanochat train base`: run or resume pretraining; returns its results."""
     tokenizer = Tokenizer.load(paths.tokenizer, f"nanochat tokenizer train{paths.as_option}{paths.other_runs}")
     shape = GPTConfig.from_depth(
-        options.depth, tokenizer.vocab_size, options.context_length, options.n_kv_head, impl=options.impl
-    )
+        options.depth, tokenizer.vocab_size, options.context_length, options.n_kv_head, impl=options.impl,
+        recompute=options.run.recompute,
+    )  # fmt: skip
     length, store = options.context_length, CheckpointStore(paths.checkpoints("base"), runtime)
     rows, accumulation, total = step_size(options, "base", length, store)
     steps = horizon(replace(options, total_batch_size=total), shape)
