@@ -90,8 +90,9 @@ class TrainBaseOptions(TrainOptions):
     """FLOPs of the whole training stage"""
     target_param_data_ratio: Annotated[float, OrNegative(meaning="not set")] = 20.0
     """tokens to train on per parameter of the model"""
-    device_batch_size: Annotated[int, Between(1, 1_000_000)] = 32
-    """rows per micro-batch and process; a preset's number is the largest, and processes that share a step may take fewer"""
+    device_batch_size: Annotated[int, Between(0, 1_000_000)] = 0
+    """rows per micro-batch and process; 0: as many as fit into the GPU's memory, at most 32, or on resuming those of before. A number
+    of the preset is the largest, and processes that share a step may take fewer"""
     total_batch_size: Annotated[int, AtLeast(1)] = 524288
     """tokens per step, over all processes and accumulation; in place of a preset's, the nearest number that the processes can share"""
     warmdown_ratio: Annotated[float, Between(0, 1)] = 0.2
@@ -120,8 +121,9 @@ class TrainMidOptions(TrainOptions):
     """Midtrain the base model on conversations."""
 
     optimizer: Unclipped = field(default_factory=lambda: OptimizerOptions(grad_clip=0.0))
-    device_batch_size: Annotated[int, Between(1, 1_000_000)] = 32
-    """rows per micro-batch and process; a preset's number is the largest, and processes that share a step may take fewer"""
+    device_batch_size: Annotated[int, Between(0, 1_000_000)] = 0
+    """rows per micro-batch and process; 0: as many as fit into the GPU's memory, at most 32, or on resuming those of before. A number
+    of the preset is the largest, and processes that share a step may take fewer"""
     total_batch_size: Annotated[int, AtLeast(1)] = 524288
     """tokens per step, over all processes and accumulation; in place of a preset's, the nearest number that the processes can share"""
     smoltalk: Annotated[int, OrNegative()] = -1

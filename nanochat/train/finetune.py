@@ -56,6 +56,7 @@ def finetune(options: TrainSftOptions, paths: Paths, runtime: Runtime) -> dict:
     plan = Plan(
         stage="sft",
         batches=batches,
+        rows=rows,
         accumulation=accumulation,
         lr_multiplier=linear_decay(options.init_lr_fraction),
         momentum=full_momentum,

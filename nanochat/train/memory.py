@@ -1,4 +1,4 @@
-"""Predicts the GPU memory of a training run from its sizes, and chooses the largest micro-batch that fits.
+"""Predicts the GPU memory of a training run from its sizes, and chooses the micro-batch that fits.
 
     static       weights, gradients and optimizer state in float32, and the matrices once more in the compute dtype
     saved        what forward keeps for backward, up to the loss: for each block and each token
@@ -12,12 +12,15 @@ Graphs keep their memory: that of the micro-step (saved and working) and of the 
 is therefore what the run needs, and PyTorch's allocator reserves. bench/memory.py compares the prediction with measurements.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-
-import torch
 
 from nanochat.gpt import GPTConfig
 from nanochat.options.model import Implementations
+from nanochat.options.train import Execution
+from nanochat.platform.distributed import Runtime
+from nanochat.platform.errors import UserError
+from nanochat.train.micro_step import choose_execution
 from nanochat_kernels import configs, fused_cross_entropy
 
 # bytes for each token, block and channel, and for each token and word of the vocabulary, of a model of plain operations; "eager"
@@ -32,7 +35,7 @@ BLOCK = (
 )  # attention saves the same by torch
 OUTSIDE = 1.5e9  # bytes of the CUDA context, NCCL and the libraries, which PyTorch's allocator does not know
 FRAGMENTS = 0.04  # of what is predicted: gaps between blocks of the allocator, and what is not counted
-MOST_ROWS = 32  # beyond this a micro-batch of a GPU preset gains nothing
+MOST_ROWS = 32  # that are chosen: of 2,048 tokens, they keep any GPU busy
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,44 @@ def predict(
     logits = min(2 * vocabulary * tokens, fused_cross_entropy.CHUNK_BYTES)
     evaluation = max(tokens * hidden, tokens * 2 * 2 * width + logits)
     return Memory(static, saved, working, update, evaluation)
+
+
+def predict_run(model: GPTConfig, rows: int, runtime: Runtime, execution: str, processes: int = 0) -> Memory:
+    """`predict` for this process's GPU, and by default the processes that there are."""
+    architecture = configs.architecture(runtime.device.index or 0)
+    return predict(model, rows, processes or runtime.world_size, execution, architecture)
+
+
+def largest_rows(predicted: Callable[[int], Memory], available: float, most: int = MOST_ROWS) -> int:
+    """The rows of the largest micro-batch, of at most `most` rows, that fits into `available` bytes; 0: not even one fits.
+
+    predicted: the memory of a run by the rows of its micro-batches.
+    """
+    return next((rows for rows in range(most, 0, -1) if predicted(rows).fits(available)), 0)
+
+
+def rows_that_fit(model: GPTConfig, runtime: Runtime, requested: Execution, given: int = 0, processes: int = 0) -> int:
+    """The rows of a micro-batch: those that are given, else as many as fit into the memory of every process's GPU, at most 32.
+
+    requested: the option --execution. processes: by default those that there are. Raises UserError if not even one row fits. Where
+    the memory is not known, all 32 do.
+    """
+    if given or runtime.memory is None:
+        return given or MOST_ROWS
+    execution, _ = choose_execution(requested, runtime.device, model.impl)
+    available = min(runtime.gather(runtime.memory))
+
+    def predicted(rows: int) -> Memory:
+        return predict_run(model, rows, runtime, execution, processes)
+
+    if rows := largest_rows(predicted, available):
+        return rows
+    more = "" if model.recompute or execution == "compile" else "--recompute attention mlp, "
+    raise UserError(
+        f"a model of depth {model.depth} with one row of {model.context_length} tokens needs about {predicted(1).total / 1e9:.1f} GB, "
+        f"and {OUTSIDE / 1e9:.1f} GB for CUDA, and {runtime.device_name} has {available / 1e9:.1f} GB; give {more}a smaller --depth or "
+        "--context-length, more processes, or --device-batch-size 1 to try it all the same"
+    )
 
 
 def saved_per_token(config: GPTConfig) -> int:
