@@ -1,9 +1,14 @@
-"""python -m bench: time the fused operations on this GPU. report: write a report of results. compare: compare two results.
+"""python -m bench: time the fused operations on this GPU.
+
+report and compare: write a report of such results, or compare two of them. memory: the largest micro-batch that fits on a card.
+simulate: predict the step of training on eight A100s.
 
 python -m bench --list
 python -m bench --op rms_norm --shape d20 --mode both --json build/rms_norm.json
 python -m bench report build/*.json --out build/report
 python -m bench compare before.json after.json
+python -m bench memory
+python -m bench simulate
 """
 
 import csv
@@ -11,6 +16,7 @@ import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +29,7 @@ from nanochat.platform.errors import UserError
 from nanochat.platform.files import write_json
 
 DESCRIPTION = "\n\n".join(line for line in __doc__.splitlines() if line)  # the help joins the lines of a paragraph
+VERBS = ("report", "compare", "memory", "simulate")
 COLUMNS = (
     "op",
     "shape",
@@ -196,21 +203,18 @@ def _table(rows: list[dict]) -> Table:
 
 def main(arguments: list[str]) -> None:
     command = f"python -m bench {shlex.join(arguments)}".strip()
-    verb = arguments[0] if arguments and arguments[0] in ("report", "compare") else None
-    rest = arguments[1:] if verb else arguments
-    prog = f"python -m bench {verb or ''}".strip()
+    verb, rest = (arguments[0], arguments[1:]) if arguments and arguments[0] in VERBS else (None, arguments)
+    if verb is None:
+        return run(tyro.cli(RunConfig, args=rest, prog="python -m bench", description=DESCRIPTION), command)
+    module = import_module(f"bench.{verb}")
+    options = {"report": ReportConfig, "compare": CompareConfig}.get(verb) or getattr(module, f"{verb.title()}Config")
+    config = tyro.cli(options, args=rest, prog=f"python -m bench {verb}")
     if verb == "report":
-        from bench.report import write_report
-
-        config = tyro.cli(ReportConfig, args=rest, prog=prog)
-        say(f"wrote {write_report(config.results, config.out)}")
+        say(f"wrote {module.write_report(config.results, config.out)}")
     elif verb == "compare":
-        from bench.compare import compare
-
-        config = tyro.cli(CompareConfig, args=rest, prog=prog)
-        sys.exit(1 if compare(config.before, config.after) else 0)
+        sys.exit(1 if module.compare(config.before, config.after) else 0)
     else:
-        run(tyro.cli(RunConfig, args=rest, prog=prog, description=DESCRIPTION), command)
+        getattr(module, verb)(config, command)
 
 
 if __name__ == "__main__":

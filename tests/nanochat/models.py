@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bench.memory import CARDS
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.options.train import OptimizerOptions
@@ -50,19 +51,10 @@ def perturbed(config: GPTConfig, seed: int = 0) -> GPT:
     return model
 
 
-# the architecture, and the bytes of memory as torch reports them
-CARDS = {
-    "NVIDIA A100-SXM4-40GB": ("sm80", 42_297_786_368),
-    "NVIDIA A100-SXM4-80GB": ("sm80", 84_974_239_744),
-    "NVIDIA H100 80GB HBM3": ("sm90", 84_942_979_072),
-    "NVIDIA H200": ("sm90", 150_109_880_320),
-}
-
-
 def on_card(monkeypatch: pytest.MonkeyPatch, card: str, world_size: int = 1) -> Runtime:
     """The runtime of a process that believes in a GPU; nothing may run on it."""
-    architecture, memory = CARDS[card]
-    monkeypatch.setattr(Runtime, "memory", memory)
+    architecture, gib = CARDS[card]
+    monkeypatch.setattr(Runtime, "memory", int(gib * 2**30))
     monkeypatch.setattr(Runtime, "device_name", card)
     monkeypatch.setattr(Runtime, "gather", lambda runtime, value: [value] * runtime.world_size)
     monkeypatch.setattr(configs, "architecture", lambda index: architecture)

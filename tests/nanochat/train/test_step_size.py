@@ -90,20 +90,20 @@ def test_a_step_has_as_many_tokens_on_every_card(card, processes, preset, tmp_pa
     assert size.total == 524_288 and 1 <= size.rows <= most
     assert predict_run(model, size.rows, runtime, "graph").fits(runtime.memory)
     if preset == "d20":
-        assert size.rows == (16 if "40GB" in card else 32)
+        assert size.rows == (16 if "40 GB" in card else 32)
 
 
 def test_a_number_of_rows_that_is_given_wins(monkeypatch, tmp_path):
-    runtime = on_card(monkeypatch, "NVIDIA A100-SXM4-40GB")
+    runtime = on_card(monkeypatch, "A100 40 GB")
     options = parse(TrainBaseOptions, "train base", ["--preset", "d20", "--device-batch-size", "64"])
     most = rows_that_fit(GPTConfig.from_depth(20, 65536), runtime, "auto", options.device_batch_size)
     assert step_size(options, "base", 2048, CheckpointStore(tmp_path, runtime), most) == (64, 4, 524_288)
 
 
 def test_a_model_that_does_not_fit_is_named_with_the_remedies(monkeypatch):
-    runtime = on_card(monkeypatch, "NVIDIA A100-SXM4-40GB")
+    runtime = on_card(monkeypatch, "A100 40 GB")
     large = GPTConfig.from_depth(40, 65536)
-    wanted = "depth 40 with one row of 2048 tokens needs about .* GB, .* A100-SXM4-40GB has 42.3 GB; give --recompute attention mlp, "
+    wanted = "depth 40 with one row of 2048 tokens needs about .* GB, .* A100 40 GB has 42.3 GB; give --recompute attention mlp, "
     with pytest.raises(UserError, match=wanted):
         rows_that_fit(large, runtime, "auto")
     with pytest.raises(
@@ -122,12 +122,12 @@ def test_a_resumed_run_keeps_the_rows_that_another_card_chose(monkeypatch, tmp_p
         most = rows_that_fit(GPTConfig.from_depth(depth, 65536), runtime, "auto", options.device_batch_size)
         return step_size(options, "base", 2048, CheckpointStore(tmp_path, runtime), most)
 
-    assert size("NVIDIA A100-SXM4-40GB") == size("NVIDIA H200") == (16, 2, 524_288)
-    assert size("NVIDIA H200", "--device-batch-size", "32") == (32, 1, 524_288)
+    assert size("A100 40 GB") == size("H200 141 GB") == (16, 2, 524_288)
+    assert size("H200 141 GB", "--device-batch-size", "32") == (32, 1, 524_288)
     with pytest.raises(
-        UserError, match="has micro-batches of 16 rows, and 11 fit on NVIDIA A100.* give --device-batch-size 8$"
+        UserError, match="has micro-batches of 16 rows, and 11 fit on A100 40 GB.* give --device-batch-size 8$"
     ):
-        size("NVIDIA A100-SXM4-40GB", depth=26)
+        size("A100 40 GB", depth=26)
 
 
 @pytest.mark.parametrize(("saved", "expected"), [(2, (2, 2, 128)), (None, (4, 1, 128)), (64, (4, 1, 128))])
