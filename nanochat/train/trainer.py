@@ -152,7 +152,7 @@ class Trainer:
             except torch.OutOfMemoryError as error:
                 raise UserError(
                     f"out of memory on {self.runtime.device_name} ({str(error).splitlines()[0]}); lower "
-                    "--device-batch-size: the step stays the same, and is accumulated from more micro-batches"
+                    f"--device-batch-size (now {self.plan.rows}): the step stays the same, and is accumulated from more micro-batches"
                 ) from error
             finally:
                 self.metrics.close()
