@@ -24,7 +24,7 @@ from nanochat.train.micro_step import choose_execution
 from nanochat_kernels import configs, fused_cross_entropy
 
 # bytes for each token, block and channel, and for each token and word of the vocabulary, of a model of plain operations; "eager"
-# is what autograd saves, "compile" was measured (d12, d20 and d26 in bench/results/h200/training_step.json)
+# is what autograd saves and the gradient of logits, "compile" was measured (d12, d20, d26 in bench/results/h200/training_step.json)
 PLAIN = {"eager": (44, 12), "compile": (36.2, 2)}
 BLOCK = (
     "self_attention",
