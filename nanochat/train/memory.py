@@ -9,7 +9,7 @@
     evaluation   a forward pass that keeps nothing
 
 Graphs keep their memory: that of the micro-step (saved and working) and of the update is not free in an evaluation. The sum of all
-is therefore what the run needs, and PyTorch's allocator reserves. bench/memory.py compares the prediction with measurements.
+is therefore what PyTorch's allocator reserves; other executions need less. bench/memory.py compares it with measurements.
 """
 
 from collections.abc import Callable
@@ -26,13 +26,8 @@ from nanochat_kernels import configs, fused_cross_entropy
 # bytes for each token, block and channel, and for each token and word of the vocabulary, of a model of plain operations; "eager"
 # is what autograd saves and the gradient of logits, "compile" was measured (d12, d20, d26 in bench/results/h200/training_step.json)
 PLAIN = {"eager": (44, 12), "compile": (36.2, 2)}
-BLOCK = (
-    "self_attention",
-    "qkv_projection",
-    "output_projection",
-    "relu2_mlp",
-    "rms_norm",
-)  # attention saves the same by torch
+# without attention, of which torch's kernels save the same
+BLOCK = ("rms_norm", "self_attention", "qkv_projection", "output_projection", "relu2_mlp")
 OUTSIDE = 1.5e9  # bytes of the CUDA context, NCCL and the libraries, which PyTorch's allocator does not know
 FRAGMENTS = 0.04  # of what is predicted: gaps between blocks of the allocator, and what is not counted
 MOST_ROWS = 32  # that are chosen: of 2,048 tokens, they keep any GPU busy
@@ -50,7 +45,7 @@ class Memory:
 
     @property
     def micro_step(self) -> float:
-        """The peak of allocated memory before the first update, which bench/training_step.py measures."""
+        """The peak of allocated memory in a micro-step, which the bench measures (peak_gb)."""
         return self.static + self.saved + self.working
 
     @property
@@ -63,11 +58,12 @@ class Memory:
 
 
 def predict(
-    config: GPTConfig, rows: int, processes: int = 1, execution: str = "graph", architecture: str | None = "sm90"
+    config: GPTConfig, rows: int, processes: int = 1, execution: str = "graph", architecture: str = "sm90"
 ) -> Memory:
     """The memory of a run in bfloat16 with micro-batches of `rows` rows.
 
-    architecture: sm80 or sm90, whose launch table says what "auto" takes; None: reference operations.
+    architecture: sm80 or sm90, whose launch table says what "auto" takes. If one operation of a block is the reference, all count
+    as references.
     """
     tokens, width, vocabulary = rows * config.context_length, config.width, config.vocab_size
     impl = Implementations(**{name: _taken(config.impl, name, architecture) for name in vars(config.impl)})
@@ -82,10 +78,8 @@ def predict(
         saved, working = tokens * (config.depth * width * of_block + vocabulary * of_word), 0.0
     else:
         head, chunk = _head(impl.linear_cross_entropy, tokens, width, vocabulary)
-        saved = tokens * config.depth * saved_per_token(config) + head
-        saved += tokens * (
-            2 * 2 * width + 28
-        )  # the normed last state and its gradient; tokens, targets, losses, factors
+        # the normed last state and its gradient; tokens, targets, losses and factors
+        saved = tokens * (config.depth * saved_per_token(config) + 2 * 2 * width + 28) + head
         working = max(chunk, tokens * width * 2 * (10 if "mlp" in config.recompute else 6))
         if execution == "compile":  # autograd's gradient of the head, in both dtypes
             working += 6 * vocabulary * width
@@ -153,13 +147,11 @@ def _head(impl: str, tokens: int, width: int, vocabulary: int) -> tuple[float, f
     return 2 * tokens * vocabulary, 0.0  # the logits
 
 
-def _taken(impl: Implementations, name: str, architecture: str | None) -> str:
+def _taken(impl: Implementations, name: str, architecture: str) -> str:
     """The implementation that an option stands for."""
     chosen = getattr(impl, name)
     if chosen != "auto":
         return chosen
-    if architecture is None:
-        return "reference"
     choice = configs.table(architecture)["auto"].get(name)
     return choice["impl"] if choice else "auto"
 

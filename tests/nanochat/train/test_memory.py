@@ -92,6 +92,14 @@ def test_forward_saves_what_is_predicted_and_nothing_twice(impl, recompute):
     assert -256 <= difference <= 4 * ROWS * TOKENS, (size, difference)
 
 
+def test_what_stays_is_what_the_optimizer_allocates():
+    model, optimizer = made("fused", ())
+    buffers = [
+        x for g in optimizer.groups for x in (g.weights, g.gradients, g.copies, *g.state.values()) if x is not None
+    ]
+    assert sum(x.untyped_storage().nbytes() for x in buffers) == predict(model.config, ROWS).static
+
+
 @pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("recompute", PARTS[1:], ids="-".join)
 def test_a_replayed_micro_step_computes_again_bit_for_bit(recompute):
