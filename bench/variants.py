@@ -17,8 +17,9 @@ from torch import Tensor
 import nanochat_kernels as kernels
 from nanochat.data.batches import Batch
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.optim import ADAM_BETAS, ADAM_EPS, MatrixGroup, MuonAdamW, RowGroup
+from nanochat.optim import MuonAdamW
 from nanochat.options.model import Implementations
+from nanochat.parameter_groups import ADAM_BETAS, ADAM_EPS, MatrixGroup, RowGroup
 from nanochat.platform.cuda_graphs import Replayed
 from nanochat.platform.errors import UserError
 from nanochat.train.micro_step import MicroStep

@@ -3,12 +3,14 @@
 The norm is folded into the first product (folded_norm.py), whose epilogue also applies relu². The second product's epilogue adds
 the residual and sums the squares of the result, for the norm of the next layer. Besides x and a factor for each row, only h is
 saved: the derivative of the square is 2·relu(z) = 2·√h, which is applied in the epilogue of h's gradient, and w_down's gradient
-needs h anyway. Since ⟨dz, z⟩ = 2·⟨dh, h⟩, that epilogue also knows what norm's derivative needs, and the last product's epilogue
-closes the norm and adds the residual's gradient. So et al. 2021 (Primer).
+needs h anyway. With `recompute`, h is not saved either: backward computes it again by the same product. Since ⟨dz, z⟩ = 2·⟨dh, h⟩,
+the epilogue of h's gradient also knows what norm's derivative needs, and the last product's epilogue closes the norm and adds the
+residual's gradient. So et al. 2021 (Primer).
 """
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from nanochat_kernels import hopper_product, matrix_product, reference
 from nanochat_kernels.checks import (
@@ -146,6 +148,16 @@ def relu2_mlp_forward(
     return y.view(x.shape), y_rstd.view(x.shape[:-1]), h
 
 
+def hidden_shape(x, w_up, rstd):
+    return x.new_empty(x.shape[:-1].numel(), w_up.size(0))
+
+
+@opaque(hidden_shape)
+def relu2_mlp_hidden(x: Tensor, w_up: Tensor, rstd: Tensor) -> Tensor:
+    """Return h (N, F) again, with the bits of relu2_mlp_forward."""
+    return up(as_rows(x), as_rows(w_up), rstd)
+
+
 def mlp_backward_shapes(dy, x, w_up, w_down, h, rstd, needs_dx, is_residual):
     return torch.empty_like(h), x.new_empty(x.shape if needs_dx else 0)
 
@@ -167,31 +179,33 @@ def relu2_mlp_backward(
 
 class RELU2MLP(KernelFunction):
     @staticmethod
-    def forward(x, w_up, w_down, residual, is_residual, rstd, up_gradient, down_gradient):
+    def forward(x, w_up, w_down, residual, is_residual, rstd, up_gradient, down_gradient, recompute):
         rstd = row_rstd(as_rows(x)) if rstd is None else rstd.reshape(-1).contiguous()
         return *relu2_mlp_forward(x, w_up, w_down, x if is_residual else residual, rstd), rstd
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        x, w_up, w_down, _, ctx.is_residual, _, *ctx.buffers = inputs
+        x, w_up, w_down, _, ctx.is_residual, _, *ctx.buffers, recompute = inputs
+        h, rstd = output[2:]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:])
         # the buffers are not saved for backward: other calls may add to them before this one's backward
-        ctx.save_for_backward(x, w_up, w_down, *output[2:])
+        ctx.save_for_backward(x, w_up, w_down, None if recompute else h, rstd)
 
     @staticmethod
     def backward(ctx, dy, *_):
         if dy is None:
-            return (None,) * 8
+            return (None,) * 9
         needed = ctx.needs_input_grad
         gradients = derivative(Backward, dy, *ctx.saved_tensors, *ctx.buffers, needed[:3], ctx.is_residual)
-        return *gradients, dy if needed[3] else None, *[None] * 4
+        return *gradients, dy if needed[3] else None, *[None] * 5
 
 
 class Backward(KernelFunction):
     @staticmethod
     def forward(dy, x, w_up, w_down, h, rstd, up_gradient, down_gradient, needed, is_residual):
         dw_up = dw_down = dx = None
+        h = relu2_mlp_hidden(x, w_up, rstd) if h is None else h
         upstream = dy.reshape(-1, dy.size(-1))
         if down_gradient is not None:
             add_product(down_gradient, upstream, h)
@@ -207,10 +221,11 @@ class Backward(KernelFunction):
         return dx if needed[0] else None, dw_up, dw_down
 
 
-def run(x, w_up, w_down, residual, rstd, up_gradient, down_gradient) -> tuple[Tensor, Tensor]:
+def run(x, w_up, w_down, residual, rstd, up_gradient, down_gradient, recompute) -> tuple[Tensor, Tensor]:
     is_residual = residual is x
     added = residual if not is_residual and residual is not None and residual.dtype == x.dtype else None
-    y, y_rstd, *_ = differentiable(RELU2MLP, x, w_up, w_down, added, is_residual, rstd, up_gradient, down_gradient)
+    rest = rstd, up_gradient, down_gradient, recompute
+    y, y_rstd, *_ = differentiable(RELU2MLP, x, w_up, w_down, added, is_residual, *rest)
     if is_residual or added is residual:
         return y, y_rstd
     # under autocast the residual may have another dtype
@@ -218,9 +233,12 @@ def run(x, w_up, w_down, residual, rstd, up_gradient, down_gradient) -> tuple[Te
 
 
 def run_reference(
-    x, w_up, w_down, residual=None, rstd=None, up_gradient=None, down_gradient=None
+    x, w_up, w_down, residual=None, rstd=None, up_gradient=None, down_gradient=None, recompute=False
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """reference.relu2_mlp, with products that add the weights' gradients to the buffers that are given."""
+    if recompute and torch.is_grad_enabled():
+        arguments = x, w_up, w_down, residual, rstd, up_gradient, down_gradient
+        return checkpoint(run_reference, *arguments, use_reentrant=False, preserve_rng_state=False)
     if up_gradient is None and down_gradient is None:
         return reference.relu2_mlp(x, w_up, w_down, residual)
     h = torch.nn.functional.relu(plain_linear(reference.rms_norm(x), w_up, up_gradient)).square()
@@ -242,6 +260,7 @@ def relu2_mlp(
     rstd: Tensor | None = None,
     up_gradient: Tensor | None = None,
     down_gradient: Tensor | None = None,
+    recompute: bool = False,
     *,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -253,6 +272,8 @@ def relu2_mlp(
     up_gradient, down_gradient: contiguous float32 buffers with the weights' shapes. Backward adds the weights' gradients to
     them in place; a weight with a buffer gets no `.grad`. If none of x, w_up and w_down requires a gradient, there is no
     backward and the buffers stay untouched. If w_down alone requires one, the reference leaves up_gradient untouched too.
+    recompute: backward computes relu(z)² again in place of saving it, F numbers a row, which takes one more product and changes no
+    bit; the reference computes all of forward again.
     Repeated calls are bitwise equal. Raises ValueError for mismatched shapes or devices, TypeError for mismatched dtypes
     (autocast may mix them), and KernelRequestError (a ValueError) if the implementation named by impl does not support the call.
     """
@@ -264,7 +285,7 @@ def relu2_mlp(
     check_rstd("relu2_mlp", x, rstd)
     check_gradient_buffer("relu2_mlp", "up_gradient", w_up, up_gradient)
     check_gradient_buffer("relu2_mlp", "down_gradient", w_down, down_gradient)
-    arguments = (x, w_up, w_down, residual, rstd, up_gradient, down_gradient)
+    arguments = (x, w_up, w_down, residual, rstd, up_gradient, down_gradient, recompute)
     return choose(RELU2_MLP, impl, *arguments)(*arguments)
 
 

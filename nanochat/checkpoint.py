@@ -36,7 +36,7 @@ from nanochat.platform.shapes import check_shape
 from nanochat.tokenizer.bpe import Tokenizer
 
 WEIGHTS = "model.safetensors"
-SIZES = dict.fromkeys((field.name for field in fields(GPTConfig) if field.name != "impl"), int)
+SIZES = dict.fromkeys((field.name for field in fields(GPTConfig) if field.compare), int)
 META = {"step": int, "config": SIZES, "tokenizer": str, "files": {str: object}}
 
 
@@ -128,16 +128,17 @@ class CheckpointStore:
             _require_same_model(self.path(steps[-1]), read_meta(self.path(steps[-1])), config)
 
     def newest_settings(self) -> dict:
-        """The settings of the training that wrote the newest checkpoint; none if there is no checkpoint."""
+        """The settings of the training that wrote the newest checkpoint, and `rows` of its micro-batches (None: an earlier version
+        did not save them); nothing if there is no checkpoint."""
         if not (steps := self.steps()):
             return {}
         path = self.path(steps[-1])
         meta = read_meta(path)
         try:
-            check_shape(meta, {"settings": {str: object}}, str(path / "meta.json"))
+            check_shape({"rows": 1} | meta, {"settings": {str: object}, "rows": int}, str(path / "meta.json"))
         except UserError as error:
             raise damaged(path, str(error)) from error
-        return meta["settings"]
+        return meta["settings"] | {"rows": meta.get("rows")}
 
     def load(self, step: int, model: GPT, optimizer: MuonAdamW, tokenizer: Tokenizer) -> dict:
         """Load the weights and the training state of a step into model and optimizer; returns the content of meta.json.

@@ -12,9 +12,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import nanochat_kernels as kernels
-from nanochat.options.model import LONGEST_CONTEXT, Implementations
+from nanochat.options.model import LONGEST_CONTEXT, Implementations, Recompute
 from nanochat.platform.errors import UserError
 
 # the tables cover this many context lengths, so that a chat can grow longer than the training context
@@ -23,7 +24,10 @@ ROPE_CONTEXTS = 10
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The sizes of a model and the implementation of each operation. Raises UserError for sizes that do not fit together."""
+    """The sizes of a model, the implementation of each operation, and the parts of a block that backward computes again.
+
+    Raises UserError for sizes that do not fit together.
+    """
 
     depth: int
     width: int
@@ -32,6 +36,7 @@ class GPTConfig:
     vocab_size: int
     context_length: int = 2048
     impl: Implementations = field(default_factory=Implementations, compare=False)
+    recompute: tuple[Recompute, ...] = field(default=(), compare=False)
 
     def __post_init__(self):
         if min(self.depth, self.width, self.n_head, self.n_kv_head, self.vocab_size, self.context_length) < 1:
@@ -84,7 +89,7 @@ class GPTConfig:
 
     def to_dict(self) -> dict[str, int]:
         """The sizes, as a checkpoint stores them; implementations are chosen again when it is loaded."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "impl"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
 
 
 class Cache(Protocol):
@@ -204,13 +209,13 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.impl = config.impl.relu2_mlp
+        self.impl, self.recompute = config.impl.relu2_mlp, "mlp" in config.recompute
         self.expand = Linear(config.width, 4 * config.width)
         self.project = Linear(4 * config.width, config.width)
 
     def forward(self, x: Tensor, rstd: Tensor | None) -> tuple[Tensor, Tensor]:
         (w_up, up_gradient), (w_down, down_gradient) = self.expand.operands(x.dtype), self.project.operands(x.dtype)
-        return kernels.relu2_mlp(x, w_up, w_down, x, rstd, up_gradient, down_gradient, impl=self.impl)
+        return kernels.relu2_mlp(x, w_up, w_down, x, rstd, up_gradient, down_gradient, self.recompute, impl=self.impl)
 
 
 class Block(nn.Module):
@@ -219,6 +224,7 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.attention, self.mlp = Attention(config, layer), MLP(config)
+        self.recompute_attention = "attention" in config.recompute
 
     def forward(
         self, x: Tensor, rstd: Tensor | None, cos: Tensor, sin: Tensor, cache: Cache | None
@@ -228,7 +234,11 @@ class Block(nn.Module):
         rstd (B, T) is passed along because each norm is folded into the product after it: of the norm only this factor of each row
         is computed, by the operation that made x. None means that it is not known.
         """
-        return self.mlp(*self.attention(x, rstd, cos, sin, cache))
+        inputs = x, rstd, cos, sin, cache
+        if self.recompute_attention and torch.is_grad_enabled():
+            # saves its inputs alone; the same kernels run again in backward, which changes no bit and can be captured
+            return self.mlp(*checkpoint(self.attention, *inputs, use_reentrant=False, preserve_rng_state=False))
+        return self.mlp(*self.attention(*inputs))
 
 
 class GPT(nn.Module):

@@ -1,9 +1,11 @@
-"""The choice of an implementation for each fused operation of a model and its optimizer, and the longest context."""
+"""The choice of an implementation for each fused operation of a model and its optimizer, what backward may compute again, and the
+longest context."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 LONGEST_CONTEXT = 1_000_000  # tokens; the tables of positions cover ten times as many
+Recompute = Literal["attention", "mlp"]  # parts of a block
 
 
 @dataclass(frozen=True)

@@ -136,8 +136,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "d20": {"train base": {"depth": 20}},
-    "d26": {"train base": {"depth": 26, "device_batch_size": 16}, "train mid": {"device_batch_size": 16}},
-    "d32": {"train base": {"depth": 32, "device_batch_size": 8}, "train mid": {"device_batch_size": 8}},
+    "d26": {"train base": {"depth": 26}},
+    "d32": {"train base": {"depth": 32}},
 }
 EMBEDDED = ("tiny", "cpu")  # presets that generate their data
 # what a job for one of them asks of a site that has more

@@ -71,7 +71,7 @@ class KernelsGateOptions(PresetOptions):
     context_length: Annotated[int, Between(0, LONGEST_CONTEXT)] = 0
     """tokens per row"""
     device_batch_size: Annotated[int, Between(0, 1_000_000)] = 0
-    """rows per micro-batch and process; training may use fewer"""
+    """rows per micro-batch and process; training may use fewer. 0: the most that its stages take on this device"""
     n_kv_head: Annotated[int, Between(0, 1000)] = 0
     """key/value heads"""
     vocab_size: Annotated[int, Between(0, 1_000_000)] = 0

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from nanochat.options.model import LONGEST_CONTEXT, Implementations
+from nanochat.options.model import LONGEST_CONTEXT, Implementations, Recompute
 from nanochat.options.presets import PresetOptions
 from nanochat.options.ranges import AnyInteger, AtLeast, Between, OrNegative, SomeOrAll
 
@@ -45,6 +45,8 @@ class RunOptions:
     execution: Execution = "auto"
     """how a micro-step runs: graph (replayed from a CUDA graph), compile (torch.compile) or eager. auto: on CUDA the one that
     `kernels gate` measured to be faster; without a gate file, graph if all operations are fused, else compile; elsewhere eager"""
+    recompute: tuple[Recompute, ...] = ()
+    """parts of each block that backward computes again in place of keeping them, for less memory: attention, mlp or both"""
     save_every: Annotated[int, AtLeast(0)] = 1000
     """steps between checkpoints; 0 saves only at the end and on a signal"""
     keep_checkpoints: Annotated[int, AtLeast(1)] = 2
@@ -90,8 +92,9 @@ class TrainBaseOptions(TrainOptions):
     """FLOPs of the whole training stage"""
     target_param_data_ratio: Annotated[float, OrNegative(meaning="not set")] = 20.0
     """tokens to train on per parameter of the model"""
-    device_batch_size: Annotated[int, Between(1, 1_000_000)] = 32
-    """rows per micro-batch and process; a preset's number is the largest, and processes that share a step may take fewer"""
+    device_batch_size: Annotated[int, Between(0, 1_000_000)] = 0
+    """rows per micro-batch and process; 0: as many as fit into the GPU's memory, at most 32, or on resuming those of before. A number
+    of the preset is the largest, and processes that share a step may take fewer"""
     total_batch_size: Annotated[int, AtLeast(1)] = 524288
     """tokens per step, over all processes and accumulation; in place of a preset's, the nearest number that the processes can share"""
     warmdown_ratio: Annotated[float, Between(0, 1)] = 0.2
@@ -120,8 +123,9 @@ class TrainMidOptions(TrainOptions):
     """Midtrain the base model on conversations."""
 
     optimizer: Unclipped = field(default_factory=lambda: OptimizerOptions(grad_clip=0.0))
-    device_batch_size: Annotated[int, Between(1, 1_000_000)] = 32
-    """rows per micro-batch and process; a preset's number is the largest, and processes that share a step may take fewer"""
+    device_batch_size: Annotated[int, Between(0, 1_000_000)] = 0
+    """rows per micro-batch and process; 0: as many as fit into the GPU's memory, at most 32, or on resuming those of before. A number
+    of the preset is the largest, and processes that share a step may take fewer"""
     total_batch_size: Annotated[int, AtLeast(1)] = 524288
     """tokens per step, over all processes and accumulation; in place of a preset's, the nearest number that the processes can share"""
     smoltalk: Annotated[int, OrNegative()] = -1

@@ -70,6 +70,11 @@ class Runtime:
         name = self.device_name
         return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
 
+    @property
+    def memory(self) -> int | None:
+        """Bytes of memory of this process's GPU, or None without CUDA."""
+        return torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else None
+
     def barrier(self) -> None:
         """Wait until every rank has called it."""
         if self.world_size > 1:

@@ -22,6 +22,7 @@ from nanochat.platform.paths import TRAINING_STAGES, Paths, steps_in
 from nanochat.speedrun.assets import problems, remedy
 from nanochat.speedrun.records import count_start
 from nanochat.tokenizer.bpe import Tokenizer
+from nanochat.train.memory import rows_that_fit
 from nanochat.train.plan import horizon
 
 MFU = 0.5  # model FLOPs utilization that the estimate of time assumes
@@ -85,7 +86,9 @@ def _check_machine(options: PreflightOptions, paths: Paths) -> list[str]:
         say(f"ok   {count} × {runtime.device_name}")
         _estimate(base, model, runtime, count)
         try:
-            take_gate(paths, model, most_rows(options.preset), runtime)
+            rows = rows_that_fit(model, runtime, base.run.execution, base.device_batch_size, count)
+            say(f"ok   memory: micro-batches of up to {rows} rows fit into the {runtime.memory / 1e9:.1f} GB of a GPU")
+            take_gate(paths, model, most_rows(options.preset, model, runtime), runtime)
         except UserError as error:
             failures.append(str(error))
     if not paths.gate.exists():
@@ -96,10 +99,15 @@ def _check_machine(options: PreflightOptions, paths: Paths) -> list[str]:
     return failures
 
 
-def most_rows(preset: str) -> int:
-    """The largest micro-batch of a preset's training stages, in rows; a gate at this size serves all of them."""
+def most_rows(preset: str, model: GPTConfig, runtime: Runtime) -> int:
+    """The largest micro-batch of a preset's training stages, in rows, by any number of processes; a gate at this size serves all of
+    them. Raises UserError if the model does not fit on the device."""
     stages = {"train base": TrainBaseOptions, "train mid": TrainMidOptions, "train sft": TrainSftOptions}
-    return max(with_preset(kind(), name, preset).device_batch_size for name, kind in stages.items())
+    given = [with_preset(kind(), name, preset).device_batch_size for name, kind in stages.items()]
+    if min(given) > 0:
+        return max(given)
+    # each of many processes has a smaller share of the optimizer's state, but memory for their exchange
+    return max(rows_that_fit(model, runtime, "auto", processes=processes) for processes in (8, 1000))
 
 
 def _estimate(base: TrainBaseOptions, model: GPTConfig, runtime: Runtime, count: int) -> None:

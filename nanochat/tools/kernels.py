@@ -107,7 +107,7 @@ def run_gate(options: KernelsGateOptions, paths: Paths) -> None:
                 "there is no GPU here, and the gate has to be measured where training will run; on a cluster: nanochat cluster "
                 "submit gate; to measure on this CPU: --device cpu"
             )
-        shape = run_shape(model, options.device_batch_size or most_rows(options.preset))
+        shape = run_shape(model, options.device_batch_size or most_rows(options.preset, model, runtime))
         operations, count = {}, len(dispatch.operations())
         try:
             for name, choice in gate.examine(shape, runtime.device, runtime.compute_dtype):

@@ -37,7 +37,7 @@ def sft_mixture(options: TrainSftOptions, paths: Paths) -> Mixture:
 def finetune(options: TrainSftOptions, paths: Paths, runtime: Runtime) -> dict:
     """`nanochat train sft`: run or resume fine-tuning, from the newest checkpoint of midtraining; returns its results."""
     path, tokenizer, mid_meta = find_checkpoint(paths, "mid", runtime)
-    shape = GPTConfig(**mid_meta["config"], impl=options.impl)
+    shape = GPTConfig(**mid_meta["config"], impl=options.impl, recompute=options.run.recompute)
     rows, accumulation, total = step_size(options, "sft", 1, CheckpointStore(paths.checkpoints("sft"), runtime))
     shape, micro_step_ms = take_gate(paths, shape, rows, runtime)
     model = create_model(path, shape, runtime, mid_meta)
@@ -56,6 +56,7 @@ def finetune(options: TrainSftOptions, paths: Paths, runtime: Runtime) -> dict:
     plan = Plan(
         stage="sft",
         batches=batches,
+        rows=rows,
         accumulation=accumulation,
         lr_multiplier=linear_decay(options.init_lr_fraction),
         momentum=full_momentum,

@@ -69,7 +69,8 @@ class MicroStep:
 
     A call adds the weighted gradients to those that the optimizer collects, and the weighted loss to `loss`, a float32 scalar on
     the device. one_length: the rows of all batches have the same length. exchanges: the last call of a step also exchanges the
-    gradients with the other processes, while backward computes them.
+    gradients with the other processes, while backward computes them. Raises UserError for a compiled model that is to compute parts
+    again.
     """
 
     def __init__(self, model: GPT, optimizer: MuonAdamW, execution: str, one_length: bool):
@@ -85,6 +86,11 @@ class MicroStep:
             self._run: Callable[[Batch, float, bool], None] = self._replay
         else:
             compiled = execution == "compile"
+            if compiled and model.config.recompute:
+                raise UserError(
+                    "--recompute is for micro-steps from a graph or in eager mode: torch.compile itself decides what to compute again, "
+                    "and here it compiles the model; leave --recompute out, or give --execution graph"
+                )
             # dynamic=None: torch compiles for one length first, and for any length when a second one comes
             self.forward = torch.compile(model, dynamic=False if one_length else None) if compiled else model
             self._run = self._plain

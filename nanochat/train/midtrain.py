@@ -13,6 +13,7 @@ from nanochat.platform.console import say
 from nanochat.platform.distributed import Runtime
 from nanochat.platform.paths import Paths
 from nanochat.tasks import GSM8K, MMLU, Identity, SimpleSpelling, SmolTalk, SpellingBee
+from nanochat.train.memory import rows_that_fit
 from nanochat.train.plan import Evaluation, Plan, learning_settings, step_size
 from nanochat.train.schedules import warmdown
 from nanochat.train.trainer import Trainer
@@ -38,9 +39,10 @@ def mid_mixture(options: TrainMidOptions, paths: Paths) -> Mixture:
 def midtrain(options: TrainMidOptions, paths: Paths, runtime: Runtime) -> dict:
     """`nanochat train mid`: run or resume midtraining, from the newest checkpoint of pretraining; returns its results."""
     path, tokenizer, base_meta = find_checkpoint(paths, "base", runtime)
-    shape = GPTConfig(**base_meta["config"], impl=options.impl)
+    shape = GPTConfig(**base_meta["config"], impl=options.impl, recompute=options.run.recompute)
     length, store = shape.context_length, CheckpointStore(paths.checkpoints("mid"), runtime)
-    rows, accumulation, total = step_size(options, "mid", length, store)
+    most = rows_that_fit(shape, runtime, options.run.execution, options.device_batch_size)
+    rows, accumulation, total = step_size(options, "mid", length, store, most)
     shape, micro_step_ms = take_gate(paths, shape, rows, runtime)
     model = create_model(path, shape, runtime, base_meta)
     mixture = mid_mixture(options, paths)
@@ -66,6 +68,7 @@ def midtrain(options: TrainMidOptions, paths: Paths, runtime: Runtime) -> dict:
     plan = Plan(
         stage="mid",
         batches=batches,
+        rows=rows,
         accumulation=accumulation,
         lr_multiplier=warmdown(options.warmdown_ratio),
         steps=None,

@@ -36,6 +36,7 @@ class Plan:
 
     stage: str
     batches: Callable[[list | None], Iterator[Batch]]  # from the saved positions of all ranks; None: from the beginning
+    rows: int  # of a micro-batch
     accumulation: int  # micro-batches per step on each rank
     lr_multiplier: Callable[[float], float]  # a function of the progress, 0 to 1
     steps: int | None  # None: until the data ends
@@ -68,21 +69,24 @@ class StepSize(NamedTuple):
     total: int  # tokens or conversations of the whole step
 
 
-def step_size(options: TrainOptions, stage: str, row_size: int, store: CheckpointStore) -> StepSize:
+def step_size(options: TrainOptions, stage: str, row_size: int, store: CheckpointStore, most: int = 0) -> StepSize:
     """The size of the steps of a stage, for the number of processes that there are.
 
     What a preset says about it is only a wish, because the preset serves any number of processes: rows of a micro-batch at most,
-    and the nearest total that they can share. What the user says is kept, and so is the total of a run that is resumed. Raises
-    UserError if the processes cannot share that.
+    and the nearest total that they can share. What the user says is kept, and so are the total of a run that is resumed and, where
+    they were chosen by the GPU, its rows: `most` is what fits here. Raises UserError if the processes cannot share that.
     """
     runtime, unit = store.runtime, "conversations" if stage == "sft" else "tokens"
     name = "examples_per_step" if stage == "sft" else "total_batch_size"
     preset = with_preset(type(options)(), f"train {stage}", options.preset)
-    rows, total = options.device_batch_size, getattr(options, name)
-    fixed = options.preset == "" or rows != preset.device_batch_size
+    total, before = getattr(options, name), store.newest_settings()
+    # other rows would learn the same, with sums that are rounded otherwise
+    kept = None if options.device_batch_size else before.get("rows")
+    rows = options.device_batch_size or kept or most
+    fixed = options.device_batch_size > 0 and (options.preset == "" or rows != preset.device_batch_size)
     given = options.preset == "" or total != getattr(preset, name)
-    before = {} if given else store.newest_settings()
-    saved = before.get("step_size", before.get(name))  # earlier versions had no other size than that of the option
+    # earlier versions had no other size than that of the option
+    saved = None if given else before.get("step_size", before.get(name))
     if saved is not None:
         check_shape(saved, int, f"the size of the steps of the run in {store.directory}")
     size = shared(saved or total, rows, row_size, runtime.world_size, fixed, exact=given or saved is not None)
@@ -95,6 +99,12 @@ def step_size(options: TrainOptions, stage: str, row_size: int, store: Checkpoin
         raise UserError(
             f"the steps of the run in {store.directory} have {saved} {unit}, which {who} cannot share; "
             f"resume it with {remedy}, or move {store.directory} away to start again"
+        )
+    if kept and size.rows > most:
+        fewer = shared(size.total, most, row_size, runtime.world_size, exact=True).rows
+        raise UserError(
+            f"the run in {store.directory} has micro-batches of {size.rows} rows, and {most} fit on {runtime.device_name}; to go on "
+            f"with fewer, whose sums are rounded otherwise, give --device-batch-size {fewer}"
         )
     if given:
         accumulation_steps(total, rows if fixed else 1, row_size, runtime.world_size, unit)

@@ -20,6 +20,7 @@ from nanochat.platform.console import say
 from nanochat.platform.distributed import Runtime
 from nanochat.platform.paths import Paths
 from nanochat.tokenizer.bpe import Tokenizer
+from nanochat.train.memory import rows_that_fit
 from nanochat.train.plan import Evaluation, Plan, horizon, learning_settings, step_size
 from nanochat.train.schedules import warmdown
 from nanochat.train.trainer import Trainer
@@ -29,10 +30,12 @@ def pretrain(options: TrainBaseOptions, paths: Paths, runtime: Runtime) -> dict:
     """`nanochat train base`: run or resume pretraining; returns its results."""
     tokenizer = Tokenizer.load(paths.tokenizer, f"nanochat tokenizer train{paths.as_option}{paths.other_runs}")
     shape = GPTConfig.from_depth(
-        options.depth, tokenizer.vocab_size, options.context_length, options.n_kv_head, impl=options.impl
-    )
+        options.depth, tokenizer.vocab_size, options.context_length, options.n_kv_head, impl=options.impl,
+        recompute=options.run.recompute,
+    )  # fmt: skip
     length, store = options.context_length, CheckpointStore(paths.checkpoints("base"), runtime)
-    rows, accumulation, total = step_size(options, "base", length, store)
+    most = rows_that_fit(shape, runtime, options.run.execution, options.device_batch_size)
+    rows, accumulation, total = step_size(options, "base", length, store, most)
     steps = horizon(replace(options, total_batch_size=total), shape)
     train, val = Shards.of(paths, "train"), Shards.of(paths, "val")
     if options.core_metric_every >= 0:
@@ -71,6 +74,7 @@ def pretrain(options: TrainBaseOptions, paths: Paths, runtime: Runtime) -> dict:
         plan = Plan(
             stage="base",
             batches=batches,
+            rows=rows,
             accumulation=accumulation,
             lr_multiplier=warmdown(options.warmdown_ratio),
             steps=steps,

@@ -29,6 +29,7 @@ from nanochat.platform.shapes import check_shape
 from nanochat.platform.signals import handled
 from nanochat.tokenizer.bpe import Tokenizer
 from nanochat.train.diagnose import offending_tensor
+from nanochat.train.memory import predict_run
 from nanochat.train.metrics import Metrics
 from nanochat.train.micro_step import MicroStep, choose_execution
 from nanochat.train.plan import Plan
@@ -119,6 +120,11 @@ class Trainer:
         execution, reason = choose_execution(options.execution, runtime.device, model.config.impl, micro_step_ms)
         if runtime.primary:
             say(f"micro-steps: {execution} ({reason})")
+            if runtime.memory:
+                needed = predict_run(model.config, plan.rows, runtime, execution).total
+                say(
+                    f"memory: about {needed / 1e9:.1f} GB of {runtime.memory / 1e9:.1f} with {plan.rows} rows in a micro-batch"
+                )
         self.micro_step = MicroStep(model, optimizer, execution, one_length=plan.one_length)
         self.state, self.pace = TrainState(), Pace()
         self.started_at = 0  # the step that this start begins with; each start trains a step, so that many of them end
@@ -148,7 +154,7 @@ class Trainer:
             except torch.OutOfMemoryError as error:
                 raise UserError(
                     f"out of memory on {self.runtime.device_name} ({str(error).splitlines()[0]}); lower "
-                    "--device-batch-size: the step stays the same, and is accumulated from more micro-batches"
+                    f"--device-batch-size (now {self.plan.rows}): the step stays the same, and is accumulated from more micro-batches"
                 ) from error
             finally:
                 self.metrics.close()
@@ -280,7 +286,7 @@ class Trainer:
         if self.state.step == self.saved_step:
             return
         meta = {"stage": self.plan.stage, "tokenizer": self.tokenizer.hash, "settings": self.settings}
-        meta |= self.state.to_meta(self.runtime.gather(self.state.position))
+        meta |= {"rows": self.plan.rows} | self.state.to_meta(self.runtime.gather(self.state.position))
         self.store.save(self.state.step, self.model, self.optimizer, meta)
         self.saved_step = self.state.step
 

@@ -1,10 +1,14 @@
-"""Small models for tests, and a training of three steps."""
+"""Small models for tests, a training of three steps, and GPUs that are not there."""
 
+import pytest
 import torch
 
+from bench.memory import CARDS
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.options.train import OptimizerOptions
+from nanochat.platform.distributed import Runtime
+from nanochat_kernels import configs
 
 SMALL = GPTConfig.from_depth(3, 301, 16)  # 301 rows do not divide by 2, nor do 3 matrices of one shape
 MOMENTA = (0.85, 0.9, 0.95)
@@ -45,3 +49,13 @@ def perturbed(config: GPTConfig, seed: int = 0) -> GPT:
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     return model
+
+
+def on_card(monkeypatch: pytest.MonkeyPatch, card: str, world_size: int = 1) -> Runtime:
+    """The runtime of a process that believes in a GPU; nothing may run on it."""
+    architecture, gib = CARDS[card]
+    monkeypatch.setattr(Runtime, "memory", int(gib * 2**30))
+    monkeypatch.setattr(Runtime, "device_name", card)
+    monkeypatch.setattr(Runtime, "gather", lambda runtime, value: [value] * runtime.world_size)
+    monkeypatch.setattr(configs, "architecture", lambda index: architecture)
+    return Runtime(0, world_size, torch.device("cuda", 0), torch.bfloat16)

@@ -14,9 +14,11 @@ from nanochat.options.model import Implementations
 from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
 from nanochat.speedrun.preflight import most_rows
+from nanochat.train.memory import rows_that_fit
 from nanochat_kernels import gate
 from nanochat_kernels.dispatch import operations
 from tests.conftest import TINY_BASE, assert_fails_with, nanochat
+from tests.nanochat.models import CARDS, on_card
 
 SIZES = "--device cpu --preset cpu --run-name default --depth 1 --context-length 32 --device-batch-size 4".split()
 
@@ -39,10 +41,27 @@ def test_training_takes_the_gate(base):
     assert_fails_with(nanochat(base, "train", "base", *TINY_BASE), "is not a gate file")
 
 
-def test_without_a_preset_the_gate_is_of_the_run_that_has_none():
+def test_without_a_preset_the_gate_is_of_the_run_that_has_none(cpu):
     """As training without a preset is, which takes it."""
     gate_options, training = (parse(COMMANDS[name].load_options(), name, []) for name in ("kernels gate", "train base"))
-    assert gate_options.preset == training.preset == "" and most_rows("") == training.device_batch_size
+    assert gate_options.preset == training.preset == "" and training.device_batch_size == 0
+    assert most_rows("", GPTConfig.from_depth(20, 65536), cpu) == 32
+
+
+@pytest.mark.parametrize(("preset", "rows"), [("cpu", 32), ("tiny", 8)])
+def test_one_gate_serves_every_stage_of_a_preset(preset, rows, cpu):
+    assert most_rows(preset, GPTConfig.from_depth(3, 512), cpu) == rows
+
+
+@pytest.mark.parametrize("preset", ["d20", "d26", "d32"])
+@pytest.mark.parametrize("card", CARDS)
+def test_one_gate_serves_every_stage_and_any_number_of_processes(preset, card, monkeypatch):
+    """No stage takes more rows than the gate has judged."""
+    model = GPTConfig.from_depth(int(preset[1:]), 65536)
+    one = on_card(monkeypatch, card)
+    gate_rows = most_rows(preset, model, one)
+    for processes in (1, 2, 3, 6, 8, 16, 64):
+        assert 1 <= rows_that_fit(model, replace(one, world_size=processes), "auto") <= gate_rows <= 32
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -23,6 +23,7 @@ from nanochat.speedrun.run import run_stages
 from nanochat.speedrun.stages import NAMES
 from nanochat.train.finetune import sft_mixture
 from nanochat.train.midtrain import mid_mixture
+from tests.nanochat.models import on_card
 from tests.nanochat.speedrun.world_of_d20 import on_disk, parquet
 
 SHARDS = 3
@@ -146,6 +147,20 @@ def test_preflight_warns_when_the_job_is_too_short(monkeypatch, capsys):
         _estimate(base, model, runtime, 8)
         out = capsys.readouterr().out
         assert "time: about 11.8 h from the beginning" in out and ("saved and queued again" in out) == warned
+
+
+@pytest.mark.parametrize(("card", "rows"), [("A100 40 GB", 22), ("H200 141 GB", 32)])
+def test_preflight_says_what_fits_into_the_memory(d20, monkeypatch, capsys, card, rows):
+    on_card(monkeypatch, card)
+    monkeypatch.setattr("nanochat.speedrun.preflight.pick_device", lambda _: "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    preflight(PreflightOptions("d20", SHARDS), d20)
+    assert f"ok   memory: micro-batches of up to {rows} rows fit into the" in capsys.readouterr().out
+    monkeypatch.setattr(Runtime, "memory", 8 * 2**30)
+    with pytest.raises(
+        UserError, match="preflight of d20: a model of depth 20 with one row of 2048 tokens needs about .* GB"
+    ):
+        preflight(PreflightOptions("d20", SHARDS), d20)
 
 
 def test_loaders_read_only_what_is_listed(world, monkeypatch):

@@ -12,6 +12,7 @@ from nanochat.checkpoint import CheckpointStore
 from nanochat.cli import parse
 from nanochat.data.pretraining import TokenStream
 from nanochat.data.shards import Shards
+from nanochat.gpt import GPTConfig
 from nanochat.options.data import GenerateOptions
 from nanochat.options.presets import PRESETS
 from nanochat.options.train import TrainBaseOptions, TrainMidOptions, TrainSftOptions
@@ -19,8 +20,10 @@ from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
 from nanochat.report.sections import read_section
 from nanochat.synthetic.generate import generate
+from nanochat.train.memory import predict_run, rows_that_fit
 from nanochat.train.plan import shared, step_size
 from tests.conftest import nanochat
+from tests.nanochat.models import CARDS, on_card
 
 STAGES = {"base": TrainBaseOptions, "mid": TrainMidOptions, "sft": TrainSftOptions}
 
@@ -36,9 +39,10 @@ def test_a_preset_serves_any_number_of_processes(preset, stage, processes, tmp_p
     options = parse(STAGES[stage], f"train {stage}", ["--preset", preset])
     length = parse(TrainBaseOptions, "train base", ["--preset", preset]).context_length if stage != "sft" else 1
     wanted = options.examples_per_step if stage == "sft" else options.total_batch_size
-    size = step_size(options, stage, length, store_of(Paths(tmp_path), stage, cpu, processes))
+    most = options.device_batch_size or 32
+    size = step_size(options, stage, length, store_of(Paths(tmp_path), stage, cpu, processes), most)
     assert size.total == size.rows * size.accumulation * length * processes
-    assert 1 <= size.rows <= options.device_batch_size
+    assert 1 <= size.rows <= most
     multiple = length * processes
     assert abs(size.total - wanted) <= max(1, size.accumulation / 2) * multiple
     if wanted % multiple == 0 and processes in (1, 2, 4, 8, 16):
@@ -46,7 +50,7 @@ def test_a_preset_serves_any_number_of_processes(preset, stage, processes, tmp_p
     said = capsys.readouterr().out
     assert said == "" if size.total == wanted else f"steps of {size.total:,}" in said and f"the {wanted:,} of" in said
     # a device is not left with a handful of rows where it could take many
-    assert size.rows >= min(options.device_batch_size, round(wanted / multiple)) / 2
+    assert size.rows >= min(most, round(wanted / multiple)) / 2
 
 
 def test_one_process_takes_a_preset_as_it_is():
@@ -72,6 +76,73 @@ def test_what_the_user_says_is_kept_or_refused(tmp_path, cpu):
         UserError, match="2 processes with 7 rows at a time cannot share; give a .* that divides 8, or --total"
     ):
         size("--device-batch-size", "7", processes=2)
+
+
+@pytest.mark.parametrize("preset", ["d20", "d26", "d32"])
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+@pytest.mark.parametrize("card", CARDS)
+def test_a_step_has_as_many_tokens_on_every_card(card, processes, preset, tmp_path, monkeypatch):
+    runtime = on_card(monkeypatch, card, processes)
+    options = parse(TrainBaseOptions, "train base", ["--preset", preset])
+    model = GPTConfig.from_depth(options.depth, 65536)
+    most = rows_that_fit(model, runtime, "auto")
+    size = step_size(options, "base", 2048, CheckpointStore(tmp_path, runtime), most)
+    assert size.total == 524_288 and 1 <= size.rows <= most
+    assert predict_run(model, size.rows, runtime, "graph").fits(runtime.memory)
+    if preset == "d20":
+        assert size.rows == (16 if "40 GB" in card else 32)
+
+
+def test_a_number_of_rows_that_is_given_wins(monkeypatch, tmp_path):
+    runtime = on_card(monkeypatch, "A100 40 GB")
+    options = parse(TrainBaseOptions, "train base", ["--preset", "d20", "--device-batch-size", "64"])
+    most = rows_that_fit(GPTConfig.from_depth(20, 65536), runtime, "auto", options.device_batch_size)
+    assert step_size(options, "base", 2048, CheckpointStore(tmp_path, runtime), most) == (64, 4, 524_288)
+
+
+def test_a_model_that_does_not_fit_is_named_with_the_remedies(monkeypatch):
+    runtime = on_card(monkeypatch, "A100 40 GB")
+    large = GPTConfig.from_depth(40, 65536)
+    wanted = "depth 40 with one row of 2048 tokens needs about .* GB, .* A100 40 GB has 42.3 GB; give --recompute attention mlp, "
+    with pytest.raises(UserError, match=wanted):
+        rows_that_fit(large, runtime, "auto")
+    with pytest.raises(
+        UserError, match="give a smaller --depth or --context-length, .* --device-batch-size 1 to try it"
+    ):
+        rows_that_fit(replace(large, recompute=("attention", "mlp")), runtime, "auto")
+    assert rows_that_fit(large, runtime, "auto", given=1) == 1
+
+
+def test_a_resumed_run_keeps_the_rows_that_another_card_chose(monkeypatch, tmp_path):
+    monkeypatch.setattr(CheckpointStore, "newest_settings", lambda store: {"step_size": 524_288, "rows": 16})
+
+    def size(card: str, *arguments: str, depth: int = 20):
+        runtime = on_card(monkeypatch, card, 8)
+        options = parse(TrainBaseOptions, "train base", ["--preset", "d20", *arguments])
+        most = rows_that_fit(GPTConfig.from_depth(depth, 65536), runtime, "auto", options.device_batch_size)
+        return step_size(options, "base", 2048, CheckpointStore(tmp_path, runtime), most)
+
+    assert size("A100 40 GB") == size("H200 141 GB") == (16, 2, 524_288)
+    assert size("H200 141 GB", "--device-batch-size", "32") == (32, 1, 524_288)
+    with pytest.raises(
+        UserError, match="has micro-batches of 16 rows, and 11 fit on A100 40 GB.* give --device-batch-size 8$"
+    ):
+        size("A100 40 GB", depth=26)
+
+
+@pytest.mark.parametrize(("saved", "expected"), [(2, (2, 2, 128)), (None, (4, 1, 128)), (64, (4, 1, 128))])
+def test_the_rows_of_a_checkpoint(trained_base, tmp_path, cpu, saved, expected):
+    """They are kept; one of an earlier version has none."""
+    checkpoints = shutil.copytree(Paths(trained_base).checkpoints("base"), tmp_path / "base")
+    path = max(checkpoints.glob("step_*")) / "meta.json"
+    meta = json.loads(path.read_text())
+    assert meta.pop("rows") == 4
+    path.write_text(json.dumps(meta if saved is None else meta | {"rows": saved}))
+    options = parse(TrainBaseOptions, "train base", ["--total-batch-size", "128"])
+    assert step_size(options, "base", 32, CheckpointStore(checkpoints, cpu), most=1000) == expected
+    path.write_text(json.dumps(meta | {"rows": "x"}))
+    with pytest.raises(UserError, match=r"meta.json\['rows'\] is 'x'"):
+        step_size(options, "base", 32, CheckpointStore(checkpoints, cpu), most=1000)
 
 
 @pytest.mark.parametrize("name", ["step_size", "total_batch_size"])
