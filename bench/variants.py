@@ -128,10 +128,13 @@ class PlainOptimizer:
 class Training:
     """A variant, ready to train: its model with random weights, which are not zero, its micro-step and its optimizer.
 
-    replay: whether CUDA graphs are replayed, as in training, or their work is launched each time.
+    replay: whether CUDA graphs are replayed, as in training, or their work is launched each time. overlap: whether several processes
+    exchange gradients while backward runs, as in training, or after it.
     """
 
-    def __init__(self, text: str, shape: GPTConfig, device: torch.device, dtype: torch.dtype, replay: bool = True):
+    def __init__(
+        self, text: str, shape: GPTConfig, device: torch.device, dtype: torch.dtype, replay: bool = True, overlap: bool = True
+    ):  # fmt: skip
         variant = parse(text)
         self.model = trained_model(replace(shape, impl=variant.impl), device, dtype)
         self.optimizer = MuonAdamW(self.model, graphs=replay)
@@ -140,6 +143,7 @@ class Training:
         self.micro_step = MicroStep(self.model, self.optimizer, execution, one_length=True)
         if not replay:
             self.micro_step.pool = None
+        self.micro_step.exchanges &= overlap
         compiled = partial(torch.compile, dynamic=False, mode=None if own else variant.execution)
         if variant.liger_loss:
             hidden = self.model.hidden if variant.execution == "eager" else compiled(self.model.hidden)
@@ -151,19 +155,19 @@ class Training:
     def step(self, batch: Batch, micro_steps: int) -> None:
         """A whole step, which waits for the loss before it changes the weights, as training does."""
         self.micro_step.loss.zero_()
-        for _ in range(micro_steps):
-            self.micro_step(batch, 1 / micro_steps)
-        self.update(wait=True)
+        for number in range(micro_steps):
+            self.micro_step(batch, 1 / micro_steps, last=number + 1 == micro_steps)
+        self.update(wait=True, exchanged=self.micro_step.exchanges)
 
-    def update(self, wait: bool = False) -> None:
-        """All that follows the last micro-step of a step."""
+    def update(self, wait: bool = False, exchanged: bool = False) -> None:
+        """All that follows the last micro-step of a step; exchanged: which has exchanged the gradients with other processes."""
         loss = self.micro_step.loss
         if self.plain:
             if wait:
                 loss.item()
             self.plain(RATE, MOMENTUM)
             return
-        norm = self.optimizer.synchronize()
+        norm = self.optimizer.synchronize(exchanged)
         if wait:
             torch.stack([loss, norm]).tolist()
         self.optimizer.update(RATE, MOMENTUM)

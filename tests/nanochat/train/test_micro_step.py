@@ -24,12 +24,12 @@ def batch(rows: int, length: int, seed: int) -> Batch:
     return Batch(tokens[:, :-1].contiguous(), targets, ())
 
 
-def made(execution: str, dtype: torch.dtype = torch.float32) -> tuple[MicroStep, MuonAdamW]:
-    model = GPT.create(CONFIG, DEVICE, dtype)
+def made(execution: str, dtype: torch.dtype = torch.float32, device: str = DEVICE) -> tuple[MicroStep, MuonAdamW]:
+    model = GPT.create(CONFIG, device, dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():
-                parameter.normal_(std=0.05, generator=torch.Generator(DEVICE).manual_seed(3))
+                parameter.normal_(std=0.05, generator=torch.Generator(device).manual_seed(3))
     optimizer = MuonAdamW(model)
     return MicroStep(model, optimizer, execution, one_length=False), optimizer
 
@@ -50,7 +50,7 @@ def exchanging_worker(rank: int, world_size: int, port: int, path: str, device: 
         torch.cuda.set_device(rank)
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    step, optimizer = made("graph")
+    step, optimizer = made("graph", device=device)
     on_their_way, rest = [], optimizer._exchange_rest
 
     def exchange_rest() -> None:
@@ -82,10 +82,10 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs 
 def test_gradients_are_exchanged_while_backward_runs(world_size, device, tmp_path):
     """The steps are those of one process, and every chunk but the embedding's is on its way before backward has ended."""
     spawn(exchanging_worker, world_size, str(tmp_path), device)
-    step, optimizer = made("graph")
+    step, optimizer = made("graph", device=device)
     norms = train(step, optimizer)
     for rank in range(world_size):
-        weights, found, on_their_way = torch.load(tmp_path / f"{rank}.pt", map_location=DEVICE)
+        weights, found, on_their_way = torch.load(tmp_path / f"{rank}.pt", map_location=device)
         assert found == pytest.approx(norms, rel=1e-4 if device == "cpu" else 1e-2)
         for name, weight in step.model.state_dict().items():
             torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-4 if device == "cpu" else 1e-2)
