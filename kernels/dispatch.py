@@ -26,7 +26,7 @@ class KernelRequestError(ValueError):
 def operations() -> Mapping[str, Operation]:
     """Return every operation by name, collected from the OPERATIONS of the files in this package."""
     package = import_module(__package__)
-    modules = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    modules = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "__main__")
     records = [
         operation
         for name in modules

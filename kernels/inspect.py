@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,12 +95,17 @@ def compile_launch(launch: Launch, architecture: str):
     source, options = specialize(launch, architecture)
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.add_stages_inspection_hook = None
+        triton.knobs.compilation.disable_line_info = True  # a third of the PTX
         return triton.compile(source, target=target_of(architecture), options=options)
 
 
 def inspect_launch(launch: Launch, architecture: str, place: Place) -> Compiled:
     """Compile a launch and check the result for spills, shared memory, instructions and pipeline stages."""
-    compiled = compile_launch(launch, architecture)
+    return inspect_code(compile_launch(launch, architecture), launch, architecture, place)
+
+
+def inspect_code(compiled, launch: Launch, architecture: str, place: Place) -> Compiled:
+    """Check what compile_launch returned."""
     ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
     registers, spilled = resources(compiled.asm["cubin"])
     defects = []
@@ -135,34 +140,52 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
 
 
-def places(architecture: str, only: tuple[str, ...] = ()) -> list[Place]:
-    """Return the launches of every kernel, or of those named in `only`, at its shape classes and further shapes.
+def recorded(architecture: str, only: tuple[str, ...] = ()) -> Iterator[tuple[Place, Launch]]:
+    """Yield the launches of every kernel, or of those named in `only`, at its shape classes and further shapes.
 
-    Of launches that compile to the same code only the first is kept. Raises LaunchTableError if the table lacks an entry.
+    Raises LaunchTableError if the table lacks an entry.
     """
-    found: dict[str, Place] = {}
     with configs.tables_of(architecture):
         for kernel in dispatch.tunable_kernels():
             for dtype in kernel.dtypes if not only or kernel.name in only else ():
                 for key in (*kernel.keys, *kernel.more_keys):
                     for flags, launches in record(kernel, key, dtype).items():
                         for number, launch in enumerate(launches):
-                            source, options = specialize(launch, architecture)
-                            code = f"{source.hash()} {sorted(options.items(), key=str)}"
-                            found.setdefault(code, Place(kernel.name, dtype, key, flags, number))
+                            yield Place(kernel.name, dtype, key, flags, number), launch
+
+
+def places(architecture: str, only: tuple[str, ...] = ()) -> list[Place]:
+    """Return where launches are recorded. Of launches that compile to the same code only the first is kept."""
+    found: dict[str, Place] = {}
+    for place, launch in recorded(architecture, only):
+        found.setdefault(code_of(launch, architecture), place)
     return list(found.values())
 
 
-def inspect_place(architecture: str, place: Place) -> Compiled:
-    """Record a launch again and inspect it, in a worker process of inspect_all."""
+def code_of(launch: Launch, architecture: str) -> str:
+    """Return what the compiled code of a launch depends on."""
+    source, options = specialize(launch, architecture)
+    return f"{source.hash()} {sorted(options.items(), key=str)}"
+
+
+def launch_at(place: Place, architecture: str) -> Launch:
+    """Record a launch again, in a worker process."""
     kernel = next(kernel for kernel in dispatch.tunable_kernels() if kernel.name == place.kernel)
     with configs.tables_of(architecture):
-        launch = record(kernel, place.key, place.dtype)[place.flags][place.number]
-    return inspect_launch(launch, architecture, place)
+        return record(kernel, place.key, place.dtype)[place.flags][place.number]
+
+
+def inspect_place(architecture: str, place: Place) -> Compiled:
+    return inspect_launch(launch_at(place, architecture), architecture, place)
+
+
+def on_every_core(function: Callable, *arguments: list) -> Iterator:
+    """Yield function(*each) for each of the arguments, as map does, from one process per core."""
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(function, *arguments, chunksize=4)
 
 
 def inspect_all(architecture: str, only: tuple[str, ...] = ()) -> Iterator[Compiled]:
     """Compile every launch of every kernel, or of those named in `only`, in one process per core, and yield the results."""
     jobs = places(architecture, only)
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(inspect_place, [architecture] * len(jobs), jobs, chunksize=4)
+    return on_every_core(inspect_place, [architecture] * len(jobs), jobs)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from nanochat_kernels import library
 from nanochat_kernels.architecture import TRITON_INSTALLED
 from nanochat_kernels.ranges import span
 
@@ -87,11 +88,13 @@ def launch(kernel, grid: tuple[int, ...], device: torch.device, *arguments, **co
         launches = _recorded.get()
         if launches is not None:
             launches.append(Launch(kernel, arguments, constants, grid))
-    elif torch.compiler.is_compiling() or device.index is None or device.index == torch.cuda.current_device():
+    elif torch.compiler.is_compiling() or device.index is None:
         kernel[grid](*arguments, **constants)
-    else:
+    elif device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](*arguments, **constants)
+            launch(kernel, grid, device, *arguments, **constants)
+    elif not library.run(kernel, grid, device, arguments, constants):
+        kernel[grid](*arguments, **constants)
 
 
 class KernelFunction(torch.autograd.Function):

@@ -44,6 +44,7 @@ settings.load_profile("nanochat")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--plant", action="store_true", help="plant each fault in a copy of the kernels; a test must fail")
     parser.addoption("--sm80", action="store_true", help="run the PTX that is made for an A100 on the GPU here")
+    parser.addoption("--library", type=Path, help="launch kernels from this libnanochat_kernels.so on the GPU here")
     parser.addoption("--slurm-preset", default="tiny", help="what the long Slurm test runs: tiny (minutes) or cpu")
 
 
@@ -78,6 +79,19 @@ def pytest_configure(config: pytest.Config) -> None:
         from nanochat_kernels.architecture import run_ptx_of
 
         run_ptx_of("sm80")
+    if config.getoption("--library") and torch.cuda.is_available():
+        from nanochat_kernels import library
+
+        library.use(config.getoption("--library"))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    from nanochat_kernels import library
+
+    if found := library.in_use():
+        terminalreporter.write_line(f"{found.path} served {found.served} launches")
+        for kernel, reason in found.compiled.items():
+            terminalreporter.write_line(f"Triton compiled {kernel}: {reason}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

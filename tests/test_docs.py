@@ -127,7 +127,7 @@ def files_of_tree(text: str) -> set[str]:
 
 def test_the_tree_of_the_readme_has_every_file():
     listed = files_of_tree((ROOT / "README.md").read_text("utf-8"))
-    folders = [ROOT / name for name in ("kernels", "nanochat", "bench", "slurm")]
+    folders = [ROOT / name for name in ("kernels", "nanochat", "bench", "native", "slurm")]
     files = {path for folder in folders for path in folder.rglob("*.*") if path.is_file()}
     there = {
         str(path.relative_to(ROOT)) for path in files if not {"results", "__pycache__", "configs"} & set(path.parts)

@@ -7,12 +7,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.platform.environment import collective_timeout
+from nanochat.platform.environment import collective_timeout, kernel_library
 from nanochat.platform.errors import UserError
 from nanochat.platform.signals import end_with_parent
 
@@ -119,6 +120,7 @@ def start_runtime(device: str = "auto") -> Iterator[Runtime]:
     """
     kind = pick_device(device)
     if kind == "cuda":
+        use_kernel_library(kernel_library())
         torch.set_float32_matmul_precision("high")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to repeat results bit for bit
     if not dist.is_torchelastic_launched():
@@ -160,6 +162,18 @@ def start_runtime(device: str = "auto") -> Iterator[Runtime]:
         # waiting for the others after an error would hang until the timeout: they may never arrive
         if sys.exc_info()[0] is None:
             dist.destroy_process_group()
+
+
+def use_kernel_library(path: Path | None) -> None:
+    """Let kernels come from the library that was built ahead of time. Raises UserError if it cannot be loaded."""
+    if path is None:
+        return
+    from nanochat_kernels import library  # which imports Triton
+
+    try:
+        library.use(path)
+    except library.LibraryError as error:
+        raise UserError(f"NANOCHAT_AOT={path}: {error}") from error
 
 
 def lost_another_process(error: BaseException) -> bool:

@@ -31,6 +31,12 @@ def collective_timeout() -> timedelta:
     return timedelta(seconds=int(value))
 
 
+def kernel_library() -> Path | None:
+    """NANOCHAT_AOT: the library of the kernels that CMake built, or the folder it is in; None where Triton compiles them."""
+    value = os.environ.get("NANOCHAT_AOT")
+    return Path(value).expanduser().absolute() if value else None
+
+
 def library_path() -> str:
     """LD_LIBRARY_PATH, where Python itself may need libraries from."""
     return os.environ.get("LD_LIBRARY_PATH", "")

@@ -1,0 +1,182 @@
+"""Launch kernels from the ahead-of-time library instead of compiling them: no compiler, cache or home directory is needed.
+
+use("build/all/libnanochat_kernels.so") makes every launch of this process take its code from there. A launch that the library
+has no code for is compiled by Triton as without it, with a warning that says which one. The C interface is native/nanochat_kernels.h.
+"""
+
+import ctypes
+import hashlib
+import struct
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanochat_kernels.architecture import architecture, triton
+
+OK, BAD_ARGUMENT, UNKNOWN_KERNEL, NO_CONTEXT, NO_CODE = 0, 1, 2, 5, 6  # nk_status
+NONE, POINTER, INTEGER, NUMBER, MATRIX = range(5)  # nk_kind
+VERSION = 1  # NK_VERSION
+DTYPES = {
+    torch.bfloat16: 1, torch.float16: 2, torch.float32: 3, torch.float64: 4, torch.bool: 5, torch.uint8: 6, torch.int8: 7,
+    torch.int16: 8, torch.int32: 9, torch.int64: 10,
+}  # fmt: skip
+
+
+class LibraryError(RuntimeError):
+    """The library cannot be loaded, or the driver cannot launch its code; the message says why."""
+
+
+class Matrix(ctypes.Structure):
+    """nk_matrix"""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("dtype", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
+        ("shape", ctypes.c_int64 * 5),
+        ("strides", ctypes.c_int64 * 5),
+    )
+
+
+def identity(kernel, constants: dict[str, Any], fixed: tuple = ()) -> str:
+    """Return the name by which the library knows a Triton kernel with its constants and options: a hash of all sources and values.
+
+    fixed: the values of the arguments that are tl.constexpr.
+    """
+    given = [(name, getattr(value, "cache_key", value)) for name, value in sorted(constants.items())]
+    return hashlib.sha256(f"{triton.__version__} {kernel.cache_key} {given} {fixed}".encode()).hexdigest()[:16]
+
+
+class Library:
+    """libnanochat_kernels, loaded with ctypes."""
+
+    def __init__(self, path: Path):
+        try:
+            self.dll = ctypes.CDLL(str(path))
+            self.dll.nk_version.restype = ctypes.c_int
+            found = self.dll.nk_version()
+        except (OSError, AttributeError) as error:
+            raise LibraryError(
+                f"{path} is not the library of the kernels ({error}); build it with CMake, see the README"
+            ) from error
+        if found != VERSION:
+            raise LibraryError(
+                f"{path} has version {found} of the C interface, wanted {VERSION}; build it again from this source"
+            )
+        self.path = path
+        self.find, self.launch, self.last_error = self.dll.nk_find_id, self.dll.nk_launch, self.dll.nk_last_error
+        self.find.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.POINTER(ctypes.c_void_p))
+        self.launch.argtypes = (
+            ctypes.c_void_p,
+            *[ctypes.c_uint] * 3,
+            ctypes.c_void_p,
+            ctypes.c_char_p,
+            ctypes.c_size_t,
+        )
+        self.last_error.restype = ctypes.c_char_p
+        self.kernels: dict[tuple, int | None] = {}
+        self.served = 0
+        """launches from the library"""
+        self.compiled: dict[str, str] = {}
+        """kernels of which Triton compiled a launch, and why"""
+
+    def kernel(self, kernel, constants: dict[str, Any], fixed: tuple, device: torch.device) -> int | None:
+        """Return the address of the nk_kernel for a launch on a device, or None if the library lacks it."""
+        key = (id(kernel), device.index, fixed, *constants.items())
+        if key not in self.kernels:
+            found = ctypes.c_void_p()
+            number = int(architecture(device.index).removeprefix("sm"))
+            if self.find(identity(kernel, constants, fixed).encode(), number, ctypes.byref(found)) == UNKNOWN_KERNEL:
+                self.warn(kernel.__name__)
+            self.kernels[key] = found.value
+        return self.kernels[key]
+
+    def run(
+        self, kernel, grid: tuple[int, ...], device: torch.device, arguments: tuple, constants: dict[str, Any]
+    ) -> bool:
+        """Launch a kernel on the current device and stream. Returns False if the library has no code for the launch.
+
+        Raises LibraryError if the driver reports an error.
+        """
+        packed, fixed, alive = pack(arguments)
+        found = self.kernel(kernel, constants, fixed, device)
+        if found is None:
+            return False
+        x, y, z = (*grid, 1, 1)[:3]
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
+        count = len(packed) // 16
+        status = self.launch(found, x, y, z, stream, packed, count)
+        if status == NO_CONTEXT:  # the first call into CUDA of this thread
+            torch.cuda.cudart().cudaMemGetInfo(device.index)
+            status = self.launch(found, x, y, z, stream, packed, count)
+        del alive
+        if status in (BAD_ARGUMENT, NO_CODE):
+            self.warn(kernel.__name__)
+            return False
+        if status != OK:
+            raise LibraryError(f"{kernel.__name__}: {self.last_error().decode()}")
+        self.served += 1
+        return True
+
+    def warn(self, name: str) -> None:
+        """Say once for each kernel that Triton compiles a launch of it, and why."""
+        if name not in self.compiled:
+            self.compiled[name] = self.last_error().decode()
+            warnings.warn(f"Triton compiles {name}, because of {self.path}: {self.compiled[name]}", stacklevel=4)
+
+
+def pack(arguments: tuple) -> tuple[bytes, tuple, list[Matrix]]:
+    """Return the arguments of a launch as an array of nk_argument, the values of those that are constants, and what must live
+    as long as the array."""
+    words, fixed, alive = [], [], []
+
+    def add(values: tuple) -> None:
+        for x in values:
+            if isinstance(x, Tensor):
+                words.extend((POINTER, DTYPES[x.dtype], x.data_ptr()))
+            elif isinstance(x, int):
+                words.extend((INTEGER, 0, x))
+            elif x is None:
+                words.extend((NONE, 0, 0))
+            elif isinstance(x, float):
+                words.extend((NUMBER, 0, struct.unpack("q", struct.pack("d", x))[0]))
+            elif isinstance(x, tuple):
+                add(x)
+            elif isinstance(x, triton.language.constexpr):
+                fixed.append(x.value)
+            else:
+                base, rank = x.base, len(x.shape)
+                matrix = Matrix(base.data_ptr(), DTYPES[base.dtype], rank)
+                matrix.shape[:rank], matrix.strides[:rank] = x.shape, x.strides
+                alive.append(matrix)
+                words.extend((MATRIX, 0, ctypes.addressof(matrix)))
+
+    add(arguments)
+    return struct.pack("iiq" * (len(words) // 3), *words), tuple(fixed), alive
+
+
+_library: Library | None = None
+
+
+def in_use() -> Library | None:
+    return _library
+
+
+def use(path: Path | None) -> None:
+    """Take the code of every launch from a library, given by its file or the folder it was installed in, or from Triton for None.
+
+    Raises LibraryError if it cannot be loaded.
+    """
+    global _library
+    if path and path.is_dir():
+        name = "libnanochat_kernels.so"
+        path = next((folder / name for folder in (path, path / "lib") if (folder / name).is_file()), path / name)
+    _library = Library(path) if path else None
+
+
+def run(kernel, grid: tuple[int, ...], device: torch.device, arguments: tuple, constants: dict[str, Any]) -> bool:
+    """Launch a kernel from the library that is in use. Returns False if there is none, or if it has no code for the launch."""
+    return _library is not None and _library.run(kernel, grid, device, arguments, constants)

@@ -1,0 +1,148 @@
+"""The kernels as a library that is compiled ahead of time: CMake builds it, CTest tests it, and Python launches from it."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat.platform.distributed import use_kernel_library
+from nanochat.platform.errors import UserError
+from nanochat_kernels import export, library
+from nanochat_kernels.triton_helpers import triton
+from tests.conftest import environment
+
+ROOT = Path(__file__).resolve().parents[2]
+MISSING = [tool for tool in ("cmake", "ninja", "g++") if not shutil.which(tool)]
+needs_cmake = pytest.mark.skipif(
+    bool(MISSING) or sys.platform != "linux",
+    reason=f"needs Linux and {', '.join(MISSING)}: apt-get install cmake ninja-build g++ clang-format",
+)
+
+
+def build_and_test(preset: str, *more: str) -> str:
+    """Configure, build and test a preset of CMakePresets.json; returns what CTest printed."""
+    for command in (
+        ["cmake", "--preset", preset, f"-DPython3_EXECUTABLE={sys.executable}"],
+        ["cmake", "--build", "--preset", preset],
+        ["ctest", "--preset", preset, *more],
+    ):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(None))
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@needs_cmake
+def test_three_kernels_with_sanitizers():
+    assert "100% tests passed" in build_and_test("cpu")
+
+
+@needs_cmake
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_all_kernels():
+    """Also that a training step of d12, d20 and d32 needs no other code than the library has."""
+    assert "100% tests passed" in build_and_test("all", "--label-exclude", "python")
+
+
+@needs_cmake
+def test_a_python_without_triton_is_named(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    command = ["cmake", "-S", ROOT, "-B", tmp_path / "build", f"-DPython3_EXECUTABLE={python}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(None, PYTHONPATH=""))
+    assert done.returncode != 0 and "cannot import torch and triton, which compile the kernels" in done.stderr.replace(
+        "\n  ", " "
+    )
+
+
+def test_what_is_not_the_library_is_rejected(tmp_path):
+    with pytest.raises(
+        library.LibraryError, match=r"libnanochat_kernels\.so is not the library .* build it with CMake"
+    ):
+        library.use(tmp_path)
+    not_one = tmp_path / "lib" / "libnanochat_kernels.so"
+    not_one.parent.mkdir()
+    not_one.write_text("not a library")
+    with pytest.raises(UserError, match=f"NANOCHAT_AOT={tmp_path}: .*lib/libnanochat_kernels.so is not the library"):
+        use_kernel_library(tmp_path)
+    assert library.in_use() is None
+
+
+def test_a_library_of_another_version_is_rejected(tmp_path, monkeypatch):
+    other = type("Dll", (), {"nk_version": staticmethod(lambda: 7)})
+    monkeypatch.setattr(library.ctypes, "CDLL", lambda path: other)
+    with pytest.raises(library.LibraryError, match="has version 7 of the C interface, wanted 1; build it again"):
+        library.use(tmp_path)
+
+
+def test_arguments_are_packed():
+    x = torch.zeros(4, dtype=torch.bfloat16)
+    cap = triton.language.constexpr(15.0)
+    packed, fixed, alive = library.pack((x, 7, None, 0.5, (x[1:], cap, -1)))
+    assert fixed == (15.0,) and not alive
+    pointer, half = x.data_ptr(), 0x3FE0000000000000
+    wanted = [(1, 1, pointer), (2, 0, 7), (0, 0, 0), (3, 0, half), (1, 1, pointer + 2), (2, 0, -1)]
+    assert packed == b"".join(library.struct.pack("iiq", *words) for words in wanted)
+
+
+def test_a_kernel_is_known_by_its_sources_and_constants():
+    def kernel(key: str):
+        return type("Kernel", (), {"cache_key": key})()
+
+    names = [
+        library.identity(kernel("a"), {"BLOCK": 1}),
+        library.identity(kernel("b"), {"BLOCK": 1}),
+        library.identity(kernel("a"), {"BLOCK": 2}),
+        library.identity(kernel("a"), {"BLOCK": 1}, (15.0,)),
+        library.identity(kernel("a"), {"BLOCK": kernel("c")}),
+        library.identity(kernel("a"), {"BLOCK": kernel("d")}),
+    ]
+    assert len(set(names)) == len(names)
+    assert library.identity(kernel("a"), {"X": 1, "Y": 2}) == library.identity(kernel("a"), {"Y": 2, "X": 1})
+
+
+def test_code_with_other_parameters_is_rejected():
+    """So that a version of Triton that passes arguments in another way is noticed when the library is built."""
+    ptx = ".entry kernel(\n.param .u64 .ptr .global .align 1 a,\n.param .u32 b,\n.param .u64 c, .param .u64 d\n)"
+    wanted = [{"kind": "pointer"}, {"kind": "constant"}, {"kind": "integer32"}]
+    export.check_signature(ptx, wanted)
+    with pytest.raises(
+        export.CannotExport, match="the code takes u64 u32 u64 u64, but the launcher passes u64 u64 u64"
+    ):
+        export.check_signature(ptx, wanted[:1])
+    matrix = {"kind": "matrix", "block_size": [64, 64]}
+    described = ".entry kernel(.param .align 64 .b8 a[128], .param .u32 b, .param .u32 c"
+    described += "".join(f", .param .u64 {name}" for name in "defg") + ")"
+    export.check_signature(described, [matrix])
+
+
+def test_the_check_finds_defects_and_missing_code(tmp_path):
+    variant = {"code": "code", "bytes": {"cubin": 3, "ptx": 2}, "defects": []}
+    kernel = {"function": "f", "constants": {}, "variants": [variant]}
+    part = {"kernels": {"id": kernel}, "entries": [{"kernel": "name"}]}
+    (tmp_path / "sm80").mkdir()
+    (tmp_path / "sm80" / "code.cubin").write_bytes(b"123")
+
+    def check() -> str:
+        (tmp_path / "manifest.json").write_text(json.dumps({"architectures": {"sm80": part}}))
+        return export.check(tmp_path)
+
+    with pytest.raises(export.CannotExport, match=r"code\.ptx is missing or has not 2 bytes"):
+        check()
+    (tmp_path / "sm80" / "code.ptx").write_bytes(b"12")
+    assert check() == "sm80: 1 launches of 1 kernels in 1 variants of code"
+    variant["defects"] = ["8 bytes spilled"]
+    with pytest.raises(export.CannotExport, match="1 defects, the first is sm80 f .*8 bytes spilled"):
+        check()
+
+
+def test_what_cannot_be_exported_is_named(tmp_path):
+    with pytest.raises(export.CannotExport, match="architectures 80 and 90, not for sm75"):
+        export.export_all(["75", "90"], tmp_path)
+    with pytest.raises(export.CannotExport, match="no kernel is called nothing; there are .*rms_norm_forward"):
+        export.export_all(["80"], tmp_path, ("nothing",))

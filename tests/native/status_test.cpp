@@ -1,0 +1,396 @@
+// Every status code, and what is launched how, with the driver of fake_driver.cpp in place of libcuda.so.1.
+#include <dlfcn.h>
+
+#include <cmath>
+#include <cstdint>
+#include <set>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "fake_driver.h"
+#include "nanochat_kernels.h"
+
+namespace {
+
+FakeDriver* driver;
+void (*set_context)(unsigned long long);
+
+void* const kX = reinterpret_cast<void*>(0x10000);
+void* const kRstd = reinterpret_cast<void*>(0x20000);
+const char* const kNorm[] = {"row_rstd", "bfloat16", "1280", "rstd"};
+const char* const kProduct[] = {"relu2_mlp_input_gradient", "bfloat16", "65536x1280x5120", "residual"};
+
+const nk_kernel* find(const char* const (&words)[4], int architecture) {
+    const nk_kernel* found = nullptr;
+    CHECK_STATUS(nk_find(words[0], words[1], words[2], words[3], 0, architecture, &found), NK_OK, "");
+    return found;
+}
+
+std::vector<nk_argument> norm_arguments(int64_t rows = 64, int64_t stride = 1280) {
+    return {nk_pointer(kX, NK_BFLOAT16), nk_pointer(kRstd, NK_FLOAT32), nk_integer(rows), nk_integer(stride)};
+}
+
+nk_status launch(const nk_kernel* kernel, const std::vector<nk_argument>& arguments, unsigned grid = 8) {
+    return nk_launch(kernel, grid, 1, 1, nullptr, arguments.data(), arguments.size());
+}
+
+nk_status launch_with(const nk_kernel* kernel, size_t position, nk_argument argument) {
+    std::vector<nk_argument> arguments = norm_arguments();
+    arguments[position] = argument;
+    return launch(kernel, arguments);
+}
+
+// Arguments that the first variant takes, with the same matrix for all of its matrices.
+std::vector<nk_argument> product_arguments(const nk_kernel* kernel, const nk_matrix* matrix) {
+    nk_parameter parameters[32];
+    size_t count = 0;
+    CHECK_STATUS(nk_parameters(kernel, 0, parameters, 32, &count), NK_OK, "");
+    std::vector<nk_argument> arguments;
+    for (size_t i = 0; i < count; ++i) {
+        const nk_parameter& parameter = parameters[i];
+        switch (parameter.kind) {
+            case NK_MATRIX:
+                arguments.push_back(nk_matrix_argument(matrix));
+                break;
+            case NK_POINTER:
+                arguments.push_back(nk_pointer(kRstd, static_cast<nk_dtype>(parameter.dtype)));
+                break;
+            case NK_INTEGER:
+                arguments.push_back(nk_integer(parameter.value != 0 ? parameter.value : 16));
+                break;
+            default:
+                arguments.push_back(nk_none());
+        }
+    }
+    return arguments;
+}
+
+template <class T>
+T value_of(const FakeLaunch& launch, size_t position) {
+    T value;
+    std::memcpy(&value, launch.parameters[position], sizeof value);
+    return value;
+}
+
+void reset(int capability = 90) {
+    driver->capability = capability;
+    driver->shared = 227 * 1024;
+    driver->failing.clear();
+    driver->rejects_cubins = false;
+    driver->on_launch = nullptr;
+    driver->maps.clear();
+    driver->loads = driver->unloads = driver->launches = 0;
+    static unsigned long long next = 100;
+    set_context(next += 1);  // nothing is loaded in a new context
+}
+
+void test_statuses_have_names() {
+    std::set<std::string> names;
+    for (int status = NK_OK; status <= NK_DRIVER_ERROR; ++status) {
+        names.insert(nk_status_name(static_cast<nk_status>(status)));
+    }
+    CHECK(names.size() == NK_DRIVER_ERROR + 1 && names.count("NK_OK") == 1);
+    CHECK(std::string(nk_status_name(static_cast<nk_status>(99))) == "not a status");
+    CHECK(nk_version() == NK_VERSION);
+}
+
+void test_a_driver_that_fails_to_start() {
+    const nk_kernel* found = nullptr;
+    driver->failing = "cuInit";
+    driver->failure = CUDA_ERROR_NO_DEVICE;
+    CHECK_STATUS(nk_find(kNorm[0], kNorm[1], kNorm[2], kNorm[3], 0, 0, &found), NK_NO_DEVICE, "finds no GPU");
+    driver->failure = CUDA_ERROR_SYSTEM_NOT_READY;
+    CHECK_STATUS(nk_find(kNorm[0], kNorm[1], kNorm[2], kNorm[3], 0, 0, &found), NK_DRIVER_ERROR, "cuInit reports");
+    driver->failing.clear();  // a later call tries again
+    CHECK_STATUS(nk_find(kNorm[0], kNorm[1], kNorm[2], kNorm[3], 0, 0, &found), NK_NO_CONTEXT, "cudaSetDevice");
+}
+
+void test_no_context() {
+    set_context(0);
+    CHECK_STATUS(launch(find(kNorm, 80), norm_arguments()), NK_NO_CONTEXT, "cudaSetDevice");
+}
+
+void test_finding() {
+    reset();
+    const nk_kernel* found = nullptr;
+    CHECK_STATUS(nk_find("row_rst", "bfloat16", "1280", "rstd", 0, 80, &found), NK_UNKNOWN_KERNEL,
+                 "no kernel \"row_rst\" for sm_80; it has ");
+    CHECK_STATUS(nk_find("row_rstd", "float64", "1280", "rstd", 0, 80, &found), NK_UNKNOWN_KERNEL,
+                 "it has bfloat16, float16, float32");
+    CHECK_STATUS(nk_find("row_rstd", "bfloat16", "1281", "rstd", 0, 80, &found), NK_UNKNOWN_KERNEL, "no shape \"1281\"");
+    CHECK_STATUS(nk_find("row_rstd", "bfloat16", "1280", "x", 0, 80, &found), NK_UNKNOWN_KERNEL, "it has rstd");
+    CHECK_STATUS(nk_find("row_rstd", "bfloat16", "1280", "rstd", 7, 80, &found), NK_UNKNOWN_KERNEL, "no launch 7");
+    CHECK_STATUS(nk_find("row_rstd", "bfloat16", "1280", "rstd", 0, 70, &found), NK_UNKNOWN_KERNEL, "for sm_70; it has none");
+    CHECK_STATUS(nk_find(nullptr, "bfloat16", "1280", "rstd", 0, 80, &found), NK_BAD_ARGUMENT, "kernel must not be null");
+    CHECK_STATUS(nk_find("row_rstd", "bfloat16", "1280", "rstd", 0, 80, nullptr), NK_BAD_ARGUMENT, "found must not be null");
+    CHECK_STATUS(nk_find_id("0123", 80, &found), NK_UNKNOWN_KERNEL, "built from other sources");
+    CHECK_STATUS(nk_find_id(nullptr, 80, &found), NK_BAD_ARGUMENT, "id must not be null");
+    const nk_entry* entries = nullptr;
+    size_t count = 0;
+    CHECK_STATUS(nk_entries(&entries, &count), NK_OK, "");
+    CHECK_STATUS(nk_entries(nullptr, &count), NK_BAD_ARGUMENT, "entries");
+    CHECK(count > 0);
+    for (size_t i = 0; i < count; ++i) {
+        const nk_entry& e = entries[i];
+        CHECK_STATUS(nk_find(e.kernel, e.dtype, e.shape, e.flags, e.launch, e.architecture, &found), NK_OK, "");
+        CHECK(found == e.found);
+    }
+    for (const int capability : {80, 86, 90, 100}) {
+        reset(capability);
+        CHECK(find(kNorm, 0) == find(kNorm, capability == 90 ? 90 : 80));
+    }
+}
+
+void test_descriptions() {
+    const nk_kernel* kernel = find(kNorm, 80);
+    double value = 0;
+    CHECK_STATUS(nk_constant(kernel, "WIDTH", &value), NK_OK, "");
+    CHECK(value == 1280);
+    CHECK_STATUS(nk_constant(kernel, "EPS", &value), NK_OK, "");
+    CHECK(std::fabs(value - 1.1920928955078125e-07) < 1e-12);
+    CHECK_STATUS(nk_constant(kernel, "HEIGHT", &value), NK_BAD_ARGUMENT, "it has BLOCK, EPS, ROWS, WIDTH");
+    CHECK_STATUS(nk_constant(nullptr, "WIDTH", &value), NK_BAD_ARGUMENT, "kernel");
+    CHECK_STATUS(nk_constant(kernel, "WIDTH", nullptr), NK_BAD_ARGUMENT, "value");
+    const char* function = nullptr;
+    size_t variants = 0, count = 0;
+    CHECK_STATUS(nk_describe(kernel, &function, &variants), NK_OK, "");
+    CHECK(std::string(function) == "row_rstd_kernel" && variants >= 1);
+    CHECK_STATUS(nk_describe(kernel, nullptr, &variants), NK_BAD_ARGUMENT, "function");
+    nk_parameter parameters[4];
+    CHECK_STATUS(nk_parameters(kernel, 0, parameters, 4, &count), NK_OK, "");
+    CHECK(count == 4 && std::string(parameters[0].name) == "x_ptr" && parameters[0].kind == NK_POINTER);
+    CHECK(parameters[0].multiple == 16 && parameters[1].dtype == NK_FLOAT32 && parameters[3].kind == NK_INTEGER);
+    CHECK_STATUS(nk_parameters(kernel, 0, nullptr, 0, &count), NK_OK, "");
+    CHECK_STATUS(nk_parameters(kernel, 0, nullptr, 4, &count), NK_BAD_ARGUMENT, "parameters");
+    CHECK_STATUS(nk_parameters(kernel, variants, parameters, 4, &count), NK_BAD_ARGUMENT, "was asked for");
+}
+
+void test_bad_arguments_of_a_launch() {
+    reset();
+    const nk_kernel* kernel = find(kNorm, 80);
+    CHECK_STATUS(launch(nullptr, norm_arguments()), NK_BAD_ARGUMENT, "kernel must not be null");
+    CHECK_STATUS(nk_launch(kernel, 8, 1, 1, nullptr, nullptr, 4), NK_BAD_ARGUMENT, "arguments must not be null");
+    CHECK_STATUS(launch(kernel, norm_arguments(), 0), NK_BAD_ARGUMENT, "got 0 by 1 by 1");
+    CHECK_STATUS(nk_launch(kernel, 8, 70000, 1, nullptr, norm_arguments().data(), 4), NK_BAD_ARGUMENT, "8 by 70000 by 1");
+    CHECK_STATUS(launch(kernel, {}), NK_BAD_ARGUMENT, "row_rstd_kernel takes 4 arguments, got 0");
+    CHECK_STATUS(launch_with(kernel, 0, nk_integer(5)), NK_BAD_ARGUMENT,
+                 "argument 0, x_ptr, must be NK_POINTER, got NK_INTEGER");
+    CHECK_STATUS(launch_with(kernel, 0, {77, 0, {nullptr}}), NK_BAD_ARGUMENT, "got an unknown value");
+    CHECK_STATUS(launch_with(kernel, 0, nk_pointer(kX, NK_INT64)), NK_BAD_ARGUMENT, "got int64");
+    CHECK_STATUS(launch_with(kernel, 1, nk_pointer(static_cast<char*>(kRstd) + 4, NK_FLOAT32)), NK_BAD_ARGUMENT,
+                 "rstd_ptr, must be at a multiple of 16 bytes");
+    CHECK_STATUS(launch_with(kernel, 2, nk_integer(1LL << 40)), NK_BAD_ARGUMENT,
+                 "rows, must fit in 32 bits, got 1099511627776");
+    CHECK_STATUS(launch_with(kernel, 3, nk_integer(1283)), NK_BAD_ARGUMENT, "x_stride, must be a multiple of 16, got 1283");
+    CHECK_STATUS(launch_with(kernel, 3, nk_number(2.5)), NK_BAD_ARGUMENT, "must be NK_INTEGER, got NK_NUMBER");
+    CHECK(driver->launches == 0 && driver->loads == 0);
+    CHECK_STATUS(launch(kernel, norm_arguments()), NK_OK, "");
+}
+
+void test_a_launch_passes_its_arguments() {
+    reset(80);
+    driver->on_launch = [](const FakeLaunch& launch) {
+        CHECK(launch.grid[0] == 8 && launch.grid[1] == 2 && launch.grid[2] == 3 && launch.stream == kRstd);
+        CHECK(launch.block[0] % 32 == 0 && launch.block[0] > 0 && launch.block[1] == 1);
+        CHECK(launch.symbol == "row_rstd_kernel" && launch.module->code == "cubin");
+        CHECK(value_of<void*>(launch, 0) == kX && value_of<void*>(launch, 1) == kRstd);
+        CHECK(value_of<int32_t>(launch, 2) == 64 && value_of<int32_t>(launch, 3) == 1280);
+        CHECK(value_of<void*>(launch, 4) == nullptr && value_of<void*>(launch, 5) == nullptr);
+    };
+    CHECK_STATUS(nk_launch(find(kNorm, 80), 8, 2, 3, kRstd, norm_arguments().data(), 4), NK_OK, "");
+    CHECK(driver->launches == 1);
+    driver->on_launch = [](const FakeLaunch& launch) {
+        CHECK(value_of<int32_t>(launch, 4) == 1638400 && value_of<float>(launch, 5) == 0.75F);
+    };
+    const char* const update[] = {"apply_update", "float32", "1638400", "bfloat16 update, no copy"};
+    CHECK_STATUS(
+        launch(find(update, 80), {nk_pointer(kX, NK_FLOAT32), nk_pointer(kRstd, NK_BFLOAT16), nk_pointer(nullptr, NK_NO_DTYPE),
+                                  nk_pointer(kX, NK_FLOAT32), nk_integer(1638400), nk_number(0.75)}),
+        NK_OK, "");
+    CHECK(driver->launches == 2);
+}
+
+// The kernel is told where a matrix is by a descriptor, its sizes and its strides.
+void test_a_launch_describes_its_matrices() {
+    reset(90);
+    const nk_kernel* kernel = find(kProduct, 90);
+    nk_matrix matrix = {kX, NK_BFLOAT16, 2, {4096, 1280}, {1312, 1}};
+    std::vector<nk_argument> arguments = product_arguments(kernel, &matrix);
+    driver->on_launch = [](const FakeLaunch& launch) {
+        CHECK(value_of<int32_t>(launch, 1) == 4096 && value_of<int32_t>(launch, 2) == 1280);
+        CHECK(value_of<int64_t>(launch, 3) == 1312 && value_of<int64_t>(launch, 4) == 1);
+        CHECK(reinterpret_cast<uintptr_t>(launch.parameters[0]) % 64 == 0);  // as the driver demands of a descriptor
+        CHECK(value_of<uint64_t>(launch, 0) == UINT64_MAX);
+    };
+    CHECK_STATUS(launch(kernel, arguments), NK_OK, "");
+    CHECK(driver->launches == 1 && driver->maps.size() == 5 && driver->requested_shared > 48 * 1024);
+    if (!driver->maps.empty()) {
+        const FakeMap& map = driver->maps[0];
+        CHECK(map.type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 && map.rank == 2 && map.data == kX);
+        CHECK(map.sizes[0] == 1280 && map.sizes[1] == 4096 && map.strides[0] == 2624);
+        CHECK(map.swizzle == CU_TENSOR_MAP_SWIZZLE_128B && map.block[0] == 64 && map.block[1] >= 64);
+    }
+    // a driver of version 13.0 sets a bit for small tensors that must not be there
+    matrix.shape[0] = 16;
+    driver->on_launch = [](const FakeLaunch& launch) {
+        CUtensorMap map;
+        std::memcpy(&map, launch.parameters[0], sizeof map);
+        CHECK(map.opaque[1] == (UINT64_MAX & ~(1ULL << 21)));
+    };
+    CHECK_STATUS(launch(kernel, arguments), NK_OK, "");
+    driver->on_launch = nullptr;
+
+    const nk_matrix good = matrix;
+    const auto rejects = [&](const char* words) {
+        CHECK_STATUS(launch(kernel, arguments), NK_BAD_ARGUMENT, words);
+        matrix = good;
+    };
+    matrix.data = static_cast<char*>(kX) + 8;
+    rejects("must begin at a multiple of 16 bytes");
+    matrix.data = nullptr;
+    rejects("must begin at a multiple of 16 bytes");
+    matrix.dtype = NK_FLOAT32;
+    rejects("must be a matrix of bfloat16, got float32");
+    matrix.rank = 3;
+    rejects("must have rank 2, got 3");
+    matrix.shape[1] = 0;
+    rejects("must have sizes of 1 to 2147483647, got 0");
+    matrix.strides[0] = 1281;
+    rejects("other strides of a multiple of 16 bytes, got 1281 elements");
+    matrix.strides[1] = 2;
+    rejects("must have a last stride of 1");
+    arguments[0] = nk_matrix_argument(nullptr);
+    rejects("x_desc, must not be a null matrix");
+    arguments[0] = nk_matrix_argument(&matrix);
+    for (size_t i = 0; i < arguments.size(); ++i) {
+        if (arguments[i].kind == NK_NONE) {
+            arguments[i] = nk_integer(3);
+            rejects("must be NK_NONE, got NK_INTEGER");
+            arguments[i] = nk_none();
+        } else if (arguments[i].kind == NK_INTEGER && arguments[i].value.integer == 1) {
+            arguments[i] = nk_integer(2);
+            rejects("must be 1, got 2");
+            arguments[i] = nk_integer(1);
+        }
+    }
+    driver->failing = "cuTensorMapEncodeTiled";
+    driver->failure = CUDA_ERROR_INVALID_VALUE;
+    CHECK_STATUS(launch(kernel, arguments), NK_DRIVER_ERROR, "cuTensorMapEncodeTiled reports");
+}
+
+void test_code_for_a_device() {
+    const struct {
+        int architecture, capability;
+        const char* code;
+    } cases[] = {{80, 80, "cubin"}, {80, 86, "cubin"}, {80, 90, "ptx"}, {80, 100, "ptx"}, {90, 90, "cubin"}};
+    static std::string wanted;
+    for (const auto& one : cases) {
+        reset(one.capability);
+        wanted = one.code;
+        driver->on_launch = [](const FakeLaunch& launch) { CHECK(launch.module->code == wanted); };
+        CHECK_STATUS(launch(find(kNorm, one.architecture), norm_arguments()), NK_OK, "");
+        CHECK(driver->launches == 1);
+    }
+    reset(80);
+    driver->rejects_cubins = true;
+    wanted = "ptx";
+    driver->on_launch = [](const FakeLaunch& launch) { CHECK(launch.module->code == wanted); };
+    CHECK_STATUS(launch(find(kNorm, 80), norm_arguments()), NK_OK, "");
+    reset(75);
+    CHECK_STATUS(launch(find(kNorm, 80), norm_arguments()), NK_NO_CODE, "compute capability 7.5 cannot run");
+    reset(100);
+    CHECK_STATUS(launch(find(kNorm, 90), norm_arguments()), NK_NO_CODE, "take the kernel of architecture 80");
+    reset(90);
+    driver->rejects_cubins = true;
+    CHECK_STATUS(launch(find(kNorm, 90), norm_arguments()), NK_DRIVER_ERROR, "cuModuleLoadDataEx reports");
+}
+
+void test_failures_of_the_driver() {
+    const nk_kernel* norm = find(kNorm, 80);
+    for (const char* function : {"cuCtxGetCurrent", "cuCtxGetId", "cuCtxGetDevice", "cuDeviceGetAttribute",
+                                 "cuModuleLoadDataEx", "cuModuleGetFunction", "cuLaunchKernel"}) {
+        reset();
+        driver->failing = function;
+        driver->failure = CUDA_ERROR_LAUNCH_FAILED;
+        CHECK_STATUS(launch(norm, norm_arguments()), NK_DRIVER_ERROR, function);
+        CHECK(std::string(nk_last_error()).find("CUDA_ERROR_LAUNCH_FAILED (719): a planted failure") != std::string::npos);
+        driver->failing.clear();
+        CHECK_STATUS(launch(norm, norm_arguments()), NK_OK, "");  // it is not the library that is broken
+        CHECK(driver->launches == 1);
+    }
+    reset();
+    driver->failing = "cuModuleLoadDataEx";
+    driver->failure = CUDA_ERROR_INVALID_PTX;
+    CHECK_STATUS(launch(norm, norm_arguments()), NK_DRIVER_ERROR, "line 7: a planted error of the JIT");
+    driver->failure = CUDA_ERROR_OUT_OF_MEMORY;
+    CHECK_STATUS(launch(norm, norm_arguments()), NK_OUT_OF_RESOURCES, "cuModuleLoadDataEx");
+    reset();
+    driver->failing = "cuModuleGetFunction";
+    driver->failure = CUDA_ERROR_NOT_FOUND;
+    CHECK_STATUS(launch(norm, norm_arguments()), NK_DRIVER_ERROR, "cuModuleGetFunction reports");
+    CHECK(driver->loads == 1 && driver->unloads == 1);  // what was loaded is not left behind
+    reset(90);
+    driver->shared = 100 * 1024;
+    const nk_matrix matrix = {kX, NK_BFLOAT16, 2, {4096, 1280}, {1280, 1}};
+    const nk_kernel* product = find(kProduct, 90);
+    CHECK_STATUS(launch(product, product_arguments(product, &matrix)), NK_OUT_OF_RESOURCES,
+                 "bytes of shared memory, the GPU has 102400");
+    driver->shared = 227 * 1024;
+    driver->failing = "cuFuncSetAttribute";
+    CHECK_STATUS(launch(product, product_arguments(product, &matrix)), NK_DRIVER_ERROR, "cuFuncSetAttribute reports");
+}
+
+void test_contexts_and_threads() {
+    reset(90);
+    const nk_kernel* kernel = find(kNorm, 80);
+    CHECK_STATUS(launch(kernel, norm_arguments()), NK_OK, "");
+    CHECK_STATUS(launch(kernel, norm_arguments()), NK_OK, "");
+    CHECK(driver->loads == 1 && driver->launches == 2);
+    set_context(7);  // a function of another context would be rejected
+    CHECK_STATUS(launch(kernel, norm_arguments()), NK_OK, "");
+    CHECK(driver->loads == 2 && driver->launches == 3);
+
+    std::vector<std::thread> threads;
+    std::atomic<int> failures{0};
+    for (unsigned long long i = 0; i < 8; ++i) {
+        threads.emplace_back([&failures, kernel, i] {
+            set_context(1000 + i % 2);
+            for (int repeat = 0; repeat < 500; ++repeat) {
+                failures += launch(kernel, norm_arguments()) != NK_OK;
+                failures += launch_with(kernel, 3, nk_integer(static_cast<int64_t>(i) + 1281)) != NK_BAD_ARGUMENT;
+                // the message is this thread's own
+                failures += std::string(nk_last_error()).find("got " + std::to_string(i + 1281)) == std::string::npos;
+            }
+        });
+    }
+    for (std::thread& thread : threads) {
+        thread.join();
+    }
+    CHECK(failures == 0 && driver->loads == 4 && driver->launches == 3 + 8 * 500);
+}
+
+}  // namespace
+
+int main() {
+    void* file = dlopen("libcuda.so.1", RTLD_NOW);
+    const auto get = file ? reinterpret_cast<FakeDriver* (*)()>(dlsym(file, "fake_driver")) : nullptr;
+    if (get == nullptr) {
+        std::fprintf(stderr, "libcuda.so.1 is not the driver of this test; run it through ctest, which sets LD_LIBRARY_PATH\n");
+        return 1;
+    }
+    driver = get();
+    set_context = reinterpret_cast<void (*)(unsigned long long)>(dlsym(file, "fake_set_context"));
+    test_statuses_have_names();
+    test_a_driver_that_fails_to_start();
+    test_no_context();
+    test_finding();
+    test_descriptions();
+    test_bad_arguments_of_a_launch();
+    test_a_launch_passes_its_arguments();
+    test_a_launch_describes_its_matrices();
+    test_code_for_a_device();
+    test_failures_of_the_driver();
+    test_contexts_and_threads();
+    return finish();
+}
