@@ -4,7 +4,8 @@ The folder gets a cubin and the PTX of every launch, manifest.json, which descri
 instructions and parameters, and what the library embeds: code.bin with all code, and table.cpp, which says what is where.
 
 A kernel of the library is a Triton kernel with its constants and options. It has one variant for every specialisation of its
-arguments (dtypes, multiples of 16, ones), from which the library takes the first that the arguments of a launch satisfy.
+arguments (dtypes, multiples of 16, ones), from which the library takes the first that the arguments of a launch satisfy. For
+training, in bfloat16, there is a variant for batches of any size too.
 """
 
 import hashlib
@@ -138,6 +139,10 @@ def export(architecture: str, folder: Path, only: tuple[str, ...] = ()) -> dict[
         kernels.setdefault(kernel, {"function": launch.kernel.__name__, "constants": constants_of(launch), "codes": {}})
         kernels[kernel]["codes"][code] = None  # a set with an order
         launches.append((place, kernel, launch.grid))
+        if trains(place):
+            code = inspect.code_of(inspect.for_any_batch(launch), architecture)
+            codes.setdefault(code, place._replace(any_batch=True))
+            kernels[kernel]["codes"][code] = None
     jobs = list(codes.values())
     (folder / architecture).mkdir(parents=True, exist_ok=True)
     exported = inspect.on_every_core(
@@ -167,6 +172,13 @@ def export_all(architectures: list[str], folder: Path, only: tuple[str, ...] = (
     manifest = {"versions": versions(), "architectures": parts}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, default=str) + "\n", "utf-8")
     write_table(manifest, folder)
+
+
+def trains(place: Place) -> bool:
+    """Whether training may launch it, with any batch: in its dtype, at a shape class of the launch table."""
+    kernel = next(kernel for kernel in inspect.dispatch.tunable_kernels() if kernel.name == place.kernel)
+    training = torch.bfloat16 if torch.bfloat16 in kernel.dtypes else torch.float32
+    return place.dtype == training and place.key in kernel.keys
 
 
 def generality(variant: dict[str, Any]) -> tuple:

@@ -27,6 +27,8 @@ LARGE_STAGE = 48 * 1024  # bytes; an A100 has shared memory for three pipeline s
 INSTRUCTIONS = ("mma.sync", "wgmma", "cp.async.bulk", "cp.async.c")
 NOT_ON_SM80 = ("wgmma", "cp.async.bulk")
 META = torch.device("meta")
+# the integers that depend on the batch, by the names that kernels give them
+BATCH_SIZES = {"rows", "tokens", "all_keys", "positions", "row_heads", "blocks", "tiles", "total", "m", "size"}
 
 
 class CannotRun(RuntimeError):
@@ -34,13 +36,17 @@ class CannotRun(RuntimeError):
 
 
 class Place(NamedTuple):
-    """The origin of a launch: number `number` of those that a kernel makes with a set of flags, in a dtype, at a shape class."""
+    """The origin of a launch: number `number` of those that a kernel makes with a set of flags, in a dtype, at a shape class.
+
+    any_batch: the launch is changed by for_any_batch.
+    """
 
     kernel: str
     dtype: torch.dtype
     key: Key
     flags: str
     number: int
+    any_batch: bool = False
 
 
 @dataclass(frozen=True)
@@ -172,7 +178,18 @@ def launch_at(place: Place, architecture: str) -> Launch:
     """Record a launch again, in a worker process."""
     kernel = next(kernel for kernel in dispatch.tunable_kernels() if kernel.name == place.kernel)
     with configs.tables_of(architecture):
-        return record(kernel, place.key, place.dtype)[place.flags][place.number]
+        launch = record(kernel, place.key, place.dtype)[place.flags][place.number]
+    return for_any_batch(launch) if place.any_batch else launch
+
+
+def for_any_batch(launch: Launch) -> Launch:
+    """Return a launch whose code does not rely on sizes that depend on the batch being multiples of 16."""
+    names = launch.kernel.arg_names
+    arguments = [
+        x + 1 if name in BATCH_SIZES and isinstance(x, int) and x % 16 == 0 else x
+        for name, x in zip(names, launch.arguments, strict=False)
+    ]
+    return launch._replace(arguments=tuple(arguments))
 
 
 def inspect_place(architecture: str, place: Place) -> Compiled:
