@@ -1,20 +1,25 @@
-"""Compare the host time of a public function with the bare launch of its kernel: python -m bench.launch
+"""Compare the host time of a public function with the bare launch of its kernel: python -m bench.launch [--library FILE]
 
-Both allocate new results in each call. There are so few rows that the host never waits for the GPU. Medians of 2,000 calls.
+With a libnanochat_kernels.so that CMake built also with launches from it in place of Triton's. All allocate new results in each
+call. There are so few rows that the host never waits for the GPU. Medians of 2,000 calls.
 """
 
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from statistics import median
+from typing import Annotated
 
 import torch
+import tyro
 from torch import Tensor
 
 import nanochat_kernels as kernels
 from bench.measure import need_gpu
 from nanochat.platform.errors import UserError
+from nanochat_kernels import library
 from nanochat_kernels.architecture import architecture
 from nanochat_kernels.configs import tables_of
 from nanochat_kernels.triton_helpers import recorded_launches
@@ -57,7 +62,7 @@ def bare(function: Callable, arguments: tuple[Tensor, ...]) -> Callable[[], obje
     return again
 
 
-def main() -> None:
+def main(library_path: Annotated[Path | None, tyro.conf.arg(name="library")] = None) -> None:
     need_gpu()
     x, update = (torch.randn(64, 1280, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     q, k = (torch.randn(1, 64, 10, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -70,12 +75,18 @@ def main() -> None:
     for name, (function, arguments) in calls.items():
         with_gradient = (arguments[0].clone().requires_grad_(), *arguments[1:])
         for what, inputs in (("", arguments), (", with a gradient", with_gradient)):
-            whole, alone = microseconds(partial(function, *inputs, impl="triton")), microseconds(bare(function, inputs))
-            print(f"{name + what:31} {whole:6.1f} µs, bare launch {alone:6.1f} µs, difference {whole - alone:5.1f} µs")
+            run = partial(function, *inputs, impl="triton")
+            whole, alone = microseconds(run), microseconds(bare(function, inputs))
+            line = f"{name + what:31} {whole:6.1f} µs, bare launch {alone:6.1f} µs, difference {whole - alone:5.1f} µs"
+            if library_path:
+                library.use(library_path)
+                line += f", from the library {microseconds(run):6.1f} µs"
+                library.use(None)
+            print(line)
 
 
 if __name__ == "__main__":
     try:
-        main()
-    except UserError as error:  # no GPU here
+        tyro.cli(main)
+    except (UserError, library.LibraryError) as error:  # no GPU here, or no library
         sys.exit(f"bench.launch: {error}")

@@ -14,6 +14,7 @@ import torch
 from bench.cases import Case, disagreement, tensors
 from nanochat.platform.errors import UserError
 from nanochat.train.timing import milliseconds
+from nanochat_kernels import library
 from nanochat_kernels.timing import interleaved, launch_microseconds, transient_bytes
 
 ROUNDS = 40
@@ -46,6 +47,7 @@ def header(command: str, on_gpu: bool = True) -> dict:
         "commit": commit,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "library": str(library.in_use().path) if library.in_use() else None,
         "versions": {
             "python": sys.version.split()[0],
             "torch": torch.__version__,

@@ -22,6 +22,7 @@ from nanochat_kernels import configs, inspect
 from nanochat_kernels.export_table import write_table
 from nanochat_kernels.inspect import Place
 from nanochat_kernels.library import identity
+from nanochat_kernels.operation import MODEL_WIDTHS
 from nanochat_kernels.triton_helpers import Launch, triton
 
 PTX_OF = {"pointer": ("u64",), "integer32": ("u32",), "integer64": ("u64",), "float32": ("f32",), "float64": ("f64",)}
@@ -96,8 +97,10 @@ def export_launch(place: Place, architecture: str, folder: Path) -> dict[str, An
         (folder / f"{name}.{kind}").write_bytes(content if kind == "cubin" else content.strip().encode() + b"\n\0")
     found = asdict(inspect.inspect_code(compiled, launch, architecture, place))
     kept = ("registers", "spilled", "shared", "instructions", "defects")
+    if place.any_batch:  # the launch tables are tuned without spills at the batches that training has
+        found["defects"] = [defect for defect in found["defects"] if "spilled" not in defect]
     return {
-        "code": name, "symbol": metadata.name, "warps": metadata.num_warps, "parameters": wanted,
+        "code": name, "symbol": metadata.name, "any_batch": place.any_batch, "warps": metadata.num_warps, "parameters": wanted,
         "bytes": {kind: (folder / f"{name}.{kind}").stat().st_size for kind in ("cubin", "ptx")},
         **{key: found[key] for key in kept},
     }  # fmt: skip
@@ -175,10 +178,10 @@ def export_all(architectures: list[str], folder: Path, only: tuple[str, ...] = (
 
 
 def trains(place: Place) -> bool:
-    """Whether training may launch it, with any batch: in its dtype, at a shape class of the launch table."""
+    """Whether training may launch it, with any batch: in its dtype, at a shape class of the launch table or a model's width."""
     kernel = next(kernel for kernel in inspect.dispatch.tunable_kernels() if kernel.name == place.kernel)
     training = torch.bfloat16 if torch.bfloat16 in kernel.dtypes else torch.float32
-    return place.dtype == training and place.key in kernel.keys
+    return place.dtype == training and (place.key in kernel.keys or bool(set(MODEL_WIDTHS.values()) & set(place.key)))
 
 
 def generality(variant: dict[str, Any]) -> tuple:

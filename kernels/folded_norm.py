@@ -7,6 +7,8 @@ x·Wᵀ, which contains the factor r, and g′ = g·W, the gradient is dx = g′
 This file does not define an operation of the package.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ from nanochat_kernels.matrix_product import (
     store_block,
     store_row_sums,
 )
-from nanochat_kernels.operation import Kernel
+from nanochat_kernels.operation import MODEL_WIDTHS, Kernel
 from nanochat_kernels.reference import EPS
 from nanochat_kernels.triton_helpers import (
     DTYPES,
@@ -200,10 +202,11 @@ def rstd_launches(key, dtype: torch.dtype, device: torch.device):
 
 def finish_launches(key, dtype: torch.dtype, device: torch.device):
     sums = torch.empty(key[0], 32_768, device=device).uniform_(1.0, 2.0)
-    return {
-        "forward": lambda parameters: finish(sums, 1280, None, parameters),
-        "backward": lambda parameters: finish(sums, 1280, sums[0], parameters),
-    }
+    found = {}
+    for width in sorted(MODEL_WIDTHS.values(), key=lambda width: width != 1280):  # tune times the first
+        found[f"forward, {width} wide"] = partial(finish, sums, width, None)
+        found[f"backward, {width} wide"] = partial(finish, sums, width, sums[0])
+    return found
 
 
 def residual_launches(name: str, x: Tensor, weight: Tensor, residual: Tensor):
@@ -227,7 +230,7 @@ FINISH_SPACE = tuple({"ROWS": rows, "PARTS": parts, "num_warps": 4} for rows in 
 KERNELS = (
     Kernel(
         "row_rstd", DTYPES, ((1280,),), tuple({"ROWS": rows, "num_warps": 4} for rows in (1, 2, 4)), rstd_launches,
-        ((96,), (5001,)),
+        ((768,), (2048,), (96,), (5001,)),
     ),
     Kernel("finish_rows", DTYPES[2:], ((20,), (80,)), FINISH_SPACE, finish_launches, ((3,),)),
 )  # fmt: skip

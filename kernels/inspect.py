@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nanochat_kernels import configs, dispatch
+from nanochat_kernels import configs, dispatch, library
 from nanochat_kernels.operation import Kernel, Key
 from nanochat_kernels.triton_helpers import INTERPRETED, TRITON_INSTALLED, Launch, recorded_launches, triton
 
@@ -27,8 +27,8 @@ LARGE_STAGE = 48 * 1024  # bytes; an A100 has shared memory for three pipeline s
 INSTRUCTIONS = ("mma.sync", "wgmma", "cp.async.bulk", "cp.async.c")
 NOT_ON_SM80 = ("wgmma", "cp.async.bulk")
 META = torch.device("meta")
-# the integers that depend on the batch, by the names that kernels give them
-BATCH_SIZES = {"rows", "tokens", "all_keys", "positions", "row_heads", "blocks", "tiles", "total", "m", "size"}
+# the integers that depend on the batch, or on the heads of a model, by the names that kernels give them
+BATCH_SIZES = {"rows", "tokens", "all_keys", "positions", "row_heads", "blocks", "tiles", "total", "m", "size", "parts"}
 
 
 class CannotRun(RuntimeError):
@@ -85,6 +85,10 @@ def specialize(launch: Launch, architecture: str) -> tuple[Any, dict[str, Any]]:
     from triton.runtime.jit import create_function_from_signature
 
     kernel, backend = launch.kernel, triton.compiler.make_backend(target_of(architecture))
+    # Triton's key of a function lacks the globals of those that it calls, unless they have keys already. Callees first, so that every
+    # process finds what another one compiled.
+    for function in library.functions_of(kernel, launch.constants).values():
+        assert function.cache_key
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = binder(*launch.arguments, **launch.constants)
     options, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)

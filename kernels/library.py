@@ -8,7 +8,9 @@ import ctypes
 import hashlib
 import struct
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from types import CodeType, ModuleType
 from typing import Any
 
 import torch
@@ -44,10 +46,65 @@ class Matrix(ctypes.Structure):
 def identity(kernel, constants: dict[str, Any], fixed: tuple = ()) -> str:
     """Return the name by which the library knows a Triton kernel with its constants and options: a hash of all sources and values.
 
-    fixed: the values of the arguments that are tl.constexpr.
+    fixed: the values of the arguments that are tl.constexpr. Triton's own key depends on what was hashed before in the process.
     """
-    given = [(name, getattr(value, "cache_key", value)) for name, value in sorted(constants.items())]
-    return hashlib.sha256(f"{triton.__version__} {kernel.cache_key} {given} {fixed}".encode()).hexdigest()[:16]
+    functions = functions_of(kernel, constants)
+    given = [(name, name_of(value) if is_function(value) else value) for name, value in sorted(constants.items())]
+    sources = [(name, function.src, fixed_globals(function)) for name, function in sorted(functions.items())]
+    text = f"{triton.__version__} {name_of(kernel)} {given} {fixed} {sources}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def functions_of(kernel, constants: dict[str, Any]) -> dict[str, Any]:
+    """Return a Triton kernel, the functions among its constants and all that they call, outside of Triton, by name; callers come after
+    those that they call."""
+    found: dict[str, Any] = {}
+
+    def add(function) -> None:
+        name = name_of(function)
+        if name not in found and not name.startswith("triton."):
+            found[name] = None
+            for _, value in globals_of(function):
+                if is_function(value):
+                    add(value)
+            del found[name]
+            found[name] = function
+
+    for value in (*constants.values(), kernel):
+        if is_function(value):
+            add(value)
+    return found
+
+
+def is_function(x) -> bool:
+    return hasattr(type(x), "cache_key")  # of the type: to read a key makes it
+
+
+def name_of(function) -> str:
+    return f"{function.fn.__module__}.{function.fn.__qualname__}"
+
+
+def globals_of(function) -> Iterator[tuple[str, Any]]:
+    """Yield the globals that a Triton function uses, and those of modules, by name."""
+    scope, names = function.fn.__globals__, sorted(set(names_in(function.fn.__code__)))
+    known = [name for name in names if name in scope]
+    yield from ((name, scope[name]) for name in known)
+    for module in known:
+        if isinstance(scope[module], ModuleType):
+            yield from ((f"{module}.{n}", getattr(scope[module], n)) for n in names if hasattr(scope[module], n))
+
+
+def fixed_globals(function) -> list[tuple[str, str]]:
+    """Return the globals that are tl.constexpr, which are compiled in."""
+    return [(n, repr(x)) for n, x in globals_of(function) if isinstance(x, triton.language.constexpr)]
+
+
+def names_in(code: CodeType) -> Iterator[str]:
+    """Yield the global names and attributes in a function's code and in that of the functions inside of it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from names_in(constant)
 
 
 class Library:

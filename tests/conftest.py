@@ -68,6 +68,7 @@ LONGEST = (
     "test_linear_cross_entropy",
     "test_output_projection",
     "test_adding_an_operation",
+    "test_library",
     "test_kernel_bench",
     "test_scaled_product",
     "test_gate",

@@ -13,6 +13,7 @@ from nanochat.platform.distributed import use_kernel_library
 from nanochat.platform.errors import UserError
 from nanochat_kernels import export, library
 from nanochat_kernels.triton_helpers import triton
+from tests import forked
 from tests.conftest import environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,20 +91,38 @@ def test_arguments_are_packed():
     assert packed == b"".join(library.struct.pack("iiq", *words) for words in wanted)
 
 
-def test_a_kernel_is_known_by_its_sources_and_constants():
-    def kernel(key: str):
-        return type("Kernel", (), {"cache_key": key})()
+NAMES = """
+import importlib
+from nanochat_kernels import library
+product, mlp, norm = (importlib.import_module(f"nanochat_kernels.{n}") for n in ("matrix_product", "relu2_mlp", "rms_norm"))
+if FIRST: norm.forward_kernel.cache_key, product.dot.cache_key, mlp.relu2_epilogue.cache_key
+kernel, epilogue = product.product_kernel, mlp.relu2_epilogue
+names = [
+    library.identity(kernel, {"BLOCK": 1, "EPILOGUE": epilogue}),
+    library.identity(kernel, {"BLOCK": 2, "EPILOGUE": epilogue}),
+    library.identity(kernel, {"BLOCK": 1, "EPILOGUE": mlp.relu2_backward_epilogue}),
+    library.identity(kernel, {"BLOCK": 1, "EPILOGUE": epilogue}, (15.0,)),
+    library.identity(norm.forward_kernel, {"BLOCK": 1, "EPILOGUE": epilogue}),
+]
+assert library.identity(kernel, {"EPILOGUE": epilogue, "BLOCK": 1}) == names[0]
+functions = list(library.functions_of(kernel, {"EPILOGUE": epilogue}))
+dot, called = "nanochat_kernels.triton_helpers.dot", "nanochat_kernels.matrix_product.product_kernel"
+assert functions.index(dot) < functions.index(called) and "nanochat_kernels.relu2_mlp.relu2_epilogue" in functions
+assert library.fixed_globals(product.dot) == [("_INTERPRETED", "constexpr[False]")], library.fixed_globals(product.dot)
+product.dot._unsafe_update_src(product.dot.src + "    # changed\\n")
+names.append(library.identity(kernel, {"BLOCK": 1, "EPILOGUE": epilogue}))
+print(names)
+"""
 
-    names = [
-        library.identity(kernel("a"), {"BLOCK": 1}),
-        library.identity(kernel("b"), {"BLOCK": 1}),
-        library.identity(kernel("a"), {"BLOCK": 2}),
-        library.identity(kernel("a"), {"BLOCK": 1}, (15.0,)),
-        library.identity(kernel("a"), {"BLOCK": kernel("c")}),
-        library.identity(kernel("a"), {"BLOCK": kernel("d")}),
-    ]
-    assert len(set(names)) == len(names)
-    assert library.identity(kernel("a"), {"X": 1, "Y": 2}) == library.identity(kernel("a"), {"Y": 2, "X": 1})
+
+def test_a_kernel_is_known_by_its_sources_and_constants():
+    """In any process, whatever it launched before: Triton's own key differs."""
+    found = []
+    for first in ("True", "False"):
+        done = forked.run("-c", NAMES.replace("FIRST", first), cwd=ROOT, env=environment(None))
+        assert done.returncode == 0, done.stderr
+        found.append(eval(done.stdout))
+    assert found[0] == found[1] and len(set(found[0])) == len(found[0]) == 6
 
 
 def test_code_with_other_parameters_is_rejected():

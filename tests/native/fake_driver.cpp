@@ -165,7 +165,9 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
     std::memcpy(found.block, block, rank * sizeof *block);
     std::memset(map, 0xff, sizeof *map);
     const std::lock_guard lock(guard);
-    state.maps.push_back(found);
+    if (state.maps.size() < 64) {
+        state.maps.push_back(found);
+    }
     return CUDA_SUCCESS;
 }
 

@@ -79,7 +79,7 @@ void test_finish_rows(Device& device, int architecture) {
         wanted[row] = rstd[row] * rstd[row] * sum / width;
     }
     void* out = results_of(device, 4 * rows);
-    const Kernel kernel("finish_rows", "float32", "20", "backward", architecture);
+    const Kernel kernel("finish_rows", "float32", "20", "backward, 1280 wide", architecture);
     kernel.launch(ceil_div(rows, kernel.constant("ROWS")), 1,
                   {float32(copy_float32(device, sums)), float32(copy_float32(device, rstd)), float32(out), nk_integer(rows),
                    nk_integer(parts)});
