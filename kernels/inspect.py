@@ -105,7 +105,6 @@ def compile_launch(launch: Launch, architecture: str):
     source, options = specialize(launch, architecture)
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.add_stages_inspection_hook = None
-        triton.knobs.compilation.disable_line_info = True  # a third of the PTX
         return triton.compile(source, target=target_of(architecture), options=options)
 
 
