@@ -1,7 +1,8 @@
-"""python -m nanochat_kernels: compile the kernels ahead of time, for the library that CMakeLists.txt builds, or check what was made.
+"""python -m nanochat_kernels: compile the kernels ahead of time for CMakeLists.txt, check what was made, or write them for a hub.
 
 python -m nanochat_kernels export --archs 80 90 --out build/code
 python -m nanochat_kernels check build/code
+python -m nanochat_kernels hub --out build/hub
 """
 
 import argparse
@@ -10,7 +11,7 @@ from pathlib import Path
 
 
 def main(arguments: list[str]) -> None:
-    from nanochat_kernels import configs, export, inspect
+    from nanochat_kernels import configs, export, hub, inspect
 
     parser = argparse.ArgumentParser(prog="python -m nanochat_kernels", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -20,10 +21,14 @@ def main(arguments: list[str]) -> None:
     exporting.add_argument("--kernels", nargs="*", default=[], help="only these kernels of the launch tables")
     checking = commands.add_parser("check", help="check exported code: spills, shared memory, instructions, files")
     checking.add_argument("folder", type=Path)
+    hub_command = commands.add_parser("hub", help="write the package in the layout of Hugging Face's kernels hub")
+    hub_command.add_argument("--out", type=Path, required=True, help="folder of the repository")
     options = parser.parse_args(arguments)
     try:
         if options.command == "check":
             print(export.check(options.folder))
+        elif options.command == "hub":
+            hub.write_hub(options.out)
         else:
             export.export_all(options.archs, options.out, tuple(options.kernels))
     except (export.CannotExport, inspect.CannotRun, configs.LaunchTableError, OSError) as error:

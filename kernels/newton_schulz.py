@@ -158,7 +158,7 @@ class NewtonSchulz(KernelFunction):
         )
 
 
-@torch.library.custom_op("nanochat::newton_schulz", mutates_args=())
+@torch.library.custom_op(f"{__package__}::newton_schulz", mutates_args=())
 def newton_schulz_op(
     gradients: Tensor, coefficients: list[float], algorithm: str, squares: Tensor | None = None
 ) -> Tensor:  # fmt: skip

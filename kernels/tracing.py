@@ -23,7 +23,7 @@ def opaque(shapes: Callable) -> Callable:
     """
 
     def decorate(function: Callable) -> Callable:
-        operation = torch.library.custom_op(f"nanochat_kernels::{function.__name__}", function, mutates_args=())
+        operation = torch.library.custom_op(f"{__package__}::{function.__name__}", function, mutates_args=())
         operation.register_fake(shapes)
 
         @functools.wraps(function)
