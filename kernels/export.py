@@ -82,7 +82,7 @@ def export_launch(place: Place, architecture: str, folder: Path) -> dict[str, An
     metadata = compiled.metadata
     unused = ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl")
     for name in unused:
-        if getattr(metadata, name):
+        if getattr(metadata, name, 0):
             raise CannotExport(
                 f"{metadata.name} of {place.kernel} needs {name}, which the library's launcher does not provide"
             )
