@@ -87,9 +87,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    from nanochat_kernels import library
-
-    if found := library.in_use():
+    library = sys.modules.get("nanochat_kernels.library")
+    if found := library and library.in_use():
         terminalreporter.write_line(f"{found.path} served {found.served} launches")
         for kernel, reason in found.compiled.items():
             terminalreporter.write_line(f"Triton compiled {kernel}: {reason}")
