@@ -91,17 +91,17 @@ def export_launch(place: Place, architecture: str, folder: Path) -> dict[str, An
     source, _ = inspect.specialize(launch, architecture)
     wanted = parameters(source, metadata)
     check_signature(compiled.asm["ptx"], wanted)
-    name = f"{metadata.name}-{hashlib.sha256(compiled.asm['cubin']).hexdigest()[:16]}"
-    for kind in ("cubin", "ptx"):
-        content = compiled.asm[kind]
-        (folder / f"{name}.{kind}").write_bytes(content if kind == "cubin" else content.strip().encode() + b"\n\0")
+    content = {"cubin": compiled.asm["cubin"], "ptx": compiled.asm["ptx"].strip().encode() + b"\n\0"}
+    name = f"{metadata.name}-{hashlib.sha256(content['cubin'] + content['ptx']).hexdigest()[:16]}"
+    for kind, code in content.items():
+        (folder / f"{name}.{kind}").write_bytes(code)
     found = asdict(inspect.inspect_code(compiled, launch, architecture, place))
     kept = ("registers", "spilled", "shared", "instructions", "defects")
     if place.any_batch:  # the launch tables are tuned without spills at the batches that training has
         found["defects"] = [defect for defect in found["defects"] if "spilled" not in defect]
     return {
         "code": name, "symbol": metadata.name, "any_batch": place.any_batch, "warps": metadata.num_warps, "parameters": wanted,
-        "bytes": {kind: (folder / f"{name}.{kind}").stat().st_size for kind in ("cubin", "ptx")},
+        "bytes": {kind: len(code) for kind, code in content.items()},
         **{key: found[key] for key in kept},
     }  # fmt: skip
 
@@ -198,13 +198,14 @@ def versions() -> dict[str, str]:
 
 def defects(manifest: dict[str, Any]) -> list[str]:
     """Return what is wrong with the code, a sentence for each variant that has a defect."""
-    return [
-        f"{architecture} {kernel['function']} {kernel['constants']}: {', '.join(variant['defects'])}"
-        for architecture, part in manifest["architectures"].items()
-        for kernel in part["kernels"].values()
-        for variant in kernel["variants"]
-        if variant["defects"]
-    ]
+    found = []
+    for architecture, part in manifest["architectures"].items():
+        users = {entry["id"]: entry for entry in reversed(part["entries"])}
+        for name, kernel in part["kernels"].items():
+            words = " ".join(str(users[name][key]) for key in ("kernel", "dtype", "shape", "flags"))
+            defective = [variant for variant in kernel["variants"] if variant["defects"]]
+            found += [f"{architecture} {words}, {kernel['function']}: {', '.join(v['defects'])}" for v in defective]
+    return found
 
 
 def check(folder: Path) -> str:

@@ -143,7 +143,10 @@ def test_code_with_other_parameters_is_rejected():
 def test_the_check_finds_defects_and_missing_code(tmp_path):
     variant = {"code": "code", "bytes": {"cubin": 3, "ptx": 2}, "defects": []}
     kernel = {"function": "f", "constants": {}, "variants": [variant]}
-    part = {"kernels": {"id": kernel}, "entries": [{"kernel": "name"}]}
+    part = {
+        "kernels": {"id": kernel},
+        "entries": [{"id": "id", "kernel": "name", "dtype": "float32", "shape": "64", "flags": "plain"}],
+    }
     (tmp_path / "sm80").mkdir()
     (tmp_path / "sm80" / "code.cubin").write_bytes(b"123")
 
@@ -156,7 +159,9 @@ def test_the_check_finds_defects_and_missing_code(tmp_path):
     (tmp_path / "sm80" / "code.ptx").write_bytes(b"12")
     assert check() == "sm80: 1 launches of 1 kernels in 1 variants of code"
     variant["defects"] = ["8 bytes spilled"]
-    with pytest.raises(export.CannotExport, match="1 defects, the first is sm80 f .*8 bytes spilled"):
+    with pytest.raises(
+        export.CannotExport, match="1 defects, the first is sm80 name float32 64 plain, f: 8 bytes spilled"
+    ):
         check()
 
 
