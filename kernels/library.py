@@ -158,6 +158,8 @@ class Library:
 
         Raises LibraryError if the driver reports an error.
         """
+        if 0 in grid:
+            return True
         packed, fixed, alive = pack(arguments)
         found = self.kernel(kernel, constants, fixed, device)
         if found is None:

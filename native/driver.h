@@ -31,6 +31,7 @@ struct Failure {
     X(cuModuleGetFunction)     \
     X(cuModuleUnload)          \
     X(cuFuncSetAttribute)      \
+    X(cuFuncSetCacheConfig)    \
     X(cuLaunchKernel)          \
     X(cuTensorMapEncodeTiled)
 

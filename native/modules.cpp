@@ -58,6 +58,7 @@ CUfunction load(const Driver& driver, CUdevice device, const nk_kernel& kernel, 
         CUfunction function = nullptr;
         driver.check(driver.cuModuleGetFunction(&function, module, variant.symbol), "cuModuleGetFunction");
         if (variant.shared > kSharedWithoutRequest) {
+            driver.check(driver.cuFuncSetCacheConfig(function, CU_FUNC_CACHE_PREFER_SHARED), "cuFuncSetCacheConfig");
             driver.check(driver.cuFuncSetAttribute(function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
                                                    static_cast<int>(variant.shared)),
                          "cuFuncSetAttribute");

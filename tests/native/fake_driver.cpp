@@ -137,6 +137,11 @@ CUresult cuFuncSetAttribute(CUfunction, CUfunction_attribute, int value) {
     return CUDA_SUCCESS;
 }
 
+CUresult cuFuncSetCacheConfig(CUfunction, CUfunc_cache config) {
+    FAIL_IF_WANTED("cuFuncSetCacheConfig")
+    return config == CU_FUNC_CACHE_PREFER_SHARED ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+
 CUresult cuLaunchKernel(CUfunction given, unsigned x, unsigned y, unsigned z, unsigned block_x, unsigned block_y,
                         unsigned block_z, unsigned shared, CUstream stream, void** parameters, void**) {
     FAIL_IF_WANTED("cuLaunchKernel")

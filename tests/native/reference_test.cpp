@@ -321,7 +321,8 @@ void test_attention(Device& device, int architecture) {
             found_lse.push_back(lse_found[row * tokens + t]);
         }
     }
-    check_close(at("attention_forward", architecture), found, wanted, kBfloat16, 4e-3);
+    // p is rounded to bfloat16: with few keys by a quarter of 2^-8 of the difference of two values
+    check_close(at("attention_forward", architecture), found, wanted, kBfloat16, 1e-2);
     check_close(at("attention_forward, lse", architecture), found_lse, wanted_lse, kFloat32, 1e-3);
 }
 

@@ -337,8 +337,10 @@ void test_failures_of_the_driver() {
     CHECK_STATUS(launch(product, product_arguments(product, &matrix)), NK_OUT_OF_RESOURCES,
                  "bytes of shared memory, the GPU has 102400");
     driver->shared = 227 * 1024;
-    driver->failing = "cuFuncSetAttribute";
-    CHECK_STATUS(launch(product, product_arguments(product, &matrix)), NK_DRIVER_ERROR, "cuFuncSetAttribute reports");
+    for (const char* function : {"cuFuncSetAttribute", "cuFuncSetCacheConfig"}) {
+        driver->failing = function;
+        CHECK_STATUS(launch(product, product_arguments(product, &matrix)), NK_DRIVER_ERROR, function);
+    }
 }
 
 void test_contexts_and_threads() {
