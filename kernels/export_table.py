@@ -89,7 +89,7 @@ def write_table(manifest: dict[str, Any], folder: Path) -> None:
                 words = ", ".join(quoted(entry[key]) for key in ("kernel", "dtype", "shape", "flags"))
                 entries.append(f"{words}, {entry['launch']}, {number}, &kernels[{position[entry['id'], number]}]")
     text = [
-        "// Written by python -m nanochat_kernels.export",
+        "// Written by python -m nanochat_kernels export",
         '#include "table.h"',
         "namespace nanochat {",
         "namespace {",

@@ -195,7 +195,7 @@ def pack(arguments: tuple) -> tuple[bytes, tuple, list[Matrix]]:
     def add(values: tuple) -> None:
         for x in values:
             if isinstance(x, Tensor):
-                words.extend((POINTER, DTYPES[x.dtype], x.data_ptr()))
+                words.extend((POINTER, DTYPES.get(x.dtype, 0), x.data_ptr()))
             elif isinstance(x, int):
                 words.extend((INTEGER, 0, x))
             elif x is None:
@@ -208,7 +208,7 @@ def pack(arguments: tuple) -> tuple[bytes, tuple, list[Matrix]]:
                 fixed.append(x.value)
             else:
                 base, rank = x.base, len(x.shape)
-                matrix = Matrix(base.data_ptr(), DTYPES[base.dtype], rank)
+                matrix = Matrix(base.data_ptr(), DTYPES.get(base.dtype, 0), rank)
                 matrix.shape[:rank], matrix.strides[:rank] = x.shape, x.strides
                 alive.append(matrix)
                 words.extend((MATRIX, 0, ctypes.addressof(matrix)))

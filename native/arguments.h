@@ -24,7 +24,7 @@ private:
     void add_word(const void* value, size_t bytes);
     void add_matrix(const Driver& driver, const Parameter& parameter, const nk_matrix& matrix);
 
-    // Triton's kernels of this library have at most 64 arguments and 8 descriptors, see table_fits
+    // more than any kernel has: 5 words a matrix, 1 for every other argument
     static constexpr size_t kWords = 128, kMaps = 8;
     CUtensorMap maps_[kMaps];
     uint64_t words_[kWords];

@@ -5,9 +5,12 @@
  * at once. They return a status and never end the process; nk_last_error says in words what went wrong.
  *
  *   const nk_kernel* kernel;
- *   nk_find("rms_norm_forward", "bfloat16", "1280", "plain", 0, 0, &kernel);
- *   nk_argument arguments[] = {nk_pointer(x, NK_BFLOAT16), ..., nk_integer(rows), nk_integer(stride)};
- *   nk_launch(kernel, grid, 1, 1, stream, arguments, 6);
+ *   nk_find("row_rstd", "bfloat16", "1280", "rstd", 0, 0, &kernel);
+ *   nk_argument arguments[] = {nk_pointer(x, NK_BFLOAT16), nk_pointer(rstd, NK_FLOAT32), nk_integer(rows), nk_integer(1280)};
+ *   nk_launch(kernel, grid, 1, 1, stream, arguments, 4);
+ *
+ * manifest.json, which is installed beside the library, lists all launches with their arguments, constants, registers and
+ * grids.
  */
 #ifndef NANOCHAT_KERNELS_H
 #define NANOCHAT_KERNELS_H
