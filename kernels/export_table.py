@@ -1,4 +1,4 @@
-"""Write what the ahead-of-time library embeds: code.bin, all code one after the other, and table.cpp, the rows of kernels/native/table.h."""
+"""Write what the ahead-of-time library embeds: code.bin, all code in a row, and table.cpp, the rows of kernels/native/table.h."""
 
 from pathlib import Path
 from typing import Any

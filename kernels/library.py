@@ -1,7 +1,7 @@
 """Launch kernels from the ahead-of-time library instead of compiling them: no compiler, cache or home directory is needed.
 
 use("build/all/libnanochat_kernels.so") makes every launch of this process take its code from there. A launch that the library
-has no code for is compiled by Triton as without it, with a warning that says which one. The C interface is kernels/native/nanochat_kernels.h.
+has no code for is compiled by Triton as without it, with a warning that says which one. The C interface is native/nanochat_kernels.h.
 """
 
 import ctypes
