@@ -47,7 +47,7 @@ def header(command: str, on_gpu: bool = True) -> dict:
         "commit": commit,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "library": str(library.in_use().path) if library.in_use() else None,
+        "library": library.in_use().path.name if library.in_use() else None,
         "versions": {
             "python": sys.version.split()[0],
             "torch": torch.__version__,

@@ -149,7 +149,8 @@ def measure(config: ProcessConfig, runtime: Runtime) -> dict:
             training.optimizer.synchronize()
 
     def update() -> None:
-        training.update(exchanged=True)
+        training.optimizer.exchanged = True
+        training.update()
 
     parts: dict[str, Callable[[], None]] = {
         "step": lambda: step(True), "late": lambda: step(False), "micro": micro, "exchange": exchange, "update": update,

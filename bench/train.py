@@ -300,6 +300,9 @@ def train(config: TrainConfig, command: str) -> None:
         )
     if config.rounds < 1:
         raise UserError(f"--rounds must be at least 1, got {config.rounds}")
+    texts = config.all_variants
+    if not texts or len(set(texts)) < len(texts):
+        raise UserError(f"--variants must name at least one variant, each once, got {' '.join(texts) or 'none'}")
     # torch.compile must not give up after its eighth model or shape and run eagerly
     limits = torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True)
     with limits, start_runtime(config.device) as runtime:
@@ -318,7 +321,6 @@ def train(config: TrainConfig, command: str) -> None:
                 say(note)
             found["rows"] += results
             keep()
-        texts = config.all_variants
         if config.loss_steps:
             found["loss_differences"] = loss_differences(texts, config.depth[0], config.loss_steps, runtime)
             keep()

@@ -157,17 +157,17 @@ class Training:
         self.micro_step.loss.zero_()
         for number in range(micro_steps):
             self.micro_step(batch, 1 / micro_steps, last=number + 1 == micro_steps)
-        self.update(wait=True, exchanged=self.micro_step.exchanges)
+        self.update(wait=True)
 
-    def update(self, wait: bool = False, exchanged: bool = False) -> None:
-        """All that follows the last micro-step of a step; exchanged: which has exchanged the gradients with other processes."""
+    def update(self, wait: bool = False) -> None:
+        """All that follows the last micro-step of a step."""
         loss = self.micro_step.loss
         if self.plain:
             if wait:
                 loss.item()
             self.plain(RATE, MOMENTUM)
             return
-        norm = self.optimizer.synchronize(exchanged)
+        norm = self.optimizer.synchronize()
         if wait:
             torch.stack([loss, norm]).tolist()
         self.optimizer.update(RATE, MOMENTUM)

@@ -83,8 +83,8 @@ def cache_append(
     """Store k and v (B, T, G, D) in keys and values (B, S, G, D) at the positions lengths[b], lengths[b] + 1, … of row b.
 
     lengths (B,): integers. The caller makes sure that all positions lie inside the cache: the fused implementation stores nothing
-    outside it, and the reference raises an error. Raises ValueError for mismatched shapes or devices, TypeError for mismatched
-    dtypes, and KernelRequestError (a ValueError) if the implementation named by impl does not support the call.
+    outside it, and the reference raises an error past its end. Raises ValueError for mismatched shapes or devices, TypeError for
+    mismatched dtypes, and KernelRequestError (a ValueError) if the implementation named by impl does not support the call.
     """
     check_float("cache_append", keys=keys, values=values, k=k, v=v)
     check_shape("cache_append", "keys", keys, "B", "S", "G", "D")

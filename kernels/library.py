@@ -230,9 +230,11 @@ def use(path: Path | None) -> None:
     Raises LibraryError if it cannot be loaded.
     """
     global _library
+    path = path.absolute() if path else None  # dlopen would look for a bare name elsewhere
     if path and path.is_dir():
         name = "libnanochat_kernels.so"
-        path = next((folder / name for folder in (path, path / "lib") if (folder / name).is_file()), path / name)
+        folders = (path, path / "lib", path / "lib64")
+        path = next((folder / name for folder in folders if (folder / name).is_file()), path / name)
     _library = Library(path) if path else None
 
 

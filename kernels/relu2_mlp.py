@@ -8,6 +8,8 @@ the epilogue of h's gradient also knows what norm's derivative needs, and the la
 residual's gradient. So et al. 2021 (Primer).
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -237,8 +239,9 @@ def run_reference(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """reference.relu2_mlp, with products that add the weights' gradients to the buffers that are given."""
     if recompute and torch.is_grad_enabled():
-        arguments = x, w_up, w_down, residual, rstd, up_gradient, down_gradient
-        return checkpoint(run_reference, *arguments, use_reentrant=False, preserve_rng_state=False)
+        # not as arguments of checkpoint, which forbids that other calls add to them before this one's backward
+        again = partial(run_reference, up_gradient=up_gradient, down_gradient=down_gradient)
+        return checkpoint(again, x, w_up, w_down, residual, rstd, use_reentrant=False, preserve_rng_state=False)
     if up_gradient is None and down_gradient is None:
         return reference.relu2_mlp(x, w_up, w_down, residual)
     h = torch.nn.functional.relu(plain_linear(reference.rms_norm(x), w_up, up_gradient)).square()

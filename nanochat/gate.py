@@ -1,5 +1,6 @@
 """How training uses the implementations that `nanochat kernels gate` has chosen."""
 
+import json
 from dataclasses import asdict, fields, replace
 
 from nanochat.gpt import GPTConfig
@@ -45,6 +46,21 @@ def take_gate(paths: Paths, model: GPTConfig, rows: int, runtime: Runtime) -> tu
     except UserError as error:
         raise UserError(f"{paths.gate} is not a gate file ({error}); {gate.REMEDY}") from error
     return model, dict(timed["ms"]) if timed["impl"] == asdict(model.impl) else None
+
+
+def gate_rows(paths: Paths) -> int | None:
+    """The rows of the largest micro-batch that the gate file serves, once take_gate has accepted it; None without a file."""
+    return json.loads(paths.gate.read_text("utf-8"))["shape"]["rows"] if paths.gate.exists() else None
+
+
+def check_gate_rows(paths: Paths, rows: int) -> None:
+    """Raise UserError if there is a gate file, and it was made for smaller micro-batches than those of `rows` rows."""
+    made = gate_rows(paths)
+    if made is not None and made < rows:
+        raise UserError(
+            f"{paths.gate} was made for micro-batches of up to {made} rows, and here they have {rows}; make it again with: nanochat "
+            f"kernels gate --device-batch-size {rows}, and the --preset of the run, or remove it"
+        )
 
 
 def with_choices(model: GPTConfig, chosen: dict[str, str]) -> GPTConfig:

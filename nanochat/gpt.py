@@ -321,8 +321,11 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The softcapped logits (…, V), in float32, for hidden states (…, C)."""
+        if torch.is_grad_enabled():  # the fused operation has no gradient
+            return kernels.SOFTCAP * torch.tanh(self.head(hidden).float() / kernels.SOFTCAP)
+        plain = self.config.impl.linear_cross_entropy == "reference"
         weight, _ = self.head.operands(hidden.dtype)
-        return kernels.softcapped_logits(hidden, weight)
+        return kernels.softcapped_logits(hidden, weight, impl="reference" if plain else "auto")
 
     def forward(
         self,

@@ -4,8 +4,8 @@
 the matrices of one shape, a `RowGroup` the rows of the embedding or of the head. A group has one buffer of weights and one of
 gradients, and the model's parameters and their `.grad` become views of these buffers. Two further attributes of the model's
 layers can be views of a group's buffers: `layer.copy` of a `Linear` layer, the weight in the compute dtype, and
-`layer.gradient`, to which backward adds the weight's gradient. A group is therefore one batch for each kernel and one message
-for each exchange between ranks.
+`layer.gradient`, to which backward adds the weight's gradient. A group is therefore one batch for each kernel, and few messages
+between ranks.
 
 **A step.** The gradients are reduce-scattered in chunks: each rank receives the mean gradient of the items (matrices or rows)
 that it owns. Inside of `exchanging` a chunk is on its way as soon as backward has passed the blocks that it belongs to; the others
@@ -48,6 +48,9 @@ class MuonAdamW:
         self.options = options or OptimizerOptions()
         self.impl = model.config.impl.optimizer
         self.steps = 0
+        self.exchanged = (
+            False  # the gradients have been exchanged by `exchanging`; who replays it from a graph sets this
+        )
         distributed = dist.is_initialized()
         self.rank = dist.get_rank() if distributed else 0
         self.world_size = dist.get_world_size() if distributed else 1
@@ -126,24 +129,34 @@ class MuonAdamW:
                 ready[block_of[group.parameters[first]]].append((group, chunk))
         head = next(group for group in self.row_groups if group.parameters[0] is model.head.weight)
 
-        def start(chunks: list[tuple[Group, int]], _: Tensor) -> None:
-            for group, chunk in chunks:
-                group.exchange(chunk)
+        def exchange_with_gradient_of(x: Tensor, chunks: list[tuple[Group, int]]) -> None:
+            def exchange(_: Tensor) -> None:
+                for group, chunk in chunks:
+                    group.exchange(chunk)
 
-        def after(chunks: list[tuple[Group, int]], x: Tensor) -> None:
-            x.register_hook(partial(start, chunks))
+            x.register_hook(exchange)
 
-        hooks = [model.blocks[-1].register_forward_hook(lambda *given: after([(head, 0)], given[2][0]))]
-        for number, block in enumerate(model.blocks):
-            hooks.append(block.register_forward_pre_hook(lambda _, given, n=number: after(ready[n], given[0])))
+        hooks = [
+            block.register_forward_pre_hook(
+                lambda _, inputs, number=number: exchange_with_gradient_of(inputs[0], ready[number])
+            )
+            for number, block in enumerate(model.blocks)
+        ]
+        hooks.append(
+            model.blocks[-1].register_forward_hook(
+                lambda _, inputs, outputs: exchange_with_gradient_of(outputs[0], [(head, 0)])
+            )
+        )
         try:
             yield
+            self._exchange_rest()
+            for group in self.groups:
+                group.arrive()
         finally:
             for hook in hooks:
                 hook.remove()
-        self._exchange_rest()
-        for group in self.groups:
-            group.arrive()
+            for group in self.groups:  # after an error: the next pass has other gradients
+                group.exchanges.clear()
 
     def _exchange_rest(self) -> None:
         """Start to exchange the gradients that are not on their way."""
@@ -153,18 +166,16 @@ class MuonAdamW:
 
     @ranges.named("synchronize gradients")
     @torch.no_grad()
-    def synchronize(self, exchanged: bool = False) -> Tensor:
-        """Average the gradients over ranks, keep those of the owned items, and return the global norm, a float32 scalar.
-
-        exchanged: the last backward pass of the step was one of `exchanging`.
-        """
+    def synchronize(self) -> Tensor:
+        """Average the gradients over ranks, keep those of the owned items, and return the global norm, a float32 scalar."""
         for group in self.groups:
             group.collect()
         if self.world_size == 1:
             squares = self._global_square_sum()
         else:
-            if not exchanged:
+            if not self.exchanged:
                 self._exchange_rest()
+            self.exchanged = False
             parts = []
             for group in self.groups:  # one group is summed while the next arrives
                 group.arrive()
@@ -253,6 +264,7 @@ def square_sum(x: Tensor) -> Tensor:
 
 
 def wait_for(works: list[dist.Work]) -> None:
+    """Wait for exchanges between ranks, or on a GPU let the work that follows wait."""
     for work in works:
         work.wait()
 
@@ -267,9 +279,9 @@ def assign_matrices(groups: dict[tuple[int, int], int], world_size: int) -> dict
     load = [0] * world_size
     shifts = {}
     for (m, n), items in sorted(groups.items(), key=lambda item: (-(min(item[0]) ** 2) * max(item[0]), item[0])):
-        more = items % world_size
+        rest = items % world_size  # so many ranks have one more
         shift = min(
-            range(world_size - more + 1 if more else 1), key=lambda first: max(load[first : first + more] or [0])
+            range(world_size - rest + 1 if rest else 1), key=lambda first: max(load[first : first + rest] or [0])
         )
         for i in range(items):
             load[(i + shift) % world_size] += min(m, n) ** 2 * max(m, n)

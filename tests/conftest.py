@@ -80,7 +80,9 @@ def pytest_configure(config: pytest.Config) -> None:
         from nanochat_kernels.architecture import run_ptx_of
 
         run_ptx_of("sm80")
-    if config.getoption("--library") and torch.cuda.is_available():
+    if config.getoption("--library"):
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--library launches kernels on a GPU, and this machine has none")
         from nanochat_kernels import library
 
         library.use(config.getoption("--library"))

@@ -9,7 +9,7 @@
  *   nk_argument arguments[] = {nk_pointer(x, NK_BFLOAT16), nk_pointer(rstd, NK_FLOAT32), nk_integer(rows), nk_integer(1280)};
  *   nk_launch(kernel, grid, 1, 1, stream, arguments, 4);
  *
- * manifest.json, which is installed beside the library, lists all launches with their arguments, constants, registers and
+ * share/nanochat_kernels/manifest.json of an installation lists all launches with their arguments, constants, registers and
  * grids.
  */
 #ifndef NANOCHAT_KERNELS_H

@@ -1,4 +1,4 @@
-// What python -m nanochat_kernels.export writes for the library: kernels, their variants, and where their code is.
+// What python -m nanochat_kernels export writes for the library: kernels, their variants, and where their code is.
 #pragma once
 
 #include <cstdint>

@@ -8,7 +8,7 @@ import shutil
 import torch
 
 from nanochat.checkpoint import leftovers
-from nanochat.gate import take_gate
+from nanochat.gate import check_gate_rows, gate_rows, take_gate
 from nanochat.gpt import GPTConfig
 from nanochat.options.presets import EMBEDDED, with_preset
 from nanochat.options.speedrun import PreflightOptions
@@ -22,7 +22,7 @@ from nanochat.platform.paths import TRAINING_STAGES, Paths, steps_in
 from nanochat.speedrun.assets import problems, remedy
 from nanochat.speedrun.records import count_start
 from nanochat.tokenizer.bpe import Tokenizer
-from nanochat.train.memory import rows_that_fit
+from nanochat.train.memory import MOST_ROWS, rows_that_fit
 from nanochat.train.plan import horizon
 
 MFU = 0.5  # model FLOPs utilization that the estimate of time assumes
@@ -86,9 +86,11 @@ def _check_machine(options: PreflightOptions, paths: Paths) -> list[str]:
         say(f"ok   {count} × {runtime.device_name}")
         _estimate(base, model, runtime, count)
         try:
-            rows = rows_that_fit(model, runtime, base.run.execution, base.device_batch_size, count)
+            model, micro_step_ms = take_gate(paths, model, 1, runtime)
+            most, given = min(MOST_ROWS, gate_rows(paths) or MOST_ROWS), base.device_batch_size
+            rows = rows_that_fit(model, runtime, base.run.execution, given, count, most, micro_step_ms)
             say(f"ok   memory: micro-batches of up to {rows} rows fit into the {runtime.memory / 1e9:.1f} GB of a GPU")
-            take_gate(paths, model, most_rows(options.preset, model, runtime), runtime)
+            check_gate_rows(paths, max(given_rows(options.preset)))
         except UserError as error:
             failures.append(str(error))
     if not paths.gate.exists():
@@ -99,11 +101,16 @@ def _check_machine(options: PreflightOptions, paths: Paths) -> list[str]:
     return failures
 
 
+def given_rows(preset: str) -> list[int]:
+    """The rows of a micro-batch that a preset names for each stage of training; 0: as many as fit."""
+    stages = {"train base": TrainBaseOptions, "train mid": TrainMidOptions, "train sft": TrainSftOptions}
+    return [with_preset(kind(), name, preset).device_batch_size for name, kind in stages.items()]
+
+
 def most_rows(preset: str, model: GPTConfig, runtime: Runtime) -> int:
     """The largest micro-batch of a preset's training stages, in rows, by any number of processes; a gate at this size serves all of
     them. Raises UserError if the model does not fit on the device."""
-    stages = {"train base": TrainBaseOptions, "train mid": TrainMidOptions, "train sft": TrainSftOptions}
-    given = [with_preset(kind(), name, preset).device_batch_size for name, kind in stages.items()]
+    given = given_rows(preset)
     if min(given) > 0:
         return max(given)
     # each of many processes has a smaller share of the optimizer's state, but memory for their exchange

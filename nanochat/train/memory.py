@@ -103,21 +103,25 @@ def largest_rows(predicted: Callable[[int], Memory], available: float, most: int
     return next((rows for rows in range(most, 0, -1) if predicted(rows).fits(available)), 0)
 
 
-def rows_that_fit(model: GPTConfig, runtime: Runtime, requested: Execution, given: int = 0, processes: int = 0) -> int:
-    """The rows of a micro-batch: those that are given, else as many as fit into the memory of every process's GPU, at most 32.
+def rows_that_fit(
+    model: GPTConfig, runtime: Runtime, requested: Execution, given: int = 0, processes: int = 0, most: int = MOST_ROWS,
+    micro_step_ms: dict[str, float] | None = None,
+) -> int:  # fmt: skip
+    """The rows of a micro-batch: those that are given, else as many of `most` as fit into the memory of every process's GPU.
 
-    requested: the option --execution. processes: by default those that there are. Raises UserError if not even one row fits. Where
-    the memory is not known, all 32 do.
+    requested: the option --execution. processes: by default those that there are. micro_step_ms: the gate's times, by which training
+    chooses the execution; the model then has the gate's implementations. Raises UserError if not even one row fits. Where the memory
+    is not known, all do.
     """
     if given or runtime.memory is None:
-        return given or MOST_ROWS
-    execution, _ = choose_execution(requested, runtime.device, model.impl)
+        return given or most
+    execution, _ = choose_execution(requested, runtime.device, model.impl, micro_step_ms)
     available = min(runtime.gather(runtime.memory))
 
     def predicted(rows: int) -> Memory:
         return predict_run(model, rows, runtime, execution, processes)
 
-    if rows := largest_rows(predicted, available):
+    if rows := largest_rows(predicted, available, most):
         return rows
     more = "" if model.recompute or execution == "compile" else "--recompute attention mlp, "
     raise UserError(

@@ -26,7 +26,8 @@ from nanochat.platform.cuda_graphs import Replayed
 from nanochat.platform.errors import UserError
 from nanochat_kernels import ranges
 
-# Rows are padded to a multiple of this many tokens. At a context of 2048, fine-tuning then needs at most 16 graphs.
+# Rows are padded to a multiple of this many tokens. At a context of 2048, fine-tuning then needs at most 16 graphs, and with several
+# processes as many again for the last micro-step of a step.
 LENGTH_MULTIPLE = 128
 
 
@@ -97,7 +98,7 @@ class MicroStep:
 
     @ranges.named("micro-step")
     def __call__(self, batch: Batch, weight: float, last: bool = False) -> None:
-        """last: of its step, on this process and all others."""
+        """Compute a micro-batch. last: it is the last one of its step, on every process."""
         self._run(batch, weight, last and self.exchanges)
 
     def _plain(self, batch: Batch, weight: float, exchange: bool) -> None:
@@ -121,6 +122,7 @@ class MicroStep:
             static[:, :length].copy_(new.pin_memory() if new.device != self.device else new, non_blocking=True)
         self.weight.fill_(weight)
         forward_and_backward()
+        self.optimizer.exchanged = exchange
 
     def _make_graph(self, rows: int, length: int, exchange: bool) -> tuple[Tensor, Tensor, Replayed]:
         """Inputs and targets (rows, length) at fixed addresses, and the forward and backward pass on them."""

@@ -69,12 +69,16 @@ class StepSize(NamedTuple):
     total: int  # tokens or conversations of the whole step
 
 
-def step_size(options: TrainOptions, stage: str, row_size: int, store: CheckpointStore, most: int = 0) -> StepSize:
+def step_size(
+    options: TrainOptions, stage: str, row_size: int, store: CheckpointStore, most: int = 0,
+    fitting: Callable[[int], int] | None = None,
+) -> StepSize:  # fmt: skip
     """The size of the steps of a stage, for the number of processes that there are.
 
     What a preset says about it is only a wish, because the preset serves any number of processes: rows of a micro-batch at most,
     and the nearest total that they can share. What the user says is kept, and so are the total of a run that is resumed and, where
-    they were chosen by the GPU, its rows: `most` is what fits here. Raises UserError if the processes cannot share that.
+    they were chosen by the GPU, its rows: `most` is what is chosen here, and fitting(n) how many of n rows fit. Raises UserError if
+    the processes cannot share that.
     """
     runtime, unit = store.runtime, "conversations" if stage == "sft" else "tokens"
     name = "examples_per_step" if stage == "sft" else "total_batch_size"
@@ -100,7 +104,7 @@ def step_size(options: TrainOptions, stage: str, row_size: int, store: Checkpoin
             f"the steps of the run in {store.directory} have {saved} {unit}, which {who} cannot share; "
             f"resume it with {remedy}, or move {store.directory} away to start again"
         )
-    if kept and size.rows > most:
+    if kept and size.rows > most and (most := fitting(size.rows) if fitting else most) < size.rows:
         fewer = shared(size.total, most, row_size, runtime.world_size, exact=True).rows
         raise UserError(
             f"the run in {store.directory} has micro-batches of {size.rows} rows, and {most} fit on {runtime.device_name}; to go on "

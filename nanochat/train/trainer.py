@@ -300,7 +300,7 @@ class Trainer:
             # every target has the same weight in the step; world_size undoes the mean over ranks in the exchange
             weight = int((batch.targets != -1).sum()) * world_size / agreement.targets
             self.micro_step(batch, weight, last=number == len(micro_batches))
-        norm = self.optimizer.synchronize(exchanged=self.micro_step.exchanges)
+        norm = self.optimizer.synchronize()
         # the only wait for the device in a step; the weights are not touched before loss and norm are known to be finite
         rank_loss, grad_norm = self.runtime.read(torch.stack([self.micro_step.loss, norm]))
         loss = self.runtime.sum([rank_loss])[0] / world_size

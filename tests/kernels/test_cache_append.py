@@ -10,8 +10,13 @@ from tests.kernels import harness
 from tests.kernels.harness import DEVICE, DTYPES, GPU, randn
 
 
+def where_of(x):
+    """The offset, the shape and the strides of a tensor in its memory."""
+    return x.storage_offset(), x.shape, x.stride()
+
+
 def appended(impl, keys, values, k, v, lengths):
-    keys, values = keys.clone(memory_format=torch.preserve_format), values.clone()
+    keys, values = (x.new_empty(0).set_(x.untyped_storage().clone(), *where_of(x)) for x in (keys, values))
     kernels.cache_append(keys, values, k, v, lengths, impl=impl)
     return keys, values
 
@@ -28,7 +33,8 @@ def check(*arguments):
     seed=harness.seeds,
 )  # fmt: skip
 def test_cache_append(rows, tokens, heads, width, dtype, layouts, index, seed):
-    keys, values = (randn(rows, 11, heads, width, dtype=dtype, seed=seed + i) for i in (0, 1))
+    keys = randn(rows, 11, heads, width, dtype=dtype, seed=seed)
+    values = randn(rows, 13, heads, 2 * width, dtype=dtype, seed=seed + 1)[:, :11, :, :width]  # other strides
     k, v = (randn(rows, tokens, heads, width, dtype=dtype, seed=seed + 2 + i, layout=x) for i, x in enumerate(layouts))
     lengths = torch.randint(0, 12 - tokens, (rows,), generator=torch.Generator().manual_seed(seed)).to(DEVICE, index)
     check(keys, values, k, v, lengths)

@@ -1,6 +1,7 @@
 """The kernels as a library that is compiled ahead of time: CMake builds it, CTest tests it, and Python launches from it."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,9 @@ from tests.conftest import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 MISSING = [tool for tool in ("cmake", "ninja", "g++") if not shutil.which(tool)]
+if "cmake" not in MISSING:
+    found = re.search(r"(\d+)\.(\d+)", subprocess.run(["cmake", "--version"], capture_output=True, text=True).stdout)
+    MISSING += ["cmake 3.24"] if not found or tuple(map(int, found.groups())) < (3, 24) else []
 needs_cmake = pytest.mark.skipif(
     bool(MISSING) or sys.platform != "linux",
     reason=f"needs Linux and {', '.join(MISSING)}: apt-get install cmake ninja-build g++ clang-format",

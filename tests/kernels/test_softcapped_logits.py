@@ -55,12 +55,12 @@ def test_softcapped_logits(rows, width, vocab, dtype, layouts, size, parameters,
 
 
 def test_nothing_is_rounded():
-    """Every digit of float32 is right, near 0 and near the softcap, for sums that bfloat16 represents exactly."""
+    """Every digit of float32 is right, near 0 and near the softcap, also of sums that 16 bits do not represent."""
     z = torch.cat([torch.logspace(-6, 2.2, 120), -torch.logspace(-6, 2.2, 120), torch.zeros(16)]).to(torch.bfloat16)
     x, weight = torch.ones(1, 16, device=DEVICE, dtype=torch.bfloat16), torch.zeros(256, 16, device=DEVICE)
-    weight[:, 3] = z.float().to(DEVICE)
+    weight[:, 3], weight[:, 5] = z.float().to(DEVICE), z.float().to(DEVICE) * 2**-12
     found = triton_logits(x, weight.to(torch.bfloat16))
-    exact = 15 * torch.tanh(z.double() / 15)
+    exact = 15 * torch.tanh(z.double() * (1 + 2**-12) / 15)
     torch.testing.assert_close(found[0].cpu().double(), exact, rtol=1e-6, atol=0.0)
 
 
@@ -126,7 +126,7 @@ def test_few_rows_take_the_tables_of_few_rows():
 
 PLANTED_FAULTS = {
     "softcap's sums are rounded": (
-        "softcapped_logits", "y = sums / softcap", "y = sums.to(tl.bfloat16).to(tl.float32) / softcap * 1.001",
+        "softcapped_logits", "y = sums / softcap", "y = sums.to(tl.bfloat16).to(tl.float32) / softcap",
         "test_nothing_is_rounded",
     ),
     "softcap loses small logits": (

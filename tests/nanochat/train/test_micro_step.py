@@ -15,6 +15,8 @@ from tests.processes import spawn
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 CONFIG = GPTConfig.from_depth(2, 301, 200)
+# on two processes the matrices of one shape begin with the second one; keys and values are shared by heads, the MLP computes again
+THREE_BLOCKS = GPTConfig(3, 128, 4, 2, 301, 200, recompute=("mlp",))
 
 
 def batch(rows: int, length: int, seed: int) -> Batch:
@@ -24,8 +26,10 @@ def batch(rows: int, length: int, seed: int) -> Batch:
     return Batch(tokens[:, :-1].contiguous(), targets, ())
 
 
-def made(execution: str, dtype: torch.dtype = torch.float32, device: str = DEVICE) -> tuple[MicroStep, MuonAdamW]:
-    model = GPT.create(CONFIG, device, dtype)
+def made(
+    execution: str, dtype: torch.dtype = torch.float32, device: str = DEVICE, config: GPTConfig = CONFIG
+) -> tuple[MicroStep, MuonAdamW]:
+    model = GPT.create(config, device, dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():
@@ -50,7 +54,7 @@ def exchanging_worker(rank: int, world_size: int, port: int, path: str, device: 
         torch.cuda.set_device(rank)
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    step, optimizer = made("graph", device=device)
+    step, optimizer = made("graph", device=device, config=THREE_BLOCKS)
     on_their_way, rest = [], optimizer._exchange_rest
 
     def exchange_rest() -> None:
@@ -59,7 +63,8 @@ def exchanging_worker(rank: int, world_size: int, port: int, path: str, device: 
 
     optimizer._exchange_rest = exchange_rest
     norms = train(step, optimizer, rank, world_size)
-    torch.save((step.model.state_dict(), norms, on_their_way), f"{path}/{rank}.pt")
+    shifts = [group.shift for group in optimizer.matrix_groups]
+    torch.save((step.model.state_dict(), norms, on_their_way, shifts), f"{path}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -70,7 +75,7 @@ def train(step: MicroStep, optimizer: MuonAdamW, rank: int = 0, world_size: int 
         mine = [batch(2, 200, 8 * number + i) for i in range(8)][rank::world_size]
         for i, one in enumerate(mine, 1):
             step(one, world_size / 8, last=i == len(mine))
-        norms.append(float(optimizer.synchronize(exchanged=step.exchanges)))
+        norms.append(float(optimizer.synchronize()))
         optimizer.update(1.0, 0.9)
     return norms
 
@@ -82,20 +87,38 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs 
 def test_gradients_are_exchanged_while_backward_runs(world_size, device, tmp_path):
     """The steps are those of one process, and every chunk but the embedding's is on its way before backward has ended."""
     spawn(exchanging_worker, world_size, str(tmp_path), device)
-    step, optimizer = made("graph", device=device)
+    step, optimizer = made("graph", device=device, config=THREE_BLOCKS)
     norms = train(step, optimizer)
     for rank in range(world_size):
-        weights, found, on_their_way = torch.load(tmp_path / f"{rank}.pt", map_location=device)
+        weights, found, on_their_way, shifts = torch.load(tmp_path / f"{rank}.pt", map_location=device)
+        assert any(shifts) == (world_size == 2)
         assert found == pytest.approx(norms, rel=1e-4 if device == "cpu" else 1e-2)
         for name, weight in step.model.state_dict().items():
-            torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-4 if device == "cpu" else 1e-2)
+            # a gradient that is only rounding moves a weight of AdamW as far as any other
+            difference = (weights[name] - weight).norm()
+            assert difference <= (2e-3 if device == "cpu" else 2e-2) * weight.norm(), (name, float(difference))
         # on a GPU the first step runs and the second is captured; the others are replayed
         assert len(on_their_way) == (2 if device == "cuda" else 4)
         for group in optimizer.groups:
             chunks = -(-group.items // world_size) if group.name.startswith("muon") else 1
-            assert all(
-                len(seen[group.name]) == (0 if "embedding" in group.name else chunks) for seen in on_their_way
-            ), (group.name, on_their_way)
+            wanted = [] if "embedding" in group.name else list(range(chunks))
+            assert all(seen[group.name] == wanted for seen in on_their_way), (group.name, on_their_way)
+
+
+def test_an_error_leaves_no_exchange_behind(monkeypatch):
+    """What is repeated after memory ran out exchanges its own gradients."""
+    for name, value in (("is_initialized", True), ("get_rank", 0), ("get_world_size", 2)):
+        monkeypatch.setattr(dist, name, lambda value=value: value)
+    step, optimizer = made("graph")
+    started = []
+    for group in optimizer.groups:
+        monkeypatch.setattr(
+            group, "exchange", lambda chunk, group=group: started.append(group.exchanges.setdefault(chunk))
+        )
+    with pytest.raises(torch.OutOfMemoryError), optimizer.exchanging(step.model):
+        step(batch(2, 200, 1), 1.0)
+        raise torch.OutOfMemoryError("no memory")
+    assert started and not any(group.exchanges for group in optimizer.groups)
 
 
 @pytest.mark.parametrize("lengths", [(200,), (200, 200, 200, 200), (3, 128, 130, 3, 130, 3)])
