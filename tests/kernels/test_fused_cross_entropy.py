@@ -316,7 +316,7 @@ def losses_of(logits, targets):
     arguments = sums, targets, target_logits, KERNELS.tl.constexpr(kernels.SOFTCAP), None, None
     KERNELS.launch(
         matrix_product.epilogue_kernel, (1, width // part), logits.device, logits, *[logits] * 3, arguments, rows, width,
-        *[width] * 4, EPILOGUE=KERNELS.EXPONENTIALS.triton, BLOCK_M=16, PART=part,
+        *[width] * 4, SLICES=1, EPILOGUE=KERNELS.EXPONENTIALS.triton, BLOCK_M=16, PART=part,
     )  # fmt: skip
     losses = torch.empty(rows, device=DEVICE)
     KERNELS.launch_rows(sums, targets, target_logits, None, losses, logits, None, kernels.SOFTCAP, -1)

@@ -149,7 +149,7 @@ def doubled_weight_gradient(hidden, weight, *rest):
     return reference.linear_cross_entropy(hidden, Doubled.apply(weight), *rest[:5])
 
 
-def overwritten_buffer(x, w_up, w_down, residual=None, rstd=None, up_gradient=None, down_gradient=None):
+def overwritten_buffer(x, w_up, w_down, residual=None, rstd=None, up_gradient=None, down_gradient=None, *_):
     if up_gradient is not None:
         up_gradient.zero_()
     return OPERATIONS["relu2_mlp"].reference(x, w_up, w_down, residual, rstd, up_gradient, down_gradient)
