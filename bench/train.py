@@ -126,7 +126,7 @@ class Subject:
 
 
 class Subjects:
-    """The variants at one shape: all at once if they fit into the memory together, else each made anew whenever it is asked for."""
+    """The variants at one shape: all kept if they fit into the memory together, else each built again whenever it is asked for."""
 
     def __init__(self, make: Callable[[str], Subject], device: torch.device):
         self.make, self.device = make, device
@@ -167,7 +167,9 @@ class Subjects:
         result = self.use(text, function)
         self.together = text in self.notes  # if it does not fit even alone, the others may fit together
         if not self.together:
-            say(f"the variants do not fit into the memory together: each is made anew for every sample from {text} on")
+            say(
+                f"the variants do not fit into the memory together: each is built again for every sample from {text} on"
+            )
         return result
 
 
@@ -218,7 +220,7 @@ def measure(shape: GPTConfig, rows: int, config: TrainConfig, runtime: Runtime) 
             text = texts[(turn + number) % len(texts)]
             for what, ms in (subjects.use(text, partial(samples_of, record=records[text])) or {}).items():
                 records[text].samples[what].append(ms)
-    how = "together" if subjects.together else "made anew for every sample"
+    how = "together" if subjects.together else "built again for every sample"
     for what in config.measure:
         medians = {text: median(records[text].samples[what]) for text in texts if text not in subjects.notes}
         for text in texts:

@@ -1,13 +1,10 @@
 """Midtraining: teaches the format of conversations, tools and multiple choice, in one epoch of a mixture packed into a stream."""
 
-from functools import partial
-
 from nanochat.checkpoint import CheckpointStore, create_model, find_checkpoint, weights_hash
 from nanochat.data.conversations import Limited, Mixture, packed_batches
 from nanochat.data.fingerprint import fingerprint
 from nanochat.data.positions import conversation_position
 from nanochat.evaluate.bits_per_byte import bits_per_byte
-from nanochat.gate import check_gate_rows, gate_rows, take_gate
 from nanochat.gpt import GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.options.train import TrainMidOptions
@@ -15,8 +12,7 @@ from nanochat.platform.console import say
 from nanochat.platform.distributed import Runtime
 from nanochat.platform.paths import Paths
 from nanochat.tasks import GSM8K, MMLU, Identity, SimpleSpelling, SmolTalk, SpellingBee
-from nanochat.train.memory import MOST_ROWS, rows_that_fit
-from nanochat.train.plan import Evaluation, Plan, learning_settings, step_size
+from nanochat.train.plan import Evaluation, Plan, gated_step_size, learning_settings
 from nanochat.train.schedules import warmdown
 from nanochat.train.trainer import Trainer
 
@@ -43,12 +39,7 @@ def midtrain(options: TrainMidOptions, paths: Paths, runtime: Runtime) -> dict:
     path, tokenizer, base_meta = find_checkpoint(paths, "base", runtime)
     shape = GPTConfig(**base_meta["config"], impl=options.impl, recompute=options.run.recompute)
     length, store = shape.context_length, CheckpointStore(paths.checkpoints("mid"), runtime)
-    shape, micro_step_ms = take_gate(paths, shape, 1, runtime)
-    given = options.device_batch_size
-    fitting = partial(rows_that_fit, shape, runtime, options.run.execution, given, micro_step_ms=micro_step_ms)
-    most = fitting(most=min(MOST_ROWS, gate_rows(paths) or MOST_ROWS))
-    rows, accumulation, total = step_size(options, "mid", length, store, most, lambda rows: fitting(most=rows))
-    check_gate_rows(paths, rows)
+    shape, micro_step_ms, (rows, accumulation, total) = gated_step_size(options, "mid", paths, shape, store)
     model = create_model(path, shape, runtime, base_meta)
     mixture = mid_mixture(options, paths)
     held_out = Mixture(

@@ -2,16 +2,20 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from nanochat.checkpoint import CheckpointStore
 from nanochat.data.batches import Batch
+from nanochat.gate import check_gate_rows, gate_rows, take_gate
 from nanochat.gpt import GPTConfig
 from nanochat.options.presets import with_preset
 from nanochat.options.train import TrainBaseOptions, TrainOptions
 from nanochat.platform.console import say
 from nanochat.platform.errors import UserError
+from nanochat.platform.paths import Paths
 from nanochat.platform.shapes import check_shape
+from nanochat.train.memory import MOST_ROWS, rows_that_fit
 from nanochat.train.schedules import muon_momentum
 
 
@@ -67,6 +71,29 @@ class StepSize(NamedTuple):
     rows: int
     accumulation: int
     total: int  # tokens or conversations of the whole step
+
+
+def gated_step_size(
+    options: TrainOptions, stage: str, paths: Paths, shape: GPTConfig, store: CheckpointStore
+) -> tuple[GPTConfig, dict[str, float] | None, StepSize]:
+    """The model with the gate's implementations, the gate's times of a micro-step, and the size of the steps of base or mid.
+
+    The rows of a micro-batch are chosen for these implementations, and are no more than the gate was made for. Raises UserError as
+    take_gate, rows_that_fit, step_size and check_gate_rows do.
+    """
+    shape, micro_step_ms = take_gate(paths, shape, 1, store.runtime)
+    fitting = partial(
+        rows_that_fit,
+        shape,
+        store.runtime,
+        options.run.execution,
+        options.device_batch_size,
+        micro_step_ms=micro_step_ms,
+    )
+    most = fitting(most=min(MOST_ROWS, gate_rows(paths) or MOST_ROWS))
+    size = step_size(options, stage, shape.context_length, store, most, lambda rows: fitting(most=rows))
+    check_gate_rows(paths, size.rows)
+    return shape, micro_step_ms, size
 
 
 def step_size(

@@ -2,7 +2,6 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 
 from nanochat.checkpoint import CheckpointStore
@@ -12,7 +11,6 @@ from nanochat.data.pretraining import TokenStream
 from nanochat.data.shards import Shards
 from nanochat.evaluate.bits_per_byte import bits_per_byte
 from nanochat.evaluate.core import evaluate_core, load_bundle
-from nanochat.gate import check_gate_rows, gate_rows, take_gate
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.inference.engine import Engine
 from nanochat.optim import MuonAdamW
@@ -21,8 +19,7 @@ from nanochat.platform.console import say
 from nanochat.platform.distributed import Runtime
 from nanochat.platform.paths import Paths
 from nanochat.tokenizer.bpe import Tokenizer
-from nanochat.train.memory import MOST_ROWS, rows_that_fit
-from nanochat.train.plan import Evaluation, Plan, horizon, learning_settings, step_size
+from nanochat.train.plan import Evaluation, Plan, gated_step_size, horizon, learning_settings
 from nanochat.train.schedules import warmdown
 from nanochat.train.trainer import Trainer
 
@@ -35,12 +32,7 @@ def pretrain(options: TrainBaseOptions, paths: Paths, runtime: Runtime) -> dict:
         recompute=options.run.recompute,
     )  # fmt: skip
     length, store = options.context_length, CheckpointStore(paths.checkpoints("base"), runtime)
-    shape, micro_step_ms = take_gate(paths, shape, 1, runtime)
-    given = options.device_batch_size
-    fitting = partial(rows_that_fit, shape, runtime, options.run.execution, given, micro_step_ms=micro_step_ms)
-    most = fitting(most=min(MOST_ROWS, gate_rows(paths) or MOST_ROWS))
-    rows, accumulation, total = step_size(options, "base", length, store, most, lambda rows: fitting(most=rows))
-    check_gate_rows(paths, rows)
+    shape, micro_step_ms, (rows, accumulation, total) = gated_step_size(options, "base", paths, shape, store)
     steps = horizon(replace(options, total_batch_size=total), shape)
     train, val = Shards.of(paths, "train"), Shards.of(paths, "val")
     if options.core_metric_every >= 0:

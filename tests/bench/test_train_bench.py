@@ -151,7 +151,7 @@ def test_variants_that_fit_together_are_kept():
     assert found.together and set(found.kept) == {"a", "b"} and not found.notes
 
 
-def test_variants_that_fit_one_by_one_are_made_anew():
+def test_variants_that_fit_one_by_one_are_built_again():
     found = subjects(10, {"a": 6, "b": 7})
     for _ in range(2):
         assert [found.use(text, str.upper) for text in "ab"] == ["A", "B"]

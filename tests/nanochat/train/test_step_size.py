@@ -20,6 +20,7 @@ from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
 from nanochat.report.sections import read_section
 from nanochat.synthetic.generate import generate
+from nanochat.train import plan
 from nanochat.train.memory import predict_run, rows_that_fit
 from nanochat.train.plan import shared, step_size
 from tests.conftest import nanochat
@@ -91,6 +92,21 @@ def test_a_step_has_as_many_tokens_on_every_card(card, processes, preset, tmp_pa
     assert predict_run(model, size.rows, runtime, "graph").fits(runtime.memory)
     if preset == "d20":
         assert size.rows == (16 if "40 GB" in card else 32)
+
+
+@pytest.mark.parametrize("gate", [None, 4, 32])
+def test_rows_are_chosen_for_what_the_gate_chose(gate, monkeypatch, tmp_path):
+    """An operation as its reference needs more memory, and the gate serves no more rows than it was made for."""
+    runtime = on_card(monkeypatch, "A100 40 GB")
+    options = parse(TrainBaseOptions, "train base", ["--preset", "d20"])
+    model, store = GPTConfig.from_depth(20, 65536), CheckpointStore(tmp_path, runtime)
+    chosen = replace(model, impl=replace(model.impl, relu2_mlp="reference")) if gate else model
+    monkeypatch.setattr(plan, "take_gate", lambda *_: (chosen, None))
+    monkeypatch.setattr(plan, "gate_rows", lambda _: gate)
+    taken, _, size = plan.gated_step_size(options, "base", Paths(tmp_path), model, store)
+    fits = rows_that_fit(chosen, runtime, "auto")
+    assert taken == chosen and size.total == 524_288 and size.rows <= min(fits, gate or fits)
+    assert (fits < rows_that_fit(model, runtime, "auto")) == bool(gate)
 
 
 def test_a_number_of_rows_that_is_given_wins(monkeypatch, tmp_path):
