@@ -27,6 +27,7 @@ class Case:
 
     bytes: the least number of bytes that must be read and written. flops: the operations that a variant executes; "eager" stands
     for the plain algorithm. prepare: by variant, restores inputs that it changes; called before each call, untimed.
+    uncompared: variants that compute only a part.
     """
 
     operation: str
@@ -38,6 +39,7 @@ class Case:
     flops: Callable[[str], float]
     tolerance: float
     prepare: dict[str, Callable[[int], None]] = field(default_factory=dict)
+    uncompared: tuple[str, ...] = ()
 
 
 def measured() -> dict[str, Operation]:
@@ -57,7 +59,7 @@ def functions(operation: Operation) -> dict[str, Callable]:
     found["compile"] = torch.compile(plain, dynamic=False)
     found["max-autotune"] = torch.compile(plain, dynamic=False, mode="max-autotune-no-cudagraphs")
     made = {name: make() for name, make in operation.benchmark.baselines.items()}
-    return found | {name: function for name, function in made.items() if function}
+    return found | {name: function for name, function in made.items() if function} | dict(operation.benchmark.bounds)
 
 
 def case(
@@ -81,7 +83,7 @@ def case(
         bytes=sum(benchmark.elements(sets[0], part) for part in parts) * dtype.itemsize,
         variants={},
         flops=lambda variant: sum(benchmark.flops(sets[0], part, variant) for part in parts),
-        tolerance=TOLERANCE[dtype],
+        tolerance=TOLERANCE[dtype], uncompared=tuple(benchmark.bounds),
     )  # fmt: skip
     if benchmark.variants:
         whole = benchmark.variants(sets[0])
@@ -179,4 +181,4 @@ def variant_names(benchmark: Benchmark, implementations: Mapping[str, object]) -
     """Return the names of an operation's variants for `--list`; variants of its own exist only once its inputs do."""
     if benchmark.variants:
         return ["its own"]
-    return [*implementations, "eager", "compile", "max-autotune", *benchmark.baselines]
+    return [*implementations, "eager", "compile", "max-autotune", *benchmark.baselines, *benchmark.bounds]

@@ -1,9 +1,9 @@
 """Does fused training learn what plain training learns? Both train from one seed on the same embedded data, by `nanochat train base`.
 
-Rounding differs between them, and training magnifies it. So plain training runs three times, with micro-batches of all rows, of a
-half and of a quarter of them, which add the same gradients in another order. The mean differences of their losses in each third of
-the run are the band: that of the fused run from them must be no larger than the largest of theirs. Its final weights must
-evaluate to the same numbers with fused and with plain operations.
+Rounding differs between them, and training magnifies it. So plain training runs several times: with micro-batches of all rows, of a
+half and of a quarter of them, which add the same gradients in another order, and on a GPU also compiled, where most other sums and
+roundings differ too. The mean differences of their losses in each third of the run are the band: that of the fused run from them must
+be no larger than the largest of theirs. Its final weights must evaluate to the same numbers with fused and with plain operations.
 """
 
 import shutil
@@ -160,9 +160,12 @@ def parity(config: ParityConfig, command: str) -> bool:
         found = header(command, runtime.device.type == "cuda")
         execution, impl = execution_of(config.variant, runtime), parse(config.variant).impl
         runs = EmbeddedRuns(config, Path(folder), runtime)
-        plain_execution = "graph" if runtime.device.type == "cuda" else "auto"
-        plain = {f"plain, micro-batches of {n}": n for n in (config.rows, config.rows // 2, config.rows // 4)}
-        losses = {name: runs.losses(PLAIN, plain_execution, rows) for name, rows in plain.items()}
+        on_gpu = runtime.device.type == "cuda"
+        plain = {
+            f"plain, micro-batches of {n}": ("graph" if on_gpu else "auto", n)
+            for n in (config.rows, config.rows // 2, config.rows // 4)
+        } | ({"plain, compiled": ("compile", config.rows)} if on_gpu else {})
+        losses = {name: runs.losses(PLAIN, *how) for name, how in plain.items()}
         with runs.trained(impl, execution, config.rows) as (paths, losses[config.variant]):
             evaluations = {}
             for name, chosen in ((config.variant, impl), ("plain", PLAIN)):

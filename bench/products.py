@@ -33,7 +33,7 @@ class ProductsConfig:
     only: tuple[str, ...] = ()
     """names of products, as `nanochat kernels inspect` prints them; empty for all"""
     width: tuple[int, ...] = (1280,)
-    """widths of the model: 768 for d12, 1280 for d20, 2048 for d32"""
+    """widths of the model: 768 for d12, 1280 for d20, 1664 for d26, 2048 for d32"""
     rows: tuple[int, ...] = (16_384, 65_536)
     """rows of a micro-batch times its tokens"""
     seconds: float = 0.4
@@ -51,7 +51,7 @@ def products(config: ProductsConfig) -> list[tuple[Kernel, Key]]:
     found = [
         (kernel, key)
         for kernel in tunable_kernels()
-        for key in kernel.keys
+        for key in (*kernel.keys, *kernel.more_keys)
         if BY_TORCH in kernel.space and (not config.only or kernel.name in config.only)
         if key[0] in config.rows and min(key[1:]) in config.width
     ]

@@ -123,8 +123,8 @@ def trials(shape, device: torch.device, dtype: torch.dtype):
 CACHE_APPEND = Operation(
     "cache_append", cache_append, run_reference, {"triton": Implementation(run, unsupported_reason)}, KERNELS, trials,
     Benchmark(
-        ("d12", "d20", "d32"),
-        lambda shape, dtype, device: inputs(64, 1, {"d12": 6, "d20": 10, "d32": 16}[shape], 128, 2048, dtype, device),
+        ("d12", "d20", "d26", "d32"),
+        lambda shape, dtype, device: inputs(64, 1, {"d12": 6, "d20": 10, "d26": 13, "d32": 16}[shape], 128, 2048, dtype, device),
         (), lambda arguments, part: 4 * arguments[2].numel(), lambda arguments, part, variant: 0, modes=("fwd",),
     ),
 )  # fmt: skip

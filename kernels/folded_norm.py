@@ -24,7 +24,7 @@ from nanochat_kernels.matrix_product import (
     store_block,
     store_row_sums,
 )
-from nanochat_kernels.operation import MODEL_WIDTHS, Kernel
+from nanochat_kernels.operation import MODEL_WIDTHS, MORE_WIDTHS, Kernel
 from nanochat_kernels.reference import EPS
 from nanochat_kernels.triton_helpers import (
     DTYPES,
@@ -230,7 +230,7 @@ FINISH_SPACE = tuple({"ROWS": rows, "PARTS": parts, "num_warps": 4} for rows in 
 KERNELS = (
     Kernel(
         "row_rstd", DTYPES, ((1280,),), tuple({"ROWS": rows, "num_warps": 4} for rows in (1, 2, 4)), rstd_launches,
-        ((768,), (2048,), (96,), (5001,)),
+        ((768,), (2048,), (96,), (5001,), *((width,) for width in MORE_WIDTHS)),
     ),
     Kernel("finish_rows", DTYPES[2:], ((20,), (80,)), FINISH_SPACE, finish_launches, ((3,),)),
 )  # fmt: skip

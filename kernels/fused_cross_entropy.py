@@ -23,7 +23,7 @@ from torch import Tensor
 from nanochat_kernels.fused_cross_entropy_kernels import EXPONENTIALS, add_target_rows, launch_rows
 from nanochat_kernels.linear import scaled_rows
 from nanochat_kernels.matrix_product import product, product_parameters
-from nanochat_kernels.operation import MODEL_WIDTHS, Kernel
+from nanochat_kernels.operation import MORE_WIDTHS, TUNED_WIDTHS, Kernel
 from nanochat_kernels.product_configurations import SPACE
 from nanochat_kernels.reference import SOFTCAP
 from nanochat_kernels.softcap_cross_entropy import factor_of, reduced, unsupported_reason_for
@@ -265,11 +265,12 @@ def target_rows_launches(key, dtype: torch.dtype, device: torch.device):
 
 
 VOCABULARY = 65_536
-CHUNKS = tuple((rows, VOCABULARY, width) for width in MODEL_WIDTHS.values() for rows in (1024, 8192))
+CHUNKS = tuple((rows, VOCABULARY, width) for width in TUNED_WIDTHS for rows in (1024, 8192))
+MORE_CHUNKS = tuple((8192, VOCABULARY, width) for width in MORE_WIDTHS)
 KERNELS = (
     Kernel(
         "cross_entropy_exponentials", DTYPES[:1], CHUNKS, SPACE, exponentials_launches,
-        ((1000, 384, 96), (1000, 392, 96), (1001, 30, 15)),
+        ((1000, 384, 96), (1000, 392, 96), (1001, 30, 15), *MORE_CHUNKS),
     ),
     Kernel(
         "cross_entropy_rows", DTYPES[2:], ((256,), (1024,)),
@@ -277,10 +278,10 @@ KERNELS = (
         rows_launches, ((3,),),
     ),
     Kernel(
-        "cross_entropy_target_rows", (torch.bfloat16, torch.float32), tuple((width,) for width in MODEL_WIDTHS.values()),
+        "cross_entropy_target_rows", (torch.bfloat16, torch.float32), tuple((width,) for width in TUNED_WIDTHS),
         tuple(
             {"ROWS": rows, "COLUMNS": columns, "num_warps": 4} for rows in (4, 8, 16) for columns in (256, 512)
         ),
-        target_rows_launches, ((15,), (1000,)),
+        target_rows_launches, ((15,), (1000,), *((width,) for width in MORE_WIDTHS)),
     ),
 )  # fmt: skip

@@ -30,7 +30,17 @@ from nanochat_kernels.cross_entropy_kernels import (
 )
 from nanochat_kernels.dispatch import choose
 from nanochat_kernels.linear import add_product, plain_linear, scaled_rows
-from nanochat_kernels.operation import MODEL_WIDTHS, Benchmark, Implementation, Kernel, Operation, Trial
+from nanochat_kernels.operation import (
+    BENCHMARK_TOKENS,
+    MODEL_WIDTHS,
+    MORE_WIDTHS,
+    TUNED_WIDTHS,
+    Benchmark,
+    Implementation,
+    Kernel,
+    Operation,
+    Trial,
+)
 from nanochat_kernels.product_configurations import SPACE
 from nanochat_kernels.reference import SOFTCAP
 from nanochat_kernels.softcap_cross_entropy import factor_of, random_logits, reduced, unsupported_reason_for
@@ -188,12 +198,17 @@ def input_gradient_launches(key, dtype: torch.dtype, device: torch.device):
 
 
 ROWS, VOCABULARY = (1024, 16_384), 65_536
-LOGITS = tuple((rows, VOCABULARY, width) for width in MODEL_WIDTHS.values() for rows in ROWS)
+LOGITS, MORE_LOGITS = (
+    tuple((rows, VOCABULARY, width) for width in widths for rows in ROWS) for widths in (TUNED_WIDTHS, MORE_WIDTHS)
+)
 KERNELS = (
-    Kernel("linear_cross_entropy_logits", DTYPES[:2], LOGITS, SPACE, logits_launches, ((1000, 384, 96), (1001, 30, 15))),
+    Kernel(
+        "linear_cross_entropy_logits", DTYPES[:2], LOGITS, SPACE, logits_launches,
+        ((1000, 384, 96), (1001, 30, 15), *MORE_LOGITS),
+    ),
     Kernel(
         "linear_cross_entropy_input_gradient", DTYPES[:2], tuple((m, c, v) for m, v, c in LOGITS), SPACE,
-        input_gradient_launches, ((1000, 96, 384), (1001, 15, 30)),
+        input_gradient_launches, ((1000, 96, 384), (1001, 15, 30), *((m, c, v) for m, v, c in MORE_LOGITS)),
     ),
     Kernel(
         "cross_entropy_on_chip", (torch.bfloat16,),
@@ -221,10 +236,25 @@ def trials(shape, device: torch.device, dtype: torch.dtype):
 
 
 def benchmark_inputs(shape: str, dtype: torch.dtype, device: torch.device) -> tuple:
-    """The call of a training run: a mean, multiplied by the weight of a micro-batch of 16 rows."""
-    width = {"d12": 768, "d20": 1280}[shape]
-    inputs = head_inputs(32_768, width, 65_536, dtype, device)
+    """The call of a training run: a mean, multiplied by the weight of a micro-batch."""
+    model, _, rows = shape.partition("/")
+    inputs = head_inputs(int(rows or BENCHMARK_TOKENS), MODEL_WIDTHS[model], 65_536, dtype, device)
     return *inputs, SOFTCAP, -1, "mean", torch.full((), 0.125, device=device)
+
+
+class BareProducts(torch.autograd.Function):
+    """The three products of the head and of its gradients, with the logits in place of their gradient."""
+
+    @staticmethod
+    def forward(ctx, x, weight, *_) -> Tensor:
+        logits = x @ weight.t()
+        ctx.save_for_backward(x, weight, logits)
+        return logits[0, 0].float()
+
+    @staticmethod
+    def backward(ctx, _) -> tuple:
+        x, weight, logits = ctx.saved_tensors
+        return logits @ weight, logits.t() @ x, *(None,) * 5
 
 
 def liger():
@@ -261,7 +291,8 @@ LINEAR_CROSS_ENTROPY = Operation(
     },
     (*KERNELS, *fused_cross_entropy.KERNELS), trials,
     Benchmark(
-        ("d12", "d20"), benchmark_inputs, (0, 1), elements, flops, ("fwd", "both"), {"liger": liger}, is_loss=True
+        (*MODEL_WIDTHS, "d20/8192"), benchmark_inputs, (0, 1), elements, flops, ("fwd", "both"), {"liger": liger},
+        {"three products": BareProducts.apply}, is_loss=True,
     ),
 )  # fmt: skip
 OPERATIONS = (LINEAR_CROSS_ENTROPY,)

@@ -12,8 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MODEL_WIDTHS = {"d12": 768, "d20": 1280, "d32": 2048}
-"""the models at whose widths operations are measured"""
+MODEL_WIDTHS = {"d12": 768, "d20": 1280, "d26": 1664, "d32": 2048}
+"""the models at whose widths operations are measured and compiled ahead of time"""
+TUNED_WIDTHS = (768, 1280, 2048)
+"""the widths that launch tables have entries for"""
+MORE_WIDTHS = (1664,)
+"""the other widths of models, which take the nearest entry"""
 BENCHMARK_TOKENS = 32 * 2048
 """tokens of a micro-batch in benchmarks"""
 Key = tuple[int | str, ...]
@@ -124,6 +128,8 @@ class Benchmark:
     modes: tuple[str, ...] = ("fwd", "bwd", "both")
     baselines: Mapping[str, Callable[[], Callable | None]] = field(default_factory=dict)
     """name → a function that returns another library's implementation, or None if the library is not installed"""
+    bounds: Mapping[str, Callable] = field(default_factory=dict)
+    """name → a function of the same arguments that computes only a part, such as the products; its results are not compared"""
     call: Callable = lambda function, *arguments: function(*arguments)
     """(function, *arguments) → the results to compute gradients of; calls one of the variants as the model does"""
     variants: Callable[[tuple], Mapping[str, Callable[[], Any]]] | None = None

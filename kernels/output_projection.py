@@ -22,7 +22,7 @@ from nanochat_kernels.operation import (
     Operation,
     Trial,
 )
-from nanochat_kernels.product_configurations import SPACE, few_rows_kernel, product_keys
+from nanochat_kernels.product_configurations import SPACE, few_rows_kernel, more_product_keys, product_keys
 from nanochat_kernels.tracing import opaque
 from nanochat_kernels.triton_helpers import DTYPES, KernelFunction, as_rows, derivative, differentiable
 
@@ -131,14 +131,12 @@ def input_gradient_launches(key, dtype: torch.dtype, device: torch.device):
     return {"dx": lambda parameters: scaled_rows(name, dy, transposed, parameters=parameters)}
 
 
+MORE_KEYS = (1000, 96, 192), (1001, 15, 30), *more_product_keys(1, 1)
 KERNELS = (
-    Kernel(
-        "output_projection", DTYPES[:2], product_keys(1, 1), SPACE, launches, ((1000, 96, 192), (1001, 15, 30))
-    ),
+    Kernel("output_projection", DTYPES[:2], product_keys(1, 1), SPACE, launches, MORE_KEYS),
     few_rows_kernel("output_projection", 1, 1, launches, slices=True),
     Kernel(
-        "output_projection_input_gradient", DTYPES[:2], product_keys(1, 1), SPACE, input_gradient_launches,
-        ((1000, 96, 192), (1001, 15, 30)),
+        "output_projection_input_gradient", DTYPES[:2], product_keys(1, 1), SPACE, input_gradient_launches, MORE_KEYS,
     ),
     *NORM_KERNELS,
 )  # fmt: skip

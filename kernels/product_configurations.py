@@ -2,15 +2,22 @@
 
 import torch
 
-from nanochat_kernels.operation import MODEL_WIDTHS, Kernel
+from nanochat_kernels.operation import MORE_WIDTHS, TUNED_WIDTHS, Kernel, Key
 from nanochat_kernels.triton_helpers import DTYPES
 
 ROWS = (1024, 16_384, 65_536)
 
 
-def product_keys(n: int, k: int) -> tuple[tuple[int, int, int], ...]:
-    """Return the shape classes (M, N, K) of a product with N = n·C and K = k·C for the widths C of models."""
-    return tuple((rows, n * width, k * width) for width in MODEL_WIDTHS.values() for rows in ROWS)
+def product_keys(
+    n: int, k: int, all_rows: tuple[int, ...] = ROWS, widths: tuple[int, ...] = TUNED_WIDTHS
+) -> tuple[Key, ...]:  # fmt: skip
+    """Return the shape classes (M, N, K) of a product with N = n·C and K = k·C for widths C."""
+    return tuple((rows, n * width, k * width) for width in widths for rows in all_rows)
+
+
+def more_product_keys(n: int, k: int) -> tuple[Key, ...]:
+    """Return product_keys for the widths without entries in the launch tables."""
+    return product_keys(n, k, widths=MORE_WIDTHS)
 
 
 def configuration(
@@ -32,10 +39,10 @@ def few_rows_kernel(
 
     slices: the epilogue needs parts that are wider than a tile, and is applied in a pass over the products of slices of K.
     """
-    keys = tuple((rows, n * width, k * width) for width in MODEL_WIDTHS.values() for rows in FEW_ROWS)
     more = ((16, n * 384, k * 384), (9, n * 64, k * 40), (1, n * 384, k * 384))
-    space = SLICES_SPACE if slices else FEW_ROWS_SPACE
-    return Kernel(f"{name}_few_rows", dtypes, keys, (*space, BY_TORCH), launches, more, few_rows=True)
+    more += product_keys(n, k, FEW_ROWS, MORE_WIDTHS)
+    space = (*(SLICES_SPACE if slices else FEW_ROWS_SPACE), BY_TORCH)
+    return Kernel(f"{name}_few_rows", dtypes, product_keys(n, k, FEW_ROWS), space, launches, more, few_rows=True)
 
 
 # every element of an unaligned row has an address of its own, which takes registers from the sums

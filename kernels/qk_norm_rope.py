@@ -305,7 +305,7 @@ def liger():
     return norm_rope
 
 
-MODEL_HEADS = {"d12": 6, "d20": 10, "d32": 16}  # of 128 channels
+MODEL_HEADS = {"d12": 6, "d20": 10, "d26": 13, "d32": 16}  # of 128 channels
 QK_NORM_ROPE = Operation(
     "qk_norm_rope", qk_norm_rope, reference.qk_norm_rope, {"triton": Implementation(run, unsupported_reason, plan)}, KERNELS,
     trials,

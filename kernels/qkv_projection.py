@@ -29,7 +29,7 @@ from nanochat_kernels.folded_norm import input_gradient, norm_backward_launches,
 from nanochat_kernels.linear import add_product, plain_linear
 from nanochat_kernels.matrix_product import product, product_parameters
 from nanochat_kernels.operation import MODEL_WIDTHS, Benchmark, Implementation, Kernel, Operation, Trial
-from nanochat_kernels.product_configurations import SPACE, few_rows_kernel, product_keys
+from nanochat_kernels.product_configurations import SPACE, few_rows_kernel, more_product_keys, product_keys
 from nanochat_kernels.qk_norm_rope import qk_norm_rope, tables
 from nanochat_kernels.qkv_projection_kernels import QKV, product_gradient
 from nanochat_kernels.reference import EPS
@@ -332,12 +332,15 @@ BACKWARD_SPACE = tuple(
     for heads in (1, 2, 5)
 )
 KERNELS = (
-    Kernel("qkv_projection", DTYPES[:2], product_keys(3, 1), SPACE, launches, ((1000, 384, 96), (1001, 192, 40))),
+    Kernel(
+        "qkv_projection", DTYPES[:2], product_keys(3, 1), SPACE, launches,
+        ((1000, 384, 96), (1001, 192, 40), *more_product_keys(3, 1)),
+    ),
     few_rows_kernel("qkv_projection", 3, 1, launches, slices=True),  # a part is a whole head
     Kernel("qkv_backward", DTYPES[:2], ((64,), (128,)), BACKWARD_SPACE, backward_launches, ((32,),)),
     Kernel(
         "qkv_projection_input_gradient", DTYPES[:2], product_keys(1, 3), SPACE, input_gradient_launches,
-        ((1000, 96, 384), (1001, 15, 30)),
+        ((1000, 96, 384), (1001, 15, 30), *more_product_keys(1, 3)),
     ),
     *NORM_KERNELS,
 )  # fmt: skip

@@ -54,7 +54,7 @@ from nanochat_kernels.operation import (
     Operation,
     Trial,
 )
-from nanochat_kernels.product_configurations import SPACE, few_rows_kernel, product_keys
+from nanochat_kernels.product_configurations import SPACE, few_rows_kernel, more_product_keys, product_keys
 from nanochat_kernels.tracing import opaque
 from nanochat_kernels.triton_helpers import (
     DTYPES,
@@ -333,7 +333,8 @@ def inputs(
 
 
 UP, DOWN = product_keys(4, 1), product_keys(1, 4)
-MORE_UP, MORE_DOWN = ((1000, 384, 96), (1001, 30, 15)), ((1000, 96, 384), (1001, 15, 30))
+MORE_UP = (1000, 384, 96), (1001, 30, 15), *more_product_keys(4, 1)
+MORE_DOWN = (1000, 96, 384), (1001, 15, 30), *more_product_keys(1, 4)
 KERNELS = (
     Kernel("relu2_mlp_up", DTYPES[:1], UP, SPACE, up_launches, MORE_UP),
     Kernel("relu2_mlp_down", DTYPES[:1], DOWN, SPACE, down_launches, MORE_DOWN),

@@ -20,6 +20,7 @@ from nanochat_kernels.dispatch import serve
 from nanochat_kernels.operation import (
     BENCHMARK_TOKENS,
     MODEL_WIDTHS,
+    MORE_WIDTHS,
     Benchmark,
     Implementation,
     Kernel,
@@ -287,7 +288,7 @@ def backward_launches(key, dtype: torch.dtype, device: torch.device):
 
 
 KEYS = ((256,), (768,), (1280,), (2048,), (8192,))
-MORE_KEYS = ((100,), (4096,), (5000,), (WIDEST,))
+MORE_KEYS = ((100,), (4096,), (5000,), (WIDEST,), *((width,) for width in MORE_WIDTHS))
 SPACE = tuple({"ROWS": rows, "num_warps": warps} for rows in (1, 2, 4, 8) for warps in (1, 2, 4, 8, 16))
 KERNELS = (
     Kernel("rms_norm_forward", DTYPES, KEYS, SPACE, forward_launches, MORE_KEYS),

@@ -10,7 +10,16 @@ from torch import Tensor
 from nanochat_kernels.checks import autocast_products, check_float, check_shape
 from nanochat_kernels.dispatch import choose
 from nanochat_kernels.matrix_product import Epilogue, product, product_parameters, store_block, unsupported_reason
-from nanochat_kernels.operation import MODEL_WIDTHS, Benchmark, Implementation, Kernel, Operation, Trial
+from nanochat_kernels.operation import (
+    MODEL_WIDTHS,
+    MORE_WIDTHS,
+    TUNED_WIDTHS,
+    Benchmark,
+    Implementation,
+    Kernel,
+    Operation,
+    Trial,
+)
 from nanochat_kernels.product_configurations import FEW_ROWS_SPACE, FEWEST_ROWS
 from nanochat_kernels.reference import SOFTCAP
 from nanochat_kernels.tracing import opaque
@@ -101,8 +110,8 @@ def launches(key, dtype: torch.dtype, device: torch.device):
 KERNELS = (
     Kernel(
         "softcapped_logits_few_rows", DTYPES[:2],
-        tuple((rows, VOCABULARY, width) for width in MODEL_WIDTHS.values() for rows in (16, 64)),
-        FEW_ROWS_SPACE, launches, ((9, 1001, 40), (1, 4096, 768)), few_rows=True,
+        tuple((rows, VOCABULARY, width) for width in TUNED_WIDTHS for rows in (16, 64)),
+        FEW_ROWS_SPACE, launches, ((9, 1001, 40), (1, 4096, 768), *((16, VOCABULARY, width) for width in MORE_WIDTHS)), few_rows=True,
     ),
 )  # fmt: skip
 

@@ -49,7 +49,7 @@ def test_three_kernels_with_sanitizers():
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_all_kernels():
-    """Also that a training step of d12, d20 and d32 needs no other code than the library has."""
+    """Also that a training step of d12, d20, d26 and d32 needs no other code than the library has."""
     assert "100% tests passed" in build_and_test("all", "--label-exclude", "python")
 
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import nanochat_kernels as kernels
 from nanochat_kernels import product_configurations
 from nanochat_kernels.triton_helpers import cdiv, tl, triton
 from tests.kernels import harness
@@ -221,6 +222,40 @@ def test_more_than_2_to_31_elements(parameters):
     y, rstd = add_residual("any", x, weight, x, parameters)
     last, last_rstd = add_residual("any", x[-200:], weight, x[-200:], parameters)
     assert torch.equal(y[-200:], last) and torch.equal(rstd[-200:], last_rstd)
+
+
+@pytest.mark.skipif(not GPU or torch.cuda.mem_get_info()[1] < 70e9, reason="needs 50 GB of GPU memory")
+@pytest.mark.parametrize("operation", ["relu2_mlp", "qkv_projection", "output_projection", "linear_cross_entropy"])
+def test_operations_with_more_than_2_to_31_elements(operation):
+    """In a batch whose widest intermediate result has more, the last rows and their gradients are what they are on their own."""
+    width, last = 256, 1000
+
+    def weight(rows: int) -> torch.Tensor:
+        return randn(rows, width, dtype=torch.bfloat16, seed=rows) * width**-0.5
+
+    square, wide = weight(width), weight(4 * width)
+    cos, sin = (randn(1, 64, dtype=torch.bfloat16, seed=seed).expand(2**22, 64) for seed in (1, 2))
+    targets = torch.randint(4 * width, (2**22,), device=DEVICE)
+    run = {
+        "relu2_mlp": lambda x: kernels.relu2_mlp(x, wide, wide.t().contiguous(), x, impl="triton")[0],
+        "qkv_projection": lambda x: torch.cat(
+            kernels.qkv_projection(x[None], *[square] * 3, cos[: len(x)], sin[: len(x)], impl="triton")[:3], 2
+        )[0].flatten(1),
+        "output_projection": lambda x: kernels.output_projection(x, square, x, impl="triton")[0],
+        "linear_cross_entropy": lambda x: kernels.linear_cross_entropy(
+            x, wide, targets[-len(x) :], reduction="none", impl="triton"
+        )[:, None],
+    }[operation]
+    rows = 2**31 // {"qkv_projection": 3 * width, "output_projection": width}.get(operation, 4 * width) + last
+    x = torch.empty(rows, width, dtype=torch.bfloat16, device=DEVICE).normal_()
+    results = []
+    for batch in (x, x[-last:].clone()):
+        batch.requires_grad_()
+        out = run(batch)
+        results.append((out[-last:].detach(), torch.autograd.grad(out, batch, torch.ones_like(out))[0][-last:]))
+        del out
+    for found, expected in zip(*results, strict=True):
+        assert (found.float() - expected.float()).norm() < 2**-7 * expected.float().norm()
 
 
 # faults that a test must catch: see test_planted_faults.py

@@ -95,7 +95,7 @@ def main(what: str, path: str) -> None:
             launches = [launch for _, launch in inspect.recorded(architecture, tuple(sys.argv[3:]))]
         else:
             launches = [
-                x for depth, rows, tokens in ((12, 16, 1024), (20, 32, 2048), (32, 8, 2048))
+                x for depth, rows, tokens in ((12, 16, 1024), (20, 32, 2048), (26, 16, 2048), (32, 8, 2048))
                 for x in model_launches(architecture, depth, rows, tokens)
             ]  # fmt: skip
         total += len(launches)
