@@ -137,16 +137,23 @@ BACKENDS = {
 }
 
 
+def aligned(x: Tensor) -> Tensor:
+    """Return x, or a copy if its rows do not begin at multiples of 16 bytes, which torch's backends read at a time unchecked."""
+    if torch.compiler.is_compiling():  # Inductor aligns what it passes on
+        return x
+    starts = x.storage_offset(), *x.stride()[:-1]  # memory itself begins at such a multiple
+    fits = x.stride(-1) == 1 and all(start * x.element_size() % 16 == 0 for start in starts)
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
 def run_torch(backend: SDPBackend, q, k, v, lengths, cu_seqlens, bound, return_lse):
     """torch's attention by one of its backends."""
     with sdpa_kernel(backend):
         out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            is_causal=True,
-            enable_gqa=q.size(2) != k.size(2),
+            *(aligned(x).transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=q.size(2) != k.size(2)
         )
+    if out.requires_grad and not torch.compiler.is_compiling():
+        out.register_hook(aligned)
     return out.transpose(1, 2)
 
 
@@ -165,8 +172,6 @@ def torch_unsupported_reason(
         return f"torch's fast backends serve heads of at most 128 channels, a multiple of 8, got {q.size(3)}"
     if not q.numel() or q.size(1) == 1:
         return f"torch's fast backends need two tokens or more, got {q.size(0)} rows of {q.size(1)} tokens"
-    if any(x.stride(3) != 1 for x in (q, k, v)):
-        return "torch's fast backends read channels with stride 1"
     if backend == SDPBackend.EFFICIENT_ATTENTION and q.size(2) != k.size(2):
         return f"torch's efficient backend takes as many key heads as query heads, got {k.size(2)} and {q.size(2)}"
     return None
