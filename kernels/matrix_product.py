@@ -31,6 +31,7 @@ from nanochat_kernels.triton_helpers import (
     dot,
     launch,
     multiprocessors,
+    power_of_2,
     tl,
     triton,
     triton_unsupported_reason,
@@ -268,6 +269,11 @@ def product_parameters(
     aligned = described(x) and described(y) and shape[1] % 8 == 0
     if x.dim() == 2 and not aligned and ("STAGES" in found or parameters is None):
         found = dict(UNALIGNED)
+    m, n = found["BLOCK_M"], found["BLOCK_N"]
+    if (
+        parameters is None and m < n and shape[1] % n and not shape[1] % m
+    ):  # narrower tiles leave none that is part empty
+        found |= {"BLOCK_M": n if "STAGES" in found else m, "BLOCK_N": m}
     if found.get("TMA") and not (described(x) and described(y) and (x.dim() == 2 or shape[2] % found["BLOCK_K"] == 0)):
         found |= {"TMA": 0, "BLOCK_N": min(found["BLOCK_N"], 128), "BLOCK_K": min(found["BLOCK_K"], 32), "PART": 32}
     found["PART"] = part or min(found["PART"], found["BLOCK_N"])
@@ -357,6 +363,7 @@ def sums_of_slices(
     """Return the products (slices, M, N), in float32, of at most "SUMS" slices of the columns of x and the rows of y."""
     (m, n), k = out.shape, x.size(0 if x_transposed else 1)
     tile = {name: parameters[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")}
+    tile["BLOCK_K"] = min(tile["BLOCK_K"], max(16, power_of_2(k)))
     width = cdiv(cdiv(k, parameters["SUMS"]), tile["BLOCK_K"]) * tile["BLOCK_K"]
     sums = torch.empty(cdiv(k, width), m, n, dtype=torch.float32, device=x.device)
     tiles = tile_count(m, n, tile["BLOCK_M"], tile["BLOCK_N"], False)

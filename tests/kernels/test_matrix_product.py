@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import nanochat_kernels as kernels
-from nanochat_kernels import product_configurations
+from nanochat_kernels import configs, product_configurations
 from nanochat_kernels.triton_helpers import cdiv, tl, triton
 from tests.kernels import harness
 from tests.kernels.harness import DEVICE, GPU, SMALL_TILES, poisoned, randn
@@ -222,6 +222,19 @@ def test_more_than_2_to_31_elements(parameters):
     y, rstd = add_residual("any", x, weight, x, parameters)
     last, last_rstd = add_residual("any", x[-200:], weight, x[-200:], parameters)
     assert torch.equal(y[-200:], last) and torch.equal(rstd[-200:], last_rstd)
+
+
+@pytest.mark.parametrize("architecture", ["sm80", "sm90"])
+def test_tiles_are_narrower_where_wide_ones_would_leave_one_part_empty(architecture):
+    """d26 has 6½ times 256 columns. Launch parameters that are given stay as they are."""
+    name = "output_projection"
+    with configs.tables_of(architecture):
+        for width, wide in ((1280, 256), (1664, 128), (2048, 256)):
+            x, y = (torch.empty(rows, width, dtype=torch.bfloat16, device="meta") for rows in (16_384, width))
+            shape = x.size(0), width, width
+            assert configs.launch_parameters(name, x.device, x.dtype, shape)["BLOCK_N"] == 256
+            assert FILE.product_parameters(name, x, y, shape)["BLOCK_N"] == wide
+            assert FILE.product_parameters(name, x, y, shape, None, TMA)["BLOCK_N"] == TMA["BLOCK_N"]
 
 
 @pytest.mark.skipif(not GPU or torch.cuda.mem_get_info()[1] < 70e9, reason="needs 50 GB of GPU memory")
