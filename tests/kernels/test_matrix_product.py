@@ -227,11 +227,11 @@ def test_more_than_2_to_31_elements(parameters):
 @pytest.mark.parametrize("architecture", ["sm80", "sm90"])
 def test_tiles_are_narrower_where_wide_ones_would_leave_one_part_empty(architecture):
     """d26 has 6½ times 256 columns. Launch parameters that are given stay as they are."""
-    name = "output_projection"
+    name = "relu2_mlp_down"
     with configs.tables_of(architecture):
         for width, wide in ((1280, 256), (1664, 128), (2048, 256)):
-            x, y = (torch.empty(rows, width, dtype=torch.bfloat16, device="meta") for rows in (16_384, width))
-            shape = x.size(0), width, width
+            x, y = (torch.empty(rows, 4 * width, dtype=torch.bfloat16, device="meta") for rows in (16_384, width))
+            shape = x.size(0), width, 4 * width
             assert configs.launch_parameters(name, x.device, x.dtype, shape)["BLOCK_N"] == 256
             assert FILE.product_parameters(name, x, y, shape)["BLOCK_N"] == wide
             assert FILE.product_parameters(name, x, y, shape, None, TMA)["BLOCK_N"] == TMA["BLOCK_N"]
