@@ -34,6 +34,7 @@ from nanochat_kernels.triton_helpers import (
     as_rows,
     derivative,
     differentiable,
+    multiprocessors,
     needs_gradient,
     tl,
 )
@@ -42,14 +43,32 @@ CHUNK_BYTES = 2**30  # of E
 TILE_ROWS = 256  # all chunks but the last one have a multiple of the rows of the largest tile
 
 
-def chunk_rows(rows: int, width: int, itemsize: int) -> int:
-    """Return the rows of a chunk, so that there are as few chunks as fit into CHUNK_BYTES, of nearly equal size."""
+def chunk_rows(rows: int, width: int, itemsize: int, tiles: tuple[int, int, int] = (1, 1, 1)) -> int:
+    """Return the rows of a chunk: at most CHUNK_BYTES of E, and so many that the product for dx keeps all multiprocessors busy.
+
+    tiles: the rows of one of its tiles, how many lie side by side, and how many are computed at the same time. Their rounds are
+    counted, and each chunk as a quarter of one: it reads and writes the weight's gradient.
+    """
     most = max(1, CHUNK_BYTES // max(1, width * itemsize))
     if rows <= most:
         return max(rows, 1)
     most = max(most // TILE_ROWS * TILE_ROWS, min(most, TILE_ROWS))
-    equal = ceil(rows / ceil(rows / most))
-    return min(most, ceil(equal / TILE_ROWS) * TILE_ROWS)
+    height, across, at_once = tiles
+
+    def rounds(step: int) -> float:
+        chunks = *[step] * (rows // step), rows % step
+        return sum(ceil(ceil(chunk / height) * across / at_once) for chunk in chunks) + ceil(rows / step) / 4
+
+    return min(range(most, most // 2, -TILE_ROWS), key=lambda step: (rounds(step), step))
+
+
+def input_gradient_tiles(x: Tensor, weight: Tensor) -> tuple[int, int, int]:
+    """Return the tiles of the product for the gradient of x (N, C), for chunk_rows."""
+    shape = x.size(0), x.size(1), weight.size(0)
+    found = product_parameters("linear_cross_entropy_input_gradient", x, weight, shape)
+    if "BLOCK_N" not in found:  # torch's product
+        return 1, 1, 1
+    return found["BLOCK_M"], ceil(x.size(1) / found["BLOCK_N"]), multiprocessors(x.device)
 
 
 def matrix(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -106,7 +125,8 @@ def linear_cross_entropy_chunks(
     x, weight, rows, has_gradient = as_rows(x), as_rows(weight), x.size(0), needs_dx or needs_dw
     if not rows:
         return losses, dx, dweight.zero_()
-    step = chunk_rows(rows, weight.size(0), x.element_size())
+    tiles = input_gradient_tiles(x, weight) if needs_dx else (1, 1, 1)
+    step = chunk_rows(rows, weight.size(0), x.element_size(), tiles)
     memory = matrix(step, weight.size(0), x.dtype, x.device)
     coefficients = torch.empty_like(losses) if has_gradient else None
     for start in range(0, rows, step):

@@ -42,22 +42,23 @@ def exponentials_epilogue(
     sums_ptr, targets_ptr, target_logits_ptr, CAP, gradient, _ = arguments
     ROWS: tl.constexpr = z.shape[0]
     PART: tl.constexpr = z.shape[1]
+    r = row + tl.arange(0, ROWS)
+    target = tl.load(targets_ptr + r, mask=r < m, other=-1) - column
+    target = tl.where((target >= 0) & (target < PART), target, -1).to(tl.int32)
     z, other = tl.split(tl.reshape(z, [ROWS, PART // 2, 2]))
     e, f, g, h = exponentials(z, other, CAP)
     if gradient is not None:
         store_block(out_ptr, out_stride, tl.reshape(tl.join(g, h), [ROWS, PART]), row, column, m, n, WHOLE)
-    r = row + tl.arange(0, ROWS)
-    target = tl.load(targets_ptr + r, mask=r < m, other=-1) - column
-    is_here = (target >= 0) & (target < PART)
-    target = tl.where(is_here, target, -1).to(tl.int32)
     left = 2 * tl.arange(0, PART // 2)[None, :]
-    is_left, is_right = left == target[:, None], left + 1 == target[:, None]
-    target_logits = tl.sum(tl.where(is_left, z, 0.0) + tl.where(is_right, other, 0.0), axis=1)
-    tl.store(target_logits_ptr + r, target_logits, mask=is_here)
-    e, f = tl.where(is_left, 0.0, e), tl.where(is_right, 0.0, f)
     if not WHOLE:  # beyond the last column an infinity of x times the padding of the weight is NaN
         e, f = tl.where(left < n - column, e, 0.0), tl.where(left + 1 < n - column, f, 0.0)
-    store_row_sums(sums_ptr, tl.sum(e + f, axis=1), row, column, m, n, PART)
+    sums = tl.sum(e + f, axis=1)
+    if tl.max(target, axis=0) >= 0:  # few parts have a target
+        is_left, is_right = left == target[:, None], left + 1 == target[:, None]
+        target_logits = tl.sum(tl.where(is_left, z, 0.0) + tl.where(is_right, other, 0.0), axis=1)
+        tl.store(target_logits_ptr + r, target_logits, mask=target >= 0)
+        sums = tl.sum(tl.where(is_left, 0.0, e) + tl.where(is_right, 0.0, f), axis=1)
+    store_row_sums(sums_ptr, sums, row, column, m, n, PART)
 
 
 @gluon.jit
@@ -69,23 +70,23 @@ def exponentials_on_hopper(z, out_desc, first, second, arguments, row, column, m
     rows_layout: gl.constexpr = gl.SliceLayout(1, z.type.layout)
     part = z
     z, other = gl.split(gl.reshape(z, [ROWS, PART // 2, 2]))
+    r = hopper_product.row_numbers(z, row)
+    target = gl.load(targets_ptr + r, mask=r < m, other=-1) - column
+    target = gl.where((target >= 0) & (target < PART), target, -1).to(gl.int32)
     e, f, g, h = exponentials(z, other, CAP)
     if gradient is not None:
         first.store(gl.reshape(gl.join(g, h), [ROWS, PART]).to(out_desc.dtype))
         hopper_product.store_memory(out_desc, first, row, column)
-    r = hopper_product.row_numbers(z, row)
-    target = gl.load(targets_ptr + r, mask=r < m, other=-1) - column
-    is_here = (target >= 0) & (target < PART)
-    target = gl.where(is_here, target, -1).to(gl.int32)
     left = 2 * gl.arange(0, PART // 2, layout=gl.SliceLayout(0, z.type.layout))[None, :]
-    is_left, is_right = left == target[:, None], left + 1 == target[:, None]
-    target_logits = gl.sum(gl.where(is_left, z, 0.0) + gl.where(is_right, other, 0.0), axis=1)
-    gl.store(target_logits_ptr + r, target_logits, mask=is_here)
-    e, f = gl.where(is_left, 0.0, e), gl.where(is_right, 0.0, f)
     if ragged is not None:
         e, f = gl.where(left < n - column, e, 0.0), gl.where(left + 1 < n - column, f, 0.0)
-    sums = gl.convert_layout(gl.sum(e + f, axis=1), rows_layout)
-    hopper_product.store_row_sums(sums_ptr, sums, part, row, column, m, n)
+    sums = gl.sum(e + f, axis=1)
+    if gl.max(target, axis=0) >= 0:  # few parts have a target
+        is_left, is_right = left == target[:, None], left + 1 == target[:, None]
+        target_logits = gl.sum(gl.where(is_left, z, 0.0) + gl.where(is_right, other, 0.0), axis=1)
+        gl.store(target_logits_ptr + r, target_logits, mask=target >= 0)
+        sums = gl.sum(gl.where(is_left, 0.0, e) + gl.where(is_right, 0.0, f), axis=1)
+    hopper_product.store_row_sums(sums_ptr, gl.convert_layout(sums, rows_layout), part, row, column, m, n)
 
 
 EXPONENTIALS = Epilogue(exponentials_epilogue, exponentials_on_hopper)

@@ -273,8 +273,11 @@ def test_chunks_are_as_few_as_fit(rows, width, itemsize):
         assert -(-rows // step) == -(-rows // largest)
 
 
-def test_a_chunk_of_the_model_has_a_gibibyte():
+def test_chunks_of_the_model():
+    """At most a gibibyte of E; tiles of the gradient of x, d12's to d32's on an H100, in as few rounds as 65,536 rows need."""
     assert FILE.chunk_rows(65_536, 65_536, 2) == 8192 and FILE.chunk_rows(65_536, 50_304, 2) == 9472
+    tiles = (256, 6, 132), (128, 5, 132), (256, 13, 132), (128, 8, 132)
+    assert [FILE.chunk_rows(65_536, 65_536, 2, x) for x in tiles] == [5632, 6656, 7680, 8192]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -483,8 +486,8 @@ PLANTED_FAULTS = {
     "derivative of the cap dropped in odd columns": (STEM, "f * (v - v * v)", "f", "test_the_gradient_of_the_logits"),
     "saturated logits have a gradient": (STEM, "w, v = w - LEAST, v - LEAST", "w, v = w, v",
      "test_huge_activations_have_no_gradient"),
-    "the target's term summed with the others": (STEM, "e, f = tl.where(is_left, 0.0, e), tl.where(is_right, 0.0, f)", "",
-     "test_loss_and_gradients"),
+    "the target's term summed with the others": (STEM, "sums = tl.sum(tl.where(is_left, 0.0, e) + tl.where(is_right, 0.0, f), axis=1)",
+     "pass", "test_loss_and_gradients"),
     "the target's term summed in odd columns": (STEM, "tl.where(is_right, 0.0, f)", "f", "test_the_gradient_of_the_logits"),
     "sums of columns beyond the last": (STEM, "tl.where(left < n - column, e, 0.0)", "e", "test_loss_and_gradients"),
     "sums of odd columns beyond the last": (STEM, "tl.where(left + 1 < n - column, f, 0.0)", "f",
@@ -555,8 +558,11 @@ PLANTED_FAULTS = {
      "test_the_gradient_of_the_loss_weight"),
     "chunk too large": (OPERATION, "most = max(1, CHUNK_BYTES //", "most = 1 + max(1, CHUNK_BYTES //",
      "test_chunks_are_as_few_as_fit"),
-    "more chunks than needed": (OPERATION, "ceil(equal / TILE_ROWS) * TILE_ROWS", "equal // TILE_ROWS * TILE_ROWS or equal",
-     "test_chunks_are_as_few_as_fit"),
+    "more chunks than needed": (OPERATION, "+ ceil(rows / step) / 4", "", "test_chunks_are_as_few_as_fit"),
+    "an unfinished round of tiles not counted": (OPERATION, "* across / at_once)", "* across) / at_once",
+     "test_chunks_of_the_model"),
+    "every part taken for one without a target": (STEM, "if tl.max(target, axis=0) >= 0:", "if tl.max(target, axis=0) > 0:",
+     "test_loss_and_gradients"),
     "torch.compile told another shape": (OPERATION, "@opaque(result_shapes)",
      "@opaque(lambda *given: result_shapes(*given[:-1], True))", "test_the_products_are_opaque_to_the_compiler"),
     "float16 taken": (OPERATION, "if x.dtype == torch.float16", "if False", "test_unsupported_arguments_are_named"),
