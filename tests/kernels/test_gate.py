@@ -319,4 +319,8 @@ def test_strides_of_inputs_do_not_matter(monkeypatch, name):
                     impl
                 )
             except dispatch.KernelRequestError as error:
-                assert "contiguous" in str(error) or "CUDA tensors" in str(error)
+                if "contiguous" not in str(
+                    error
+                ):  # else the strides are not the reason: it refuses the inputs themselves
+                    with pytest.raises(dispatch.KernelRequestError):
+                        gate.disagreement(trial, function, operation.reference)
