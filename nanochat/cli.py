@@ -89,6 +89,9 @@ COMMANDS = {
     "train sft": Command(
         "train:TrainSftOptions", "train.finetune:finetune", "fine-tune on conversations", section="sft"
     ),
+    "train rl": Command(
+        "train:TrainRlOptions", "train.reinforce:reinforce", "train on word problems by their rewards", section="rl"
+    ),
     "evaluate base": Command(
         "evaluate:EvaluateBaseOptions",
         "evaluate.base:evaluate_base",

@@ -337,8 +337,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """The loss in nats for tokens and targets (B, T); without targets, the logits (B, T, V).
 
-        Targets of −1 are ignored. reduction: "mean" gives a scalar, "none" the loss of each token (B, T). loss_weight: a float32
-        scalar on the device that multiplies the loss, and so the gradients.
+        Targets of −1 are ignored. reduction: "mean" gives a scalar, "none" the loss of each token (B, T). loss_weight: on the
+        device, in float32, a scalar or one weight per token (B, T), which multiplies the losses before the mean, and so the gradients.
         """
         hidden = self.hidden(tokens, cache)
         if targets is None:
@@ -350,7 +350,7 @@ class GPT(nn.Module):
             targets.flatten(),
             kernels.SOFTCAP,
             reduction=reduction,
-            loss_weight=loss_weight,
+            loss_weight=loss_weight.flatten() if loss_weight is not None and loss_weight.dim() else loss_weight,
             weight_gradient=gradient,
             impl=self.config.impl.linear_cross_entropy,
         )

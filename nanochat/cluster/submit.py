@@ -81,7 +81,7 @@ def _jobs(options: SubmitOptions, site: Site) -> list[Job]:
         gpus=gpus,
         tasks_per_node=options.tasks_per_node,
         signal_seconds=options.signal_seconds,
-        stages=" ".join(f"{option} {value}" for option, value in chosen.items() if value),
+        stages=" ".join([*(f"{option} {value}" for option, value in chosen.items() if value), *["--rl"] * options.rl]),
     )
     _check_limit(options.time or _asked_of(site, speedrun).time, options.signal_seconds)
     return [replace(alone, name="gate"), speedrun] if options.after_gate else [speedrun]

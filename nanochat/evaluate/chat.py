@@ -1,8 +1,9 @@
-"""Chat tasks: multiple choice by the logits of the letters, all others by generating at temperature 0; ChatCORE over all tasks."""
+"""Chat tasks: multiple choice by the logits of the letters, all others by generating; ChatCORE over all tasks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from nanochat.checkpoint import load_model
+from nanochat.evaluate.answers import sample_answers
 from nanochat.evaluate.scoring import logits_at
 from nanochat.gpt import GPT
 from nanochat.inference.engine import Engine
@@ -86,21 +87,41 @@ def _categorical(
 def _generative(
     model: GPT, tokenizer: Tokenizer, task, indices: range, options: ChatTaskOptions, advance
 ) -> list[bool | None]:
-    """Whether each answer is right; None where the model's positions ended before the prompt or the answer did."""
-    engine, verdicts = Engine(model, tokenizer), []
-    for first in range(0, len(indices), options.rows):
-        conversations = [task[index] for index in indices[first : first + options.rows]]
-        prompts = [render_prompt(tokenizer, conversation) for conversation in conversations]
-        fitting = [row for row, prompt in enumerate(prompts) if len(prompt) < engine.positions]
-        requests = [prompts[row] for row in fitting]
-        answers = engine.generate(requests, options.max_tokens, temperature=0.0) if requests else []
-        answer_of = dict(zip(fitting, answers, strict=True))
-        for row, conversation in enumerate(conversations):
-            answer = answer_of.get(row)
-            fits = answer is not None and len(prompts[row]) + len(answer) < engine.positions
-            verdicts.append(task.judge(conversation, tokenizer.decode(answer)) if fits else None)
-            advance()
+    """Whether one of the answers to each item is right; None where all were cut off by the end of the model's positions."""
+    verdicts: list[bool | None] = []
+    for answers in judged_answers(Engine(model, tokenizer), task, indices, options):
+        unfit = all(right is None for right in answers)
+        verdicts.append(None if unfit else any(answers))
+        advance()
     return verdicts
+
+
+def judged_answers(engine: Engine, task, indices: range, options: ChatTaskOptions) -> Iterator[list[bool | None]]:
+    """For each item, in order, whether each of its answers is right; None where the model's positions ended before the prompt or the
+    answer did."""
+    tokenizer = engine.tokenizer
+    conversations = [task[index] for index in indices]
+    prompts = [render_prompt(tokenizer, conversation) for conversation in conversations]
+    answers = sample_answers(
+        engine,
+        [prompt for prompt in prompts if len(prompt) < engine.positions],
+        options.num_samples,
+        options.rows,
+        options.max_tokens,
+        seed=42,
+        temperature=options.temperature,
+        top_k=options.top_k,
+    )
+    for conversation, prompt in zip(conversations, prompts, strict=True):
+        if len(prompt) >= engine.positions:
+            yield [None] * options.num_samples
+            continue
+        yield [
+            task.judge(conversation, tokenizer.decode(answer.tokens))
+            if len(prompt) + len(answer.tokens) < engine.positions
+            else None
+            for answer in next(answers)
+        ]
 
 
 def evaluate_chat(options: EvaluateChatOptions, paths: Paths, runtime: Runtime) -> dict[str, float | str | list]:

@@ -38,13 +38,19 @@ class ChatTaskOptions:
     """maximum number of tokens in an answer"""
     rows: Annotated[int, Between(1, 1_000_000)] = 64
     """answers generated at the same time"""
+    num_samples: Annotated[int, AtLeast(1)] = 1
+    """answers to each item, of which one has to be right; more than one need a temperature above 0"""
+    temperature: Annotated[float, AtLeast(0)] = 0.0
+    """temperature of the sampling; 0 takes the most likely token"""
+    top_k: Annotated[int, AtLeast(1)] = 50
+    """sample from this many of the most likely tokens"""
 
 
 @dataclass(frozen=True)
 class EvaluateChatOptions(PresetOptions):
     """Measure a chat model on multiple choice, word problems, code and spelling."""
 
-    stage: Literal["mid", "sft"] = "sft"
+    stage: Literal["mid", "sft", "rl"] = "sft"
     """training stage whose newest checkpoint is evaluated"""
     tasks: tuple[str, ...] = ()
     """tasks to evaluate; without any, all"""

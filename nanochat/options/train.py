@@ -1,4 +1,4 @@
-"""The options of `nanochat train base|mid|sft`: the model and its data, the optimizer, and how the stage runs."""
+"""The options of `nanochat train base|mid|sft|rl`: the model and its data, the optimizer, and how the stage runs."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -115,7 +115,7 @@ class TrainBaseOptions(TrainOptions):
     """seed of the initial weights"""
 
 
-Unclipped = Annotated[OptimizerOptions, tyro.conf.arg(name="")]  # mid and sft do not clip the gradient by default
+Unclipped = Annotated[OptimizerOptions, tyro.conf.arg(name="")]  # only base clips the gradient by default
 
 
 @dataclass(frozen=True)
@@ -176,3 +176,41 @@ class TrainSftOptions(TrainOptions):
     """letters to count"""
     init_lr_fraction: Annotated[float, AtLeast(0)] = 0.02
     """learning rate at the start, as a share of the optimizer's; it falls linearly to 0"""
+
+
+@dataclass(frozen=True)
+class TrainRlOptions(TrainOptions):
+    """Train a chat model with reinforcement learning on GSM8K: it answers word problems, and what led to right answers becomes
+    likelier."""
+
+    source: Literal["mid", "sft"] = "sft"
+    """training stage whose newest checkpoint training begins with"""
+    optimizer: Unclipped = field(default_factory=lambda: OptimizerOptions(grad_clip=0.0))
+    device_batch_size: Annotated[int, Between(1, 1_000_000)] = 8
+    """answers per micro-batch and process"""
+    examples_per_step: Annotated[int, AtLeast(1)] = 16
+    """questions per step, over all processes; in place of a preset's, the nearest number that the processes can share"""
+    gsm8k: Annotated[int, OrNegative()] = -1
+    """questions"""
+    num_samples: Annotated[int, AtLeast(2)] = 16
+    """answers to each question, whose mean reward is the baseline"""
+    sample_rows: Annotated[int, Between(1, 1_000_000)] = 256
+    """answers that a process generates at the same time"""
+    max_tokens: Annotated[int, AtLeast(1)] = 256
+    """maximum number of tokens in an answer"""
+    temperature: Annotated[float, AtLeast(0)] = 1.0
+    """temperature of the sampling; 1 samples from the distribution that is trained"""
+    top_k: Annotated[int, AtLeast(1)] = 50
+    """sample from this many of the most likely tokens"""
+    num_epochs: Annotated[int, AtLeast(1)] = 1
+    """number of times that each question is asked"""
+    init_lr_fraction: Annotated[float, AtLeast(0)] = 0.05
+    """learning rate at the start, as a share of the optimizer's; it falls linearly to 0"""
+    eval_every: Annotated[int, Every] = 60
+    """steps between measurements of pass@k on the test split: the share of questions that k answers solve; 0: only at the end"""
+    eval_examples: Annotated[int, SomeOrAll()] = 400
+    """questions for each of these measurements"""
+    eval_samples: Annotated[int, AtLeast(1)] = 8
+    """answers to each of these questions, and the largest k"""
+    seed: Annotated[int, AnyInteger()] = 42
+    """seed of the answers"""

@@ -53,7 +53,7 @@ def run_stages(options: SpeedrunOptions, paths: Paths, stages: Sequence[Stage] =
     first, last = _chosen_range(options)
     preset = options.preset or "cpu"
     embedded = preset in EMBEDDED
-    stages = [stage for stage in stages if embedded or stage.name != "data"]
+    stages = [stage for stage in stages if (embedded or stage.name != "data") and (options.rl or not stage.optional)]
     processes = options.processes or max(1, torch.cuda.device_count() if options.device in ("auto", "cuda") else 1)
     started = time.perf_counter()
     missing = {asset: problem for asset, _, problem in problems(preset, paths) if problem}
@@ -104,6 +104,8 @@ def _chosen_range(options: SpeedrunOptions) -> tuple[int, int]:
     for option, name in (("--from", options.first), ("--to", options.last)):
         if name not in NAMES:
             raise UserError(f"{option} {name}: no such stage; choose from: {', '.join(NAMES)}")
+        if not options.rl and next(stage for stage in STAGES if stage.name == name).optional:
+            raise UserError(f"{option} {name}: this stage runs only with --rl; add it")
     first, last = NAMES.index(options.first), NAMES.index(options.last)
     if first > last:
         raise UserError(f"--from {options.first} comes after --to {options.last}; the order is: {', '.join(NAMES)}")

@@ -18,6 +18,7 @@ class Stage:
     trains: bool = False  # saves on a signal and resumes from its checkpoint; other stages start again
     has_preset: bool = True  # takes --preset
     asks_about_changes: bool = False  # takes --changed
+    optional: bool = False  # runs only if the user asks for it
     may_be_replaced: bool = False  # a user may put files of their own in place of its outputs; others are made again
 
 
@@ -54,6 +55,8 @@ STAGES = (
     Stage("mid-eval", ("evaluate", "chat", "--stage", "mid"), _section("mid-eval"), distributed=True),
     Stage("sft", ("train", "sft"), _newest_checkpoint("sft"), distributed=True, trains=True),
     Stage("sft-eval", ("evaluate", "chat", "--stage", "sft"), _section("sft-eval"), distributed=True),
+    Stage("rl", ("train", "rl"), _newest_checkpoint("rl"), distributed=True, trains=True, optional=True),
+    Stage("rl-eval", ("evaluate", "chat", "--stage", "rl"), _section("rl-eval"), distributed=True, optional=True),
     Stage("report", ("report",), lambda p: [p.report / "report.md", p.report / "report.html"], has_preset=False),
 )
 NAMES = tuple(stage.name for stage in STAGES)

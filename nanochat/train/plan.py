@@ -46,6 +46,10 @@ class Plan:
     steps: int | None  # None: until the data ends
     momentum: Callable[[int], float] = muon_momentum  # of Muon, a function of the step
     one_length: bool = True  # the rows of all batches have the same length
+    ahead: bool = True  # a thread may prepare batches before their step; not if they come from the model as it is
+    measured: Callable[[], dict[str, float]] = (
+        dict  # more about a step, for its record, over all ranks; all of them call it
+    )
     evaluations: list[Evaluation] = field(default_factory=list)
 
 
@@ -107,8 +111,8 @@ def step_size(
     they were chosen by the GPU, its rows: `most` is what is chosen here, and fitting(n) how many of n rows fit. Raises UserError if
     the processes cannot share that.
     """
-    runtime, unit = store.runtime, "conversations" if stage == "sft" else "tokens"
-    name = "examples_per_step" if stage == "sft" else "total_batch_size"
+    runtime, unit = store.runtime, {"sft": "conversations", "rl": "questions"}.get(stage, "tokens")
+    name = "total_batch_size" if unit == "tokens" else "examples_per_step"
     preset = with_preset(type(options)(), f"train {stage}", options.preset)
     total, before = getattr(options, name), store.newest_settings()
     # other rows would learn the same, with sums that are rounded otherwise

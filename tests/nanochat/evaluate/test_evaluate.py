@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass
+from itertools import zip_longest
 from types import SimpleNamespace
 
 import numpy as np
@@ -211,10 +212,13 @@ def test_chat_tasks_score_what_the_model_knows(tokenizer, world, cpu, monkeypatc
         class Engine:
             positions = 512
 
-            def __init__(self, *_): ...
+            def __init__(self, *_):
+                self.tokenizer = tokenizer
 
-            def generate(self, prompts, max_tokens, temperature):
-                return [tokenizer.encode(answers.get(tuple(prompt), "?")) for prompt in prompts]
+            def stream(self, prompts, max_tokens, samples, **sampling):
+                rows = [tokenizer.encode(answers.get(tuple(prompt), "?")) for prompt in prompts]
+                for column in zip_longest(*rows):
+                    yield column, [True] * len(rows)
 
         monkeypatch.setattr(chat, "Engine", Engine)
     results = chat_accuracies(oracle, tokenizer, world, cpu, ChatTaskOptions(rows=3), ("fixed",))
