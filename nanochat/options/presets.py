@@ -79,6 +79,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "identity": 20,
             "simple_spelling": 20,
             "spelling_bee": 20,
+            "eval_every": 0,
+            "eval_rows": 20,
+            "chat_metric_every": -1,
             "run": _TINY_RUN,
         },
         "train rl": {
@@ -136,6 +139,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "simple_spelling": 100,
             "spelling_bee": 800,
             "init_lr_fraction": 0.5,
+            "eval_rows": 100,
+            "chat_metric_every": -1,
             "run": _CPU_RUN,
         },
         "train rl": {

@@ -21,9 +21,12 @@ from nanochat.platform.paths import Paths
 from nanochat.train.metrics import read_metrics
 
 STAGES = {"base": "pretraining", "mid": "midtraining", "sft": "fine-tuning", "rl": "reinforcement learning"}
+# what a stage learns by, and what it measures on held-out data, by their names in the metrics
+CURVES = {stage: ("loss", "val_bpb") for stage in STAGES} | {"sft": ("loss", "val_loss"), "rl": ("reward", "pass@1")}
 LABELS = {
     "loss": "loss (nats per token)",
     "val_bpb": "validation\n(bits per byte)",
+    "val_loss": "validation\n(nats per token)",
     "reward": "mean reward",
     "pass@1": "validation\n(pass@1)",
 }
@@ -44,13 +47,11 @@ def plot_metrics(paths: Paths, directory: Path) -> dict[str, list[Path]]:
     plots: dict[str, list[Path]] = {"Loss": [], "Reward": [], "Throughput": []}
     with plt.rc_context(LOOK):
         for stage, name in STAGES.items():
-            records = read_metrics(paths.metrics(stage), "loss", "tokens_per_second")
+            learned, below = CURVES[stage]
+            records = read_metrics(paths.metrics(stage), learned, "tokens_per_second")
             if not records:
                 continue
-            rewards = read_metrics(paths.metrics(stage), "reward", "tokens_per_second")
-            learned, below = ("reward", "pass@1") if rewards else ("loss", "val_bpb")
-            measured = read_metrics(paths.metrics(stage), below)
-            curve = _learning(name, rewards or records, learned, measured, below)
+            curve = _learning(name, records, learned, read_metrics(paths.metrics(stage), below), below)
             for title, figure in ((learned.capitalize(), curve), ("Throughput", _throughput(name, records))):
                 path = directory / f"{title.lower()}-{stage}.svg"
                 write_atomically(path, _svg(figure))

@@ -18,6 +18,11 @@ from nanochat.platform.shapes import check_shape
 from nanochat.train.memory import MOST_ROWS, rows_that_fit
 from nanochat.train.schedules import muon_momentum
 
+# options of evaluations, which change nothing that is learned
+MEASUREMENTS = ("eval_every", "eval_rows", "eval_tokens", "chat_metric_every", "chat_metric_max_per_task")
+# what there was before there were options for it; the other stages always had an init_lr_fraction
+BEFORE = {"warmup_ratio": 0.0, "final_lr_fraction": 0.0, "init_lr_fraction": 1.0, "source": "mid"}
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -196,8 +201,16 @@ def learning_settings(options: TrainOptions) -> dict:
 
     The rows of a micro-batch are not among them, because a step is accumulated from as many micro-batches as it needs.
     """
-    may_change = ("preset", "impl", "run", "device_batch_size")
+    may_change = ("preset", "impl", "run", "device_batch_size", *MEASUREMENTS)
     return {key: value for key, value in _as_json(asdict(options)).items() if key not in may_change}
+
+
+def filled_in(saved: dict, settings: dict) -> dict:
+    """The settings that a checkpoint has, with the values of options that the version which saved it did not have."""
+    known = {name: value for name, value in BEFORE.items() if name in settings}
+    if isinstance(saved.get("optimizer"), dict):
+        saved = saved | {"optimizer": {"weight_decay": 0.0, **saved["optimizer"]}}
+    return known | saved
 
 
 def _as_json(value):

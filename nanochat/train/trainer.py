@@ -32,7 +32,7 @@ from nanochat.train.diagnose import offending_tensor
 from nanochat.train.memory import predict_run
 from nanochat.train.metrics import Metrics
 from nanochat.train.micro_step import MicroStep, choose_execution
-from nanochat.train.plan import Plan
+from nanochat.train.plan import Plan, filled_in
 from nanochat.train.state import SHAPE, Pace, TrainState
 from nanochat_kernels import ranges
 
@@ -154,8 +154,9 @@ class Trainer:
                 with prefetched(made) if self.plan.ahead else nullcontext(made) as batches, bar as advance:
                     return self._loop(batches, advance)
             except torch.OutOfMemoryError as error:
+                rollouts = "" if self.plan.ahead else "--sample-rows, or "
                 raise UserError(
-                    f"out of memory on {self.runtime.device_name} ({str(error).splitlines()[0]}); lower "
+                    f"out of memory on {self.runtime.device_name} ({str(error).splitlines()[0]}); lower {rollouts}"
                     f"--device-batch-size (now {self.plan.rows}): the step stays the same, and is accumulated from more micro-batches"
                 ) from error
             finally:
@@ -177,7 +178,8 @@ class Trainer:
         except UserError as error:
             raise damaged(path, str(error)) from error
         # earlier versions did not save what the data and the first weights were, nor the size of a step beside that of the option
-        saved = {name: self.settings.get(name) for name in (*INPUTS, "step_size")} | meta["settings"]
+        saved = {name: self.settings.get(name) for name in (*INPUTS, "step_size")}
+        saved |= filled_in(meta["settings"], self.settings)
         changed = [name for name in self.settings if self.settings[name] != saved.get(name)]
         if len(changed) == 1 and changed[0] in INPUTS:
             raise UserError(
