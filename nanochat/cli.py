@@ -96,7 +96,7 @@ COMMANDS = {
         "evaluate:EvaluateBaseOptions",
         "evaluate.base:evaluate_base",
         "measure bits per byte and CORE",
-        section="base-eval",
+        section="{stage}-eval",
         only_reads=True,
     ),
     "evaluate chat": Command(

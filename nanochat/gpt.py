@@ -311,8 +311,8 @@ class GPT(nn.Module):
 
         With a cache, the tokens continue its rows. Raises UserError for more tokens than the model has positions.
         """
-        if tokens.size(1) > self.cos.size(0):
-            raise UserError(f"{tokens.size(1)} tokens exceed the {self.cos.size(0)} positions of the model")
+        if tokens.size(1) > self.positions:
+            raise UserError(f"{tokens.size(1)} tokens exceed the {self.positions} positions of the model")
         x = self.embedding(tokens).to(self.compute_dtype)
         x, rstd = kernels.rms_norm(x, impl=self.config.impl.rms_norm), None
         for block in self.blocks:
@@ -355,6 +355,11 @@ class GPT(nn.Module):
             impl=self.config.impl.linear_cross_entropy,
         )
         return loss if reduction == "mean" else loss.view_as(targets)
+
+    @property
+    def positions(self) -> int:
+        """The most tokens that a row can have."""
+        return self.cos.size(0)
 
     @property
     def device(self) -> torch.device:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 from nanochat.checkpoint import load_model
 from nanochat.evaluate.answers import sample_answers
+from nanochat.evaluate.scores import Score, as_results, write_csv
 from nanochat.evaluate.scoring import logits_at
 from nanochat.gpt import GPT
 from nanochat.inference.engine import Engine
@@ -44,12 +45,28 @@ def chat_accuracies(
     options: ChatTaskOptions,
     names: tuple[str, ...] = tuple(TASKS),
 ) -> dict[str, float | str]:
-    """The accuracy of each task by its name, and, if all tasks were measured, "ChatCORE": the mean of
-    (accuracy − baseline) / (1 − baseline).
+    """The accuracy of each task by its name, what there is to say about it, and, if all tasks were measured, "ChatCORE"."""
+    scores, notes = chat_scores(model, tokenizer, paths, runtime, options, names)
+    return as_results(scores, mean_of(names)) | notes
 
-    For a task with answers that did not fit into the model's positions, which count as wrong, also their number.
-    """
-    results, centred = {}, []
+
+def mean_of(names: tuple[str, ...]) -> str:
+    """The name of the mean over these tasks: ChatCORE if they are all that there are, else empty."""
+    return "ChatCORE" if set(names) == set(TASKS) else ""
+
+
+def chat_scores(
+    model: GPT,
+    tokenizer: Tokenizer,
+    paths: Paths,
+    runtime: Runtime,
+    options: ChatTaskOptions,
+    names: tuple[str, ...],
+) -> tuple[list[Score], dict[str, str]]:
+    """The score of each task; and in words, by name, how many answers did not fit into the model's positions, which count as wrong,
+    and under what conditions a task was judged."""
+    scores: list[Score] = []
+    notes: dict[str, str] = {}
     for name in names:
         task = TASKS[name](paths)
         evaluate = _categorical if task.kind == "categorical" else _generative
@@ -60,13 +77,12 @@ def chat_accuracies(
         ) as advance:
             verdicts = evaluate(model, tokenizer, task, mine, options, advance)
         right, unfit = runtime.sum([float(verdicts.count(True)), float(verdicts.count(None))])
-        results[name] = right / count
+        scores.append(Score(name, right / count, task.baseline))
         if unfit:
-            results[f"{name}: did not fit"] = f"{unfit:.0f} of {count}, counted as wrong"
+            notes[f"{name}: did not fit"] = f"{unfit:.0f} of {count}, counted as wrong"
         if hasattr(task, "conditions"):
-            results |= task.conditions()
-        centred.append((results[name] - task.baseline) / (1 - task.baseline))
-    return results | ({"ChatCORE": sum(centred) / len(centred)} if set(names) == set(TASKS) else {})
+            notes |= task.conditions()
+    return scores, notes
 
 
 def _categorical(
@@ -125,17 +141,28 @@ def judged_answers(engine: Engine, task, indices: range, options: ChatTaskOption
 
 
 def evaluate_chat(options: EvaluateChatOptions, paths: Paths, runtime: Runtime) -> dict[str, float | str | list]:
-    """`nanochat evaluate chat`: evaluate the newest checkpoint of a stage; returns accuracies, and on the first rank
-    answers to sample prompts. Raises UserError for unknown tasks."""
+    """`nanochat evaluate chat`: evaluate a checkpoint of a stage; returns accuracies, and on the first rank answers to sample prompts.
+
+    Raises UserError for unknown tasks, and for several answers that would all be the same.
+    """
     unknown = [name for name in options.tasks if name not in TASKS]
     if unknown:
         raise UserError(f"unknown task {unknown[0]!r}; choose from: {', '.join(TASKS)}")
-    model, tokenizer, _ = load_model(paths, options.stage, runtime, options.impl)
+    if options.options.num_samples > 1 and options.options.temperature == 0:
+        raise UserError(
+            f"--num-samples {options.options.num_samples} at --temperature 0 would be as many times the same answer; give a temperature"
+        )
+    model, tokenizer, meta = load_model(paths, options.stage, runtime, options.impl, options.checkpoint)
     names = tuple(dict.fromkeys(options.tasks or TASKS))
-    results = chat_accuracies(model, tokenizer, paths, runtime, options.options, names)
+    scores, notes = chat_scores(model, tokenizer, paths, runtime, options.options, names)
+    results = as_results(scores, mean_of(names))
     if not runtime.primary:
         return results
-    say_accuracies(results, paths)
+    say_accuracies(results | notes, paths)
+    if paths.writable:
+        mean = {name: results[name] for name in [mean_of(names)] if name}
+        write_csv(paths.report / f"{options.stage}-eval_{meta['step']:06d}.csv", scores, mean)
+    results |= notes
     engine = Engine(model, tokenizer)
     return results | {SAMPLES: [_sample(engine, prompt) for prompt in options.sample_prompts]}
 

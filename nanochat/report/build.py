@@ -101,8 +101,8 @@ def _conversation(paths: Paths) -> str:
 
 
 def _final_table(sections: dict[str, dict], paths: Paths) -> str:
-    columns = {name: (name, f"{name}-eval") for name in TRAINING_STAGES}
-    columns = {name: stages for name, stages in columns.items() if name not in OPTIONAL or {*stages} & {*sections}}
+    columns = {name: (name, f"{name}-eval") for name in (*TRAINING_STAGES, "hf")}
+    columns = {name: part for name, part in columns.items() if not {*part} & {*OPTIONAL} or {*part} & {*sections}}
     results: dict[str, dict] = {}
     for column, stages in columns.items():
         results[column] = {}

@@ -18,8 +18,9 @@ TITLES = {
     "sft-eval": "Evaluation after fine-tuning",
     "rl": "Reinforcement learning",
     "rl-eval": "Evaluation after reinforcement learning",
+    "hf-eval": "Evaluation of another model",
 }
-OPTIONAL = ("rl", "rl-eval")  # the report does not miss them
+OPTIONAL = ("rl", "rl-eval", "hf-eval")  # the report does not miss them
 SHAPE = {"finished": str, "seconds": float, "processes": int, "settings": {str: object}, "results": {str: object}}
 
 
