@@ -146,6 +146,8 @@ class TrainMidOptions(TrainOptions):
     """words to spell"""
     spelling_bee: Annotated[int, AtLeast(0)] = 80_000
     """letters to count"""
+    custom_json: tuple[str, ...] = ()
+    """files of further conversations, a JSON array of messages on each line; a file that is given twice is used twice"""
     init_lr_fraction: Annotated[float, AtLeast(0)] = 1.0
     """learning rate at the start, as a share of the optimizer's"""
     warmdown_ratio: Annotated[float, Between(0, 1)] = 0.2
@@ -184,6 +186,8 @@ class TrainSftOptions(TrainOptions):
     """words to spell"""
     spelling_bee: Annotated[int, AtLeast(0)] = 300
     """letters to count"""
+    custom_json: tuple[str, ...] = ()
+    """files of further conversations, a JSON array of messages on each line; a file that is given twice is used twice"""
     init_lr_fraction: Annotated[float, AtLeast(0)] = 0.02
     """learning rate at the start, as a share of the optimizer's; it falls linearly to 0"""
     eval_every: Annotated[int, Every] = 100

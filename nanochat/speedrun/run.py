@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -21,7 +22,7 @@ from nanochat.options.speedrun import SpeedrunOptions
 from nanochat.platform import environment
 from nanochat.platform.console import console, output, say
 from nanochat.platform.errors import TrainingStopped, UserError
-from nanochat.platform.files import name_some
+from nanochat.platform.files import name_some, sha256_of
 from nanochat.platform.lock import locked
 from nanochat.platform.paths import Paths
 from nanochat.platform.signals import end_with_parent, handled
@@ -29,6 +30,7 @@ from nanochat.report.sections import read_samples
 from nanochat.speedrun.assets import problems, remedy
 from nanochat.speedrun.records import changed_files, hash_of, valid_record, write_record
 from nanochat.speedrun.stages import NAMES, STAGES, Stage, command_of
+from nanochat.tasks import CustomJSON
 
 ERROR = "nanochat: error: "  # how the last line of a command that fails begins
 # seconds that torchrun (torch 2.12 or newer) leaves its processes to save after a signal, where it would kill them after 30
@@ -63,12 +65,17 @@ def run_stages(options: SpeedrunOptions, paths: Paths, stages: Sequence[Stage] =
             f"{next(iter(missing.values()))}{more}; {remedy(preset, list(missing))}; nanochat preflight names everything that is "
             "missing"
         )
+    for path in options.custom_json:
+        CustomJSON(path)  # a mistake in it is found now, and not after pretraining
+    custom = [sha256_of(Path(path)) for path in options.custom_json]
     with locked(paths.lock("speedrun"), "speedrun"), Stop(paths).handling() as stop:
         made_from = ""  # hash of all files that earlier stages wrote
         for number, stage in enumerate(stages, 1):
             if NAMES.index(stage.name) > last:
                 break
-            command = command_of(stage, preset, options.device, paths.run_name)
+            command = command_of(stage, preset, options.device, paths.run_name, options.custom_json)
+            if stage.reads_custom and custom:
+                made_from = hash_of(made_from, custom)
             record = valid_record(paths, stage, command, made_from)
             title = f"[{number}/{len(stages)}] {stage.name}"
             changed = changed_files(paths, stage) if record is None else []

@@ -15,7 +15,7 @@ from nanochat.platform.console import say
 from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
-from nanochat.tasks import ARC, GSM8K, MMLU, Identity, SimpleSpelling, SmolTalk, SpellingBee
+from nanochat.tasks import ARC, GSM8K, MMLU, CustomJSON, Identity, SimpleSpelling, SmolTalk, SpellingBee
 from nanochat.train.plan import Evaluation, Plan, learning_settings, step_size
 from nanochat.train.schedules import full_momentum, linear_decay
 from nanochat.train.trainer import Trainer
@@ -31,6 +31,7 @@ def sft_mixture(options: TrainSftOptions, paths: Paths) -> Mixture:
         Limited(Identity(paths), options.identity),
         SimpleSpelling(paths, "train", options.simple_spelling),
         SpellingBee(paths, "train", options.spelling_bee),
+        *map(CustomJSON, options.custom_json),
     ]
     if options.mmlu:
         tasks.append(Limited(MMLU(paths, "auxiliary_train"), options.mmlu))

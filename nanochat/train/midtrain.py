@@ -11,7 +11,7 @@ from nanochat.options.train import TrainMidOptions
 from nanochat.platform.console import say
 from nanochat.platform.distributed import Runtime
 from nanochat.platform.paths import Paths
-from nanochat.tasks import GSM8K, MMLU, Identity, SimpleSpelling, SmolTalk, SpellingBee
+from nanochat.tasks import GSM8K, MMLU, CustomJSON, Identity, SimpleSpelling, SmolTalk, SpellingBee
 from nanochat.train.plan import Evaluation, Plan, gated_step_size, learning_settings
 from nanochat.train.schedules import trapezoid
 from nanochat.train.trainer import Trainer
@@ -30,6 +30,7 @@ def mid_mixture(options: TrainMidOptions, paths: Paths) -> Mixture:
             *[Identity(paths)] * options.identity_repeats,
             SimpleSpelling(paths, "train", options.simple_spelling),
             SpellingBee(paths, "train", options.spelling_bee),
+            *map(CustomJSON, options.custom_json),
         ]
     )
 

@@ -201,7 +201,8 @@ def learning_settings(options: TrainOptions) -> dict:
 
     The rows of a micro-batch are not among them, because a step is accumulated from as many micro-batches as it needs.
     """
-    may_change = ("preset", "impl", "run", "device_batch_size", *MEASUREMENTS)
+    # files may move; what is in them is in the fingerprint of the data
+    may_change = ("preset", "impl", "run", "device_batch_size", "custom_json", *MEASUREMENTS)
     return {key: value for key, value in _as_json(asdict(options)).items() if key not in may_change}
 
 
