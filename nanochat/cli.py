@@ -107,6 +107,17 @@ COMMANDS = {
         only_reads=True,
     ),
     "chat": Command("chat:ChatOptions", "chat.terminal:chat", "chat with the model", only_reads=True),
+    "export": Command(
+        "exchange:ExportOptions",
+        "huggingface.exchange:export_model",
+        "write a model for the transformers library",
+        only_reads=True,
+    ),
+    "import": Command(
+        "exchange:ImportOptions",
+        "huggingface.exchange:import_model",
+        "read a NanoChat model of the transformers library",
+    ),
     "report": Command(
         "report:ReportOptions", "report.build:build_report", "write the report of the stages that have run"
     ),
