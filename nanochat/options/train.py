@@ -148,6 +148,8 @@ class TrainMidOptions(TrainOptions):
     """letters to count"""
     custom_json: tuple[str, ...] = ()
     """files of further conversations, a JSON array of messages on each line; a file that is given twice is used twice"""
+    num_iterations: Annotated[int, OrNegative(meaning="one epoch")] = -1
+    """training steps at most"""
     init_lr_fraction: Annotated[float, AtLeast(0)] = 1.0
     """learning rate at the start, as a share of the optimizer's"""
     warmdown_ratio: Annotated[float, Between(0, 1)] = 0.2
@@ -188,6 +190,10 @@ class TrainSftOptions(TrainOptions):
     """letters to count"""
     custom_json: tuple[str, ...] = ()
     """files of further conversations, a JSON array of messages on each line; a file that is given twice is used twice"""
+    num_epochs: Annotated[int, AtLeast(1)] = 1
+    """number of times that each conversation is used, all in one shuffled order"""
+    num_iterations: Annotated[int, OrNegative(meaning="all epochs")] = -1
+    """training steps at most"""
     init_lr_fraction: Annotated[float, AtLeast(0)] = 0.02
     """learning rate at the start, as a share of the optimizer's; it falls linearly to 0"""
     eval_every: Annotated[int, Every] = 100

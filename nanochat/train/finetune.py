@@ -35,7 +35,7 @@ def sft_mixture(options: TrainSftOptions, paths: Paths) -> Mixture:
     ]
     if options.mmlu:
         tasks.append(Limited(MMLU(paths, "auxiliary_train"), options.mmlu))
-    return Mixture(tasks)
+    return Mixture(tasks * options.num_epochs)
 
 
 def finetune(options: TrainSftOptions, paths: Paths, runtime: Runtime) -> dict:
@@ -48,6 +48,8 @@ def finetune(options: TrainSftOptions, paths: Paths, runtime: Runtime) -> dict:
     length = shape.context_length
     mixture, held_out = sft_mixture(options, paths), Mixture([Limited(SmolTalk(paths, "test"), options.eval_rows)])
     steps = len(mixture) // total
+    if options.num_iterations > 0:
+        steps = min(steps, options.num_iterations)
     if steps < 1:
         raise UserError(f"{len(mixture)} conversations do not fill one step of {total}; add some")
     if runtime.primary:

@@ -69,7 +69,7 @@ def midtrain(options: TrainMidOptions, paths: Paths, runtime: Runtime) -> dict:
         rows=rows,
         accumulation=accumulation,
         lr_multiplier=lambda progress: options.init_lr_fraction * schedule(progress),
-        steps=None,
+        steps=options.num_iterations if options.num_iterations > 0 else None,
         evaluations=[Evaluation(options.eval_every, measure_bpb, first=True)],
     )
     settings = learning_settings(options) | {"base_step": base_meta["step"], "conversations": len(mixture)}

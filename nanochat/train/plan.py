@@ -21,7 +21,14 @@ from nanochat.train.schedules import muon_momentum
 # options of evaluations, which change nothing that is learned
 MEASUREMENTS = ("eval_every", "eval_rows", "eval_tokens", "chat_metric_every", "chat_metric_max_per_task")
 # what there was before there were options for it; the other stages always had an init_lr_fraction
-BEFORE = {"warmup_ratio": 0.0, "final_lr_fraction": 0.0, "init_lr_fraction": 1.0, "source": "mid"}
+BEFORE = {
+    "num_epochs": 1,
+    "num_iterations": -1,
+    "warmup_ratio": 0.0,
+    "final_lr_fraction": 0.0,
+    "init_lr_fraction": 1.0,
+    "source": "mid",
+}
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,20 @@ def test_base_and_mid_take_the_learning_rate_of_their_options(base):
     assert found[0] == 0.5 and max(found) == 0.5 and min(found) < 0.25
 
 
+def test_epochs_and_steps_are_limited_by_options(base, trained_base):
+    for stage in ("base", "mid"):
+        shutil.copytree(Paths(trained_base).checkpoints(stage), Paths(base).checkpoints(stage))
+    assert nanochat(base, "train", "sft", *TINY_SFT, "--num-epochs", "2").returncode == 0
+    assert len(multipliers(base, "sft")) == 15 and len(multipliers(trained_base, "sft")) == 7
+    shutil.rmtree(Paths(base).checkpoints("sft"))
+    assert nanochat(base, "train", "sft", *TINY_SFT, "--num-iterations", "4").returncode == 0
+    assert multipliers(base, "sft") == pytest.approx([0.02 * share for share in (1, 0.75, 0.5, 0.25)])
+    shutil.rmtree(Paths(base).checkpoints("mid"))
+    assert nanochat(base, "train", "mid", *TINY_MID, "--num-iterations", "5", "--warmdown-ratio", "1").returncode == 0
+    assert multipliers(base, "mid") == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+    assert len(multipliers(trained_base, "mid")) > 5
+
+
 def test_fine_tuning_can_begin_with_the_base_model(base, trained_base):
     shutil.copytree(Paths(trained_base).run / "checkpoints" / "base", Paths(base).run / "checkpoints" / "base")
     arguments = ["train", "sft", *TINY_SFT]
@@ -61,10 +75,12 @@ def test_a_run_of_a_version_without_these_options_resumes(trained_base, tmp_path
     for stage, arguments in (("base", TINY_BASE), ("mid", TINY_MID), ("sft", TINY_SFT)):
         for path in steps_in(Paths(base).checkpoints(stage)).values():
             meta = json.loads((path / "meta.json").read_text())
-            for name in ("warmup_ratio", "final_lr_fraction", "source", "eval_every"):
+            for name in ("warmup_ratio", "final_lr_fraction", "source", "eval_every", "num_epochs"):
                 meta["settings"].pop(name, None)
             if stage == "mid":
                 del meta["settings"]["init_lr_fraction"]
+            if stage != "base":
+                del meta["settings"]["num_iterations"]
             del meta["settings"]["optimizer"]["weight_decay"]
             (path / "meta.json").write_text(json.dumps(meta))
         result = nanochat(base, "train", stage, *arguments)
