@@ -223,7 +223,7 @@ class TrainRlOptions(TrainOptions):
     num_samples: Annotated[int, AtLeast(2)] = 16
     """answers to each question, whose mean reward is the baseline"""
     sample_rows: Annotated[int, Between(1, 1_000_000)] = 256
-    """answers that a process generates at the same time"""
+    """answers that a process generates at the same time, each with a cache for its prompt and itself"""
     max_tokens: Annotated[int, AtLeast(1)] = 256
     """maximum number of tokens in an answer"""
     temperature: Annotated[float, AtLeast(0)] = 1.0

@@ -19,7 +19,15 @@ from nanochat.train.memory import MOST_ROWS, rows_that_fit
 from nanochat.train.schedules import muon_momentum
 
 # options of evaluations, which change nothing that is learned
-MEASUREMENTS = ("eval_every", "eval_rows", "eval_tokens", "chat_metric_every", "chat_metric_max_per_task")
+MEASUREMENTS = (
+    "eval_every",
+    "eval_rows",
+    "eval_tokens",
+    "eval_examples",
+    "eval_samples",
+    "chat_metric_every",
+    "chat_metric_max_per_task",
+)
 # what there was before there were options for it; the other stages always had an init_lr_fraction
 BEFORE = {
     "num_epochs": 1,
@@ -206,10 +214,11 @@ def horizon(options: TrainBaseOptions, model: GPTConfig) -> int:
 def learning_settings(options: TrainOptions) -> dict:
     """The options of a stage that determine what is learned; a resumed run must have the same values.
 
-    The rows of a micro-batch are not among them, because a step is accumulated from as many micro-batches as it needs.
+    The rows of a micro-batch are not among them, because a step is accumulated from as many micro-batches as it needs. Nor are those
+    that are sampled at a time: they only decide which random numbers an answer gets.
     """
     # files may move; what is in them is in the fingerprint of the data
-    may_change = ("preset", "impl", "run", "device_batch_size", "custom_json", *MEASUREMENTS)
+    may_change = ("preset", "impl", "run", "device_batch_size", "sample_rows", "custom_json", *MEASUREMENTS)
     return {key: value for key, value in _as_json(asdict(options)).items() if key not in may_change}
 
 
