@@ -40,8 +40,10 @@ MID = (
 ).split()
 RL = (
     "--source mid --gsm8k 160 --examples-per-step 8 --num-samples 8 --max-tokens 48 --device-batch-size 24 --sample-rows 40 "
-    "--init-lr-fraction 0.3 --eval-every 10 --eval-samples 4 --save-every 3 --device cpu"
+    "--init-lr-fraction 0.3 --eval-every 10 --eval-samples 4 --save-every 3"
 ).split()
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+ON = {"cpu": ("--device", "cpu"), "cuda": ("--device", "cuda", "--deterministic")}
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +64,16 @@ def midtrained(tmp_path_factory, world_base):
     return made_once(tmp_path_factory, "midtrained", make)
 
 
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=needs_gpu)])
+def device(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def reinforced(midtrained, tmp_path_factory):
+def reinforced(midtrained, tmp_path_factory, device):
     """The same after reinforcement learning; copy it before writing to it."""
     base = shutil.copytree(midtrained, tmp_path_factory.mktemp("reinforced") / "base")
-    done = nanochat(base, "train", "rl", *RL)
+    done = nanochat(base, "train", "rl", *RL, *ON[device])
     assert done.returncode == 0, done.stderr
     return base
 
@@ -109,9 +116,9 @@ def test_what_was_learned_is_evaluated_reported_and_talked_to(reinforced, tmp_pa
     assert said.returncode == 0 and "nanochat:" in said.stdout, said.stderr
 
 
-def test_a_killed_run_resumes_bit_for_bit(midtrained, reinforced, tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(midtrained, reinforced, device, tmp_path):
     base = shutil.copytree(midtrained, tmp_path / "base")
-    process = forked.start(*command("train", "rl", *RL)[1:], env=environment(base))
+    process = forked.start(*command("train", "rl", *RL, *ON[device])[1:], env=environment(base))
     deadline = time.monotonic() + 120
     while not steps_in(Paths(base).checkpoints("rl")).keys() - {0}:
         assert time.monotonic() < deadline and process.poll() is None
@@ -119,14 +126,14 @@ def test_a_killed_run_resumes_bit_for_bit(midtrained, reinforced, tmp_path):
     process.kill()
     process.communicate()
     assert max(steps_in(Paths(base).checkpoints("rl"))) < 20
-    again = nanochat(base, "train", "rl", *RL)
+    again = nanochat(base, "train", "rl", *RL, *ON[device])
     assert again.returncode == 0 and "resuming rl at step" in again.stdout, again.stderr
     assert records(base) == records(reinforced) and weights(base) == weights(reinforced)
 
 
 def test_two_processes_share_the_questions_and_one_goes_on(midtrained, tmp_path):
     base = shutil.copytree(midtrained, tmp_path / "base")
-    both = nanochat(base, "train", "rl", *RL, "--gsm8k", "64", processes=2)
+    both = nanochat(base, "train", "rl", *RL, *ON["cpu"], "--gsm8k", "64", processes=2)
     assert both.returncode == 0, both.stderr
     assert len(records(base)) == 8 and any(record["reward"] for record in records(base))
     path = [*steps_in(Paths(base).checkpoints("rl")).values()][-1] / "meta.json"
@@ -134,7 +141,9 @@ def test_two_processes_share_the_questions_and_one_goes_on(midtrained, tmp_path)
     assert meta["positions"] == [[32], [32]]  # four questions of each step for each
     settings = meta["settings"] | {"gsm8k": 80, "questions": 80}
     path.write_text(json.dumps(meta | {"settings": settings}))
-    alone = nanochat(base, "train", "rl", *RL, "--gsm8k", "80", "--sample-rows", "16")  # as after memory ran out
+    alone = nanochat(
+        base, "train", "rl", *RL, *ON["cpu"], "--gsm8k", "80", "--sample-rows", "16"
+    )  # as after memory ran out
     assert alone.returncode == 0 and "resuming rl at step 8" in alone.stdout, alone.stderr
     assert len(records(base)) == 10
 
@@ -146,8 +155,8 @@ def test_bad_options(midtrained, tmp_path):
         (["--num-samples", "1"], ("--num-samples must be at least 2, got 1",)),
         (["--source", "sft"], ("no checkpoint of sft", "there are: base, mid")),
     ):
-        assert_fails_with(nanochat(base, "train", "rl", *RL, *arguments), *parts)
-    result = nanochat(base, "train", "rl", *RL, "--examples-per-step", "7", processes=2)
+        assert_fails_with(nanochat(base, "train", "rl", *RL, *ON["cpu"], *arguments), *parts)
+    result = nanochat(base, "train", "rl", *RL, *ON["cpu"], "--examples-per-step", "7", processes=2)
     assert "a step of 7 questions is not a multiple of the 2 questions" in result.stderr
 
 
@@ -223,8 +232,8 @@ def test_the_loss_is_reinforce_over_the_tokens_that_the_model_chose():
             group.gradients.zero_()
 
 
-def test_each_process_asks_its_own_questions_and_all_of_them_once(tokenizer, reinforced):
-    paths, asked = Paths(reinforced), []
+def test_each_process_asks_its_own_questions_and_all_of_them_once(tokenizer, midtrained):
+    paths, asked = Paths(midtrained), []
     model = perturbed(GPTConfig.from_depth(1, tokenizer.vocab_size, 64))
     options = TrainRlOptions(gsm8k=8, num_samples=2, device_batch_size=3, max_tokens=2)
 
