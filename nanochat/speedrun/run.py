@@ -29,7 +29,7 @@ from nanochat.platform.signals import end_with_parent, handled
 from nanochat.report.sections import read_samples
 from nanochat.speedrun.assets import problems, remedy
 from nanochat.speedrun.records import changed_files, hash_of, valid_record, write_record
-from nanochat.speedrun.stages import NAMES, STAGES, Stage, command_of
+from nanochat.speedrun.stages import NAMES, STAGES, Stage, check_stage, command_of
 from nanochat.tasks import CustomJSON
 
 ERROR = "nanochat: error: "  # how the last line of a command that fails begins
@@ -109,10 +109,7 @@ def run_stages(options: SpeedrunOptions, paths: Paths, stages: Sequence[Stage] =
 def _chosen_range(options: SpeedrunOptions) -> tuple[int, int]:
     """The indices of the first and the last stage to run. Raises UserError for an unknown name and for a wrong order."""
     for option, name in (("--from", options.first), ("--to", options.last)):
-        if name not in NAMES:
-            raise UserError(f"{option} {name}: no such stage; choose from: {', '.join(NAMES)}")
-        if not options.rl and next(stage for stage in STAGES if stage.name == name).optional:
-            raise UserError(f"{option} {name}: this stage runs only with --rl; add it")
+        check_stage(option, name, options.rl)
     first, last = NAMES.index(options.first), NAMES.index(options.last)
     if first > last:
         raise UserError(f"--from {options.first} comes after --to {options.last}; the order is: {', '.join(NAMES)}")

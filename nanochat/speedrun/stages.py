@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths, steps_in
 
 
@@ -61,6 +62,14 @@ STAGES = (
     Stage("report", ("report",), lambda p: [p.report / "report.md", p.report / "report.html"], has_preset=False),
 )
 NAMES = tuple(stage.name for stage in STAGES)
+
+
+def check_stage(option: str, name: str, rl: bool) -> None:
+    """Raise UserError for the name of a stage that there is not, or that runs only with --rl if this was not given."""
+    if name not in NAMES:
+        raise UserError(f"{option} {name}: no such stage; choose from: {', '.join(NAMES)}")
+    if STAGES[NAMES.index(name)].optional and not rl:
+        raise UserError(f"{option} {name}: this stage runs only with --rl; add it")
 
 
 def command_of(stage: Stage, preset: str, device: str, run_name: str, custom_json: Sequence[str] = ()) -> list[str]:

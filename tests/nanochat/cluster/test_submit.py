@@ -232,6 +232,7 @@ def test_what_is_wrong_is_named(repository, monkeypatch):
         (["--nodes", "0"], ("must be at least 1, got 0",)),
         (["--tasks-per-node", "2"], ("one task per node serves all of its GPUs",)),
         (["--from", "bas"], ("--from bas: no such stage", "tokenizer")),
+        (["--to", "rl-eval"], ("--to rl-eval: this stage runs only with --rl",)),
     ],
 )
 def test_invalid_submissions_are_rejected(tmp_path, options, parts):
