@@ -252,3 +252,22 @@ def test_each_process_asks_its_own_questions_and_all_of_them_once(tokenizer, mid
         assert [len(batch.inputs) for batch in batches] == [3, 1, 3, 1]
         assert [batch.position for batch in batches] == [(2,), (2,), (4,), (4,)]
     assert sorted(asked) == list(range(8))
+
+
+def test_an_answer_is_worth_its_reward_less_the_mean_of_its_question(tokenizer, midtrained, cpu):
+    task, started = GSM8K(Paths(midtrained), "train"), tokenizer.special("assistant_start")
+    right = tokenizer.encode(task[0]["messages"][1]["content"][-1]["text"])
+    said = [right, tokenizer.encode("#### 999999"), tokenizer.encode("I do not know"), right]
+    engine = Scripted(tokenizer, {started: [Answer(tokens, [True] * len(tokens)) for tokens in said]})
+    options = TrainRlOptions(num_samples=4, device_batch_size=4)
+    rollouts = Rollouts(engine, task, options, 1, cpu)
+    batch = next(rollouts.batches(0))
+    for row, (tokens, advantage) in enumerate(zip(said, (0.5, -0.5, -0.5, 0.5), strict=True)):
+        chosen = batch.targets[row] >= 0
+        assert batch.targets[row, chosen].tolist() == tokens
+        assert batch.loss_weight[row, chosen].tolist() == [advantage] * len(tokens)
+        assert batch.inputs[row, chosen].tolist() == [started, *tokens[:-1]]
+    found = rollouts.measured()
+    assert (
+        found["reward"] == 0.5 and found["answer_tokens"] == sum(map(len, said)) / 4 and found["samples_per_second"] > 0
+    )
