@@ -24,13 +24,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.options.model import Implementations
 from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import UserError, remedy_for
-from nanochat.platform.files import flush, read_shape, sha256_of
+from nanochat.platform.files import flush, fresh_directory, read_shape, sha256_of
 from nanochat.platform.paths import TRAINING_STAGES, Paths, steps_in
 from nanochat.platform.shapes import check_shape
 from nanochat.tokenizer.bpe import Tokenizer
@@ -134,6 +135,10 @@ class CheckpointStore:
             return {}
         path = self.path(steps[-1])
         meta = read_meta(path)
+        if "imported_from" in meta:
+            raise UserError(
+                f"{path} was imported, so that its training cannot be resumed; train the stage after it, or move {path} away"
+            )
         try:
             check_shape({"rows": 1} | meta, {"settings": {str: object}, "rows": int}, str(path / "meta.json"))
         except UserError as error:
@@ -320,6 +325,16 @@ def create_model(path: Path, config: GPTConfig, runtime: Runtime, meta: dict) ->
     load_weights(path, model)
     model.keep_copies()
     return model
+
+
+def save_model(store: CheckpointStore, step: int, config: GPTConfig, weights: dict[str, Tensor], meta: dict) -> Path:
+    """Write a checkpoint of weights alone, by their names in a GPT: training of its stage cannot resume from it."""
+    with fresh_directory(store.path(step)) as directory:
+        save_file(weights, directory / WEIGHTS)
+        content = {"bytes": (directory / WEIGHTS).stat().st_size, "sha256": sha256_of(directory / WEIGHTS)}
+        meta = {"step": step, "config": config.to_dict(), **meta, "files": {WEIGHTS: content}}
+        (directory / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
+    return store.path(step)
 
 
 def _remove(path: Path) -> None:

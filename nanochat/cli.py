@@ -89,11 +89,14 @@ COMMANDS = {
     "train sft": Command(
         "train:TrainSftOptions", "train.finetune:finetune", "fine-tune on conversations", section="sft"
     ),
+    "train rl": Command(
+        "train:TrainRlOptions", "train.reinforce:reinforce", "train on word problems by their rewards", section="rl"
+    ),
     "evaluate base": Command(
         "evaluate:EvaluateBaseOptions",
         "evaluate.base:evaluate_base",
         "measure bits per byte and CORE",
-        section="base-eval",
+        section="{stage}-eval",
         only_reads=True,
     ),
     "evaluate chat": Command(
@@ -104,6 +107,17 @@ COMMANDS = {
         only_reads=True,
     ),
     "chat": Command("chat:ChatOptions", "chat.terminal:chat", "chat with the model", only_reads=True),
+    "export": Command(
+        "exchange:ExportOptions",
+        "huggingface.exchange:export_model",
+        "write a model for the transformers library",
+        only_reads=True,
+    ),
+    "import": Command(
+        "exchange:ImportOptions",
+        "huggingface.exchange:import_model",
+        "read a NanoChat model of the transformers library",
+    ),
     "report": Command(
         "report:ReportOptions", "report.build:build_report", "write the report of the stages that have run"
     ),

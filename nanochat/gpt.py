@@ -311,8 +311,8 @@ class GPT(nn.Module):
 
         With a cache, the tokens continue its rows. Raises UserError for more tokens than the model has positions.
         """
-        if tokens.size(1) > self.cos.size(0):
-            raise UserError(f"{tokens.size(1)} tokens exceed the {self.cos.size(0)} positions of the model")
+        if tokens.size(1) > self.positions:
+            raise UserError(f"{tokens.size(1)} tokens exceed the {self.positions} positions of the model")
         x = self.embedding(tokens).to(self.compute_dtype)
         x, rstd = kernels.rms_norm(x, impl=self.config.impl.rms_norm), None
         for block in self.blocks:
@@ -337,8 +337,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """The loss in nats for tokens and targets (B, T); without targets, the logits (B, T, V).
 
-        Targets of −1 are ignored. reduction: "mean" gives a scalar, "none" the loss of each token (B, T). loss_weight: a float32
-        scalar on the device that multiplies the loss, and so the gradients.
+        Targets of −1 are ignored. reduction: "mean" gives a scalar, "none" the loss of each token (B, T). loss_weight: on the
+        device, in float32, a scalar or one weight per token (B, T), which multiplies the losses before the mean, and so the gradients.
         """
         hidden = self.hidden(tokens, cache)
         if targets is None:
@@ -350,11 +350,16 @@ class GPT(nn.Module):
             targets.flatten(),
             kernels.SOFTCAP,
             reduction=reduction,
-            loss_weight=loss_weight,
+            loss_weight=loss_weight.flatten() if loss_weight is not None and loss_weight.dim() else loss_weight,
             weight_gradient=gradient,
             impl=self.config.impl.linear_cross_entropy,
         )
         return loss if reduction == "mean" else loss.view_as(targets)
+
+    @property
+    def positions(self) -> int:
+        """The most tokens that a row can have."""
+        return self.cos.size(0)
 
     @property
     def device(self) -> torch.device:

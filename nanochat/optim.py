@@ -91,7 +91,7 @@ class MuonAdamW:
         groups, width_scale = [], (model.config.width / 768) ** -0.5  # the learning rates are given for width 768
         for name, lr in (("embedding", self.options.embedding_lr), ("head", self.options.head_lr)):
             parameter, ranks = getattr(model, name).weight, (self.rank, self.world_size)
-            groups.append(RowGroup(f"adamw-{name}", parameter, lr * width_scale, ranks))
+            groups.append(RowGroup(f"adamw-{name}", parameter, lr * width_scale, ranks, self.options.weight_decay))
         return groups
 
     def _layers(self, model: GPT) -> Iterator[tuple[Group, list[Linear]]]:

@@ -164,7 +164,8 @@ class RowGroup(Group):
 
     state_names = ("mean", "variance")
 
-    def __init__(self, name: str, parameter: Tensor, lr: float, ranks: tuple[int, int]):
+    def __init__(self, name: str, parameter: Tensor, lr: float, ranks: tuple[int, int], weight_decay: float = 0.0):
+        self.weight_decay = weight_decay
         run = -(-parameter.size(0) // ranks[1])  # equal runs, so that a rank's rows are contiguous
         super().__init__(name, [parameter], parameter.shape[1:], lr, parameter.size(0), run, 0, ranks)
         self.rows = slice(self.rank * run, self.rank * run + len(self.owned))
@@ -175,6 +176,8 @@ class RowGroup(Group):
     def update(self, schedule: Schedule, impl: str) -> Tensor:
         """Update the owned rows in place, and return them."""
         weights = self.weights[self.rows]
+        if self.weight_decay:
+            weights.mul_(1 - schedule.rate * (self.lr * self.weight_decay))
         kernels.adamw(
             weights, self.owned_gradient, self.state["mean"], self.state["variance"], schedule.clip, schedule.rate,
             schedule.biases, self.lr, ADAM_BETAS, ADAM_EPS, None if self.copies is None else self.copies[self.rows],

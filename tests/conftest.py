@@ -58,6 +58,10 @@ LONGEST = (
     "test_qk_norm_rope",
     "test_newton_schulz",
     "test_optim",
+    "test_evaluate_options",
+    "test_stage_options",
+    "test_reinforce",
+    "test_exchange",
     "test_step_size",
     "test_relu2_mlp",
     "test_terminal",
@@ -114,7 +118,8 @@ TINY_MID = (
 ).split()
 TINY_SFT = (
     "--device-batch-size 4 --examples-per-step 8 --arc-easy 10 --arc-challenge 10 --gsm8k 10 --smoltalk 10 "
-    "--identity 10 --simple-spelling 5 --spelling-bee 5 --save-every 3 --device cpu"
+    "--identity 10 --simple-spelling 5 --spelling-bee 5 --eval-every 5 --eval-rows 8 --chat-metric-every 0 "
+    "--chat-metric-max-per-task 4 --save-every 3 --device cpu"
 ).split()
 TINY_EVALUATE_BASE = "--tokens 512 --batch-size 4 --core-max-per-task 4 --device cpu".split()
 TINY_EVALUATE_CHAT = "--max-per-task 4 --max-tokens 8 --tasks ARC-Easy SpellingBee --device cpu".split()

@@ -22,6 +22,7 @@ LAYERS = (
     ("nanochat.report", "nanochat.chat"),
     ("nanochat.train",),
     ("nanochat.evaluate",),
+    ("nanochat.huggingface",),
     ("nanochat.checkpoint", "nanochat.synthetic"),
     ("nanochat.training_state",),
     ("nanochat.tasks",),

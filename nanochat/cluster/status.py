@@ -90,9 +90,13 @@ class Progress:
         return cls(stage, last, _seconds(paths, stage, last), who, killed, saved[-1] if saved else None)
 
     @property
+    def has_begun(self) -> bool:
+        return self.seconds is not None or self.holder is not None or bool(self.last) or self.was_killed
+
+    @property
     def stopped(self) -> bool:
         """Whether it began and did not finish, and nothing works on it."""
-        return self.seconds is None and self.holder is None and (bool(self.last) or self.was_killed)
+        return self.has_begun and self.seconds is None and self.holder is None
 
     def row(self) -> tuple[str, ...]:
         """Name, state, step, loss, tokens per second and time left, as text."""
@@ -122,6 +126,7 @@ class Progress:
 def status(options: StatusOptions, paths: Paths) -> None:
     """Print a table of the stages, what works on the run or how it goes on, and the run's last jobs."""
     stages = [Progress.of(paths, stage) for stage in STAGES if stage.name != "data" or paths.embedded.exists()]
+    stages = [progress for progress in stages if not progress.stage.optional or progress.has_begun]
     table = Table("stage", "state", "step", "loss", "tokens/s", "left", box=None)
     for progress in stages:
         table.add_row(*progress.row())

@@ -17,7 +17,7 @@ from nanochat.platform import environment
 from nanochat.platform.console import say
 from nanochat.platform.errors import UserError, remedy_for
 from nanochat.platform.paths import Paths
-from nanochat.speedrun.stages import NAMES
+from nanochat.speedrun.stages import check_stage
 
 EARLY = 60  # seconds by which Slurm may send a signal before it is due
 START_UP = 120  # seconds for modules, preflight, imports and the compilation of kernels, before the first step
@@ -68,8 +68,8 @@ def _jobs(options: SubmitOptions, site: Site) -> list[Job]:
         without = ", or leave --after-gate out" if options.after_gate else ""
         raise UserError(f"the job {job} measures kernels on a GPU, and the job would have none; add --gpus 1{without}")
     for option, name in (("--from", options.first), ("--to", options.last)):
-        if name and name not in NAMES:
-            raise UserError(f"{option} {name}: no such stage; there are: {', '.join(NAMES)}")
+        if name:
+            check_stage(option, name, options.rl)
     shared = Job(options.job, options.preset, time=options.time, mail=site.mail_user, run_name=options.run_name)
     alone = replace(shared, gpus=min(gpus, 1))
     if options.job != "speedrun":
@@ -81,7 +81,7 @@ def _jobs(options: SubmitOptions, site: Site) -> list[Job]:
         gpus=gpus,
         tasks_per_node=options.tasks_per_node,
         signal_seconds=options.signal_seconds,
-        stages=" ".join(f"{option} {value}" for option, value in chosen.items() if value),
+        stages=" ".join([*(f"{option} {value}" for option, value in chosen.items() if value), *["--rl"] * options.rl]),
     )
     _check_limit(options.time or _asked_of(site, speedrun).time, options.signal_seconds)
     return [replace(alone, name="gate"), speedrun] if options.after_gate else [speedrun]

@@ -14,6 +14,7 @@ from torch import Tensor
 class Batch:
     """Inputs and targets (B, T), int64 on the CPU; a target of −1 is ignored by the loss.
 
+    loss_weight: a factor of the loss of each token, float32 (B, T); None: 1 for all.
     position: where this rank's next batch begins; a checkpoint stores it (nanochat/data/positions.py).
     """
 
@@ -21,14 +22,16 @@ class Batch:
     targets: Tensor
     position: tuple[int, ...]
     progress: float = 0.0  # share of the data consumed, for streams that end
+    loss_weight: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device; to CUDA it is copied asynchronously, from pinned memory."""
-        if device.type == "cuda":
-            moved = [t.pin_memory().to(device, non_blocking=True) for t in (self.inputs, self.targets)]
-        else:
-            moved = [t.to(device) for t in (self.inputs, self.targets)]
-        return Batch(*moved, self.position, self.progress)
+
+        def moved(x: Tensor) -> Tensor:
+            return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+        weight = None if self.loss_weight is None else moved(self.loss_weight)
+        return Batch(moved(self.inputs), moved(self.targets), self.position, self.progress, weight)
 
 
 @contextmanager

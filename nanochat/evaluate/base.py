@@ -1,4 +1,4 @@
-"""`nanochat evaluate base`: bits per byte and CORE of a pretrained model."""
+"""`nanochat evaluate base`: bits per byte and CORE of a pretrained model, or CORE of one of the transformers library."""
 
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -8,16 +8,52 @@ from nanochat.data.pretraining import TokenStream
 from nanochat.data.shards import Shards
 from nanochat.evaluate.bits_per_byte import bits_per_byte, unigram_bits_per_byte
 from nanochat.evaluate.chat import say_accuracies
-from nanochat.evaluate.core import evaluate_core
+from nanochat.evaluate.core import CoreTask, core_scores, load_bundle
+from nanochat.evaluate.scores import as_results, write_csv
+from nanochat.evaluate.transformers_model import load_transformers, slug
+from nanochat.gpt import GPT
 from nanochat.options.evaluate import EvaluateBaseOptions
 from nanochat.platform.console import say
 from nanochat.platform.distributed import Runtime
+from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
+from nanochat.tokenizer.bpe import Tokenizer
 
 
 def evaluate_base(options: EvaluateBaseOptions, paths: Paths, runtime: Runtime) -> dict[str, float]:
-    """Evaluate the newest base checkpoint: bits per byte of both splits, those of a unigram model, and CORE with its tasks."""
-    model, tokenizer, _ = load_model(paths, "base", runtime, options.impl)
+    """`nanochat evaluate base`: evaluate a checkpoint of pretraining by bits per byte and CORE, or another model by CORE.
+
+    Bits per byte are measured on both splits, with those of a unigram model beside them. Raises UserError for unknown tasks.
+    """
+    if options.hf_path:
+        model, tokenizer = load_transformers(options.hf_path, runtime)
+        file = f"hf-eval_{slug(options.hf_path)}.csv"
+    else:
+        model, tokenizer, meta = load_model(paths, "base", runtime, options.impl, options.checkpoint)
+        file = f"base-eval_{meta['step']:06d}.csv"
+    tasks = _chosen_tasks(options, paths)
+    results = {} if options.hf_path else _bits_per_byte(model, tokenizer, options, paths, runtime)
+    scores = core_scores(model, tokenizer, tasks, runtime, options.core_max_per_task)
+    core = as_results(scores, "" if options.core_tasks else "CORE")
+    if runtime.primary:
+        say_accuracies(core, paths)
+        if paths.writable:
+            mean = {name: value for name, value in core.items() if name == "CORE"}
+            write_csv(paths.report / file, scores, mean | results)
+    return results | core
+
+
+def _chosen_tasks(options: EvaluateBaseOptions, paths: Paths) -> list[CoreTask]:
+    tasks = {task.label: task for task in load_bundle(paths.eval_bundle)}
+    unknown = [name for name in options.core_tasks if name not in tasks]
+    if unknown:
+        raise UserError(f"unknown task {unknown[0]!r} of CORE; choose from: {', '.join(tasks)}")
+    return [tasks[name] for name in dict.fromkeys(options.core_tasks or tasks)]
+
+
+def _bits_per_byte(
+    model: GPT, tokenizer: Tokenizer, options: EvaluateBaseOptions, paths: Paths, runtime: Runtime
+) -> dict[str, float]:
     rows, length = options.batch_size, model.config.context_length
     count = max(1, options.tokens // (rows * length * runtime.world_size))
     results = {}
@@ -35,7 +71,4 @@ def evaluate_base(options: EvaluateBaseOptions, paths: Paths, runtime: Runtime) 
             f"bits per byte: validation {results['val_bpb']:.4f}, train {results['train_bpb']:.4f}, "
             f"a unigram model {results['unigram_bpb']:.4f}"
         )
-    core = evaluate_core(model, tokenizer, paths.eval_bundle, runtime, options.core_max_per_task)
-    if runtime.primary:
-        say_accuracies(core, paths)
-    return results | core
+    return results

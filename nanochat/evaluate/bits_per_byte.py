@@ -1,4 +1,5 @@
-"""Bits per byte, a loss that is comparable across tokenizers: Σ nats / (ln 2 · Σ bytes) over targets that stand for text."""
+"""The mean loss; and bits per byte, which is comparable across tokenizers: Σ nats / (ln 2 · Σ bytes) over targets that stand for
+text."""
 
 import math
 from collections.abc import Iterable
@@ -38,6 +39,24 @@ def bits_per_byte(model: GPT, batches: Iterable[Batch], token_bytes: np.ndarray,
             f"the loss is {nats} on the text that is measured: the model cannot be used; take an earlier checkpoint"
         )
     return nats / (math.log(2) * count)
+
+
+@torch.inference_mode()
+def mean_loss(model: GPT, batches: Iterable[Batch], runtime: Runtime) -> float:
+    """The mean loss in nats over the targets of the batches of all ranks. Raises UserError when there are none."""
+    nats, count = 0.0, 0
+    for batch in batches:
+        batch = batch.to(runtime.device)
+        losses = model(batch.inputs, batch.targets, reduction="none")
+        nats += losses.cpu().double().sum().item()  # 0 where a target is ignored; MPS has no float64
+        count += int((batch.targets >= 0).sum())
+    nats, count = runtime.sum([nats, float(count)])
+    if not count:
+        raise UserError(
+            f"there is nothing to measure the loss on: none of {runtime.world_size} process(es) has a held-out conversation with an "
+            "answer; take more of them (--eval-rows), or train with --eval-every -1"
+        )
+    return nats / count
 
 
 def unigram_bits_per_byte(

@@ -1,8 +1,10 @@
-"""Chat tasks: multiple choice by the logits of the letters, all others by generating at temperature 0; ChatCORE over all tasks."""
+"""Chat tasks: multiple choice by the logits of the letters, all others by generating; ChatCORE over all tasks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from nanochat.checkpoint import load_model
+from nanochat.evaluate.answers import sample_answers
+from nanochat.evaluate.scores import Score, as_results, write_csv
 from nanochat.evaluate.scoring import logits_at
 from nanochat.gpt import GPT
 from nanochat.inference.engine import Engine
@@ -43,12 +45,28 @@ def chat_accuracies(
     options: ChatTaskOptions,
     names: tuple[str, ...] = tuple(TASKS),
 ) -> dict[str, float | str]:
-    """The accuracy of each task by its name, and, if all tasks were measured, "ChatCORE": the mean of
-    (accuracy − baseline) / (1 − baseline).
+    """The accuracy of each task by its name, what there is to say about it, and, if all tasks were measured, "ChatCORE"."""
+    scores, notes = chat_scores(model, tokenizer, paths, runtime, options, names)
+    return as_results(scores, mean_of(names)) | notes
 
-    For a task with answers that did not fit into the model's positions, which count as wrong, also their number.
-    """
-    results, centred = {}, []
+
+def mean_of(names: tuple[str, ...]) -> str:
+    """The name of the mean over these tasks: ChatCORE if they are all that there are, else empty."""
+    return "ChatCORE" if set(names) == set(TASKS) else ""
+
+
+def chat_scores(
+    model: GPT,
+    tokenizer: Tokenizer,
+    paths: Paths,
+    runtime: Runtime,
+    options: ChatTaskOptions,
+    names: tuple[str, ...],
+) -> tuple[list[Score], dict[str, str]]:
+    """The score of each task; and in words, by name, how many answers did not fit into the model's positions, which count as wrong,
+    and under what conditions a task was judged."""
+    scores: list[Score] = []
+    notes: dict[str, str] = {}
     for name in names:
         task = TASKS[name](paths)
         evaluate = _categorical if task.kind == "categorical" else _generative
@@ -59,13 +77,12 @@ def chat_accuracies(
         ) as advance:
             verdicts = evaluate(model, tokenizer, task, mine, options, advance)
         right, unfit = runtime.sum([float(verdicts.count(True)), float(verdicts.count(None))])
-        results[name] = right / count
+        scores.append(Score(name, right / count, task.baseline))
         if unfit:
-            results[f"{name}: did not fit"] = f"{unfit:.0f} of {count}, counted as wrong"
+            notes[f"{name}: did not fit"] = f"{unfit:.0f} of {count}, counted as wrong"
         if hasattr(task, "conditions"):
-            results |= task.conditions()
-        centred.append((results[name] - task.baseline) / (1 - task.baseline))
-    return results | ({"ChatCORE": sum(centred) / len(centred)} if set(names) == set(TASKS) else {})
+            notes |= task.conditions()
+    return scores, notes
 
 
 def _categorical(
@@ -86,35 +103,66 @@ def _categorical(
 def _generative(
     model: GPT, tokenizer: Tokenizer, task, indices: range, options: ChatTaskOptions, advance
 ) -> list[bool | None]:
-    """Whether each answer is right; None where the model's positions ended before the prompt or the answer did."""
-    engine, verdicts = Engine(model, tokenizer), []
-    for first in range(0, len(indices), options.rows):
-        conversations = [task[index] for index in indices[first : first + options.rows]]
-        prompts = [render_prompt(tokenizer, conversation) for conversation in conversations]
-        fitting = [row for row, prompt in enumerate(prompts) if len(prompt) < engine.positions]
-        requests = [prompts[row] for row in fitting]
-        answers = engine.generate(requests, options.max_tokens, temperature=0.0) if requests else []
-        answer_of = dict(zip(fitting, answers, strict=True))
-        for row, conversation in enumerate(conversations):
-            answer = answer_of.get(row)
-            fits = answer is not None and len(prompts[row]) + len(answer) < engine.positions
-            verdicts.append(task.judge(conversation, tokenizer.decode(answer)) if fits else None)
-            advance()
+    """Whether one of the answers to each item is right; None where all were cut off by the end of the model's positions."""
+    verdicts: list[bool | None] = []
+    for answers in judged_answers(Engine(model, tokenizer), task, indices, options):
+        unfit = all(right is None for right in answers)
+        verdicts.append(None if unfit else any(answers))
+        advance()
     return verdicts
 
 
+def judged_answers(engine: Engine, task, indices: range, options: ChatTaskOptions) -> Iterator[list[bool | None]]:
+    """For each item, in order, whether each of its answers is right; None where the model's positions ended before the prompt or the
+    answer did."""
+    tokenizer = engine.tokenizer
+    conversations = [task[index] for index in indices]
+    prompts = [render_prompt(tokenizer, conversation) for conversation in conversations]
+    answers = sample_answers(
+        engine,
+        [prompt for prompt in prompts if len(prompt) < engine.positions],
+        options.num_samples,
+        options.rows,
+        options.max_tokens,
+        seed=42,
+        temperature=options.temperature,
+        top_k=options.top_k,
+    )
+    for conversation, prompt in zip(conversations, prompts, strict=True):
+        if len(prompt) >= engine.positions:
+            yield [None] * options.num_samples
+            continue
+        yield [
+            task.judge(conversation, tokenizer.decode(answer.tokens))
+            if len(prompt) + len(answer.tokens) < engine.positions
+            else None
+            for answer in next(answers)
+        ]
+
+
 def evaluate_chat(options: EvaluateChatOptions, paths: Paths, runtime: Runtime) -> dict[str, float | str | list]:
-    """`nanochat evaluate chat`: evaluate the newest checkpoint of a stage; returns accuracies, and on the first rank
-    answers to sample prompts. Raises UserError for unknown tasks."""
+    """`nanochat evaluate chat`: evaluate a checkpoint of a stage; returns accuracies, and on the first rank answers to sample prompts.
+
+    Raises UserError for unknown tasks, and for several answers that would all be the same.
+    """
     unknown = [name for name in options.tasks if name not in TASKS]
     if unknown:
         raise UserError(f"unknown task {unknown[0]!r}; choose from: {', '.join(TASKS)}")
-    model, tokenizer, _ = load_model(paths, options.stage, runtime, options.impl)
+    if options.options.num_samples > 1 and options.options.temperature == 0:
+        raise UserError(
+            f"--num-samples {options.options.num_samples} at --temperature 0 would be as many times the same answer; give a temperature"
+        )
+    model, tokenizer, meta = load_model(paths, options.stage, runtime, options.impl, options.checkpoint)
     names = tuple(dict.fromkeys(options.tasks or TASKS))
-    results = chat_accuracies(model, tokenizer, paths, runtime, options.options, names)
+    scores, notes = chat_scores(model, tokenizer, paths, runtime, options.options, names)
+    results = as_results(scores, mean_of(names))
     if not runtime.primary:
         return results
-    say_accuracies(results, paths)
+    say_accuracies(results | notes, paths)
+    if paths.writable:
+        mean = {name: results[name] for name in [mean_of(names)] if name}
+        write_csv(paths.report / f"{options.stage}-eval_{meta['step']:06d}.csv", scores, mean)
+    results |= notes
     engine = Engine(model, tokenizer)
     return results | {SAMPLES: [_sample(engine, prompt) for prompt in options.sample_prompts]}
 

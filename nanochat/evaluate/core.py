@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, tensor
 
+from nanochat.evaluate.scores import Score, as_results
 from nanochat.evaluate.scoring import logits_at
 from nanochat.gpt import GPT
 from nanochat.platform.console import progress
@@ -111,12 +112,16 @@ def evaluate_core(
     model: GPT, tokenizer: Tokenizer, directory: Path, runtime: Runtime, max_per_task: int = -1
 ) -> dict[str, float]:
     """The accuracy of each task by its label, and "CORE". max_per_task: items of each task, negative for all."""
-    results, centred = {}, []
-    for task in load_bundle(directory):
-        accuracy = evaluate_task(model, tokenizer, task, runtime, max_per_task)
-        results[task.label] = accuracy
-        centred.append((accuracy - task.baseline) / (1 - task.baseline))
-    return results | {"CORE": sum(centred) / len(centred)}
+    return as_results(core_scores(model, tokenizer, load_bundle(directory), runtime, max_per_task), "CORE")
+
+
+def core_scores(
+    model: GPT, tokenizer: Tokenizer, tasks: list[CoreTask], runtime: Runtime, max_per_task: int = -1
+) -> list[Score]:
+    """The score of each task. max_per_task: items of each task, negative for all."""
+    return [
+        Score(task.label, evaluate_task(model, tokenizer, task, runtime, max_per_task), task.baseline) for task in tasks
+    ]
 
 
 def evaluate_task(model: GPT, tokenizer: Tokenizer, task: CoreTask, runtime: Runtime, max_per_task: int = -1) -> float:

@@ -19,7 +19,7 @@ def logits_at(
     A sequence that is longer than the model has positions is cut to its last tokens. start must be at least 1. advance: called with
     the number of sequences after each batch.
     """
-    positions = model.cos.size(0)
+    positions = model.positions
     cut = (
         (tokens[max(0, len(tokens) - positions) :], max(0, len(tokens) - positions), span)
         for tokens, span in zip(sequences, spans, strict=True)

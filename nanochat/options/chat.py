@@ -16,7 +16,7 @@ class ChatOptions(NewestRun):
 
     prompt: Annotated[str, tyro.conf.arg(aliases=["-p"])] = ""
     """answer only this prompt, without a chat"""
-    source: Annotated[Literal["base", "mid", "sft"], tyro.conf.arg(aliases=["--stage"])] = "sft"
+    source: Annotated[Literal["base", "mid", "sft", "rl"], tyro.conf.arg(aliases=["--stage"])] = "sft"
     """training stage whose newest checkpoint is used; --stage, as other commands call it, is the same"""
     temperature: Annotated[float, AtLeast(0)] = 0.6
     """temperature of the sampling; 0 takes the most likely token"""

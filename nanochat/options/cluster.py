@@ -25,6 +25,8 @@ class SubmitOptions(NamedRun):
     """stage of the speedrun to begin with; earlier ones must have finished"""
     last: Annotated[str, tyro.conf.arg(name="to")] = ""
     """stage of the speedrun to end with"""
+    rl: bool = False
+    """the speedrun also has the stages rl and rl-eval"""
     changed: Changed = "refuse"
     """what to do with files of your own in place of generated ones, as in `nanochat speedrun`"""
     after_gate: bool = False

@@ -7,16 +7,32 @@ import tyro
 
 from nanochat.options.model import Implementations
 from nanochat.options.presets import PresetOptions
-from nanochat.options.ranges import AtLeast, Between, SomeOrAll
+from nanochat.options.ranges import AtLeast, Between, OrNegative, SomeOrAll
 
 SAMPLES = "samples"  # the name of the result that has the answers to the sample prompts
 SAMPLE_PROMPTS = ("Hello! Who are you?", "Why is the sky blue?", "How many 'r' are in 'strawberry'?")
 
 
-@dataclass(frozen=True)
-class EvaluateBaseOptions(PresetOptions):
-    """Measure bits per byte and CORE of a base model."""
+@dataclass(frozen=True, kw_only=True)
+class OfCheckpoint(PresetOptions):
+    """The option that both evaluations share."""
 
+    step: Annotated[int, OrNegative(meaning="the newest")] = -1
+    """step of the checkpoint that is evaluated"""
+
+    @property
+    def checkpoint(self) -> int | None:
+        return None if self.step < 0 else self.step
+
+
+@dataclass(frozen=True)
+class EvaluateBaseOptions(OfCheckpoint):
+    """Measure bits per byte and CORE of a base model, or CORE of a model of the transformers library."""
+
+    hf_path: str = ""
+    """directory, or name on the Hugging Face hub, of a model for the transformers library, which is evaluated instead"""
+    core_tasks: tuple[str, ...] = ()
+    """tasks of CORE to evaluate; without any, all"""
     tokens: Annotated[int, AtLeast(1)] = 20 * 524288
     """tokens of each split on which bits per byte are measured"""
     batch_size: Annotated[int, Between(1, 1_000_000)] = 32
@@ -26,6 +42,11 @@ class EvaluateBaseOptions(PresetOptions):
     device: str = "auto"
     """auto, cuda, cpu or mps"""
     impl: Implementations = field(default_factory=Implementations)
+
+    @property
+    def stage(self) -> str:
+        """What the section of the report is named after."""
+        return "hf" if self.hf_path else "base"
 
 
 @dataclass(frozen=True)
@@ -38,14 +59,20 @@ class ChatTaskOptions:
     """maximum number of tokens in an answer"""
     rows: Annotated[int, Between(1, 1_000_000)] = 64
     """answers generated at the same time"""
+    num_samples: Annotated[int, AtLeast(1)] = 1
+    """answers to each item, of which one has to be right; more than one need a temperature above 0"""
+    temperature: Annotated[float, AtLeast(0)] = 0.0
+    """temperature of the sampling; 0 takes the most likely token"""
+    top_k: Annotated[int, AtLeast(1)] = 50
+    """sample from this many of the most likely tokens"""
 
 
 @dataclass(frozen=True)
-class EvaluateChatOptions(PresetOptions):
+class EvaluateChatOptions(OfCheckpoint):
     """Measure a chat model on multiple choice, word problems, code and spelling."""
 
-    stage: Literal["mid", "sft"] = "sft"
-    """training stage whose newest checkpoint is evaluated"""
+    stage: Literal["mid", "sft", "rl"] = "sft"
+    """training stage whose checkpoint is evaluated"""
     tasks: tuple[str, ...] = ()
     """tasks to evaluate; without any, all"""
     device: str = "auto"

@@ -19,6 +19,10 @@ class SpeedrunOptions(NamedRun):
     """stage to begin with; earlier ones must have finished"""
     last: Annotated[str, tyro.conf.arg(name="to")] = "report"
     """stage to end with"""
+    rl: bool = False
+    """also run the stages rl and rl-eval: reinforcement learning on word problems"""
+    custom_json: tuple[str, ...] = ()
+    """files of further conversations for mid and sft, a JSON array of messages on each line"""
     processes: Annotated[int, Between(0, 1024)] = 0
     """training processes; 0: one per GPU, or one on a machine without GPUs"""
     device: str = "auto"

@@ -13,7 +13,7 @@ from nanochat.options.ranges import AtLeast, Between
 class TraceOptions(NewestRun):
     """Show the result of every operation in a forward pass: of a small model after a few training steps, or of a trained one."""
 
-    stage: Literal["none", "base", "mid", "sft"] = "none"
+    stage: Literal["none", "base", "mid", "sft", "rl"] = "none"
     """training stage whose newest model reads the prompt; none: a small model that reads random tokens"""
     prompt: str = ""
     """text that the stage's model reads"""

@@ -1,4 +1,4 @@
-"""The options of `nanochat train base|mid|sft`: the model and its data, the optimizer, and how the stage runs."""
+"""The options of `nanochat train base|mid|sft|rl`: the model and its data, the optimizer, and how the stage runs."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -32,6 +32,8 @@ class OptimizerOptions:
     """learning rate of AdamW for the embedding, at width 768 (scaled by (width/768)^-1/2)"""
     head_lr: Annotated[float, AtLeast(0)] = 0.004
     """learning rate of AdamW for the head, at width 768 (scaled by (width/768)^-1/2)"""
+    weight_decay: Annotated[float, AtLeast(0)] = 0.0
+    """weight decay of AdamW: a step shrinks embedding and head by this share of their learning rate"""
     grad_clip: Annotated[float, AtLeast(0)] = 1.0
     """maximum global norm of the gradient; 0 does not clip"""
 
@@ -97,8 +99,12 @@ class TrainBaseOptions(TrainOptions):
     of the preset is the largest, and processes that share a step may take fewer"""
     total_batch_size: Annotated[int, AtLeast(1)] = 524288
     """tokens per step, over all processes and accumulation; in place of a preset's, the nearest number that the processes can share"""
+    warmup_ratio: Annotated[float, Between(0, 1)] = 0.0
+    """share of training at the beginning over which the learning rate rises from 0"""
     warmdown_ratio: Annotated[float, Between(0, 1)] = 0.2
-    """share of training at the end over which the learning rate falls to 0"""
+    """share of training at the end over which the learning rate falls"""
+    final_lr_fraction: Annotated[float, AtLeast(0)] = 0.0
+    """learning rate at the end, as a share of the optimizer's"""
     eval_every: Annotated[int, Every] = 250
     """steps between measurements of validation bits per byte; 0: only at the end"""
     eval_tokens: Annotated[int, AtLeast(1)] = 20 * 524288
@@ -115,7 +121,7 @@ class TrainBaseOptions(TrainOptions):
     """seed of the initial weights"""
 
 
-Unclipped = Annotated[OptimizerOptions, tyro.conf.arg(name="")]  # mid and sft do not clip the gradient by default
+Unclipped = Annotated[OptimizerOptions, tyro.conf.arg(name="")]  # only base clips the gradient by default
 
 
 @dataclass(frozen=True)
@@ -140,6 +146,12 @@ class TrainMidOptions(TrainOptions):
     """words to spell"""
     spelling_bee: Annotated[int, AtLeast(0)] = 80_000
     """letters to count"""
+    custom_json: tuple[str, ...] = ()
+    """files of further conversations, a JSON array of messages on each line; a file that is given twice is used twice"""
+    num_iterations: Annotated[int, OrNegative(meaning="one epoch")] = -1
+    """training steps at most"""
+    init_lr_fraction: Annotated[float, AtLeast(0)] = 1.0
+    """learning rate at the start, as a share of the optimizer's"""
     warmdown_ratio: Annotated[float, Between(0, 1)] = 0.2
     """share of training at the end over which the learning rate falls to 0"""
     eval_every: Annotated[int, Every] = 150
@@ -150,8 +162,10 @@ class TrainMidOptions(TrainOptions):
 
 @dataclass(frozen=True)
 class TrainSftOptions(TrainOptions):
-    """Fine-tune the midtrained model on conversations."""
+    """Fine-tune the midtrained model, or the base model, on conversations."""
 
+    source: Literal["base", "mid"] = "mid"
+    """training stage whose newest checkpoint training begins with"""
     optimizer: Unclipped = field(default_factory=lambda: OptimizerOptions(grad_clip=0.0))
     device_batch_size: Annotated[int, Between(1, 1_000_000)] = 4
     """conversations per micro-batch and process; a preset's number is the largest, and processes that share a step may take fewer"""
@@ -174,5 +188,57 @@ class TrainSftOptions(TrainOptions):
     """words to spell"""
     spelling_bee: Annotated[int, AtLeast(0)] = 300
     """letters to count"""
+    custom_json: tuple[str, ...] = ()
+    """files of further conversations, a JSON array of messages on each line; a file that is given twice is used twice"""
+    num_epochs: Annotated[int, AtLeast(1)] = 1
+    """number of times that each conversation is used, all in one shuffled order"""
+    num_iterations: Annotated[int, OrNegative(meaning="all epochs")] = -1
+    """training steps at most"""
     init_lr_fraction: Annotated[float, AtLeast(0)] = 0.02
     """learning rate at the start, as a share of the optimizer's; it falls linearly to 0"""
+    eval_every: Annotated[int, Every] = 100
+    """steps between measurements of the loss on held-out general conversations; 0: only at the end"""
+    eval_rows: Annotated[int, OrNegative()] = 3200
+    """conversations for each of these measurements"""
+    chat_metric_every: Annotated[int, Every] = 200
+    """steps between measurements of accuracy in multiple choice (ARC-Easy, MMLU); 0: only at the end"""
+    chat_metric_max_per_task: Annotated[int, SomeOrAll()] = 1024
+    """maximum number of items of each of these tasks"""
+
+
+@dataclass(frozen=True)
+class TrainRlOptions(TrainOptions):
+    """Train a chat model with reinforcement learning on GSM8K: it answers word problems, and what led to right answers becomes
+    likelier."""
+
+    source: Literal["mid", "sft"] = "sft"
+    """training stage whose newest checkpoint training begins with"""
+    optimizer: Unclipped = field(default_factory=lambda: OptimizerOptions(grad_clip=0.0))
+    device_batch_size: Annotated[int, Between(1, 1_000_000)] = 8
+    """answers per micro-batch and process"""
+    examples_per_step: Annotated[int, AtLeast(1)] = 16
+    """questions per step, over all processes; in place of a preset's, the nearest number that the processes can share"""
+    gsm8k: Annotated[int, OrNegative()] = -1
+    """questions"""
+    num_samples: Annotated[int, AtLeast(2)] = 16
+    """answers to each question, whose mean reward is the baseline"""
+    sample_rows: Annotated[int, Between(1, 1_000_000)] = 256
+    """answers that a process generates at the same time, each with a cache for its prompt and itself"""
+    max_tokens: Annotated[int, AtLeast(1)] = 256
+    """maximum number of tokens in an answer"""
+    temperature: Annotated[float, AtLeast(0)] = 1.0
+    """temperature of the sampling; 1 samples from the distribution that is trained"""
+    top_k: Annotated[int, AtLeast(1)] = 50
+    """sample from this many of the most likely tokens"""
+    num_epochs: Annotated[int, AtLeast(1)] = 1
+    """number of times that each question is asked"""
+    init_lr_fraction: Annotated[float, AtLeast(0)] = 0.05
+    """learning rate at the start, as a share of the optimizer's; it falls linearly to 0"""
+    eval_every: Annotated[int, Every] = 60
+    """steps between measurements of pass@k on the test split: the share of questions that k answers solve; 0: only at the end"""
+    eval_examples: Annotated[int, SomeOrAll()] = 400
+    """questions for each of these measurements"""
+    eval_samples: Annotated[int, AtLeast(1)] = 8
+    """answers to each of these questions, and the largest k"""
+    seed: Annotated[int, AnyInteger()] = 42
+    """seed of the answers"""

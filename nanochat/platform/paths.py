@@ -13,7 +13,7 @@ from nanochat.platform.environment import configured_base_directory, home_direct
 from nanochat.platform.errors import UserError, remedy_for
 from nanochat.platform.files import remove_leftovers
 
-TRAINING_STAGES = ("base", "mid", "sft")  # the stages that write checkpoints, in order
+TRAINING_STAGES = ("base", "mid", "sft", "rl")  # the stages that write checkpoints, in order
 DEFAULT_RUN = "default"  # the run of a command without a preset
 PARTS_OF_A_RUN = ("tokenizer", "checkpoints", "metrics", "records", "report", "gate.json")
 

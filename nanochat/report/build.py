@@ -17,11 +17,11 @@ from nanochat.options.report import ReportOptions
 from nanochat.platform.console import format_duration, say
 from nanochat.platform.errors import UserError
 from nanochat.platform.files import write_atomically
-from nanochat.platform.paths import Paths
+from nanochat.platform.paths import TRAINING_STAGES, Paths
 from nanochat.platform.shapes import is_number
 from nanochat.report.page import Folded, escaped, html_page
 from nanochat.report.plots import plot_metrics
-from nanochat.report.sections import TITLES, read_samples, read_section
+from nanochat.report.sections import OPTIONAL, TITLES, read_samples, read_section
 from nanochat.train.metrics import read_metrics
 
 CHANCE = {"world_choice": 0.25, "world_schema": 0.5, "ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25}
@@ -43,8 +43,9 @@ def build_report(options: ReportOptions, paths: Paths) -> dict[str, str]:
     for title, files in plots.items():
         shown = " ".join(f"![{title} of {path.stem.partition('-')[2]}]({path.name})" for path in files)
         parts.append(f"## {title}\n\n{shown}\n")
-    parts += [_stages(options, sections), "## Settings and results of each stage\n"]
-    for stage, title in TITLES.items():
+    titles = {stage: title for stage, title in TITLES.items() if stage in sections or stage not in OPTIONAL}
+    parts += [_stages(options, sections, titles), "## Settings and results of each stage\n"]
+    for stage, title in titles.items():
         parts += _section(title, stage, sections.get(stage))
     markdown, html = paths.report / "report.md", paths.report / "report.html"
     write_atomically(markdown, "\n".join(str(part) for part in parts if part))
@@ -70,6 +71,8 @@ def _what_was_trained(sections: dict[str, dict]) -> str:
     for stage, done in (("mid", "midtrained"), ("sft", "fine-tuned")):
         if stage in sections:
             steps.append(f"{done} on {fact(stage, 'results', 'conversations')} conversations")
+    if "rl" in sections:
+        steps.append(f"trained by rewards on {fact('rl', 'results', 'questions')} word problems")
     text = ""
     if steps:
         model = f"A language model of {fact('base', 'results', 'parameters')} parameters "
@@ -98,7 +101,8 @@ def _conversation(paths: Paths) -> str:
 
 
 def _final_table(sections: dict[str, dict], paths: Paths) -> str:
-    columns = {"base": ("base", "base-eval"), "mid": ("mid", "mid-eval"), "sft": ("sft", "sft-eval")}
+    columns = {name: (name, f"{name}-eval") for name in (*TRAINING_STAGES, "hf")}
+    columns = {name: part for name, part in columns.items() if not {*part} & {*OPTIONAL} or {*part} & {*sections}}
     results: dict[str, dict] = {}
     for column, stages in columns.items():
         results[column] = {}
@@ -114,7 +118,9 @@ def _final_table(sections: dict[str, dict], paths: Paths) -> str:
     }
     metrics |= {name: name for part in results.values() for name in part if name.startswith("world_")}
     metrics |= {name: shown_name(name, _embedded(sections)) for name in BENCHMARKS}
-    lines = ["## Results", "", "| metric | chance | base | mid | sft |", "|---|---|---|---|---|"]
+    problems = shown_name("GSM8K", _embedded(sections))
+    metrics |= {name: f"{problems}, {name}" for part in results.values() for name in part if name.startswith("pass@")}
+    lines = ["## Results", "", f"| metric | chance | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
     for key, title in metrics.items():
         found = [results[column].get(key) for column in columns]
         values = [value if is_number(value) else None for value in found]
@@ -125,10 +131,10 @@ def _final_table(sections: dict[str, dict], paths: Paths) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _stages(options: ReportOptions, sections: dict[str, dict]) -> str:
+def _stages(options: ReportOptions, sections: dict[str, dict], titles: dict[str, str]) -> str:
     """When the stages finished and what they cost, and with what they were run."""
     lines = ["## Time and cost", "", "| stage | took | finished |", "|---|---|---|"]
-    for stage, title in TITLES.items():
+    for stage, title in titles.items():
         if stage in sections:
             section = sections[stage]
             took = format_duration(section["seconds"])

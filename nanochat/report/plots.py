@@ -1,4 +1,4 @@
-"""Plots of the metrics that training writes: loss, validation bits per byte and throughput.
+"""Plots of the metrics that training writes: loss or reward, measurements on held-out data, and throughput.
 
 A plot is as wide as a telephone, and its SVG has colours for a light and for a dark page.
 """
@@ -20,7 +20,16 @@ from nanochat.platform.files import write_atomically
 from nanochat.platform.paths import Paths
 from nanochat.train.metrics import read_metrics
 
-STAGES = {"base": "pretraining", "mid": "midtraining", "sft": "fine-tuning"}
+STAGES = {"base": "pretraining", "mid": "midtraining", "sft": "fine-tuning", "rl": "reinforcement learning"}
+# what a stage learns by, and what it measures on held-out data, by their names in the metrics
+CURVES = {stage: ("loss", "val_bpb") for stage in STAGES} | {"sft": ("loss", "val_loss"), "rl": ("reward", "pass@1")}
+LABELS = {
+    "loss": "loss (nats per token)",
+    "val_bpb": "validation\n(bits per byte)",
+    "val_loss": "validation\n(nats per token)",
+    "reward": "mean reward",
+    "pass@1": "validation\n(pass@1)",
+}
 # what is drawn in a colour of the light page is shown in that of the dark one there
 PAPER, INK, GRID, BLUE, PALE, RED = "#ffffff", "#22252a", "#d5dae2", "#1f4e8c", "#b9cde8", "#c0392b"
 DARK = {PAPER: "#15181c", INK: "#dfe3e8", GRID: "#363c45", BLUE: "#8ab4f0", PALE: "#3d5575", RED: "#f0857a"}
@@ -34,15 +43,16 @@ MOST_POINTS = 1000  # of a curve
 
 
 def plot_metrics(paths: Paths, directory: Path) -> dict[str, list[Path]]:
-    """Write a plot of loss and one of throughput for each stage that has metrics; returns their paths by title."""
-    plots: dict[str, list[Path]] = {"Loss": [], "Throughput": []}
+    """Write a plot of loss, or of reward, and one of throughput for each stage that has metrics; returns their paths by title."""
+    plots: dict[str, list[Path]] = {"Loss": [], "Reward": [], "Throughput": []}
     with plt.rc_context(LOOK):
         for stage, name in STAGES.items():
-            records = read_metrics(paths.metrics(stage), "loss", "tokens_per_second")
+            learned, below = CURVES[stage]
+            records = read_metrics(paths.metrics(stage), learned, "tokens_per_second")
             if not records:
                 continue
-            measured = read_metrics(paths.metrics(stage), "val_bpb")
-            for title, figure in (("Loss", _loss(name, records, measured)), ("Throughput", _throughput(name, records))):
+            curve = _learning(name, records, learned, read_metrics(paths.metrics(stage), below), below)
+            for title, figure in ((learned.capitalize(), curve), ("Throughput", _throughput(name, records))):
                 path = directory / f"{title.lower()}-{stage}.svg"
                 write_atomically(path, _svg(figure))
                 plots[title].append(path)
@@ -50,26 +60,26 @@ def plot_metrics(paths: Paths, directory: Path) -> dict[str, list[Path]]:
     return {title: files for title, files in plots.items() if files}
 
 
-def _loss(name: str, records: list[dict], measured: list[dict]) -> Figure:
-    """The loss, and beneath it the validation in another unit, which therefore has an axis of its own."""
+def _learning(name: str, records: list[dict], learned: str, measured: list[dict], below: str) -> Figure:
+    """What is learned by, and beneath it a measurement on held-out data in another unit, which therefore has an axis of its own."""
     ratios = [1, 0.5] if measured else [1]
     size = WIDTH, HEIGHT * sum(ratios)
     figure, rows = plt.subplots(
         len(ratios), 1, figsize=size, squeeze=False, sharex=True, layout="constrained", height_ratios=ratios
     )
     axes = rows[:, 0]
-    _curves(axes[0], records, "loss")
-    axes[0].set(title=name, ylabel="loss (nats per token)")
+    _curves(axes[0], records, learned)
+    axes[0].set(title=name, ylabel=LABELS[learned])
     if measured:
-        axes[1].plot([r["step"] for r in measured], [r["val_bpb"] for r in measured], "o", color=RED, markersize=4)
+        axes[1].plot([r["step"] for r in measured], [r[below] for r in measured], "o", color=RED, markersize=4)
         for record in (measured[0], measured[-1]):
             axes[1].annotate(
-                f"{record['val_bpb']:.2f}", (record["step"], record["val_bpb"]), (0, 5), ha="center", fontsize=8,
+                f"{record[below]:.2f}", (record["step"], record[below]), (0, 5), ha="center", fontsize=8,
                 textcoords="offset points",
             )  # fmt: skip
-        axes[1].set(ylabel="validation\n(bits per byte)")
+        axes[1].set(ylabel=LABELS[below])
         axes[1].margins(x=0.08)
-        axes[1].set_ylim(0, 1.35 * max(r["val_bpb"] for r in measured))
+        axes[1].set_ylim(0, 1.35 * (max(r[below] for r in measured) or 1))
     axes[-1].set_xlabel("step")
     return figure
 

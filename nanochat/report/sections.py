@@ -16,7 +16,11 @@ TITLES = {
     "mid-eval": "Evaluation after midtraining",
     "sft": "Fine-tuning",
     "sft-eval": "Evaluation after fine-tuning",
+    "rl": "Reinforcement learning",
+    "rl-eval": "Evaluation after reinforcement learning",
+    "hf-eval": "Evaluation of another model",
 }
+OPTIONAL = ("rl", "rl-eval", "hf-eval")  # the report does not miss them
 SHAPE = {"finished": str, "seconds": float, "processes": int, "settings": {str: object}, "results": {str: object}}
 
 
@@ -36,7 +40,7 @@ def write_section(paths: Paths, stage: str, settings: dict, results: dict, secon
 
 def read_samples(paths: Paths) -> list[tuple[str, str]]:
     """The conversation with the last model that was evaluated: who says what."""
-    for stage in ("sft-eval", "mid-eval"):
+    for stage in ("rl-eval", "sft-eval", "mid-eval"):
         samples = (read_section(paths, stage) or {"results": {}})["results"].get(SAMPLES)
         if isinstance(samples, list) and samples:
             return [

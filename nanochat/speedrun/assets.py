@@ -17,7 +17,7 @@ VALIDATION_SHARD = 1822  # the last shard of the whole data set
 MAX_GROWTH = 1.05  # a data set may have this many times the rows that were counted, since data sets grow
 CORE_TASKS = 22
 KEPT = "kept"  # in the record of a file that a user has put in the place of one that is fetched
-ALL_EVALUATIONS = ("mid-eval", "sft-eval")
+ALL_EVALUATIONS = ("mid-eval", "sft-eval", "rl-eval")
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,15 @@ _CODE = ("prompt", "canonical_solution", "test", "entry_point")
 _SMOLTALK, _MMLU, _ARC, _GSM8K = "HuggingFaceTB/smol-smoltalk", "cais/mmlu", "allenai/ai2_arc", "openai/gsm8k"
 _ASSETS = (
     _chat("smoltalk/train", ("mid", "sft"), 460_341, 900, ("messages",), _SMOLTALK, "data/train-*.parquet"),
-    _chat("smoltalk/test", ("mid",), 24_229, 50, ("messages",), _SMOLTALK, "data/test-*.parquet"),
+    _chat("smoltalk/test", ("mid", "sft"), 24_229, 50, ("messages",), _SMOLTALK, "data/test-*.parquet"),
     _chat("mmlu/auxiliary_train", ("mid",), 99_842, 50, ("question", "choices", "answer"), _MMLU,
           "all/auxiliary_train-*.parquet"),
-    _chat("mmlu/test", ("mid", *ALL_EVALUATIONS), 14_042, 4, ("question", "choices", "answer"), _MMLU,
+    _chat("mmlu/test", ("mid", "sft", *ALL_EVALUATIONS), 14_042, 4, ("question", "choices", "answer"), _MMLU,
           "all/test-*.parquet"),
-    _chat("gsm8k/train", ("mid", "sft"), 7_473, 3, ("question", "answer"), _GSM8K, "main/train-*.parquet"),
-    _chat("gsm8k/test", ("mid", *ALL_EVALUATIONS), 1_319, 1, ("question", "answer"), _GSM8K, "main/test-*.parquet"),
+    _chat("gsm8k/train", ("mid", "sft", "rl"), 7_473, 3, ("question", "answer"), _GSM8K, "main/train-*.parquet"),
+    _chat("gsm8k/test", ("mid", "rl", *ALL_EVALUATIONS), 1_319, 1, ("question", "answer"), _GSM8K, "main/test-*.parquet"),
     _chat("arc-easy/train", ("sft",), 2_251, 1, _CHOICES, _ARC, "ARC-Easy/train-*.parquet"),
-    _chat("arc-easy/test", ALL_EVALUATIONS, 2_376, 1, _CHOICES, _ARC, "ARC-Easy/test-*.parquet"),
+    _chat("arc-easy/test", ("sft", *ALL_EVALUATIONS), 2_376, 1, _CHOICES, _ARC, "ARC-Easy/test-*.parquet"),
     _chat("arc-challenge/train", ("sft",), 1_119, 1, _CHOICES, _ARC, "ARC-Challenge/train-*.parquet"),
     _chat("arc-challenge/test", ALL_EVALUATIONS, 1_172, 1, _CHOICES, _ARC, "ARC-Challenge/test-*.parquet"),
     _chat("humaneval/test", ALL_EVALUATIONS, 164, 1, _CODE, "openai/openai_humaneval", "openai_humaneval/test-*.parquet"),

@@ -12,7 +12,7 @@ from nanochat.gate import check_gate_rows, gate_rows, take_gate
 from nanochat.gpt import GPTConfig
 from nanochat.options.presets import EMBEDDED, with_preset
 from nanochat.options.speedrun import PreflightOptions
-from nanochat.options.train import TrainBaseOptions, TrainMidOptions, TrainSftOptions
+from nanochat.options.train import TrainBaseOptions, TrainMidOptions, TrainRlOptions, TrainSftOptions
 from nanochat.platform.console import say
 from nanochat.platform.distributed import Runtime, compute_dtype, pick_device
 from nanochat.platform.environment import slurm_seconds_left
@@ -21,6 +21,7 @@ from nanochat.platform.files import all_files
 from nanochat.platform.paths import TRAINING_STAGES, Paths, steps_in
 from nanochat.speedrun.assets import problems, remedy
 from nanochat.speedrun.records import count_start
+from nanochat.speedrun.stages import STAGES
 from nanochat.tokenizer.bpe import Tokenizer
 from nanochat.train.memory import MOST_ROWS, rows_that_fit
 from nanochat.train.plan import horizon
@@ -71,7 +72,8 @@ def _check_machine(options: PreflightOptions, paths: Paths) -> list[str]:
     embeddings = 2 * model.vocab_size * model.width
     checkpoint = 8 * (model.num_parameters - embeddings) + 12 * embeddings
     kept = sum(len(steps_in(paths.checkpoints(stage))) for stage in TRAINING_STAGES)
-    needed, free = checkpoint * max(1, 2 * len(TRAINING_STAGES) + 1 - kept), shutil.disk_usage(paths.base).free
+    trained = sum(stage.trains and not stage.optional for stage in STAGES)
+    needed, free = checkpoint * max(1, 2 * trained + 1 - kept), shutil.disk_usage(paths.base).free
     # each stage removes its own when it starts
     swept = [path for stage in TRAINING_STAGES for path in leftovers(paths.checkpoints(stage))]
     free += sum(file.stat().st_size for path in swept for file in all_files(path))
@@ -103,7 +105,12 @@ def _check_machine(options: PreflightOptions, paths: Paths) -> list[str]:
 
 def given_rows(preset: str) -> list[int]:
     """The rows of a micro-batch that a preset names for each stage of training; 0: as many as fit."""
-    stages = {"train base": TrainBaseOptions, "train mid": TrainMidOptions, "train sft": TrainSftOptions}
+    stages = {
+        "train base": TrainBaseOptions,
+        "train mid": TrainMidOptions,
+        "train sft": TrainSftOptions,
+        "train rl": TrainRlOptions,
+    }
     return [with_preset(kind(), name, preset).device_batch_size for name, kind in stages.items()]
 
 

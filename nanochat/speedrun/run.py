@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -21,14 +22,15 @@ from nanochat.options.speedrun import SpeedrunOptions
 from nanochat.platform import environment
 from nanochat.platform.console import console, output, say
 from nanochat.platform.errors import TrainingStopped, UserError
-from nanochat.platform.files import name_some
+from nanochat.platform.files import name_some, sha256_of
 from nanochat.platform.lock import locked
 from nanochat.platform.paths import Paths
 from nanochat.platform.signals import end_with_parent, handled
 from nanochat.report.sections import read_samples
 from nanochat.speedrun.assets import problems, remedy
 from nanochat.speedrun.records import changed_files, hash_of, valid_record, write_record
-from nanochat.speedrun.stages import NAMES, STAGES, Stage, command_of
+from nanochat.speedrun.stages import NAMES, STAGES, Stage, check_stage, command_of
+from nanochat.tasks import CustomJSON
 
 ERROR = "nanochat: error: "  # how the last line of a command that fails begins
 # seconds that torchrun (torch 2.12 or newer) leaves its processes to save after a signal, where it would kill them after 30
@@ -53,7 +55,7 @@ def run_stages(options: SpeedrunOptions, paths: Paths, stages: Sequence[Stage] =
     first, last = _chosen_range(options)
     preset = options.preset or "cpu"
     embedded = preset in EMBEDDED
-    stages = [stage for stage in stages if embedded or stage.name != "data"]
+    stages = [stage for stage in stages if (embedded or stage.name != "data") and (options.rl or not stage.optional)]
     processes = options.processes or max(1, torch.cuda.device_count() if options.device in ("auto", "cuda") else 1)
     started = time.perf_counter()
     missing = {asset: problem for asset, _, problem in problems(preset, paths) if problem}
@@ -63,12 +65,17 @@ def run_stages(options: SpeedrunOptions, paths: Paths, stages: Sequence[Stage] =
             f"{next(iter(missing.values()))}{more}; {remedy(preset, list(missing))}; nanochat preflight names everything that is "
             "missing"
         )
+    for path in options.custom_json:
+        CustomJSON(path)  # a mistake in it is found now, and not after pretraining
+    custom = [sha256_of(Path(path)) for path in options.custom_json]
     with locked(paths.lock("speedrun"), "speedrun"), Stop(paths).handling() as stop:
         made_from = ""  # hash of all files that earlier stages wrote
         for number, stage in enumerate(stages, 1):
             if NAMES.index(stage.name) > last:
                 break
-            command = command_of(stage, preset, options.device, paths.run_name)
+            command = command_of(stage, preset, options.device, paths.run_name, options.custom_json)
+            if stage.reads_custom and custom:
+                made_from = hash_of(made_from, custom)
             record = valid_record(paths, stage, command, made_from)
             title = f"[{number}/{len(stages)}] {stage.name}"
             changed = changed_files(paths, stage) if record is None else []
@@ -102,8 +109,7 @@ def run_stages(options: SpeedrunOptions, paths: Paths, stages: Sequence[Stage] =
 def _chosen_range(options: SpeedrunOptions) -> tuple[int, int]:
     """The indices of the first and the last stage to run. Raises UserError for an unknown name and for a wrong order."""
     for option, name in (("--from", options.first), ("--to", options.last)):
-        if name not in NAMES:
-            raise UserError(f"{option} {name}: no such stage; choose from: {', '.join(NAMES)}")
+        check_stage(option, name, options.rl)
     first, last = NAMES.index(options.first), NAMES.index(options.last)
     if first > last:
         raise UserError(f"--from {options.first} comes after --to {options.last}; the order is: {', '.join(NAMES)}")

@@ -1,9 +1,10 @@
 """The stages of the speedrun, in order. A new stage is one line here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths, steps_in
 
 
@@ -18,6 +19,8 @@ class Stage:
     trains: bool = False  # saves on a signal and resumes from its checkpoint; other stages start again
     has_preset: bool = True  # takes --preset
     asks_about_changes: bool = False  # takes --changed
+    reads_custom: bool = False  # takes --custom-json
+    optional: bool = False  # runs only if the user asks for it
     may_be_replaced: bool = False  # a user may put files of their own in place of its outputs; others are made again
 
 
@@ -50,16 +53,26 @@ STAGES = (
     Stage("tokenizer-eval", ("tokenizer", "eval"), _section("tokenizer-eval"), has_preset=False),
     Stage("base", ("train", "base"), _newest_checkpoint("base"), distributed=True, trains=True),
     Stage("base-eval", ("evaluate", "base"), _section("base-eval"), distributed=True),
-    Stage("mid", ("train", "mid"), _newest_checkpoint("mid"), distributed=True, trains=True),
+    Stage("mid", ("train", "mid"), _newest_checkpoint("mid"), distributed=True, trains=True, reads_custom=True),
     Stage("mid-eval", ("evaluate", "chat", "--stage", "mid"), _section("mid-eval"), distributed=True),
-    Stage("sft", ("train", "sft"), _newest_checkpoint("sft"), distributed=True, trains=True),
+    Stage("sft", ("train", "sft"), _newest_checkpoint("sft"), distributed=True, trains=True, reads_custom=True),
     Stage("sft-eval", ("evaluate", "chat", "--stage", "sft"), _section("sft-eval"), distributed=True),
+    Stage("rl", ("train", "rl"), _newest_checkpoint("rl"), distributed=True, trains=True, optional=True),
+    Stage("rl-eval", ("evaluate", "chat", "--stage", "rl"), _section("rl-eval"), distributed=True, optional=True),
     Stage("report", ("report",), lambda p: [p.report / "report.md", p.report / "report.html"], has_preset=False),
 )
 NAMES = tuple(stage.name for stage in STAGES)
 
 
-def command_of(stage: Stage, preset: str, device: str, run_name: str) -> list[str]:
+def check_stage(option: str, name: str, rl: bool) -> None:
+    """Raise UserError for the name of a stage that there is not, or that runs only with --rl if this was not given."""
+    if name not in NAMES:
+        raise UserError(f"{option} {name}: no such stage; choose from: {', '.join(NAMES)}")
+    if STAGES[NAMES.index(name)].optional and not rl:
+        raise UserError(f"{option} {name}: this stage runs only with --rl; add it")
+
+
+def command_of(stage: Stage, preset: str, device: str, run_name: str, custom_json: Sequence[str] = ()) -> list[str]:
     """The words after `nanochat` that run a stage."""
     command = [*stage.command]
     if stage.has_preset:
@@ -68,4 +81,6 @@ def command_of(stage: Stage, preset: str, device: str, run_name: str) -> list[st
         command += ["--run-name", run_name]
     if stage.distributed and device != "auto":
         command += ["--device", device]
+    if stage.reads_custom and custom_json:
+        command += ["--custom-json", *custom_json]
     return command

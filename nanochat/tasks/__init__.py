@@ -6,6 +6,7 @@ may have `conditions()`: what the results have to say about the way in which it 
 """
 
 from nanochat.tasks.arc import ARC
+from nanochat.tasks.custom_json import CustomJSON
 from nanochat.tasks.gsm8k import GSM8K
 from nanochat.tasks.humaneval import HumanEval
 from nanochat.tasks.identity import Identity
@@ -14,4 +15,4 @@ from nanochat.tasks.simple_spelling import SimpleSpelling
 from nanochat.tasks.smoltalk import SmolTalk
 from nanochat.tasks.spelling_bee import SpellingBee
 
-__all__ = ["ARC", "GSM8K", "MMLU", "HumanEval", "Identity", "SimpleSpelling", "SmolTalk", "SpellingBee"]
+__all__ = ["ARC", "GSM8K", "MMLU", "CustomJSON", "HumanEval", "Identity", "SimpleSpelling", "SmolTalk", "SpellingBee"]

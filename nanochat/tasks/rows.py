@@ -96,6 +96,13 @@ def load_rows(
     return rows
 
 
+def conversations_in(path: Path) -> Rows:
+    """The rows of one file of conversations, as JSON lines (see _read_lines)."""
+    if not (lines := _read_lines(path)):
+        raise UserError(f"{path} has no conversations; write one on each line, as a JSON array of messages")
+    return Rows([path], [lines])
+
+
 def _files_of(directory: Path, split: str) -> list[Path]:
     """The files of a split: <split>, or parts such as <split>-00000-of-00002; says which others look like it and are not read."""
     alike = sorted([*directory.glob(f"{split}*.parquet"), *directory.glob(f"{split}*.jsonl")])

@@ -14,7 +14,6 @@ from contextlib import nullcontext
 from dataclasses import fields
 
 import torch
-from torch import Tensor
 
 import nanochat_kernels as kernels
 from nanochat.data.batches import Batch
@@ -82,8 +81,8 @@ class MicroStep:
             optimizer.keep_gradients(model)
             self.weight = torch.ones((), device=self.device)
             self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
-            # by rows, length and whether it exchanges the gradients
-            self.graphs: dict[tuple[int, int, bool], tuple[Tensor, Tensor, Replayed]] = {}
+            # by rows, length, whether it exchanges the gradients, and whether tokens have weights
+            self.graphs: dict[tuple[int, int, bool, bool], tuple[Batch, Replayed]] = {}
             self._run: Callable[[Batch, float, bool], None] = self._replay
         else:
             compiled = execution == "compile"
@@ -103,35 +102,42 @@ class MicroStep:
 
     def _plain(self, batch: Batch, weight: float, exchange: bool) -> None:
         batch = batch.to(self.device)
-        loss = self.forward(batch.inputs, batch.targets) * weight
+        weights = {} if batch.loss_weight is None else {"loss_weight": batch.loss_weight}
+        loss = self.forward(batch.inputs, batch.targets, **weights) * weight
         loss.backward()
         self.loss += loss.detach()
 
     def _replay(self, batch: Batch, weight: float, exchange: bool) -> None:
         rows, length = batch.inputs.shape
         padded = -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-        shape = (rows, max(length, min(padded, self.model.config.context_length)), exchange)
+        longest = max(length, min(padded, self.model.config.context_length))
+        shape = (rows, longest, exchange, batch.loss_weight is not None)
         if shape not in self.graphs:
             self.graphs[shape] = self._make_graph(*shape)
-        inputs, targets, forward_and_backward = self.graphs[shape]
+        static, forward_and_backward = self.graphs[shape]
         # padding: any token, without a target; causal attention hides it from the tokens before it
-        if shape[1] > length:
-            inputs[:, length:].zero_()
-            targets[:, length:].fill_(-1)
-        for static, new in ((inputs, batch.inputs), (targets, batch.targets)):
-            static[:, :length].copy_(new.pin_memory() if new.device != self.device else new, non_blocking=True)
+        for old, new, padding in (
+            (static.inputs, batch.inputs, 0),
+            (static.targets, batch.targets, -1),
+            (static.loss_weight, batch.loss_weight, 0),
+        ):
+            if new is not None:
+                old[:, length:].fill_(padding)
+                old[:, :length].copy_(new.pin_memory() if new.device != self.device else new, non_blocking=True)
         self.weight.fill_(weight)
         forward_and_backward()
         self.optimizer.exchanged = exchange
 
-    def _make_graph(self, rows: int, length: int, exchange: bool) -> tuple[Tensor, Tensor, Replayed]:
-        """Inputs and targets (rows, length) at fixed addresses, and the forward and backward pass on them."""
+    def _make_graph(self, rows: int, length: int, exchange: bool, weighted: bool) -> tuple[Batch, Replayed]:
+        """A batch (rows, length) at fixed addresses, and the forward and backward pass on it."""
         inputs, targets = (torch.zeros(rows, length, dtype=torch.int64, device=self.device) for _ in range(2))
+        batch = Batch(inputs, targets, (), 0.0, torch.zeros(rows, length, device=self.device) if weighted else None)
 
         def forward_and_backward() -> None:
+            weight = self.weight * batch.loss_weight if weighted else self.weight
             with self.optimizer.exchanging(self.model) if exchange else nullcontext():
-                loss = self.model(inputs, targets, loss_weight=self.weight)
+                loss = self.model(inputs, targets, loss_weight=weight)
                 loss.backward()
             self.loss += loss.detach()
 
-        return inputs, targets, Replayed(forward_and_backward, self.pool, warm_up=1)
+        return batch, Replayed(forward_and_backward, self.pool, warm_up=1)

@@ -11,9 +11,9 @@ from nanochat.options.train import TrainMidOptions
 from nanochat.platform.console import say
 from nanochat.platform.distributed import Runtime
 from nanochat.platform.paths import Paths
-from nanochat.tasks import GSM8K, MMLU, Identity, SimpleSpelling, SmolTalk, SpellingBee
+from nanochat.tasks import GSM8K, MMLU, CustomJSON, Identity, SimpleSpelling, SmolTalk, SpellingBee
 from nanochat.train.plan import Evaluation, Plan, gated_step_size, learning_settings
-from nanochat.train.schedules import warmdown
+from nanochat.train.schedules import trapezoid
 from nanochat.train.trainer import Trainer
 
 # rows of the test splits, in about the proportion in which the mixture has the tasks
@@ -30,6 +30,7 @@ def mid_mixture(options: TrainMidOptions, paths: Paths) -> Mixture:
             *[Identity(paths)] * options.identity_repeats,
             SimpleSpelling(paths, "train", options.simple_spelling),
             SpellingBee(paths, "train", options.spelling_bee),
+            *map(CustomJSON, options.custom_json),
         ]
     )
 
@@ -61,13 +62,14 @@ def midtrain(options: TrainMidOptions, paths: Paths, runtime: Runtime) -> dict:
         measured = packed_batches(held_out, tokenizer, 1, length, runtime.rank, runtime.world_size)
         return {"val_bpb": bits_per_byte(model, measured, tokenizer.token_bytes, runtime)}
 
+    schedule = trapezoid(0.0, options.warmdown_ratio)
     plan = Plan(
         stage="mid",
         batches=batches,
         rows=rows,
         accumulation=accumulation,
-        lr_multiplier=warmdown(options.warmdown_ratio),
-        steps=None,
+        lr_multiplier=lambda progress: options.init_lr_fraction * schedule(progress),
+        steps=options.num_iterations if options.num_iterations > 0 else None,
         evaluations=[Evaluation(options.eval_every, measure_bpb, first=True)],
     )
     settings = learning_settings(options) | {"base_step": base_meta["step"], "conversations": len(mixture)}

@@ -18,6 +18,26 @@ from nanochat.platform.shapes import check_shape
 from nanochat.train.memory import MOST_ROWS, rows_that_fit
 from nanochat.train.schedules import muon_momentum
 
+# options of evaluations, which change nothing that is learned
+MEASUREMENTS = (
+    "eval_every",
+    "eval_rows",
+    "eval_tokens",
+    "eval_examples",
+    "eval_samples",
+    "chat_metric_every",
+    "chat_metric_max_per_task",
+)
+# what there was before there were options for it; the other stages always had an init_lr_fraction
+BEFORE = {
+    "num_epochs": 1,
+    "num_iterations": -1,
+    "warmup_ratio": 0.0,
+    "final_lr_fraction": 0.0,
+    "init_lr_fraction": 1.0,
+    "source": "mid",
+}
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -46,6 +66,10 @@ class Plan:
     steps: int | None  # None: until the data ends
     momentum: Callable[[int], float] = muon_momentum  # of Muon, a function of the step
     one_length: bool = True  # the rows of all batches have the same length
+    ahead: bool = True  # a thread may prepare batches before their step; not if they come from the model as it is
+    measured: Callable[[], dict[str, float]] = (
+        dict  # more about a step, for its record, over all ranks; all of them call it
+    )
     evaluations: list[Evaluation] = field(default_factory=list)
 
 
@@ -107,8 +131,8 @@ def step_size(
     they were chosen by the GPU, its rows: `most` is what is chosen here, and fitting(n) how many of n rows fit. Raises UserError if
     the processes cannot share that.
     """
-    runtime, unit = store.runtime, "conversations" if stage == "sft" else "tokens"
-    name = "examples_per_step" if stage == "sft" else "total_batch_size"
+    runtime, unit = store.runtime, {"sft": "conversations", "rl": "questions"}.get(stage, "tokens")
+    name = "total_batch_size" if unit == "tokens" else "examples_per_step"
     preset = with_preset(type(options)(), f"train {stage}", options.preset)
     total, before = getattr(options, name), store.newest_settings()
     # other rows would learn the same, with sums that are rounded otherwise
@@ -190,10 +214,20 @@ def horizon(options: TrainBaseOptions, model: GPTConfig) -> int:
 def learning_settings(options: TrainOptions) -> dict:
     """The options of a stage that determine what is learned; a resumed run must have the same values.
 
-    The rows of a micro-batch are not among them, because a step is accumulated from as many micro-batches as it needs.
+    The rows of a micro-batch are not among them, because a step is accumulated from as many micro-batches as it needs. Nor are those
+    that are sampled at a time: they only decide which random numbers an answer gets.
     """
-    may_change = ("preset", "impl", "run", "device_batch_size")
+    # files may move; what is in them is in the fingerprint of the data
+    may_change = ("preset", "impl", "run", "device_batch_size", "sample_rows", "custom_json", *MEASUREMENTS)
     return {key: value for key, value in _as_json(asdict(options)).items() if key not in may_change}
+
+
+def filled_in(saved: dict, settings: dict) -> dict:
+    """The settings that a checkpoint has, with the values of options that the version which saved it did not have."""
+    known = {name: value for name, value in BEFORE.items() if name in settings}
+    if isinstance(saved.get("optimizer"), dict):
+        saved = saved | {"optimizer": {"weight_decay": 0.0, **saved["optimizer"]}}
+    return known | saved
 
 
 def _as_json(value):

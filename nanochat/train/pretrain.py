@@ -20,7 +20,7 @@ from nanochat.platform.distributed import Runtime
 from nanochat.platform.paths import Paths
 from nanochat.tokenizer.bpe import Tokenizer
 from nanochat.train.plan import Evaluation, Plan, gated_step_size, horizon, learning_settings
-from nanochat.train.schedules import warmdown
+from nanochat.train.schedules import trapezoid
 from nanochat.train.trainer import Trainer
 
 
@@ -72,7 +72,9 @@ def pretrain(options: TrainBaseOptions, paths: Paths, runtime: Runtime) -> dict:
             batches=batches,
             rows=rows,
             accumulation=accumulation,
-            lr_multiplier=warmdown(options.warmdown_ratio),
+            lr_multiplier=trapezoid(
+                options.warmup_ratio, options.warmdown_ratio, options.final_lr_fraction, step=1 / steps
+            ),
             steps=steps,
             evaluations=[
                 Evaluation(options.eval_every, measure_bpb, first=True),

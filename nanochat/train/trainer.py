@@ -32,7 +32,7 @@ from nanochat.train.diagnose import offending_tensor
 from nanochat.train.memory import predict_run
 from nanochat.train.metrics import Metrics
 from nanochat.train.micro_step import MicroStep, choose_execution
-from nanochat.train.plan import Plan
+from nanochat.train.plan import Plan, filled_in
 from nanochat.train.state import SHAPE, Pace, TrainState
 from nanochat_kernels import ranges
 
@@ -129,6 +129,7 @@ class Trainer:
         self.state, self.pace = TrainState(), Pace()
         self.started_at = 0  # the step that this start begins with; each start trains a step, so that many of them end
         self.saved_step = -1  # of the newest checkpoint; −1: there is none
+        self.taking = 0.0  # seconds that it took to get the micro-batches of the next step
         self.results: dict = {}  # the newest result of each evaluation
         self.interrupt = Interrupt()
         self.metrics = Metrics(paths.metrics(plan.stage))
@@ -149,11 +150,13 @@ class Trainer:
                 self.metrics.open(self.state.step, *wandb, self.plan.stage, self.settings)
             bar = progress(f"train {self.plan.stage}", total=1, quiet=not self.runtime.primary)
             try:
-                with prefetched(self.plan.batches(positions)) as batches, bar as advance:
+                made = self.plan.batches(positions)
+                with prefetched(made) if self.plan.ahead else nullcontext(made) as batches, bar as advance:
                     return self._loop(batches, advance)
             except torch.OutOfMemoryError as error:
+                rollouts = "" if self.plan.ahead else "--sample-rows, or "
                 raise UserError(
-                    f"out of memory on {self.runtime.device_name} ({str(error).splitlines()[0]}); lower "
+                    f"out of memory on {self.runtime.device_name} ({str(error).splitlines()[0]}); lower {rollouts}"
                     f"--device-batch-size (now {self.plan.rows}): the step stays the same, and is accumulated from more micro-batches"
                 ) from error
             finally:
@@ -175,7 +178,8 @@ class Trainer:
         except UserError as error:
             raise damaged(path, str(error)) from error
         # earlier versions did not save what the data and the first weights were, nor the size of a step beside that of the option
-        saved = {name: self.settings.get(name) for name in (*INPUTS, "step_size")} | meta["settings"]
+        saved = {name: self.settings.get(name) for name in (*INPUTS, "step_size")}
+        saved |= filled_in(meta["settings"], self.settings)
         changed = [name for name in self.settings if self.settings[name] != saved.get(name)]
         if len(changed) == 1 and changed[0] in INPUTS:
             raise UserError(
@@ -221,7 +225,10 @@ class Trainer:
 
     def _take(self, batches: Iterator[Batch]) -> list[Batch]:
         """The micro-batches of the next step; fewer than a step needs when the data end."""
-        return list(islice(batches, self.plan.accumulation))
+        started = time.perf_counter()
+        micro_batches = list(islice(batches, self.plan.accumulation))
+        self.taking = time.perf_counter() - started
+        return micro_batches
 
     def _agree(self, micro_batches: list[Batch]) -> Agreement:
         """Exchange what each rank knows about the next step."""
@@ -308,14 +315,17 @@ class Trainer:
             if not math.isfinite(value):
                 self._stop_not_finite(f"the {what} is {value}", micro_batches)
         self.optimizer.update(multiplier, self.plan.momentum(step))
-        seconds = time.perf_counter() - started
+        seconds = self.taking + time.perf_counter() - started
         tokens = sum(batch.inputs.numel() for batch in micro_batches) * world_size
         self.state.advance(loss, tokens, seconds, micro_batches[-1].position)
         done = self.state.step / steps if steps else agreement.data_progress
+        more = self.plan.measured()
         if self.runtime.primary:
-            advance(completed=done, state=self._report(grad_norm, multiplier, tokens, seconds, done))
+            advance(completed=done, state=self._report(grad_norm, multiplier, tokens, seconds, done, more))
 
-    def _report(self, grad_norm: float, multiplier: float, tokens: int, seconds: float, done: float) -> str:
+    def _report(
+        self, grad_norm: float, multiplier: float, tokens: int, seconds: float, done: float, more: dict[str, float]
+    ) -> str:
         """Write the record of the step that has just ended; returns what there is to say about it."""
         step, rate, peak = self.state.step - 1, tokens / seconds, self.runtime.peak_flops
         mfu = self.model.config.flops_per_token * rate / (peak * self.runtime.world_size) if peak else None
@@ -333,6 +343,7 @@ class Trainer:
                 "elapsed": self.state.elapsed,
                 "progress": done,
                 "remaining": remaining,
+                **more,
             }
         )
         said = [
@@ -341,6 +352,7 @@ class Trainer:
             f"{'–' if remaining is None else format_duration(remaining, clock=True)} left",
             f"{rate:,.0f} tokens/s",
             f"learning rate × {multiplier:.2f}",
+            *(f"{name.replace('_', ' ')} {value:.4g}" for name, value in more.items()),
         ]
         return " | ".join([*said, f"mfu {100 * mfu:.1f} %"] if mfu else said)
 

@@ -36,13 +36,14 @@ def plainly(config: OptimizerOptions, gradients: list[dict]) -> GPT:
                     s["a"], s["b"] = 0.8 * s["a"] + 0.2 * g, 0.95 * s["b"] + 0.05 * g * g
                     mean, variance = s["a"] / (1 - 0.8 ** (step + 1)), s["b"] / (1 - 0.95 ** (step + 1))
                     base = config.head_lr if name.startswith("head") else config.embedding_lr
+                    p *= 1 - base * (SMALL.width / 768) ** -0.5 * lr * config.weight_decay
                     p -= base * (SMALL.width / 768) ** -0.5 * lr * mean / (variance.sqrt() + 1e-10)
     return model
 
 
-@pytest.mark.parametrize("clip", [1.0, 0.05, 0.0])
-def test_the_update_is_that_of_the_formulas(clip):
-    config = OptimizerOptions(grad_clip=clip)
+@pytest.mark.parametrize(("clip", "decay"), [(1.0, 0.0), (0.05, 0.0), (0.0, 0.0), (0.0, 0.1)])
+def test_the_update_is_that_of_the_formulas(clip, decay):
+    config = OptimizerOptions(grad_clip=clip, weight_decay=decay)
     gradients: list[dict] = []
     model, _, norms = train_three_steps(config=config, gradients=gradients)
     assert min(norms) > 0.05  # so that the small limit really clips

@@ -52,11 +52,12 @@ def test_sites_and_gpus(name, gpus):
 def test_a_dry_run_calls_nothing(tmp_path):
     shown = nanochat(
         tmp_path / "new", *"cluster submit speedrun --site ptolemy --after-gate --dry-run".split(),
-        *"--account abc123 --run-name other".split(),
+        *"--account abc123 --run-name other --to rl --rl".split(),
     )  # fmt: skip
     gate, speedrun = shown.stdout.splitlines()
     assert "slurm/gate.sbatch" in gate and "--gres=gpu:a100:1" in gate
     assert all("--account=abc123" in call and ",NANOCHAT_RUN_NAME=other" in call for call in (gate, speedrun))
+    assert "NANOCHAT_STAGES=--to rl --rl" in speedrun and "--rl" not in gate
     assert "afterok:<gate>" in speedrun and "--gres=gpu:a100:8" in speedrun
     assert not (tmp_path / "new").exists()
 
@@ -231,6 +232,7 @@ def test_what_is_wrong_is_named(repository, monkeypatch):
         (["--nodes", "0"], ("must be at least 1, got 0",)),
         (["--tasks-per-node", "2"], ("one task per node serves all of its GPUs",)),
         (["--from", "bas"], ("--from bas: no such stage", "tokenizer")),
+        (["--to", "rl-eval"], ("--to rl-eval: this stage runs only with --rl",)),
     ],
 )
 def test_invalid_submissions_are_rejected(tmp_path, options, parts):

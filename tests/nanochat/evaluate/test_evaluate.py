@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass
+from itertools import zip_longest
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,7 +33,7 @@ class Oracle:
     """A model that knows one text by heart: it expects each token of it after the three before, else token 0."""
 
     def __init__(self, vocab_size: int, texts: list[list[int]], context_length: int = 512):
-        self.config, self.cos = SimpleNamespace(context_length=context_length), torch.empty(10 * context_length, 1)
+        self.config, self.positions = SimpleNamespace(context_length=context_length), 10 * context_length
         self.texts, self.vocab_size, self.device = texts, vocab_size, torch.device("cpu")
 
     def hidden(self, tokens):
@@ -59,7 +60,7 @@ def test_logits_at_positions_equal_the_whole_forward_pass(model, monkeypatch, at
     lengths = (5, 40, 64, 90, 640, 700, 3)
     sequences = [torch.randint(500, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
     spans = [(1, 5), (12, 20), (60, 64), (85, 90), (1, 30), (690, 700), (1, 3)]
-    assert model.cos.size(0) == 640
+    assert model.positions == 640
     for sequence, (start, end), logits in zip(sequences, spans, logits_at(model, sequences, spans), strict=True):
         kept = sequence[-640:]
         gone = len(sequence) - len(kept)
@@ -211,10 +212,13 @@ def test_chat_tasks_score_what_the_model_knows(tokenizer, world, cpu, monkeypatc
         class Engine:
             positions = 512
 
-            def __init__(self, *_): ...
+            def __init__(self, *_):
+                self.tokenizer = tokenizer
 
-            def generate(self, prompts, max_tokens, temperature):
-                return [tokenizer.encode(answers.get(tuple(prompt), "?")) for prompt in prompts]
+            def stream(self, prompts, max_tokens, samples, **sampling):
+                rows = [tokenizer.encode(answers.get(tuple(prompt), "?")) for prompt in prompts]
+                for column in zip_longest(*rows):
+                    yield column, [True] * len(rows)
 
         monkeypatch.setattr(chat, "Engine", Engine)
     results = chat_accuracies(oracle, tokenizer, world, cpu, ChatTaskOptions(rows=3), ("fixed",))
@@ -260,7 +264,7 @@ def test_an_item_that_does_not_fit_is_counted_as_wrong_and_reported(tokenizer, w
 
     assert (
         len(render_prompt(tokenizer, Arithmetic()[1]))
-        < model.cos.size(0)
+        < model.positions
         < len(render_prompt(tokenizer, Arithmetic()[2]))
     )
 

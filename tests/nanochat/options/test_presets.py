@@ -12,7 +12,7 @@ from nanochat.gpt import GPTConfig
 from nanochat.options.evaluate import EvaluateBaseOptions
 from nanochat.options.presets import PRESETS, PresetOptions
 from nanochat.options.ranges import Between
-from nanochat.options.train import TrainBaseOptions, TrainMidOptions, TrainSftOptions
+from nanochat.options.train import TrainBaseOptions, TrainMidOptions, TrainRlOptions, TrainSftOptions
 from nanochat.platform.errors import UserError
 from nanochat.train.plan import horizon
 
@@ -30,11 +30,12 @@ def test_d20_has_the_numbers_of_the_original_model():
 
 
 def test_only_pretraining_clips_the_gradient_by_default_and_only_training_limits_core():
-    stages = {"base": TrainBaseOptions, "mid": TrainMidOptions, "sft": TrainSftOptions}
+    stages = {"base": TrainBaseOptions, "mid": TrainMidOptions, "sft": TrainSftOptions, "rl": TrainRlOptions}
     assert {name: options().optimizer.grad_clip for name, options in stages.items()} == {
         "base": 1.0,
         "mid": 0.0,
         "sft": 0.0,
+        "rl": 0.0,
     }
     chosen = parse(TrainSftOptions, "train sft", ["--grad-clip", "0.5"]).optimizer
     assert (chosen.grad_clip, chosen.matrix_lr) == (0.5, 0.02)

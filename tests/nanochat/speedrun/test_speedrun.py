@@ -47,9 +47,13 @@ TINY = {
     "mid-eval": ("evaluate", "chat", "--stage", "mid", *TINY_EVALUATE_CHAT),
     "sft": ("train", "sft", *TINY_SFT),
     "sft-eval": ("evaluate", "chat", "--stage", "sft", *TINY_EVALUATE_CHAT),
+    "rl": (*"train rl --gsm8k 16 --examples-per-step 4 --num-samples 2 --max-tokens 8 --eval-every -1".split(),
+           *"--save-every 3 --device cpu".split()),
+    "rl-eval": ("evaluate", "chat", "--stage", "rl", *TINY_EVALUATE_CHAT),
 }  # fmt: skip
 
 
+USUAL = tuple(stage.name for stage in STAGES if not stage.optional)  # stages of a run for which nobody asked for more
 TINY_STAGES = tuple(replace(s, command=TINY.get(s.name, s.command), has_preset=False) for s in STAGES)
 
 
@@ -125,8 +129,8 @@ def test_no_stage_starts_after_one_that_failed(up_to_base, tiny):
 
 def test_a_whole_run_records_every_stage_and_writes_the_report(finished):
     paths = Paths(finished)
-    assert sorted(p.stem for p in paths.records.glob("*.json")) == sorted(NAMES)
-    for name in NAMES:
+    assert sorted(p.stem for p in paths.records.glob("*.json")) == sorted(USUAL)
+    for name in USUAL:
         made = json.loads((paths.records / f"{name}.json").read_text())
         assert made["made"] and all(len(digest) == 64 for digest in made["made"].values()) and made["seconds"] > 0
     report = (paths.report / "report.md").read_text()
@@ -144,6 +148,19 @@ def test_repeating_a_finished_run_changes_nothing(finished, tiny, capfd):
     capfd.readouterr()
     run(SpeedrunOptions(), tiny)
     assert files(tiny) == before
+    assert capfd.readouterr().out.count("finished before, skipped") == len(USUAL)
+
+
+def test_reinforcement_learning_joins_a_finished_run_when_it_is_asked_for(finished, tiny, capfd):
+    copied(finished, tiny)
+    with pytest.raises(UserError, match="--to rl: this stage runs only with --rl; add it"):
+        run(SpeedrunOptions(last="rl"), tiny)
+    run(SpeedrunOptions(rl=True), tiny)
+    out = capfd.readouterr().out
+    assert "sft-eval: finished before" in out and "rl: done" in out and "rl-eval: done" in out and "report: done" in out
+    assert sorted(p.stem for p in tiny.records.glob("*.json")) == sorted(NAMES)
+    assert "Evaluation after reinforcement learning" in (tiny.report / "report.md").read_text()
+    run(SpeedrunOptions(rl=True), tiny)
     assert capfd.readouterr().out.count("finished before, skipped") == len(NAMES)
 
 
@@ -181,7 +198,7 @@ def test_after_a_stage_that_fails_none_starts_and_nothing_says_success(broken, t
     with pytest.raises(
         UserError, match=f"stage {broken} failed with exit status 7 .it broke.*same command again"
     ) as error:
-        run(SpeedrunOptions(device="cpu"), Paths(tmp_path), STAGES)
+        run(SpeedrunOptions(device="cpu", rl=True), Paths(tmp_path), STAGES)
     assert error.value.exit_status == 7 and started == list(NAMES[: NAMES.index(broken) + 1])
     assert sorted(p.stem for p in (Paths(tmp_path).run / "records").glob("*")) == sorted(NAMES[: NAMES.index(broken)])
     assert "all stages" not in capfd.readouterr().out

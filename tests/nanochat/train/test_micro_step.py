@@ -1,5 +1,7 @@
 """A micro-step in its three ways: the same loss and the same gradients, whatever its rows, its length and its weight."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -128,6 +130,20 @@ def test_static_buffers_and_float32_accumulation_give_what_autograd_gives(length
     assert loss == pytest.approx(plain_loss, rel=1e-5)
     for a, b in zip(gradients, plain, strict=True):
         assert b.any()
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()))
+
+
+def test_the_weights_of_tokens_are_copied_too_and_others_stay_without():
+    """Also of a shorter batch, whose padding has no weight, and with a batch without weights in between."""
+    batches = []
+    for seed, (length, weighted) in enumerate([(200, True), (100, True), (200, False), (130, True), (200, True)]):
+        one = batch(2, length, seed)
+        factor = torch.randn(2, length, generator=torch.Generator().manual_seed(seed)) if weighted else None
+        batches.append(replace(one, loss_weight=factor))
+    (loss, gradients), (plain_loss, plain) = run("graph", batches), run("eager", batches)
+    unweighted, _ = run("eager", [replace(one, loss_weight=None) for one in batches])
+    assert loss == pytest.approx(plain_loss, rel=1e-4) and abs(loss - unweighted) > 1
+    for a, b in zip(gradients, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()))
 
 

@@ -288,7 +288,7 @@ def test_a_step_without_anything_to_learn_ends_the_run(trained_base, tmp_path):
     talk = [{"role": "user", "content": "who are you? " * 30}, {"role": "assistant", "content": "nobody"}]
     (Paths(base).data / "chat" / "identity" / "conversations.jsonl").write_text(f"{json.dumps(talk)}\n" * 16)
     others = "--arc-easy 0 --arc-challenge 0 --gsm8k 0 --smoltalk 0 --identity 16 --simple-spelling 0 --spelling-bee 0".split()
-    result = nanochat(base, "train", "sft", *TINY_SFT, *others)
+    result = nanochat(base, "train", "sft", *TINY_SFT, *others, "--eval-every", "-1")
     assert_fails_with(result, "step 0 of sft has nothing to learn", "within the context length")
     assert "loss" not in result.stdout
 

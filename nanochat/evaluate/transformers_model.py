@@ -1,0 +1,73 @@
+"""A causal language model of the transformers library, with what CORE needs of a model and of its tokenizer."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from nanochat.platform.distributed import Runtime
+from nanochat.platform.errors import UserError
+
+
+class TransformersModel:
+    """Gives logits as GPT does. `hidden` has the logits of all positions already, because models differ in what they do with them."""
+
+    def __init__(self, model, runtime: Runtime):
+        self.model, self.device = model, runtime.device
+        sizes = (getattr(model.config, name, None) for name in ("max_position_embeddings", "n_positions"))
+        self.positions = next((size for size in sizes if size), 2048)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """The logits (B, T, V) for tokens (B, T), whose padding is on the right."""
+        return self.model(tokens, use_cache=False).logits
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return hidden.float()
+
+
+class TransformersTokenizer:
+    """Encodes text without special tokens; bos: the token that begins a text, or else the one that ends it."""
+
+    def __init__(self, tokenizer, name: str):
+        self.tokenizer = tokenizer
+        first = (token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None)
+        self.bos = next(first, None)
+        if self.bos is None:
+            raise UserError(f"the tokenizer of {name} has neither a token that begins a text nor one that ends it")
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+
+def load_transformers(name: str, runtime: Runtime) -> tuple[TransformersModel, TransformersTokenizer]:
+    """Load a model from a directory, or by its name on the Hugging Face hub from the cache or the internet.
+
+    Only weights in safetensors are read, and no code that comes with a model runs. Raises UserError when transformers is not
+    installed, and when it cannot load the model.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(
+            f"--hf-path needs the package transformers ({error}); install it with: pip install transformers"
+        ) from error
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=runtime.compute_dtype, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        where = (
+            "the directory has no such model"
+            if Path(name).is_dir()
+            else "no such directory, and not on the hub or no internet"
+        )
+        raise UserError(
+            f"--hf-path {name}: transformers cannot load it ({where}: {str(error).strip().splitlines()[0]})"
+        ) from error
+    return TransformersModel(model.to(runtime.device).eval(), runtime), TransformersTokenizer(tokenizer, name)
+
+
+def slug(name: str) -> str:
+    """The name of a model as a part of the name of a file."""
+    parts = Path(name).parts[-2:]
+    return "_".join("".join(c if c.isalnum() or c in "._-" else "-" for c in part) for part in parts if part != "/")

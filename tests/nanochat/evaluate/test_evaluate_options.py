@@ -1,0 +1,175 @@
+"""Which checkpoint, which tasks, how many answers, and models of the transformers library."""
+
+import csv
+import json
+import shutil
+from itertools import zip_longest
+
+import pytest
+import torch
+
+from nanochat.evaluate import chat
+from nanochat.evaluate.chat import chat_accuracies
+from nanochat.evaluate.core import load_bundle
+from nanochat.evaluate.scores import Score, as_results, write_csv
+from nanochat.evaluate.scoring import logits_at
+from nanochat.evaluate.transformers_model import load_transformers, slug
+from nanochat.options.evaluate import ChatTaskOptions
+from nanochat.options.report import ReportOptions
+from nanochat.platform.errors import UserError
+from nanochat.platform.paths import Paths, steps_in
+from nanochat.report.build import build_report
+from nanochat.report.sections import read_section
+from tests.conftest import TINY_EVALUATE_BASE, TINY_EVALUATE_CHAT, assert_fails_with, nanochat
+
+
+def table(path) -> dict[str, tuple[str, str]]:
+    """The lines of a CSV file by their first column."""
+    with path.open(newline="") as file:
+        head, *rows = csv.reader(file)
+    assert head == ["task", "value", "centred"]
+    return {name: (value, centred) for name, value, centred in rows}
+
+
+def test_scores_are_centred_and_written_as_a_table(tmp_path):
+    scores = [Score("easy, with a comma", 0.5, 0.25), Score("hard", 0.1, 0.0)]
+    results = as_results(scores, "mean")
+    assert results == {"easy, with a comma": 0.5, "hard": 0.1, "mean": pytest.approx((1 / 3 + 0.1) / 2)}
+    assert "mean" not in as_results(scores, "")
+    write_csv(tmp_path / "new" / "scores.csv", scores, {"mean": results["mean"]})
+    assert table(tmp_path / "new" / "scores.csv") == {
+        "easy, with a comma": ("0.500000", "0.333333"),
+        "hard": ("0.100000", "0.100000"),
+        "mean": ("0.216667", ""),
+    }
+
+
+class Guess:
+    """Numbers to guess; an answer is right if it is the number."""
+
+    name, kind, baseline, files = "Guess", "generative", 0.0, ()
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> dict:
+        return {"messages": [{"role": "user", "content": str(index)}, {"role": "assistant", "content": str(index)}]}
+
+    def judge(self, conversation: dict, completion: str) -> bool:
+        return completion == conversation["messages"][-1]["content"]
+
+
+@pytest.mark.parametrize(("samples", "right"), [(1, 0.25), (2, 0.5), (4, 1.0)])
+def test_one_of_several_answers_has_to_be_right(tokenizer, world, cpu, monkeypatch, samples, right):
+    class CountsUp:
+        """Answers every question with 0, 1, 2, … in turn."""
+
+        positions = 512
+
+        def __init__(self, *_):
+            self.tokenizer, self.asked = tokenizer, []
+
+        def stream(self, prompts, max_tokens, samples, seed, temperature, top_k):
+            assert (temperature, top_k) == (0.7, 9)
+            rows = [tokenizer.encode(str(number)) for _ in prompts for number in range(samples)]
+            for column in zip_longest(*rows):
+                yield column, [True] * len(rows)
+
+    monkeypatch.setattr(chat, "TASKS", {"guess": lambda paths: Guess()})
+    monkeypatch.setattr(chat, "Engine", CountsUp)
+    options = ChatTaskOptions(num_samples=samples, temperature=0.7, top_k=9, rows=samples)
+    assert chat_accuracies(None, tokenizer, world, cpu, options, ("guess",))["guess"] == right
+
+
+def test_a_step_and_tasks_are_chosen_and_the_scores_are_beside_the_report(trained_base, tmp_path):
+    paths = Paths(shutil.copytree(trained_base, tmp_path / "base"))
+    first, last = steps_in(paths.checkpoints("sft"))
+    arguments = ["evaluate", "chat", *TINY_EVALUATE_CHAT]
+    for step, options in ((last, []), (first, ["--step", str(first)])):
+        assert nanochat(paths.base, *arguments, *options).returncode == 0
+        found = table(paths.report / f"sft-eval_{step:06d}.csv")
+        assert found.keys() == {"ARC-Easy", "SpellingBee"}
+        results = read_section(paths, "sft-eval")["results"]
+        assert found["ARC-Easy"] == (f"{results['ARC-Easy']:.6f}", f"{(results['ARC-Easy'] - 0.25) / 0.75:.6f}")
+    assert_fails_with(
+        nanochat(paths.base, *arguments, "--step", "1"), "no checkpoint of step 1 of sft", f"{first}, {last}"
+    )
+    sampled = nanochat(paths.base, *arguments, "--num-samples", "3")
+    assert_fails_with(sampled, "--num-samples 3 at --temperature 0", "give a temperature")
+    assert nanochat(paths.base, *arguments, "--num-samples", "3", "--temperature", "0.5").returncode == 0
+    base = ["evaluate", "base", *TINY_EVALUATE_BASE]
+    assert nanochat(paths.base, *base).returncode == 0
+    [newest] = paths.report.glob("base-eval_*.csv")
+    assert table(newest).keys() == {
+        *(task.label for task in load_bundle(paths.eval_bundle)), "CORE", "val_bpb", "train_bpb", "unigram_bpb",
+    }  # fmt: skip
+    step = next(iter(steps_in(paths.checkpoints("base"))))
+    chosen = nanochat(paths.base, *base, "--core-tasks", "world_choice", "--step", str(step))
+    assert chosen.returncode == 0, chosen.stderr
+    found = table(paths.report / f"base-eval_{step:06d}.csv")
+    assert "world_choice" in found and not {"CORE", "world_schema"} & found.keys()
+    assert_fails_with(
+        nanochat(paths.base, *base, "--core-tasks", "nothing"), "unknown task 'nothing' of CORE", "world_choice"
+    )
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory, world):
+    """The directory of a tiny GPT-2, with a tokenizer of bytes."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    directory = tmp_path_factory.mktemp("gpt2")
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator(["Tilda lives in Dunmere."] * 4, vocab_size=300, special_tokens=["<|endoftext|>"])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>")
+    fast.save_pretrained(directory)
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=300, n_positions=96, n_embd=32, n_layer=2, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(directory)
+    return directory
+
+
+def test_a_model_of_the_transformers_library_is_scored_by_its_own_logits(gpt2, cpu):
+    model, tokenizer = load_transformers(str(gpt2), cpu)
+    assert (
+        model.positions == 96
+        and tokenizer.bos == 0
+        and tokenizer.encode("Tilda") == tokenizer.encode("Tilda lives")[:1]
+    )
+    sequences = [[0, *tokenizer.encode("Tilda lives in")], [0, *range(10, 80)], [0, *range(1, 120)]]
+    spans = [(1, 3), (5, 71), (100, 120)]
+    for tokens, (start, end), logits in zip(sequences, spans, logits_at(model, sequences, spans), strict=True):
+        kept = tokens[-96:]
+        gone = len(tokens) - len(kept)
+        whole = model.model(torch.tensor([kept])).logits[0]
+        torch.testing.assert_close(logits, whole[start - 1 - gone : end - 1 - gone], rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_of_the_transformers_library_is_evaluated_beside_the_run(gpt2, trained_base, tmp_path):
+    paths = Paths(shutil.copytree(trained_base, tmp_path / "base"))
+    own = ["evaluate", "base", *TINY_EVALUATE_BASE]
+    assert nanochat(paths.base, *own).returncode == 0
+    before = paths.section("base-eval").read_bytes()
+    result = nanochat(paths.base, *own, "--hf-path", str(gpt2))
+    assert result.returncode == 0, result.stderr
+    assert paths.section("base-eval").read_bytes() == before
+    results = read_section(paths, "hf-eval")["results"]
+    found = table(paths.report / f"hf-eval_{slug(str(gpt2))}.csv")
+    assert found["CORE"][0] == f"{results['CORE']:.6f}" and "val_bpb" not in results
+    build_report(ReportOptions(), paths)
+    assert "| base | mid | sft | hf |" in (paths.report / "report.md").read_text("utf-8")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert_fails_with(
+        nanochat(paths.base, *own, "--hf-path", str(empty)), f"--hf-path {empty}: transformers cannot load it"
+    )
+
+
+def test_a_tokenizer_without_a_first_token_is_rejected(gpt2, cpu, tmp_path):
+    directory = shutil.copytree(gpt2, tmp_path / "other")
+    for path in directory.glob("*token*.json"):
+        settings = json.loads(path.read_text())
+        settings.pop("eos_token", None)
+        path.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="neither a token that begins a text nor one that ends it"):
+        load_transformers(str(directory), cpu)
+    assert slug("/models/openai community/gpt2/") == "openai-community_gpt2" and slug("gpt2") == "gpt2"

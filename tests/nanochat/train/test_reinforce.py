@@ -1,0 +1,273 @@
+"""Reinforcement learning: the reward rises, and the run resumes; each chosen token has the gradient of its answer's advantage."""
+
+import json
+import random
+import shutil
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from nanochat.evaluate.answers import Answer, pass_at, sample_answers
+from nanochat.gpt import GPTConfig
+from nanochat.inference.engine import Engine
+from nanochat.optim import MuonAdamW
+from nanochat.options.report import ReportOptions
+from nanochat.options.train import TrainRlOptions
+from nanochat.platform.distributed import Runtime
+from nanochat.platform.paths import Paths, steps_in
+from nanochat.report.build import build_report
+from nanochat.report.sections import read_section
+from nanochat.synthetic import world
+from nanochat.tasks import GSM8K
+from nanochat.train.metrics import read_metrics
+from nanochat.train.micro_step import MicroStep
+from nanochat.train.reinforce import Rollouts, batch_of
+from tests import forked
+from tests.conftest import assert_fails_with, command, environment, made_once, nanochat
+from tests.nanochat.models import perturbed
+
+# a model that has read eight word problems often enough to solve a fifth of what it is asked, with the calculator
+BASE = (
+    "--depth 1 --context-length 128 --num-iterations 30 --device-batch-size 8 --total-batch-size 1024 --eval-every -1 "
+    "--core-metric-every -1 --sample-every -1 --save-every 0 --device cpu"
+).split()
+MID = (
+    "--device-batch-size 8 --total-batch-size 1024 --smoltalk 0 --mmlu 0 --simple-spelling 0 --spelling-bee 0 "
+    "--identity-repeats 0 --eval-every -1 --save-every 0 --device cpu"
+).split()
+RL = (
+    "--source mid --gsm8k 160 --examples-per-step 8 --num-samples 8 --max-tokens 48 --device-batch-size 24 --sample-rows 40 "
+    "--init-lr-fraction 0.3 --eval-every 10 --eval-samples 4 --save-every 3"
+).split()
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+ON = {"cpu": ("--device", "cpu"), "cuda": ("--device", "cuda", "--deterministic")}
+
+
+@pytest.fixture(scope="module")
+def midtrained(tmp_path_factory, world_base):
+    """The base directory of that model; copy it before writing to it."""
+
+    def make(base) -> None:
+        shutil.copytree(world_base, base)
+        rng = random.Random(0)
+        problems = [dict(zip(("question", "answer"), world.problem(rng), strict=True)) for _ in range(8)]
+        for split, repeats in (("train", 120), ("test", 1)):
+            path = Paths(base).chat_data / "gsm8k" / f"{split}.parquet"
+            pq.write_table(pa.Table.from_pylist(problems * repeats), path)
+        for stage, arguments in (("base", BASE), ("mid", MID)):
+            done = nanochat(base, "train", stage, *arguments)
+            assert done.returncode == 0, done.stderr
+
+    return made_once(tmp_path_factory, "midtrained", make)
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=needs_gpu)])
+def device(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def reinforced(midtrained, tmp_path_factory, device):
+    """The same after reinforcement learning; copy it before writing to it."""
+    base = shutil.copytree(midtrained, tmp_path_factory.mktemp("reinforced") / "base")
+    done = nanochat(base, "train", "rl", *RL, *ON[device])
+    assert done.returncode == 0, done.stderr
+    return base
+
+
+def records(base) -> list[dict]:
+    """What was logged of each step, without times."""
+    names = "step", "loss", "grad_norm", "reward", "answer_tokens", "lr_multiplier"
+    return [{name: r[name] for name in names} for r in read_metrics(Paths(base).metrics("rl"), *names)]
+
+
+def weights(base) -> bytes:
+    return ([*steps_in(Paths(base).checkpoints("rl")).values()][-1] / "model.safetensors").read_bytes()
+
+
+def test_the_reward_rises(reinforced):
+    measured = read_metrics(Paths(reinforced).metrics("rl"), "pass@1", "pass@4")
+    assert [record["step"] for record in measured] == [0, 10, 20]
+    assert measured[-1]["pass@1"] > measured[0]["pass@1"] + 0.2
+    assert all(record["pass@1"] <= record["pass@2"] <= record["pass@4"] for record in measured)
+    rewards = [record["reward"] for record in records(reinforced)]
+    assert len(rewards) == 20 and sum(rewards[-5:]) > sum(rewards[:5]) + 1
+    rates = read_metrics(Paths(reinforced).metrics("rl"), "samples_per_second")
+    assert len(rates) == 20 and all(record["samples_per_second"] > 0 for record in rates)
+
+
+def test_what_was_learned_is_evaluated_reported_and_talked_to(reinforced, tmp_path):
+    base = shutil.copytree(reinforced, tmp_path / "base")
+    paths = Paths(base)
+    evaluated = nanochat(base, *"evaluate chat --stage rl --tasks GSM8K --max-tokens 48 --device cpu".split())
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert read_section(paths, "rl-eval")["results"]["GSM8K"] > 0.3
+    build_report(ReportOptions(), paths)
+    report = (paths.report / "report.md").read_text("utf-8")
+    assert "| metric | chance | base | mid | sft | rl |" in report and "### Reinforcement learning" in report
+    assert "trained by rewards on 160 word problems" in report and "![Reward of rl](reward-rl.svg)" in report
+    pass_1 = read_section(paths, "rl")["results"]["pass@1"]
+    assert f"| GSM8K stand-in, pass@1 | – | – | – | – | {pass_1:.4f} |" in report
+    question = GSM8K(paths, "test")[0]["messages"][0]["content"]
+    said = nanochat(base, "chat", "--source", "rl", "--max-tokens", "48", "--device", "cpu", "-p", question)
+    assert said.returncode == 0 and "nanochat:" in said.stdout, said.stderr
+
+
+def test_a_killed_run_resumes_bit_for_bit(midtrained, reinforced, device, tmp_path):
+    base = shutil.copytree(midtrained, tmp_path / "base")
+    process = forked.start(*command("train", "rl", *RL, *ON[device])[1:], env=environment(base))
+    deadline = time.monotonic() + 120
+    while not steps_in(Paths(base).checkpoints("rl")).keys() - {0}:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    assert max(steps_in(Paths(base).checkpoints("rl"))) < 20
+    again = nanochat(base, "train", "rl", *RL, *ON[device])
+    assert again.returncode == 0 and "resuming rl at step" in again.stdout, again.stderr
+    assert records(base) == records(reinforced) and weights(base) == weights(reinforced)
+
+
+def test_two_processes_share_the_questions_and_one_goes_on(midtrained, tmp_path):
+    base = shutil.copytree(midtrained, tmp_path / "base")
+    both = nanochat(base, "train", "rl", *RL, *ON["cpu"], "--gsm8k", "64", processes=2)
+    assert both.returncode == 0, both.stderr
+    assert len(records(base)) == 8 and any(record["reward"] for record in records(base))
+    path = [*steps_in(Paths(base).checkpoints("rl")).values()][-1] / "meta.json"
+    meta = json.loads(path.read_text())
+    assert meta["positions"] == [[32], [32]]  # four questions of each step for each
+    settings = meta["settings"] | {"gsm8k": 80, "questions": 80}
+    path.write_text(json.dumps(meta | {"settings": settings}))
+    alone = nanochat(
+        base, "train", "rl", *RL, *ON["cpu"], "--gsm8k", "80", "--sample-rows", "16"
+    )  # as after memory ran out
+    assert alone.returncode == 0 and "resuming rl at step 8" in alone.stdout, alone.stderr
+    assert len(records(base)) == 10
+
+
+def test_bad_options(midtrained, tmp_path):
+    base = shutil.copytree(midtrained, tmp_path / "base")
+    for arguments, parts in (
+        (["--gsm8k", "7"], ("7 questions do not fill one step of 8", "--examples-per-step", "--num-epochs")),
+        (["--num-samples", "1"], ("--num-samples must be at least 2, got 1",)),
+        (["--source", "sft"], ("no checkpoint of sft", "there are: base, mid")),
+    ):
+        assert_fails_with(nanochat(base, "train", "rl", *RL, *ON["cpu"], *arguments), *parts)
+    result = nanochat(base, "train", "rl", *RL, *ON["cpu"], "--examples-per-step", "7", processes=2)
+    assert "a step of 7 questions is not a multiple of the 2 questions" in result.stderr
+
+
+class Scripted:
+    """An engine that says what a script says: for each prompt, by its last token, its answers in turn."""
+
+    def __init__(self, tokenizer, script: dict[int, list[Answer]]):
+        self.tokenizer, self.script, self.calls = tokenizer, script, []
+        self.said = dict.fromkeys(script, 0)
+
+    def stream(self, prompts, max_tokens, samples, seed, **sampling):
+        self.calls.append((len(prompts) * samples, seed))
+        rows = []
+        for prompt in prompts:
+            first = self.said[prompt[-1]]
+            rows += self.script[prompt[-1]][first : first + samples]
+            self.said[prompt[-1]] += samples
+        for step in range(max(len(row.tokens) for row in rows)):
+            yield (
+                [row.tokens[step] if step < len(row.tokens) else None for row in rows],
+                [row.sampled[step] if step < len(row.tokens) else True for row in rows],
+            )
+
+
+@pytest.mark.parametrize(("rows", "calls"), [(64, [9]), (6, [6, 3]), (3, [3, 3, 3]), (2, [2, 1] * 3), (1, [1] * 9)])
+def test_answers_come_in_order_however_many_are_made_at_a_time(tokenizer, rows, calls):
+    script = {
+        prompt: [Answer([prompt, number, 7][: number + 1], [True, False, True][: number + 1]) for number in range(3)]
+        for prompt in (1, 2, 3)
+    }
+    engine = Scripted(tokenizer, script)
+    found = list(sample_answers(engine, [[9, 1], [2], [3]], 3, rows, 20, seed=5, temperature=1.0, top_k=50))
+    assert found == list(script.values())
+    assert engine.calls == [(size, 5 + number) for number, size in enumerate(calls)]
+
+
+def test_the_chance_that_one_of_k_answers_is_right():
+    assert [pass_at(k, 1, 4) for k in (1, 2, 4)] == pytest.approx([0.25, 0.5, 1.0])
+    assert pass_at(3, 0, 8) == 0 and pass_at(1, 8, 8) == 1 and pass_at(2, 3, 4) == 1
+    # all pairs of four answers, two of which are right
+    assert pass_at(2, 2, 4) == pytest.approx(5 / 6)
+
+
+def test_the_loss_is_reinforce_over_the_tokens_that_the_model_chose():
+    """The gradient of a step against −1/N Σ A·log p, written out; the second answer has forced tokens, the third none at all."""
+    model = perturbed(GPTConfig.from_depth(2, 301, 64))
+    rows = [
+        ([5, 6, 7], Answer([8, 9, 10], [True] * 3), 0.75),
+        ([5, 6, 7], Answer([20, 21, 22, 23, 24], [True, True, False, False, True]), -0.25),
+        ([11, 12], Answer(), -0.25),
+        ([11, 12], Answer([30], [True]), 0.0),
+    ]
+    logged = 0.0
+    for prompt, answer, advantage in rows:
+        tokens = torch.tensor([[*prompt, *answer.tokens]])
+        log_p = torch.log_softmax(model(tokens), dim=-1)[0]
+        for place, (token, chosen) in enumerate(zip(answer.tokens, answer.sampled, strict=True), len(prompt)):
+            logged = logged - advantage * log_p[place - 1, token] * chosen
+    (logged / 7).backward()  # seven tokens were chosen
+    wanted = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    for execution in ("eager", "graph"):
+        optimizer = MuonAdamW(model)
+        step = MicroStep(model, optimizer, execution, one_length=False)
+        micro_batches = [batch_of(rows[:1], ()), batch_of(rows[1:], ())]
+        for batch in micro_batches:
+            step(batch, int((batch.targets != -1).sum()) / 7)
+        optimizer.synchronize()
+        assert step.loss.item() == pytest.approx(logged.item() / 7, rel=1e-4)
+        for parameter, gradient in zip(model.parameters(), wanted, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
+        for group in optimizer.groups:
+            group.gradients.zero_()
+
+
+def test_each_process_asks_its_own_questions_and_all_of_them_once(tokenizer, midtrained):
+    paths, asked = Paths(midtrained), []
+    model = perturbed(GPTConfig.from_depth(1, tokenizer.vocab_size, 64))
+    options = TrainRlOptions(gsm8k=8, num_samples=2, device_batch_size=3, max_tokens=2)
+
+    class Noted(GSM8K):
+        def __getitem__(self, index: int) -> dict:
+            asked.append(index)
+            return super().__getitem__(index)
+
+    task = Noted(paths, "train")
+    for rank in range(2):
+        runtime = Runtime(rank, 2, torch.device("cpu"), torch.float32)
+        rollouts = Rollouts(Engine(model, tokenizer), task, options, 2, runtime)
+        assert rollouts.micro_batches == 2  # four answers, three at a time
+        made = rollouts.batches(0)
+        batches = [next(made) for _ in range(4)]
+        assert [len(batch.inputs) for batch in batches] == [3, 1, 3, 1]
+        assert [batch.position for batch in batches] == [(2,), (2,), (4,), (4,)]
+    assert sorted(asked) == list(range(8))
+
+
+def test_an_answer_is_worth_its_reward_less_the_mean_of_its_question(tokenizer, midtrained, cpu):
+    task, started = GSM8K(Paths(midtrained), "train"), tokenizer.special("assistant_start")
+    right = tokenizer.encode(task[0]["messages"][1]["content"][-1]["text"])
+    said = [right, tokenizer.encode("#### 999999"), tokenizer.encode("I do not know"), right]
+    engine = Scripted(tokenizer, {started: [Answer(tokens, [True] * len(tokens)) for tokens in said]})
+    options = TrainRlOptions(num_samples=4, device_batch_size=4)
+    rollouts = Rollouts(engine, task, options, 1, cpu)
+    batch = next(rollouts.batches(0))
+    for row, (tokens, advantage) in enumerate(zip(said, (0.5, -0.5, -0.5, 0.5), strict=True)):
+        chosen = batch.targets[row] >= 0
+        assert batch.targets[row, chosen].tolist() == tokens
+        assert batch.loss_weight[row, chosen].tolist() == [advantage] * len(tokens)
+        assert batch.inputs[row, chosen].tolist() == [started, *tokens[:-1]]
+    found = rollouts.measured()
+    assert (
+        found["reward"] == 0.5 and found["answer_tokens"] == sum(map(len, said)) / 4 and found["samples_per_second"] > 0
+    )
