@@ -42,6 +42,12 @@ def test_what_is_expected_comes_from_the_copy_or_from_flash_attention():
     assert sm80.expected([row(1000, 1e12)], measured) == pytest.approx(180 / 312 * 450 / 400)
 
 
+def test_an_append_touches_what_it_appends_alone():
+    """Not the whole cache, which is a hundred times as large."""
+    (row,) = sm80.rows(("cache_append",))
+    assert 2**18 < row.bytes < 2**21
+
+
 def test_the_table_of_two_kernels(tmp_path):
     command = [sys.executable, "-m", "bench.sm80", "table", "--kernel", "rms_norm_forward", "relu2_mlp_up", "--out"]
     done = subprocess.run(
