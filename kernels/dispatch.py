@@ -16,6 +16,7 @@ from nanochat_kernels import configs
 from nanochat_kernels.operation import Implementation, Kernel, Operation
 from nanochat_kernels.plan import cached_call
 from nanochat_kernels.tracing import constant_when_traced
+from nanochat_kernels.triton_helpers import recording
 
 
 class KernelRequestError(ValueError):
@@ -77,7 +78,7 @@ def named(operation: Operation, impl: str) -> Implementation:
 def automatic(operation: Operation, *arguments) -> tuple[str, str]:
     """Return the name of the implementation that "auto" takes for these arguments, and the reason."""
     device = arguments[0].device
-    if device.type != "cuda":
+    if device.type != "cuda" and not (device.type == "meta" and recording()):
         return "reference", "fused kernels run on CUDA devices only"
     preferred, why = preference(operation.name, device.index)
     if preferred == "reference":

@@ -20,7 +20,7 @@ from nanochat_kernels.matrix_product import (
     product_parameters,
     store_block,
 )
-from nanochat_kernels.operation import Kernel
+from nanochat_kernels.operation import MORE_WIDTHS, Kernel, Key
 from nanochat_kernels.triton_helpers import DTYPES, cast, tl, triton
 
 
@@ -124,10 +124,14 @@ def launches_of(symmetric: bool):
         def add(name: str, x_transposed: bool, y_transposed: bool, plus: bool, gamma: float = 0.0, to=dtype) -> None:
             x, y = normal(*((k, m) if x_transposed else (m, k))), normal(*((n, k) if y_transposed else (k, n)))
             added = normal(m, n) if plus else None
-            sets[name] = lambda parameters: scaled_product(
-                x, y, added, beta=float(plus), gamma=gamma, x_transposed=x_transposed, y_transposed=y_transposed,
-                symmetric=symmetric, dtype=to, parameters=parameters,
-            )  # fmt: skip
+            options = {
+                "beta": float(plus), "gamma": gamma, "x_transposed": x_transposed, "y_transposed": y_transposed,
+                "symmetric": symmetric, "dtype": to,
+            }  # fmt: skip
+            sets[name] = lambda parameters: scaled_product(x, y, added, parameters=parameters, **options)
+            if dtype == torch.float16:  # as newton_schulz computes: one of several ranks may have a single matrix
+                one = x[:1], y[:1], added if added is None else added[:1]
+                sets[f"{name}, one matrix"] = lambda parameters: scaled_product(*one, parameters=parameters, **options)
 
         add("plus", False, symmetric, True)
         add("product", False, symmetric, False)
@@ -148,8 +152,16 @@ def launches_of(symmetric: bool):
 
 TRANSPOSITIONS = tuple(itertools.product((False, True), repeat=2))
 WIDTHS = (256, 768, 1280, 2048)  # the model's matrices are w × w, 4w × w and w × 4w
-SYMMETRIC_KEYS = tuple((w, w, k) for w in WIDTHS for k in (w, 4 * w))
-KEYS = tuple(key for w in WIDTHS for key in ((w, w, w), (w, 4 * w, w), (4 * w, w, w)))
+
+
+def symmetric_keys(widths: tuple[int, ...]) -> tuple[Key, ...]:
+    return tuple((w, w, k) for w in widths for k in (w, 4 * w))
+
+
+def product_keys(widths: tuple[int, ...]) -> tuple[Key, ...]:
+    return tuple(key for w in widths for key in ((w, w, w), (w, 4 * w, w), (4 * w, w, w)))
+
+
 # whole tiles; ragged tiles with descriptors; ragged tiles without
 MORE_KEYS = ((1536, 1536, 1536), (1216, 1216, 1216), (1001, 1001, 1001))
 SPACE = tuple(
@@ -179,7 +191,10 @@ SPACE = tuple(
     for programs in (0, 1, 2)
     for tma in (0, 1)
 )
-KERNELS = (
-    Kernel("symmetric_product", DTYPES[:2], SYMMETRIC_KEYS, SPACE, launches_of(True), MORE_KEYS),
-    Kernel("matrix_product", DTYPES[:2], KEYS, SPACE, launches_of(False), MORE_KEYS),
+KERNELS = tuple(
+    Kernel(name, DTYPES[:2], keys_of(WIDTHS), SPACE, launches, (*MORE_KEYS, *keys_of(MORE_WIDTHS)))
+    for name, keys_of, launches in (
+        ("symmetric_product", symmetric_keys, launches_of(True)),
+        ("matrix_product", product_keys, launches_of(False)),
+    )
 )

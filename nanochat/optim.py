@@ -41,21 +41,24 @@ class MuonAdamW:
 
     After the backward passes of a step, call `synchronize()` on every rank; it returns the global gradient norm, a float32
     scalar tensor. Then call `update(...)`. graphs: on CUDA with fused kernels, replay the work from CUDA graphs.
+    alone: there is no other process, whatever torch.distributed says.
     Keller Jordan et al. 2024 (Muon), Loshchilov and Hutter 2019 (AdamW).
     """
 
-    def __init__(self, model: GPT, options: OptimizerOptions | None = None, graphs: bool = True):
+    def __init__(
+        self, model: GPT, options: OptimizerOptions | None = None, graphs: bool = True, alone: bool = False
+    ):  # fmt: skip
         self.options = options or OptimizerOptions()
         self.impl = model.config.impl.optimizer
         self.steps = 0
         self.exchanged = (
             False  # the gradients have been exchanged by `exchanging`; who replays it from a graph sets this
         )
-        distributed = dist.is_initialized()
+        distributed = dist.is_initialized() and not alone
         self.rank = dist.get_rank() if distributed else 0
         self.world_size = dist.get_world_size() if distributed else 1
         # bf16 halves the time of the products on a GPU; a CPU is no faster with it
-        self.update_dtype = torch.bfloat16 if model.device.type == "cuda" else torch.float32
+        self.update_dtype = torch.bfloat16 if model.device.type in ("cuda", "meta") else torch.float32
         self.schedule = Schedule.on(model.device)
         self.matrix_groups = self._make_matrix_groups(model)
         self.row_groups = self._make_row_groups(model)

@@ -9,21 +9,23 @@ By default CUDA uses what the gate measured to be faster. Without a measurement 
 fused are, else compile. Every other device uses eager.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 
 import nanochat_kernels as kernels
 from nanochat.data.batches import Batch
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.options.model import Implementations
 from nanochat.options.train import Execution
 from nanochat.platform.cuda_graphs import Replayed
 from nanochat.platform.errors import UserError
-from nanochat_kernels import ranges
+from nanochat_kernels import configs, library, ranges
+from nanochat_kernels.triton_helpers import Launch, compile_side_by_side, recorded_launches
 
 # Rows are padded to a multiple of this many tokens. At a context of 2048, fine-tuning then needs at most 16 graphs, and with several
 # processes as many again for the last micro-step of a step.
@@ -62,6 +64,33 @@ def choose_execution(
             return "compile", f"these run as their reference: {', '.join(plain)}"
         return "graph", "faster than torch.compile wherever it was measured; nanochat kernels gate measures it here"
     return "eager", f"the device is {device.type}"
+
+
+def step_launches(
+    config: GPTConfig, dtype: torch.dtype, rows: int, length: int, weighted: bool = False
+) -> list[Launch]:
+    """Record the launches of a training step with a micro-batch (rows, length) on the meta device, with the tables in use."""
+    with recorded_launches() as launches:
+        model = GPT(config, dtype).to("meta")
+        optimizer = MuonAdamW(model, graphs=False, alone=True)
+        optimizer.keep_gradients(model)
+        tokens = torch.zeros(rows, length, dtype=torch.int64, device="meta")
+        weight = torch.ones(tokens.shape if weighted else (), device="meta")
+        model(tokens, tokens, loss_weight=weight).backward()
+        optimizer.begin_step(1.0, 0.95)
+        optimizer.update_weights()
+    return launches
+
+
+def compile_ahead(model: GPT, rows: int, length: int, weighted: bool) -> None:
+    """Compile the kernels of a step side by side, which its launches would compile one after the other."""
+    if model.device.type != "cuda" or library.in_use():
+        return
+    config = replace(model.config, depth=min(model.config.depth, 2))  # more blocks need no other code
+    with configs.tables_of(configs.architecture(model.device.index)):
+        launches = step_launches(config, model.compute_dtype, rows, length, weighted)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    compile_side_by_side(launches, model.device, max(1, len(os.sched_getaffinity(0)) // processes))
 
 
 class MicroStep:
@@ -112,6 +141,8 @@ class MicroStep:
         padded = -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
         longest = max(length, min(padded, self.model.config.context_length))
         shape = (rows, longest, exchange, batch.loss_weight is not None)
+        if not self.graphs:
+            compile_ahead(self.model, rows, longest, shape[3])
         if shape not in self.graphs:
             self.graphs[shape] = self._make_graph(*shape)
         static, forward_and_backward = self.graphs[shape]

@@ -9,13 +9,14 @@ import ctypes
 import importlib
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from nanochat_kernels import configs, dispatch, inspect, library
-from nanochat_kernels.triton_helpers import Launch, recorded_launches
+from nanochat_kernels import configs, inspect, library
+from nanochat_kernels.triton_helpers import Launch
 
 DEVICE = torch.device("cuda", 0)
 
@@ -43,22 +44,10 @@ def serves(found: library.Library, driver: ctypes.CDLL, launch: Launch) -> bool:
 
 def model_launches(architecture: str, depth: int, rows: int, tokens: int) -> list[Launch]:
     """Record a training step of a model with one layer of the width that a model of some depth has."""
-    gpt = importlib.import_module("nanochat.gpt")
-    operations = dispatch.operations()
-    named = {name: next(iter(op.implementations)) for name, op in operations.items() if op.implementations}
-    options = importlib.import_module("nanochat.options.model").Implementations
-    impl = options(**{name: named[name] for name in vars(options()) if name in named})
-    sizes = gpt.GPTConfig.from_depth(depth, 65_536, tokens)
-    config = gpt.GPTConfig(1, sizes.width, sizes.n_head, sizes.n_kv_head, sizes.vocab_size, tokens, impl)
-    with configs.tables_of(architecture), recorded_launches() as launches:
-        model = gpt.GPT(config, torch.bfloat16).to("meta")
-        optimizer = importlib.import_module("nanochat.optim").MuonAdamW(model, graphs=False)
-        optimizer.keep_gradients(model)
-        ids = torch.zeros(rows, tokens, dtype=torch.int64, device="meta")
-        model(ids, ids, loss_weight=torch.ones((), device="meta")).backward()
-        optimizer.begin_step(1.0, 0.95)
-        optimizer.update_weights()
-    return launches
+    gpt, micro_step = (importlib.import_module(f"nanochat.{name}") for name in ("gpt", "train.micro_step"))
+    config = replace(gpt.GPTConfig.from_depth(depth, 65_536, tokens), depth=1)
+    with configs.tables_of(architecture):
+        return micro_step.step_launches(config, torch.bfloat16, rows, tokens)
 
 
 def architectures_of(found: library.Library) -> list[str]:

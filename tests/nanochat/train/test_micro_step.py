@@ -12,6 +12,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.options.model import Implementations
 from nanochat.platform.errors import UserError
 from nanochat.train.micro_step import MicroStep, choose_execution, fusable_options
+from tests.kernels.harness import without_interpreter
 from tests.processes import spawn
 
 GPU = torch.cuda.is_available()
@@ -261,3 +262,61 @@ def test_execution():
     assert choose_execution("compile", torch.device("cuda", 0), Implementations())[0] == "compile"
     with pytest.raises(UserError, match="--execution graph replays CUDA graphs, and the device is cpu"):
         choose_execution("graph", torch.device("cpu"), Implementations())
+
+
+STEP = """
+from dataclasses import replace
+import torch
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.train.micro_step import MicroStep, compile_ahead, step_launches
+from nanochat_kernels import configs
+from nanochat_kernels.triton_helpers import triton
+config = GPTConfig.from_depth(8, 4096, 512)
+"""
+
+
+def test_a_recorded_step_takes_the_kernels_that_a_gpu_takes():
+    """Those of auto, without a GPU, for the optimizer too."""
+    names = without_interpreter(
+        STEP
+        + "with configs.tables_of('sm90'): found = step_launches(config, torch.bfloat16, 4, 512)\n"
+        + "print(*sorted({launch.kernel.__name__ for launch in found}))"
+    ).split()
+    expected = {
+        "hopper_kernel",
+        "hopper_attention_kernel",
+        "rows_kernel",
+        "momentum_kernel",
+        "adamw_kernel",
+        "product_kernel",
+    }
+    assert expected <= set(names), names
+
+
+@pytest.mark.skipif(not GPU, reason="kernels are compiled for a GPU")
+def test_kernels_compiled_ahead_are_those_of_the_step(tmp_path):
+    """After compile_ahead a step compiles nothing more."""
+    code = (
+        STEP
+        + f"""
+import os
+os.environ["TRITON_CACHE_DIR"] = {str(tmp_path)!r}
+from nanochat.data.batches import Batch
+from nanochat.optim import MuonAdamW
+model = GPT.create(config, "cuda", torch.bfloat16)
+compiled = []
+triton.knobs.runtime.jit_post_compile_hook = lambda *_, **about: compiled.append(about["fn"].name)
+compile_ahead(model, 4, 512, False)
+ahead = len(compiled)
+optimizer = MuonAdamW(model)
+step = MicroStep(model, optimizer, "graph", one_length=True)
+tokens = torch.randint(4096, (4, 512))
+step(Batch(tokens, tokens, ()), 1.0)
+optimizer.synchronize()
+optimizer.update(1.0, 0.95)
+torch.cuda.synchronize()
+print(ahead, compiled[ahead:])
+"""
+    )
+    ahead, more = without_interpreter(code).strip().split(" ", 1)
+    assert int(ahead) > 20 and more == "[]", (ahead, more)
