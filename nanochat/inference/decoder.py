@@ -123,6 +123,7 @@ class Decoder:
         mirror, places = None, list(range(len(given)))
         if self.model.device.type == "cpu":
             mirror = self.mirrors[rows] = self.mirrors.get(rows) or Mirror(self.cache, rows)
+        if mirror is not None:
             places = mirror.places([(row, int(row[LENGTH]), row[PAGES : PAGES + pages].tolist()) for row in given])
         padded[places] = np.stack(given)[:, : PAGES + width]
         work = partial(decode, mirror=mirror, candidates=candidates, any_all=any_all, alternatives=alternatives)

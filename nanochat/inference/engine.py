@@ -8,7 +8,7 @@ attention adds the keys in parts of fixed size, chunks of a prompt begin at the 
 the row's own seed. Kwon et al. 2023 (pages), Yu et al. 2022 (joining and leaving at every step), Agrawal et al. 2023 (chunks).
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -256,9 +256,12 @@ class Engine:
 
     def _rows(self, prompts: list[list[int]], max_tokens: int, samples: int = 1, **sampling) -> list[Row]:
         check_sampling(prompts, max_tokens, sampling.get("temperature", 1.0), sampling.get("top_k"), samples)
-        return [
-            self.row(prompt, max_tokens, sample=number, **sampling) for prompt in prompts for number in range(samples)
-        ]
+        rows, samples_of = [], Counter()  # a prompt that is given twice gets other random numbers the second time
+        for prompt in prompts:
+            first = samples_of[tuple(prompt)]
+            rows += [self.row(prompt, max_tokens, sample=first + number, **sampling) for number in range(samples)]
+            samples_of[tuple(prompt)] += samples
+        return rows
 
     def stream(
         self, prompts: list[list[int]], max_tokens: int, **sampling

@@ -35,7 +35,7 @@ class ChatOptions(NewestRun):
 class WebOptions(NewestRun):
     """Serve a chat in the browser, and OpenAI's API, until Ctrl-C or SIGTERM."""
 
-    source: Annotated[Literal["base", "mid", "sft"], tyro.conf.arg(aliases=["--stage"])] = "sft"
+    source: Annotated[Literal["base", "mid", "sft", "rl"], tyro.conf.arg(aliases=["--stage"])] = "sft"
     """training stage whose newest checkpoint is used; --stage, as other commands call it, is the same"""
     host: str = "127.0.0.1"
     """address to listen on; 0.0.0.0 lets other machines in, and nobody is asked for a password"""

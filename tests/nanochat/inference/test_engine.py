@@ -56,6 +56,9 @@ def test_samples_share_a_prefill_and_differ(engine):
     assert len(rows) == 6
     assert len({row[0] for row in rows[:3]}) > 1  # the first token is drawn for each row
     assert rows == engine.generate([[1, 2, 3], [4, 5]], 8, samples=3, temperature=1.0, seed=1)
+    assert rows[:3] == engine.generate([[1, 2, 3]], 8, samples=3, temperature=1.0, seed=1)
+    twice = engine.generate([[1, 2, 3], [1, 2, 3]], 8, samples=3, temperature=1.0, seed=1)
+    assert twice == engine.generate([[1, 2, 3]], 8, samples=6, temperature=1.0, seed=1)
     same = engine.generate([[1, 2, 3]], 8, samples=2, temperature=0.0)
     assert same[0] == same[1] == engine.generate([[1, 2, 3]], 8, temperature=0.0)[0]
 
