@@ -1,42 +1,57 @@
-"""Time the engine on this GPU: python -m bench.engine --depth 20 --batches 1 8 64 256
+"""Time the engine: python -m bench.engine --measure steps users evaluation
 
-A variant is WAY:IMPL: replay decodes from a CUDA graph, eager launches every kernel; IMPL is the implementation of attention, of
-which reference is torch's. Weights and tokens are random, not zero. For each batch the variants take turns in one process, with
-one cache, because several would not fit.
-    first   from the call to the first token of all rows, whose prompts fill the cache: prefill, head and sampling
-    token   from one token of all rows to the next, of which host is what the step's kernels, from a graph without a pause, do not take
-    MBU     bytes of weights, keys and values that a token needs, per second, of what a copy moves per second on this GPU
+    steps       on this GPU, with random weights and tokens that are not zero. A variant is WAY:IMPL: replay runs passes from a CUDA
+                graph, eager launches every kernel; IMPL is the implementation of attention, of which reference is plain PyTorch's.
+                For each batch the variants take turns in one process, with one cache, because several would not fit.
+                first   from the call to the first token of all rows, whose prompts fill the cache
+                token   from one token of all rows to the next, of which host is what the passes' kernels, from a graph without a
+                        pause, do not take
+                MBU     bytes of weights, keys and values that a token needs, per second, of what a copy moves per second
+    users       tokens per second of so many users with a question each, together and one after the other
+    evaluation  seconds for the word problems of a run, all given to the engine at once, in batches of which each waits for its last
+                row, and one at a time; the answers must be equal
+
+Users and evaluation are measured with the fine-tuned model of a run, on any device.
 """
 
 import gc
+import os
 import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Literal
 
+import numpy as np
 import torch
 import tyro
 
 from bench.measure import COPY_BYTES, header
+from nanochat.checkpoint import load_model
+from nanochat.evaluate.chat import TASKS
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.inference.cache import KVCache
-from nanochat.inference.decoder import Decoder
-from nanochat.inference.sampling import Sampler
+from nanochat.inference.decoder import LENGTH, PAGES, TEMPERATURE, TOKEN, TOP_K, Decoder, as_bits
+from nanochat.inference.engine import CHUNKS_AT_ONCE, PAGE, STEP_ROWS, Engine
 from nanochat.options.model import Implementations
 from nanochat.platform.distributed import start_runtime
 from nanochat.platform.errors import UserError
 from nanochat.platform.files import write_json
+from nanochat.platform.paths import base_paths
+from nanochat.tokenizer.chat_format import render_prompt
 from nanochat.train.timing import trained_model
 from nanochat_kernels.timing import Graph, interleaved
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Time prefill and decoding, variant by variant."""
+    """Time the engine: its passes, many users at once, and an evaluation."""
 
+    measure: tuple[Literal["steps", "users", "evaluation"], ...] = ("steps",)
+    """what to time"""
     depth: int = 20
-    """blocks of the model"""
+    """blocks of the model of steps"""
     batches: tuple[int, ...] = (1, 8, 64, 256)
     """rows that are decoded together"""
     cached: int = 2000
@@ -51,41 +66,58 @@ class EngineConfig:
     """size of the vocabulary"""
     variants: tuple[str, ...] = ("replay:triton", "replay:reference", "eager:reference")
     """variants to time, as WAY:IMPL"""
+    run_name: str = "cpu"
+    """run whose model serves users and evaluation"""
+    users: tuple[int, ...] = (1, 8, 64)
+    """users at the same time"""
+    answer: int = 64
+    """tokens of each answer"""
+    items: int = 128
+    """word problems"""
+    device: str = "auto"
+    """cuda, cpu or auto, for users and evaluation"""
     json: Path | None = None
     """file for every sample"""
 
 
 class Run:
-    """A variant at a batch: `prefill` fills the cache with prompts, `decode` decodes some tokens. Variants share the cache's memory."""
+    """A variant at a batch: `prefill` fills the cache with prompts, `decode` decodes some tokens. Variants share the cache."""
 
-    def __init__(self, variant: str, model: GPT, memory: KVCache, config: EngineConfig):
+    def __init__(self, variant: str, model: GPT, cache: KVCache, rows: int, config: EngineConfig):
         way, _, impl = variant.partition(":")
         if way not in ("replay", "eager"):
             raise UserError(f"{variant}: the way is replay or eager, and then an implementation of attention")
-        for block in model.blocks:
-            block.attention.config = replace(model.config, impl=Implementations(attention=impl))
-        self.model, self.rows, self.config, self.impl = model, len(memory.lengths), config, impl
-        replay, device, rows = way == "replay", model.device, self.rows
-        cache = KVCache(memory.keys, memory.values, torch.zeros_like(memory.lengths), replay)
-        sampler = Sampler(rows, config.vocab_size, 1.0 if config.top_k else 0.0, config.top_k or None, device)
-        self.decoder = Decoder(model, cache, sampler, replay)
-        self.decoder.generator = torch.Generator(device).manual_seed(0)
-        self.prompts = torch.randint(config.vocab_size, (rows, config.cached), device=device)
-        self.filled = 0
-        self.tokens: list[int] = []
+        self.model, self.rows, self.config, self.impl = model, rows, config, impl
+        self.use()
+        self.decoder = Decoder(model, cache, STEP_ROWS["cuda"], CHUNKS_AT_ONCE["cuda"], way == "replay")
+        self.pages = -(-(config.cached + max(config.steps, 4) + 1) // cache.page)
+        self.numbers = [np.zeros(PAGES + self.decoder.most_pages, np.int64) for _ in range(rows)]
+        for row, numbers in enumerate(self.numbers):
+            numbers[PAGES : PAGES + self.pages] = range(1 + row * self.pages, 1 + (row + 1) * self.pages)
+            numbers[TEMPERATURE], numbers[TOP_K] = as_bits(1.0), config.top_k or 1
+        self.prompts = torch.randint(config.vocab_size, (rows, config.cached)).tolist()
 
     def prefill(self) -> float:
         """Return the milliseconds to the first token."""
         self.use()
         torch.cuda.synchronize()
-        started = time.perf_counter()
-        cache = self.decoder.cache.every(1)
-        hidden = self.model.hidden(self.prompts, cache)
-        cache.advance(self.config.cached, self.config.cached)
-        self.decoder.cache.repeat(1, self.config.cached)
-        self.tokens = self.decoder.choose(self.model.logits(hidden[:, -1]))
-        self.filled = self.config.cached
+        started, page = time.perf_counter(), self.decoder.cache.page
+        for prompt, numbers in zip(self.prompts, self.numbers, strict=True):
+            pages = numbers[PAGES : PAGES + self.pages].tolist()
+            starts = range(0, len(prompt) - 1, page)
+            self.decoder.prefill([(prompt[s : min(s + page, len(prompt) - 1)], s, pages) for s in starts])
+            numbers[TOKEN], numbers[LENGTH] = prompt[-1], len(prompt) - 1
+        self.step()
         return 1e3 * (time.perf_counter() - started)
+
+    def step(self) -> None:
+        """Decode a token of every row."""
+        size = self.decoder.size_for(self.rows, "rows")
+        for first in range(0, self.rows, size):
+            part = self.numbers[first : first + size]
+            tokens, _ = self.decoder.decode(part, self.pages, max(self.config.top_k, 1), False, 0)
+            for numbers, [token] in zip(part, tokens, strict=True):
+                numbers[TOKEN], numbers[LENGTH] = token, numbers[LENGTH] + 1
 
     def decode(self, steps: int) -> list[float]:
         """Return the milliseconds of each token."""
@@ -94,16 +126,15 @@ class Run:
         found = []
         for _ in range(steps):
             started = time.perf_counter()
-            self.filled += 1
-            self.tokens = self.decoder(self.tokens, [1] * self.rows, self.filled)  # waits for the GPU
+            self.step()  # waits for the GPU
             found.append(1e3 * (time.perf_counter() - started))
         return found
 
     def gpu(self) -> float:
-        """Return the milliseconds that the kernels of a step take after each other: the last token again, which no row keeps."""
+        """Return the milliseconds that the kernels of a step take after each other: those of its passes, with the last rows again."""
         self.use()
-        self.decoder.given[1].zero_()
-        step = Graph(lambda _: self.decoder.step.work())
+        [work] = [found[0].work for key, found in self.decoder.passes.items() if key[0] == "decode"]
+        step = Graph(lambda _: work())
         step(0)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -111,7 +142,7 @@ class Run:
             step(number)
         end.record()
         torch.cuda.synchronize()
-        return start.elapsed_time(end) / self.config.steps
+        return start.elapsed_time(end) / self.config.steps * -(-self.rows // self.decoder.size_for(self.rows, "rows"))
 
     def use(self) -> None:
         """Let the model, which all variants share, attend by this variant's implementation."""
@@ -130,19 +161,20 @@ def bytes_of_token(model: GPT, rows: int, filled: int) -> float:
 def measure(model: GPT, rows: int, config: EngineConfig, copy_rate: float) -> list[dict]:
     """Return a row of results for each variant, or one that says why it has none."""
     runs, found = {}, {name: {"variant": name, "rows": rows} for name in config.variants}
-    capacity, memory = config.cached + max(config.steps, 4) + 1, None
+    cache = KVCache(model.config, PAGE["cuda"], model.device, model.compute_dtype)
     for name in config.variants:
         gc.collect()
         torch.cuda.empty_cache()
         try:
-            memory = memory or KVCache.create(model.config, rows, capacity, model.device, model.compute_dtype)
-            runs[name] = Run(name, model, memory, config)
-            runs[name].prefill()
-            runs[name].decode(4)  # compiles, and captures the graph
+            run = Run(name, model, cache, rows, config)
+            if cache.pages.count < rows * run.pages:
+                cache.extend(rows * run.pages)
+            run.prefill()
+            run.decode(4)  # compiles, and captures the graph
+            runs[name] = run
             found[name] |= {"first_ms": [], "token_ms": []}
         except (torch.OutOfMemoryError, ValueError) as error:
             found[name]["note"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-            runs.pop(name, None)
     names = list(runs)
     for turn in range(config.turns):
         for name in names[turn % len(names) :] + names[: turn % len(names)] if names else ():
@@ -180,19 +212,70 @@ def bytes_copied_per_second(device: torch.device) -> float:
     return 2 * COPY_BYTES / median(interleaved({"copy": lambda _: target.copy_(source)}, 15)["copy"]) * 1e3
 
 
+def measure_users(engine: Engine, prompts: list[list[int]], config: EngineConfig) -> list[dict]:
+    """Return tokens per second for each number of users. Answers do not end early, so that all have the same length."""
+    stops, engine.stops = engine.stops, set()
+    found = []
+    for users in config.users:
+        asked = [prompts[number % len(prompts)] for number in range(users)]
+        ways = {"together": [asked], "one after the other": [[prompt] for prompt in asked]}
+        row = {"users": users} | {way: [] for way in ways}
+        for turn in range(config.turns + 1):
+            for way, groups in ways.items():
+                started = time.perf_counter()
+                for group in groups:
+                    engine.generate(group, config.answer, temperature=0.8, top_k=config.top_k or 1, seed=turn)
+                if turn:  # the first one compiles, and captures graphs
+                    row[way].append(users * config.answer / (time.perf_counter() - started))
+        found.append(row | {"load": os.getloadavg()[0]})
+        rates = [median(row[way]) for way in ways]
+        print(
+            f"{users:>4} users  {rates[0]:9,.0f} tokens/s together, {rates[1]:9,.0f} one after the other, "
+            f"{rates[0] / rates[1]:5.1f} ×  (load {os.getloadavg()[0]:.1f})",
+            flush=True,
+        )
+    engine.stops = stops
+    return found
+
+
+def measure_evaluation(engine: Engine, prompts: list[list[int]], config: EngineConfig) -> list[dict]:
+    """Return the seconds of each way to answer the prompts."""
+    found, answers = [], {}
+    for name, size in (("at once", len(prompts)), ("in batches", engine.rows), ("one at a time", 1)):
+        started, answers[name] = time.perf_counter(), []
+        for first in range(0, len(prompts), size):
+            answers[name] += engine.generate(prompts[first : first + size], 2 * config.answer, temperature=0.0)
+        found.append({"way": name, "seconds": time.perf_counter() - started, "load": os.getloadavg()[0]})
+        print(f"{len(prompts)} word problems {name}: {found[-1]['seconds']:.2f} s (load {found[-1]['load']:.1f})")
+        assert answers[name] == answers["at once"], f"the answers {name} differ from those at once"
+    return found
+
+
 def main(config: EngineConfig) -> None:
-    with start_runtime("cuda") as runtime, torch.inference_mode():
-        found = header(f"python -m bench.engine {' '.join(sys.argv[1:])}".strip())
-        copy_rate = found["copy_bytes_per_second"] = bytes_copied_per_second(runtime.device)
-        shape = GPTConfig.from_depth(config.depth, config.vocab_size)
-        model = trained_model(shape, runtime.device, torch.bfloat16)
-        model.keep_copies()
-        for rows in config.batches:
-            results = measure(model, rows, config, copy_rate)
-            report(results)
-            found["rows"] += results
-            if config.json:  # after each batch, so that an interrupted run keeps its results
-                write_json(config.json, found)
+    with start_runtime(config.device if "steps" not in config.measure else "cuda") as runtime, torch.inference_mode():
+        on_gpu = runtime.device.type == "cuda"
+        found = header(f"python -m bench.engine {' '.join(sys.argv[1:])}".strip(), on_gpu)
+        if "steps" in config.measure:
+            copy_rate = found["copy_bytes_per_second"] = bytes_copied_per_second(runtime.device)
+            shape = GPTConfig.from_depth(config.depth, config.vocab_size)
+            model = trained_model(shape, runtime.device, torch.bfloat16)
+            model.keep_copies()
+            for rows in config.batches:
+                results = measure(model, rows, config, copy_rate)
+                report(results)
+                found["rows"] += results
+                if config.json:  # after each batch, so that an interrupted run keeps its results
+                    write_json(config.json, found)
+        if {"users", "evaluation"} & set(config.measure):
+            paths = base_paths(True).of_run(config.run_name)
+            model, tokenizer, _ = load_model(paths, "sft", runtime)
+            task = TASKS["GSM8K"](paths)
+            prompts = [render_prompt(tokenizer, task[number]) for number in range(min(config.items, len(task)))]
+            for name, measured in (("users", measure_users), ("evaluation", measure_evaluation)):
+                if name in config.measure:
+                    found[name] = measured(Engine(model, tokenizer), prompts, config)
+        if config.json:
+            write_json(config.json, found)
 
 
 if __name__ == "__main__":

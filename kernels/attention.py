@@ -26,9 +26,11 @@ from nanochat_kernels.attention_launches import (
     MOST_QUERIES,
     decode,
     forward,
+    in_pages,
     inputs,
     key_gradients,
     query_gradient,
+    table_of,
 )
 from nanochat_kernels.checks import autocast_products, check_float, check_integers, check_shape
 from nanochat_kernels.dispatch import serve
@@ -46,19 +48,20 @@ from nanochat_kernels.triton_helpers import (
 )
 
 
-def forward_shapes(q, k, v, lengths, starts, bound, keep_lse):
+def forward_shapes(q, k, v, lengths, starts, bound, keep_lse, pages=None):
     batch, tokens, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty(batch, heads, tokens if keep_lse else 0, dtype=torch.float32)
 
 
 @opaque(forward_shapes)
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, starts: Tensor | None, bound: float | None, keep_lse: bool
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, starts: Tensor | None, bound: float | None, keep_lse: bool,
+    pages: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return out (B, T, H, D) and lse (B, H, T), which is empty unless keep_lse."""
     if starts is None and q.size(1) * (q.size(2) // k.size(2)) <= MOST_QUERIES:
-        return decode(q, k, v, lengths, bound, keep_lse)
-    return forward(q, k, v, lengths, starts, bound, keep_lse)
+        return decode(q, k, v, lengths, bound, keep_lse, pages=pages)
+    return forward(q, k, v, lengths, starts, bound, keep_lse, pages=pages)
 
 
 def backward_shapes(q, k, v, out, dout, lse, dlse, lengths, starts, ends):
@@ -92,8 +95,8 @@ def document_limits(cu_seqlens: Tensor | None, q: Tensor) -> tuple[Tensor | None
 
 class Attention(KernelFunction):
     @staticmethod
-    def forward(q, k, v, lengths, starts, ends, bound, keep_lse):
-        return attention_forward(q, k, v, lengths, starts, bound, keep_lse)
+    def forward(q, k, v, lengths, starts, ends, bound, keep_lse, pages):
+        return attention_forward(q, k, v, lengths, starts, bound, keep_lse, pages)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -103,8 +106,8 @@ class Attention(KernelFunction):
     @staticmethod
     def backward(ctx, dout, dlse):
         if dout is None and dlse is None:
-            return (None,) * 8
-        return *derivative(Backward, *ctx.saved_tensors, dout, dlse), *[None] * 5
+            return (None,) * 9
+        return *derivative(Backward, *ctx.saved_tensors, dout, dlse), *[None] * 6
 
 
 class Backward(KernelFunction):
@@ -114,19 +117,24 @@ class Backward(KernelFunction):
         return attention_backward(q, k, v, out, dout, lse, dlse, lengths, starts, ends)
 
 
-def run(q, k, v, lengths, cu_seqlens, bound, return_lse):
+def run(q, k, v, lengths, cu_seqlens, bound, pages, return_lse):
     keep_lse = return_lse or needs_gradient(q, k, v)
-    out, lse = differentiable(Attention, q, k, v, lengths, *document_limits(cu_seqlens, q), bound, keep_lse)
+    out, lse = differentiable(Attention, q, k, v, lengths, *document_limits(cu_seqlens, q), bound, keep_lse, pages)
     return (out, lse) if return_lse else out
 
 
-def unsupported_reason(q, k, v, lengths, cu_seqlens, bound, return_lse) -> str | None:
+def unsupported_reason(q, k, v, lengths, cu_seqlens, bound, pages, return_lse) -> str | None:
     if q.size(3) not in HEAD_WIDTHS:
         return f"a head of {q.size(3)} channels; the kernel takes {HEAD_WIDTHS}"
     if q.dtype not in DTYPES[:2]:
         return f"the kernel takes bfloat16 or float16, got {q.dtype}"
-    if q.size(0) * q.size(2) * cdiv(k.size(1), 16) > GRID_LIMIT:
-        return f"{q.size(0)} rows of {q.size(2)} heads and {k.size(1)} keys exceed the programs of one launch"
+    keys = k.size(1) if pages is None else pages.size(1) * k.size(1)
+    if q.size(0) * q.size(2) * cdiv(keys, 16) > GRID_LIMIT:
+        return f"{q.size(0)} rows of {q.size(2)} heads and {keys} keys exceed the programs of one launch"
+    if pages is not None and (k.size(1) < 16 or k.size(1) & (k.size(1) - 1)):
+        return f"pages of {k.size(1)} keys; the kernel takes powers of two from 16 on"
+    if pages is not None and needs_gradient(q, k, v):
+        return "keys in pages have no gradient; call it under torch.no_grad()"
     return triton_unsupported_reason(q)
 
 
@@ -146,7 +154,7 @@ def aligned(x: Tensor) -> Tensor:
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
-def run_torch(backend: SDPBackend, q, k, v, lengths, cu_seqlens, bound, return_lse):
+def run_torch(backend: SDPBackend, q, k, v, lengths, cu_seqlens, bound, pages, return_lse):
     """torch's attention by one of its backends."""
     with sdpa_kernel(backend):
         out = F.scaled_dot_product_attention(
@@ -158,12 +166,12 @@ def run_torch(backend: SDPBackend, q, k, v, lengths, cu_seqlens, bound, return_l
 
 
 def torch_unsupported_reason(
-    backend: SDPBackend, q, k, v, lengths, cu_seqlens, bound=None, return_lse=False
+    backend: SDPBackend, q, k, v, lengths, cu_seqlens, bound=None, pages=None, return_lse=False
 ) -> str | None:
     if q.device.type != "cuda":
         return f"torch's backends are for CUDA tensors, got one on {q.device}; impl='reference' is torch's attention on any"
-    if lengths is not None or cu_seqlens is not None or return_lse:
-        return "torch's backends take no lengths and no cu_seqlens and return no lse"
+    if lengths is not None or cu_seqlens is not None or return_lse or pages is not None:
+        return "torch's backends take no lengths, no cu_seqlens and no pages and return no lse"
     if q.size(1) != k.size(1):
         return "torch's backends align the first query with the first key, not the last with the last"
     if q.dtype not in DTYPES[:2]:
@@ -177,8 +185,10 @@ def torch_unsupported_reason(
     return None
 
 
-def run_reference(q, k, v, lengths=None, cu_seqlens=None, bound=None, return_lse=False):
+def run_reference(q, k, v, lengths=None, cu_seqlens=None, bound=None, pages=None, return_lse=False):
     """reference.attention; bound changes no result."""
+    if pages is not None:
+        return reference.paged_attention(q, k, v, pages, lengths)
     out = reference.attention(q, k, v, lengths, cu_seqlens)
     return (out, reference.attention_lse(q, k, lengths, cu_seqlens)) if return_lse else out
 
@@ -190,6 +200,7 @@ def attention(
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     bound: float | None = None,
+    pages: Tensor | None = None,
     *,
     return_lse: bool = False,
     impl: str = "auto",
@@ -203,6 +214,8 @@ def attention(
     bound: a promise that |q·k|/√D never exceeds it, as √D for queries and keys normalised over the head; the kernels then do
     without a maximum. Scores beyond it give the right result or NaN. return_lse: return also the logarithm (B, H, T) of each
     query's sum of exponentials, in float32, −inf without keys.
+    pages (B, n) int32 or int64: k and v are (pages, P, G, D), and the key s of row b is k[pages[b, s // P], s % P]. Lengths must be
+    given too, and there is neither a gradient nor lse. A row's result depends on nothing but its own n pages up to its length.
     Strided q, k, v and gradients are read as they lie if their last stride is 1. Forward and backward are bitwise repeatable with
     impl="triton", and a row's result does not depend on other rows; torch's backends add dq in any order.
     Raises ValueError for mismatched shapes or devices, TypeError for mismatched dtypes, which autocast may mix, and
@@ -210,19 +223,26 @@ def attention(
     queries: Ainslie et al. 2023.
     """
     q, k, v = autocast_products(q, k, v)
-    return serve(ATTENTION, impl, check, q, k, v, lengths, cu_seqlens, bound, return_lse)
+    return serve(ATTENTION, impl, check, q, k, v, lengths, cu_seqlens, bound, pages, return_lse)
 
 
-def check(q, k, v, lengths, cu_seqlens, bound, return_lse) -> None:
+def check(q, k, v, lengths, cu_seqlens, bound, pages, return_lse) -> None:
     check_float("attention", q=q, k=k, v=v)
     check_shape("attention", "q", q, "B", "T", "H", "D")
     batch, tokens, heads, width = q.shape
-    check_shape("attention", "k", k, batch, "S", "G", width)
+    check_shape("attention", "k", k, batch if pages is None else "pages", "S" if pages is None else "P", "G", width)
     check_shape("attention", "v", v, *k.shape)
+    keys = k.size(1)
+    if pages is not None:
+        check_shape("attention", "pages", pages, batch, "n")
+        check_integers("attention", q, "pages", pages.flatten(), pages.numel())
+        if lengths is None or cu_seqlens is not None or return_lse:
+            raise ValueError("attention: keys in pages need lengths, and have neither packed documents nor lse")
+        keys *= pages.size(1)
     if k.size(2) == 0 or heads % k.size(2):
         raise ValueError(f"attention: {heads} query heads are not a multiple of {k.size(2)} key heads")
-    if k.size(1) < tokens:
-        raise ValueError(f"attention: {tokens} queries need at least as many keys, got {k.size(1)}")
+    if keys < tokens:
+        raise ValueError(f"attention: {tokens} queries need at least as many keys, got {keys}")
     check_integers("attention", q, "lengths", lengths, batch)
     check_integers("attention", q, "cu_seqlens", cu_seqlens, "documents + 1")
     if cu_seqlens is not None and (lengths is not None or k.size(1) != tokens):
@@ -232,7 +252,7 @@ def check(q, k, v, lengths, cu_seqlens, bound, return_lse) -> None:
 
 
 def trials(shape, device: torch.device, dtype: torch.dtype):
-    """Training's call, and decoding's: a token in each row against a cache that is filled to a length of its own.
+    """Training's call, and decoding's: a token in each row against a cache that is filled to a length of its own, in pages.
 
     Both with the bound of normalised heads, as the model calls it.
     """
@@ -244,7 +264,9 @@ def trials(shape, device: torch.device, dtype: torch.dtype):
     yield Trial((*inputs(shape.rows, shape.tokens, *sizes), None, None, bound), (0, 1, 2), (0, 1, 2), **more)
     q, k, v = inputs(shape.rows, shape.tokens, *sizes)
     lengths = torch.randint(1, shape.tokens + 1, (shape.rows,), device=device)
-    yield Trial((q[:, :1], k, v, lengths, None, bound), (0, 1, 2, 3), (), timed=False)
+    page = math.gcd(shape.tokens, 128)
+    keys, values = (in_pages(x, page) for x in (k, v))
+    yield Trial((q[:, :1], keys, values, lengths, None, bound, table_of(k, page)), (0, 3, 6), (), timed=False)
 
 
 def elements(arguments: tuple, part: str) -> float:

@@ -54,6 +54,19 @@ def keys_of_row(lengths_ptr, lengths_stride, batch, keys, LENGTHS: tl.constexpr)
 
 
 @triton.jit
+def in_page(ptr, page_ptr, start, page_stride, token_stride, PAGE: tl.constexpr):
+    """Return the address from which on token `start` is counted, in the page that the row's table at page_ptr names for it.
+
+    Without pages (0) all tokens of the row lie behind `ptr`.
+    """
+    if PAGE:
+        number = start // PAGE
+        page = tl.load(page_ptr + tl.cast(number, tl.int64)).to(tl.int64)
+        ptr += page * page_stride - tl.cast(number * PAGE, tl.int64) * token_stride
+    return ptr
+
+
+@triton.jit
 def sees(position, key, first_key, STARTS: tl.constexpr):
     """Return which keys (N,) each query (M,) sees: those up to its position, and with STARTS from first_key (M,) on."""
     before = position[:, None] - key[None, :]
@@ -100,16 +113,18 @@ def forward_block(
 
 @triton.jit
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, starts_ptr, out_ptr, lse_ptr, lengths_stride, tokens, all_keys, heads, share, rows,
+    q_ptr, k_ptr, v_ptr, lengths_ptr, starts_ptr, pages_ptr, out_ptr, lse_ptr, lengths_stride, tokens, all_keys, heads,
+    share, rows,
     q_batch_stride, q_token_stride, q_head_stride, k_batch_stride, k_token_stride, k_head_stride,
     v_batch_stride, v_token_stride, v_head_stride,
     SCALE: tl.constexpr, SHIFT: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, BOUNDED: tl.constexpr, KEEP_LSE: tl.constexpr,
-    LENGTHS: tl.constexpr, STARTS: tl.constexpr, WIDTH: tl.constexpr,
+    LENGTHS: tl.constexpr, STARTS: tl.constexpr, PAGE: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Compute the attention of BLOCK_M queries of a head, and the logarithm of their sums.
 
     With BOUNDED a sum below LEAST for each key, or above MOST, shows that scores exceed the bound: such a row becomes NaN.
+    PAGE: the tokens of a page of keys, of which a row's table has all_keys // PAGE, or 0.
     """
     block, head = block_and_head(tl.cdiv(tokens, BLOCK_M), rows * heads, GROUP)
     first_query = (tl.cdiv(tokens, BLOCK_M) - 1 - block) * BLOCK_M  # the last queries see the most keys
@@ -119,8 +134,12 @@ def forward_kernel(
     position = t + queries_before
     q_ptr = rows_of(q_ptr, head, heads, q_batch_stride, q_token_stride, q_head_stride, first_query)
     zero = tl.cast(0, tl.int32)
-    k_ptr = rows_of(k_ptr, head // share, heads // share, k_batch_stride, k_token_stride, k_head_stride, zero)
-    v_ptr = rows_of(v_ptr, head // share, heads // share, v_batch_stride, v_token_stride, v_head_stride, zero)
+    k_row_stride = 0 if PAGE else k_batch_stride
+    v_row_stride = 0 if PAGE else v_batch_stride
+    k_ptr = rows_of(k_ptr, head // share, heads // share, k_row_stride, k_token_stride, k_head_stride, zero)
+    v_ptr = rows_of(v_ptr, head // share, heads // share, v_row_stride, v_token_stride, v_head_stride, zero)
+    if PAGE:
+        pages_ptr += tl.cast(head // heads, tl.int64) * (all_keys // PAGE)
     q = load_tile(q_ptr, q_token_stride, tokens - first_query, BLOCK_M, WIDTH, True)
     first_key = tl.zeros([BLOCK_M], tl.int32)
     begin = zero
@@ -136,14 +155,18 @@ def forward_kernel(
     rounded = tl.zeros([BLOCK_M], tl.float32)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for start in tl.range(begin, whole_end, BLOCK_N):
+        k_block_ptr = in_page(k_ptr, pages_ptr, start, k_batch_stride, k_token_stride, PAGE)
+        v_block_ptr = in_page(v_ptr, pages_ptr, start, v_batch_stride, v_token_stride, PAGE)
         sums, total, rounded, highest = forward_block(
-            sums, total, rounded, highest, q, k_ptr, v_ptr, k_token_stride, v_token_stride, start, position, keys,
-            first_key, SCALE, SHIFT, BOUNDED, KEEP_LSE, STARTS, BLOCK_N, WIDTH, False,
+            sums, total, rounded, highest, q, k_block_ptr, v_block_ptr, k_token_stride, v_token_stride, start, position,
+            keys, first_key, SCALE, SHIFT, BOUNDED, KEEP_LSE, STARTS, BLOCK_N, WIDTH, False,
         )  # fmt: skip
     for start in tl.range(whole_end, end, BLOCK_N):
+        k_block_ptr = in_page(k_ptr, pages_ptr, start, k_batch_stride, k_token_stride, PAGE)
+        v_block_ptr = in_page(v_ptr, pages_ptr, start, v_batch_stride, v_token_stride, PAGE)
         sums, total, rounded, highest = forward_block(
-            sums, total, rounded, highest, q, k_ptr, v_ptr, k_token_stride, v_token_stride, start, position, keys,
-            first_key, SCALE, SHIFT, BOUNDED, KEEP_LSE, STARTS, BLOCK_N, WIDTH, True,
+            sums, total, rounded, highest, q, k_block_ptr, v_block_ptr, k_token_stride, v_token_stride, start, position,
+            keys, first_key, SCALE, SHIFT, BOUNDED, KEEP_LSE, STARTS, BLOCK_N, WIDTH, True,
         )  # fmt: skip
     store_attention(
         out_ptr, lse_ptr, sums, total, rounded, highest, position - first_key + 1, t, head, heads, tokens,
@@ -176,16 +199,17 @@ def store_attention(
 
 @triton.jit(do_not_specialize=["all_keys"])  # a growing cache must not compile again and again
 def decode_kernel(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, sums_ptr, statistics_ptr, lengths_stride, tokens, all_keys, heads, share,
+    q_ptr, k_ptr, v_ptr, lengths_ptr, pages_ptr, sums_ptr, statistics_ptr, lengths_stride, tokens, all_keys, heads, share,
     q_batch_stride, q_token_stride, q_head_stride, k_batch_stride, k_token_stride, k_head_stride,
     v_batch_stride, v_token_stride, v_head_stride,
     SCALE: tl.constexpr, SHIFT: tl.constexpr, BOUNDED: tl.constexpr, KEEP_LSE: tl.constexpr, LENGTHS: tl.constexpr,
-    WIDTH: tl.constexpr, QUERIES: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr,
+    PAGE: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Sum over PART keys of a key/value head, for all tokens·share queries that read it (at most QUERIES).
 
     Query i is that of token i // share and of the head i % share among those that share the keys. Stored are the sums of p·v
-    (group of a row, part, query, WIDTH), and for each of these the sum of p, that of p rounded, and the highest score.
+    (group of a row, part, query, WIDTH), and for each of these the sum of p, that of p rounded, and the highest score. PAGE: as in
+    forward_kernel.
     """
     groups = heads // share
     group, part = tl.program_id(0), tl.program_id(1)  # group: of all rows
@@ -200,17 +224,23 @@ def decode_kernel(
         q_ptr = rows_of(q_ptr, group * share, heads, q_batch_stride, q_token_stride, q_head_stride, zero)
         offsets = tl.cast(i // share, tl.int64) * q_token_stride + tl.cast(i % share, tl.int64) * q_head_stride
         q = tl.load(q_ptr + offsets[:, None] + tl.arange(0, WIDTH)[None, :], mask=known[:, None], other=0.0)
-        k_ptr = rows_of(k_ptr, group, groups, k_batch_stride, k_token_stride, k_head_stride, zero)
-        v_ptr = rows_of(v_ptr, group, groups, v_batch_stride, v_token_stride, v_head_stride, zero)
+        k_row_stride = 0 if PAGE else k_batch_stride
+        v_row_stride = 0 if PAGE else v_batch_stride
+        k_ptr = rows_of(k_ptr, group, groups, k_row_stride, k_token_stride, k_head_stride, zero)
+        v_ptr = rows_of(v_ptr, group, groups, v_row_stride, v_token_stride, v_head_stride, zero)
+        if PAGE:
+            pages_ptr += tl.cast(batch, tl.int64) * (all_keys // PAGE)
         sums = tl.zeros([QUERIES, WIDTH], tl.float32)
         total = tl.zeros([QUERIES], tl.float32)
         rounded = tl.zeros([QUERIES], tl.float32)
         highest = tl.full([QUERIES], float("-inf"), tl.float32)
         first_key = tl.zeros([QUERIES], tl.int32)
         for start in tl.range(begin, tl.minimum(begin + PART, keys), BLOCK_N):
+            k_block_ptr = in_page(k_ptr, pages_ptr, start, k_batch_stride, k_token_stride, PAGE)
+            v_block_ptr = in_page(v_ptr, pages_ptr, start, v_batch_stride, v_token_stride, PAGE)
             sums, total, rounded, highest = forward_block(
-                sums, total, rounded, highest, q, k_ptr, v_ptr, k_token_stride, v_token_stride, start, position, keys,
-                first_key, SCALE, SHIFT, BOUNDED, KEEP_LSE, False, BLOCK_N, WIDTH, True,
+                sums, total, rounded, highest, q, k_block_ptr, v_block_ptr, k_token_stride, v_token_stride, start,
+                position, keys, first_key, SCALE, SHIFT, BOUNDED, KEEP_LSE, False, BLOCK_N, WIDTH, True,
             )  # fmt: skip
         row = (tl.cast(group, tl.int64) * tl.num_programs(1) + part) * (tokens * share) + i
         tl.store(sums_ptr + row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], sums, mask=known[:, None])

@@ -68,9 +68,19 @@ def lengths_arguments(lengths: Tensor | None, other: Tensor) -> tuple[Tensor, in
     return (other, 0) if lengths is None else (lengths, lengths.stride(0))
 
 
+def page_arguments(
+    k: Tensor, pages: Tensor | None, other: Tensor, parameters: dict[str, int]
+) -> tuple[int, Tensor, int, dict[str, int]]:
+    """Return the number of keys, what the kernels take as the pointer to the pages and as PAGE, and parameters that fit a page."""
+    if pages is None:
+        return k.size(1), other, 0, parameters
+    page = k.size(1)
+    return pages.size(1) * page, pages.contiguous(), page, parameters | {"BLOCK_N": min(parameters["BLOCK_N"], page)}
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, starts: Tensor | None, bound: float | None, keep_lse: bool,
-    parameters: dict[str, int] | None = None,
+    parameters: dict[str, int] | None = None, *, pages: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """attention_forward by a program for each block of queries. starts (B, T) int32: the first key of each query's document."""
     q, k, v = as_read(q), as_read(k), as_read(v)
@@ -83,20 +93,21 @@ def forward(
         hopper_attention.launch_tiles(q, k, v, out, lse, constants, keep_lse, parameters)
         return out, lse
     lengths_ptr, lengths_stride = lengths_arguments(lengths, q)
+    keys, pages_ptr, page, parameters = page_arguments(k, pages, q, parameters)
     if out.numel():
         launch(
             forward_kernel, (batch * heads * cdiv(tokens, parameters["BLOCK_M"]),), q.device,
-            q, k, v, lengths_ptr, q if starts is None else starts, out, lse, lengths_stride, tokens, k.size(1), heads,
+            q, k, v, lengths_ptr, q if starts is None else starts, pages_ptr, out, lse, lengths_stride, tokens, keys, heads,
             heads // k.size(2), batch, *strides(q, k, v),
             **constants, KEEP_LSE=keep_lse, LENGTHS=lengths is not None,
-            STARTS=starts is not None, WIDTH=width, **parameters,
+            STARTS=starts is not None, PAGE=page, WIDTH=width, **parameters,
         )  # fmt: skip
     return out, lse
 
 
 def decode(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, bound: float | None, keep_lse: bool,
-    parameters: dict[str, int] | None = None,
+    parameters: dict[str, int] | None = None, *, pages: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """attention_forward by a program for each part of a row's keys, and one for each query that adds the parts."""
     q, k, v = as_read(q), as_read(k), as_read(v)
@@ -105,7 +116,8 @@ def decode(
     groups, share = k.size(2), heads // k.size(2)
     parameters = dict(parameters or launch_parameters("attention_decode", q.device, q.dtype, (width,)))
     parts_together = parameters.pop("PARTS")
-    parts = cdiv(k.size(1), parameters["PART"])
+    keys, pages_ptr, page, parameters = page_arguments(k, pages, q, parameters)
+    parts = cdiv(keys, parameters["PART"])
     sums = torch.empty(batch * groups, parts, tokens * share, width, dtype=torch.float32, device=q.device)
     statistics = torch.empty(*sums.shape[:3], 3, dtype=torch.float32, device=q.device)
     lengths_ptr, lengths_stride = lengths_arguments(lengths, q)
@@ -114,14 +126,14 @@ def decode(
     if out.numel():
         launch(
             decode_kernel, (batch * groups, parts), q.device,
-            q, k, v, lengths_ptr, sums, statistics, lengths_stride, tokens, k.size(1), heads, share,
+            q, k, v, lengths_ptr, pages_ptr, sums, statistics, lengths_stride, tokens, keys, heads, share,
             *strides(q, k, v),
             **{name: value for name, value in constants.items() if name not in ("LEAST", "MOST")}, **flags,
-            QUERIES=max(power_of_2(tokens * share), 16), **parameters,
+            PAGE=page, QUERIES=max(power_of_2(tokens * share), 16), **parameters,
         )  # fmt: skip
         launch(
             combine_kernel, (batch * heads * tokens,), q.device,
-            sums, statistics, lengths_ptr, out, lse, lengths_stride, tokens, k.size(1), heads, share,
+            sums, statistics, lengths_ptr, out, lse, lengths_stride, tokens, keys, heads, share,
             **{name: value for name, value in constants.items() if name != "SCALE"}, **flags,
             PART=parameters["PART"], PARTS=parts_together, num_warps=1,
         )  # fmt: skip
@@ -230,13 +242,23 @@ def limits(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return lengths, starts, starts + q.size(1)
 
 
+def in_pages(x: Tensor, page: int = 128) -> Tensor:
+    """Return the keys or values x (B, S, G, D) as pages (B·S/page, page, G, D)."""
+    return x.unflatten(1, (-1, page)).flatten(0, 1)
+
+
+def table_of(x: Tensor, page: int = 128) -> Tensor:
+    """Return the pages (B, S/page) that `in_pages` put the rows of x into."""
+    return torch.arange(x.size(0) * x.size(1) // page, dtype=torch.int32, device=x.device).view(x.size(0), -1)
+
+
 def forward_launches(key, dtype: torch.dtype, device: torch.device):
     q, k, v, _ = given_heads(key, dtype, device)
     bound = math.sqrt(key[0])
 
-    def run(lengths=None, starts=None, bound=bound, keep_lse=True, tokens=2048):
-        given = (x[:, :tokens] for x in (q, k, v))
-        return partial(forward, *given, lengths, starts, bound, keep_lse)
+    def run(lengths=None, starts=None, bound=bound, keep_lse=True, tokens=2048, pages=None):
+        given = q[:, :tokens], *(x[:, :tokens] if pages is None else in_pages(x) for x in (k, v))
+        return partial(forward, *given, lengths, starts, bound, keep_lse, pages=pages)
 
     if key[1] == "whole":
         return {"training": run(), "no lse": run(keep_lse=False)}
@@ -247,6 +269,7 @@ def forward_launches(key, dtype: torch.dtype, device: torch.device):
         "no bound": run(bound=None),
         "prefill": run(lengths, keep_lse=False),
         "prefill, no bound": run(lengths, bound=None, keep_lse=False),
+        "prefill, pages": run(lengths, keep_lse=False, pages=table_of(k)),
         "documents": run(starts=starts),
         "documents, no bound": run(starts=starts, bound=None),
     }
@@ -257,11 +280,13 @@ def decode_launches(key, dtype: torch.dtype, device: torch.device):
     lengths, *_ = limits(q)
     bound = math.sqrt(key[0])
 
-    def run(tokens=1, bound=bound, lengths=lengths, keep_lse=False):
-        return lambda parameters: decode(q[:, :tokens], k, v, lengths, bound, keep_lse, parameters)
+    def run(tokens=1, bound=bound, lengths=lengths, keep_lse=False, pages=None):
+        keys, values = (x if pages is None else in_pages(x) for x in (k, v))
+        return lambda parameters: decode(q[:, :tokens], keys, values, lengths, bound, keep_lse, parameters, pages=pages)
 
     return {
         "one token": run(),
+        "one token, pages": run(pages=table_of(k)),
         "no bound": run(bound=None),
         "all keys, lse": run(lengths=None, keep_lse=True),
         "many tokens": run(MOST_QUERIES),

@@ -1,6 +1,6 @@
 """Store new keys and values in a key/value cache, each row's behind the tokens that it has: one launch for both.
 
-Notation: B rows, S positions of the cache, T new tokens, G key/value heads of width D.
+Notation: B rows, S positions of the cache, T new tokens, G key/value heads of width D. Rows may share one memory of S positions.
 """
 
 import torch
@@ -56,14 +56,16 @@ def run(
         launch(
             cache_append_kernel, (cdiv(tokens * heads, parameters["ROWS"]), batch), k.device,
             keys, values, k, v, lengths, lengths.stride(0), tokens, keys.size(1), heads,
-            *[stride for x in (keys, values, k, v) for stride in x.stride()[:3]],
+            *[stride for x in (keys, values) for stride in (x.stride(0) if x.size(0) == batch else 0, *x.stride()[1:3])],
+            *[stride for x in (k, v) for stride in x.stride()[:3]],
             WIDTH=width, BLOCK=power_of_2(width), **parameters,
         )  # fmt: skip
 
 
 def run_reference(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> None:
     positions = lengths[:, None] + torch.arange(k.size(1), device=k.device)
-    at = torch.arange(k.size(0), device=k.device)[:, None], positions
+    row = torch.arange(k.size(0), device=k.device) if keys.size(0) == k.size(0) else torch.zeros_like(lengths)
+    at = row[:, None], positions
     keys[at], values[at] = k, v
 
 
@@ -82,16 +84,18 @@ def cache_append(
 ) -> None:  # fmt: skip
     """Store k and v (B, T, G, D) in keys and values (B, S, G, D) at the positions lengths[b], lengths[b] + 1, … of row b.
 
+    keys and values may also be (1, S, G, D), one memory for all rows, in which lengths says where each row's tokens belong: of two
+    rows with the same place either one is stored.
     lengths (B,): integers. The caller makes sure that all positions lie inside the cache: the fused implementation stores nothing
     outside it, and the reference raises an error past its end. Raises ValueError for mismatched shapes or devices, TypeError for
     mismatched dtypes, and KernelRequestError (a ValueError) if the implementation named by impl does not support the call.
     """
     check_float("cache_append", keys=keys, values=values, k=k, v=v)
-    check_shape("cache_append", "keys", keys, "B", "S", "G", "D")
+    check_shape("cache_append", "keys", keys, "B or 1", "S", "G", "D")
     check_shape("cache_append", "values", values, *keys.shape)
-    check_shape("cache_append", "k", k, keys.size(0), "T", *keys.shape[2:])
+    check_shape("cache_append", "k", k, "B" if keys.size(0) == 1 else keys.size(0), "T", *keys.shape[2:])
     check_shape("cache_append", "v", v, *k.shape)
-    check_integers("cache_append", k, "lengths", lengths, keys.size(0))
+    check_integers("cache_append", k, "lengths", lengths, k.size(0))
     choose(CACHE_APPEND, impl, keys, values, k, v, lengths)(keys, values, k, v, lengths)
 
 

@@ -90,6 +90,56 @@ def attention(
     return out.transpose(1, 2)
 
 
+PAGES_AT_ONCE = 8  # of each row: enough that a chat of a small model is one block, few enough to keep copies small
+
+
+def paged_attention(q: Tensor, keys: Tensor, values: Tensor, pages: Tensor, lengths: Tensor) -> Tensor:
+    """attention of q (B, T, H, D) over keys and values (pages, P, G, D), of which row b has those that pages[b] (n,) names.
+
+    Every product is of one page, their sums are added page after page, and a page without keys that a query sees changes no bit. So
+    all products have the same shapes for any n, and a row's result does not depend on other rows. Between blocks of pages, sums are
+    scaled as the maximum of a query grows. Milakov & Gimelshein 2018 (online softmax).
+    """
+    if q.is_cpu and q.size(0):  # elsewhere the host would wait for the lengths
+        pages = pages[:, : -(-int(lengths.max()) // keys.size(1))]
+    (_, tokens, heads, width), (page, groups) = q.shape, keys.shape[1:3]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    # the queries of each key head as one matrix (B, G, T·share, D)
+    q = (q.to(wide) * width**-0.5).unflatten(2, (groups, -1)).transpose(1, 2).flatten(2, 3)
+    last = lengths[:, None] - tokens + torch.arange(tokens, device=q.device)  # the last key that each query sees
+    last = last[:, None, :, None].expand(-1, groups, -1, heads // groups).flatten(2)[..., None]
+    highest = q.new_full((*q.shape[:3], 1), -torch.inf)
+    total, sums = torch.zeros_like(highest), torch.zeros_like(q)
+    for first in range(0, pages.size(1), PAGES_AT_ONCE):
+        # by page and key head (B, P, D)
+        k, v = (
+            [part.to(wide).unbind(2) for part in rows_by_page(x, pages[:, first : first + PAGES_AT_ONCE])]
+            for x in (keys, values)
+        )
+        scores = torch.stack([torch.stack([torch.bmm(q[:, g], x.mT) for g, x in enumerate(part)], 1) for part in k], 3)
+        key = torch.arange(first * page, (first + len(k)) * page, device=q.device).view(len(k), page)
+        scores = scores.masked_fill(key > last[..., None], -torch.inf)  # (B, G, T·share, pages, P)
+        higher = torch.maximum(highest, scores.amax((3, 4))[..., None])
+        base = higher.nan_to_num(neginf=0.0)  # before the first key that is seen
+        p, factor = (scores - base[..., None]).exp(), (highest - base).exp()
+        total, sums, highest = total * factor, sums * factor, higher
+        for part, ps, p_sums in zip(v, p.unbind(3), p.sum(-1).unbind(3), strict=True):
+            total = total + p_sums[..., None]
+            sums = sums + torch.stack([torch.bmm(ps[:, g], x) for g, x in enumerate(part)], 1)
+    out = (sums / total).masked_fill(total == 0, 0.0).to(values.dtype)
+    return out.unflatten(2, (tokens, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def rows_by_page(x: Tensor, pages: Tensor) -> list[Tensor]:
+    """x[pages[:, i]] for each i; on a CPU without a copy where the pages of a row follow each other, and rows at equal distances."""
+    if x.is_cpu and len(pages) > 1:
+        start, step = int(pages[0, 0]), int(pages[1, 0] - pages[0, 0])
+        rows = torch.arange(start, start + max(step, 1) * len(pages), max(step, 1), dtype=pages.dtype)
+        if torch.equal(pages, rows[:, None] + torch.arange(pages.size(1), dtype=pages.dtype)):
+            return [x[start + i : start + i + step * (len(pages) - 1) + 1 : step] for i in range(pages.size(1))]
+    return [x.index_select(0, column) for column in pages.unbind(1)]
+
+
 def attention_lse(q: Tensor, k: Tensor, lengths: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
     """The logarithm (B, H, T) of each query's sum of exp(q·k/√D), in float32 or a wider dtype; −inf for a query without keys."""
     mask = attention_mask(q, k.size(1), lengths, cu_seqlens)

@@ -118,6 +118,7 @@ COMMANDS = {
         "huggingface.exchange:import_model",
         "read a NanoChat model of the transformers library",
     ),
+    "web": Command("chat:WebOptions", "chat.web:web", "chat in the browser, and OpenAI's API", only_reads=True),
     "report": Command(
         "report:ReportOptions", "report.build:build_report", "write the report of the stages that have run"
     ),

@@ -97,8 +97,9 @@ class Cache(Protocol):
 
     lengths: Tensor  # (B,) tokens of each row before this forward pass
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store k and v (B, T, G, D) of a layer; return all keys and values (B, S, G, D) and each row's number of them (B,)."""
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Store k and v (B, T, G, D) of a layer; return its keys and values in pages (N, P, G, D), each row's number of them (B,), and
+        its pages (B, n)."""
 
 
 class ComputeWithCopy(torch.autograd.Function):
@@ -197,9 +198,9 @@ class Attention(nn.Module):
             q, k, v, x = kernels.qkv_projection(
                 x, *weights, cos, sin, cache.lengths, rstd, *gradients, impl=impl.qkv_projection
             )
-            k, v, lengths = cache.append(self.layer, k, v)
+            k, v, lengths, pages = cache.append(self.layer, k, v)
             # the scores of normalised heads are at most √D
-            out = kernels.attention(q, k, v, lengths, bound=math.sqrt(q.size(3)), impl=impl.attention)
+            out = kernels.attention(q, k, v, lengths, bound=math.sqrt(q.size(3)), pages=pages, impl=impl.attention)
         weight, gradient = self.project.operands(x.dtype)
         return kernels.output_projection(out.flatten(2), weight, x, gradient, impl=impl.output_projection)
 
@@ -367,8 +368,11 @@ class GPT(nn.Module):
 
 
 def rope_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin (10·context, D/2) of position·ROPE_BASE^(−2i/D), in float32 on the CPU. Su et al. 2021 (RoFormer)."""
+    """cos and sin (positions, D/2) of position·ROPE_BASE^(−2i/D), in float32 on the CPU. Su et al. 2021 (RoFormer).
+
+    There are 10·context positions, and more up to a multiple of what a chunk of a prompt has.
+    """
     channels = torch.arange(0, config.head_width, 2, dtype=torch.float32, device="cpu")
-    positions = torch.arange(ROPE_CONTEXTS * config.context_length, dtype=torch.float32, device="cpu")
+    positions = torch.arange(-(-ROPE_CONTEXTS * config.context_length // 128) * 128, dtype=torch.float32, device="cpu")
     angles = torch.outer(positions, kernels.ROPE_BASE ** (-channels / config.head_width))
     return angles.cos(), angles.sin()

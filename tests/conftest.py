@@ -65,6 +65,7 @@ LONGEST = (
     "test_step_size",
     "test_relu2_mlp",
     "test_terminal",
+    "test_web",
     "test_sandbox",
     "test_dispatch",
     "test_speedrun",

@@ -23,7 +23,7 @@ def chat(options: ChatOptions, paths: Paths) -> None:
     with start_runtime(options.device) as runtime:
         model, tokenizer, _ = load_model(paths, options.source, runtime, options.impl)
     sampling = {"temperature": options.temperature, "top_k": options.top_k, "seed": options.seed}
-    session = Session(Engine(model, tokenizer), options.max_tokens, **sampling)
+    session = Session(Engine(model, tokenizer, frozen=True), options.max_tokens, **sampling)
     if options.prompt:
         if not print_answer(session, options.prompt):
             raise KeyboardInterrupt  # the command ends as any other that is interrupted

@@ -20,26 +20,18 @@ def sample_answers(
 ) -> Iterator[list[Answer]]:
     """For each prompt, in order, `samples` answers of up to max_tokens tokens, without the token that ends them.
 
-    rows: answers that are generated at the same time. sampling: temperature and top_k as in Engine.stream, with its errors. The
-    answers depend on all arguments, and each call of the engine takes the next seed.
+    rows: answers that are generated at the same time, which changes none of them. sampling: temperature and top_k as in Engine.row,
+    with its errors.
     """
-    together, at_once = max(1, rows // samples), min(rows, samples)
-    for first in range(0, len(prompts), together):
-        part = prompts[first : first + together]
-        found: list[list[Answer]] = [[] for _ in part]
-        for done in range(0, samples, at_once):
-            count = min(at_once, samples - done)
-            made = [[Answer() for _ in range(count)] for _ in part]
-            flat = [answer for answers in made for answer in answers]
-            for tokens, sampled in engine.stream(part, max_tokens, samples=count, seed=seed, **sampling):
-                for answer, token, chosen in zip(flat, tokens, sampled, strict=True):
-                    if token is not None:
-                        answer.tokens.append(token)
-                        answer.sampled.append(chosen)
-            seed += 1
-            for answers, more in zip(found, made, strict=True):
-                answers += more
-        yield from found
+    found: list[list[Answer | None]] = [[None] * samples for _ in prompts]
+    given = 0  # prompts whose answers have been given
+    sampling |= {"samples": samples, "seed": seed}
+    for number, tokens in engine.answers(prompts, max_tokens, rows, **sampling) if prompts else ():
+        answer = Answer([token.token for token in tokens], [token.sampled for token in tokens])
+        found[number // samples][number % samples] = answer
+        while given < len(prompts) and None not in found[given]:
+            yield found[given]
+            given += 1
 
 
 def pass_at(k: int, right: int, samples: int) -> float:

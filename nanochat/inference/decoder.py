@@ -1,53 +1,155 @@
-"""One step of decoding for all rows of a cache: the model, the choice of a token, and the cache's growth."""
+"""The forward passes of the engine, each of one shape: a chunk of a prompt, and a step of decoding for a fixed number of rows."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from nanochat.gpt import GPT
-from nanochat.inference.cache import KVCache
-from nanochat.inference.sampling import Sampler
+import nanochat_kernels as kernels
+from nanochat.gpt import GPT, Linear
+from nanochat.inference.cache import CacheRows, KVCache, Mirror
+from nanochat.inference.sampling import choose
 from nanochat.platform.cuda_graphs import Replayed
 
+# the columns of what a step is given about each row; the row's pages follow
+TOKEN, LENGTH, STEP, KEY, TOP_K, TEMPERATURE, PAGES = 0, 1, 2, slice(3, 5), 5, 6, 7
 
-def decode(model: GPT, cache: KVCache, sampler: Sampler, given: Tensor) -> Tensor:
-    """The tokens (B,) after `given` (2, B): the tokens before, and by how much each row of the cache grows."""
-    tokens, grown = given
-    hidden = model.hidden(tokens[:, None], cache)
-    cache.lengths.add_(grown)
-    return sampler.choose(model.logits(hidden[:, -1]))
+
+def prefill(model: GPT, keys: Tensor, values: Tensor, given: Tensor, chunk: int) -> None:
+    """Store the keys and values of `chunk` tokens of each row. given: these tokens, the row's length before, and its pages."""
+    rows = CacheRows(keys, values, given[:, chunk + 1 :], given[:, chunk])
+    model.hidden(given[:, :chunk], rows)
+
+
+def decode(
+    model: GPT, keys: Tensor, values: Tensor, given: Tensor, mirror: Mirror | None, candidates: int, any_all: bool,
+    alternatives: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """For each row of `given` the next token and the most likely ones (R, 1 + alternatives), and the natural logarithms of their
+    probabilities at temperature 1."""
+    rows = CacheRows(keys, values, given[:, PAGES:], given[:, LENGTH], mirror)
+    logits = model.logits(model.hidden(given[:, TOKEN, None], rows)[:, -1])
+    temperature = given[:, TEMPERATURE].to(torch.int32).view(torch.float32)
+    chosen, ranked, _ = choose(logits, given[:, KEY], given[:, STEP], given[:, TOP_K], temperature, candidates, any_all)
+    tokens = torch.cat([chosen[:, None], ranked[:, :alternatives]], 1)
+    return tokens, logits.gather(1, tokens) - logits.logsumexp(1, keepdim=True)
+
+
+@torch.no_grad()
+def same_products(model: GPT, few: int, many: int, tokens: int, page: int) -> bool:
+    """Whether products of `many` rows of `tokens` tokens have the bits of those of `few` rows at a time: with each shape of the model's
+    weights, and with pages of keys.
+
+    A library that adds in another order for more rows shows it with random numbers.
+    """
+    config, device, generator = model.config, model.device, torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, model.compute_dtype)
+
+    def same(product: Callable[..., Tensor], *rows: Tensor) -> bool:
+        parts = zip(*(x.split(few) for x in rows), strict=True)
+        return torch.equal(product(*rows), torch.cat([product(*part) for part in parts]))
+
+    keys = random(many, page, config.n_kv_head, config.head_width)
+    lengths, pages = torch.full((many,), page, device=device), torch.arange(many, device=device)[:, None]
+    attention = same(
+        lambda q, lengths, pages: kernels.attention(q, keys, keys, lengths, pages=pages),
+        random(many, tokens, config.n_head, config.head_width), lengths, pages,
+    )  # fmt: skip
+    layers = {layer.weight.shape: layer for layer in model.modules() if isinstance(layer, Linear)}.values()
+    return attention and all(same(layer, random(many, tokens, layer.in_features)) for layer in layers)
 
 
 class Decoder:
-    """Decodes the next token of every row, given the one before.
+    """Runs the passes. rows, chunks: the numbers of rows of a step, and of chunks of prompts that are computed together; those that are
+    not needed are padded. A row's results do not depend on the others: a size beyond the first serves only if `same_products` says so.
 
-    replay: the step is captured in a CUDA graph and replayed, for which the cache must return all positions. The host then copies
-    the tokens to the device, launches one graph and waits for the result.
+    replay: each kind of pass is captured in a CUDA graph and replayed, with pages for a power of two of them. The host then copies
+    what is given to the device, launches one graph and waits for the result.
     """
 
-    def __init__(self, model: GPT, cache: KVCache, sampler: Sampler, replay: bool):
-        self.model, self.cache, self.sampler = model, cache, sampler
-        self.generator: torch.Generator | None = None  # of the random numbers; for each generation its own
-        rows, device = len(cache.lengths), model.device
-        self.on_host = torch.zeros(2, rows, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self.given = torch.zeros(2, rows, dtype=torch.int64, device=device)  # tokens, and by how much a row grows
-        pool = torch.cuda.graph_pool_handle() if replay and device.type == "cuda" else None
-        # not a method, which would refer to the decoder: dropping that frees the cache at once
-        self.step = Replayed(partial(decode, model, cache, sampler, self.given), pool)
+    def __init__(self, model: GPT, cache: KVCache, rows: tuple[int, ...], chunks: tuple[int, ...], replay: bool):
+        self.model, self.cache, self.replay = model, cache, replay
+        self.sizes = {"rows": list(rows), "chunks": list(chunks)}
+        self.checked: set[str] = set()  # kinds whose sizes beyond the first are known to serve
+        self.most_pages = -(-model.cos.size(0) // cache.page)
+        self.forget()
 
-    def __call__(self, tokens: list[int], grown: list[int], longest: int) -> list[int]:
-        """The next token of each row. grown: 1 for a row that keeps its token, 0 for one that has ended, whose token is overwritten
-        and whose result is not to be used. longest: the largest length of a row after this token.
+    def size_for(self, count: int, kind: Literal["rows", "chunks"]) -> int:
+        """The smallest size of a pass that has place for `count` rows or chunks, or the largest one."""
+        sizes = self.sizes[kind]
+        if count > sizes[0] and kind not in self.checked:
+            tokens = 1 if kind == "rows" else self.cache.page
+            sizes[1:] = [n for n in sizes[1:] if same_products(self.model, sizes[0], n, tokens, self.cache.page)]
+            self.checked.add(kind)
+        return next((n for n in sizes if n >= count), sizes[-1])
+
+    def forget(self) -> None:
+        """Drop the passes, after the cache has moved."""
+        on_gpu = self.model.device.type == "cuda"
+        self.pool = torch.cuda.graph_pool_handle() if self.replay and on_gpu else None
+        self.mirrors: dict[int, Mirror] = {}  # by the size of a pass; on a CPU alone
+        self.passes: dict[tuple, tuple[Replayed, Tensor, Tensor]] = {}
+
+    def prefill(self, chunks: list[tuple[list[int], int, list[int]]]) -> None:
+        """Store keys and values of chunks: tokens, a page or less, behind the number of tokens that their row has, and the row's pages.
+
+        A chunk may read what the ones before it store.
         """
-        self.on_host.copy_(torch.tensor([tokens, grown]))
-        self.given.copy_(self.on_host, non_blocking=True)
-        self.sampler.draw(self.generator)
-        chosen = self.step()
-        self.cache.longest = longest
-        return chosen.tolist()  # waits for the device, so that the host may write on_host again
+        most, page = self.size_for(len(chunks), "chunks"), self.cache.page
+        for first in range(0, len(chunks), most):
+            part = chunks[first : first + most]
+            size = self.size_for(len(part), "chunks")
+            width = self._width(max(len(pages) for _, _, pages in part))
+            given = np.zeros((size, page + 1 + width), np.int64)
+            for row, (tokens, length, pages) in zip(given, part, strict=False):
+                row[: len(tokens)], row[page], row[page + 1 : page + 1 + len(pages)] = tokens, length, pages
+            self._run(("prefill", size, width), given, partial(prefill, chunk=page))
 
-    def choose(self, logits: Tensor) -> list[int]:
-        """The first token of each row, for logits (B, V)."""
-        self.sampler.draw(self.generator)
-        return self.sampler.choose(logits).tolist()
+    def decode(
+        self, given: list[np.ndarray], pages: int, candidates: int, any_all: bool, alternatives: int
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """What `decode` returns, for at most as many rows as the largest size, of which none has more than `pages` pages."""
+        width, vocabulary = self._width(pages), self.model.config.vocab_size
+        candidates = min(1 << (max(candidates, alternatives) - 1).bit_length(), vocabulary)
+        alternatives = min(alternatives, vocabulary)
+        rows = self.size_for(len(given), "rows")
+        padded = np.zeros((rows, PAGES + width), np.int64)
+        padded[:, TEMPERATURE], padded[:, TOP_K] = as_bits(1.0), 1
+        mirror, places = None, list(range(len(given)))
+        if self.model.device.type == "cpu":
+            mirror = self.mirrors[rows] = self.mirrors.get(rows) or Mirror(self.cache, rows)
+        if mirror is not None:
+            places = mirror.places([(row, int(row[LENGTH]), row[PAGES : PAGES + pages].tolist()) for row in given])
+        padded[places] = np.stack(given)[:, : PAGES + width]
+        work = partial(decode, mirror=mirror, candidates=candidates, any_all=any_all, alternatives=alternatives)
+        found = self._run(("decode", rows, width, candidates, any_all, alternatives), padded, work)
+        tokens, logarithms = (x.tolist() for x in found)
+        return [tokens[place] for place in places], [logarithms[place] for place in places]
+
+    def _run(self, key: tuple, given: np.ndarray, work: partial) -> tuple[Tensor, ...] | None:
+        if key not in self.passes:
+            on_host = torch.zeros(given.shape, dtype=torch.int64, pin_memory=self.model.device.type == "cuda")
+            on_device = torch.zeros(given.shape, dtype=torch.int64, device=self.model.device)
+            # not a method, which would refer to the decoder: dropping that frees the cache at once
+            bound = partial(work, self.model, self.cache.keys, self.cache.values, on_device)
+            self.passes[key] = Replayed(bound, self.pool), on_host, on_device
+        step, on_host, on_device = self.passes[key]
+        on_host.copy_(torch.from_numpy(given))
+        # the host waits for the results of a step, and only then writes on_host again
+        on_device.copy_(on_host, non_blocking=key[0] == "decode")
+        return step()
+
+    def _width(self, pages: int) -> int:
+        """The pages of a pass for rows with as many."""
+        pages = max(pages, 1)
+        return min(1 << (pages - 1).bit_length(), self.most_pages) if self.replay else pages
+
+
+def as_bits(x: float) -> int:
+    """The bits of a float32 number."""
+    return int(np.float32(x).view(np.int32))

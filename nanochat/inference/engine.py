@@ -1,146 +1,246 @@
-"""The engine: batched decoding of prompts of different lengths, with calls of the calculator.
+"""The engine: continuous batching of rows, which join and leave while others are decoded, with calls of the calculator.
 
-The rows of a batch are decoded together. The cache keeps a length for each row, so that prompts need no left padding.
+A row is a prompt with its answer. Its keys and values lie in pages of a cache, and what several prompts begin with is kept once. A
+step computes at most CHUNKS pages of waiting prompts, and then the next token of every row that has its prompt.
+
+A row's tokens and log-probabilities are, bit for bit, those that it has alone on the same device: passes have a fixed number of rows,
+attention adds the keys in parts of fixed size, chunks of a prompt begin at the same positions, and random numbers are made from
+the row's own seed. Kwon et al. 2023 (pages), Yu et al. 2022 (joining and leaving at every step), Agrawal et al. 2023 (chunks).
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import count
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from nanochat.gpt import GPT
 from nanochat.inference.cache import KVCache
 from nanochat.inference.calculator import calculate
-from nanochat.inference.decoder import Decoder
-from nanochat.inference.sampling import Sampler, check_sampling
+from nanochat.inference.decoder import KEY, LENGTH, PAGES, STEP, TEMPERATURE, TOKEN, TOP_K, Decoder, as_bits
+from nanochat.inference.pages import ROOT
+from nanochat.inference.sampling import ALL, check_sampling, random_key
 from nanochat.platform.errors import UserError
 from nanochat.tokenizer.bpe import Tokenizer
 
-LEAST_CAPACITY = 256  # positions of a cache that is kept for other calls; more are powers of two
+CHUNKS = 4  # of prompts in a step, so that rows that are decoded do not wait long for their next token
+CHUNKS_AT_ONCE = {"cuda": (1,), "cpu": (1, 2, 4)}  # sizes of a pass over chunks
+STEP_ROWS = {"cuda": (64,), "cpu": (16, 64)}  # sizes of a pass over rows; more rows take several passes in a step
+MOST_ROWS = {"cuda": 256, "cpu": 64}
+PAGE = {"cuda": 128, "cpu": 64}  # tokens of a page, and of the chunks in which prompts are computed
+LEAST_PAGES = 16  # by which the cache grows
+ALTERNATIVES = 20  # the most likely tokens of which log-probabilities can be given
 
 
-@dataclass
-class _Row:
-    """The state of a row while it is decoded. room: the most tokens that may come."""
+class Token(NamedTuple):
+    """A token of an answer.
 
+    sampled: False for one that the calculator forced, which has no log-probability. logprob: the natural logarithm of its probability
+    at temperature 1. likely: the most likely tokens and their logprobs, best first, if the row asked for them.
+    """
+
+    token: int
+    sampled: bool
+    logprob: float | None
+    likely: list[tuple[int, float]]
+
+
+@dataclass(eq=False)
+class Row:
+    """A prompt and the state of its answer. Made by `Engine.row`.
+
+    room: the most tokens that may come. output: tokens that nobody has taken yet. finish: why the answer ended, "stop" for a token
+    that ends it and "length" without more room; None while it has not, or when it was removed.
+    """
+
+    prompt: list[int]
     room: int
+    alternatives: int
+    most_pages: int
+    numbers: np.ndarray  # what a step is given about the row; see decoder.py
+    output: deque[Token] = field(default_factory=deque)
     done: bool = False
+    finish: Literal["stop", "length"] | None = None
+    pages: list[int] = field(default_factory=list)
+    length: int = 0  # tokens in the cache
+    step: int = 0  # tokens of the answer
     expression: list[int] | None = None  # tokens since python_start
     forced: deque[int] = field(default_factory=deque)  # tokens of the calculator's answer, which come next
 
 
 class Engine:
-    """Generates text with a model and its tokenizer."""
+    """Generates text with a model and its tokenizer, for as many rows as are given to it. One thread at a time may call it."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, replay: bool | None = None):
-        """replay: decode by replaying a CUDA graph, which serves later calls with as many rows and the same sampling too (None: if the
-        model is on a GPU)."""
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        replay: bool | None = None,
+        rows: int | None = None,
+        frozen: bool = False,
+    ):
+        """replay: run each pass from a CUDA graph (None: if the model is on a GPU). rows: the most that are decoded at the same time,
+        while others wait (None: MOST_ROWS). frozen: the weights never change, so that what was computed for the beginning of
+        a prompt serves later prompts too, as long as its memory is not needed."""
         self.model, self.tokenizer = model, tokenizer
-        self.replay = model.device.type == "cuda" if replay is None else replay
-        self.kept: dict[tuple, Decoder] = {}  # that of the last generation that ended, under what it serves
+        kind = model.device.type if model.device.type in PAGE else "cpu"
+        self.replay = kind == "cuda" if replay is None else replay
+        self.cache = KVCache(model.config, PAGE[kind], model.device, model.compute_dtype, keep=frozen)
+        self.decoder = Decoder(model, self.cache, STEP_ROWS[kind], CHUNKS_AT_ONCE[kind], self.replay)
+        self.rows = MOST_ROWS[kind] if rows is None else rows
         self.stops = {tokenizer.special("assistant_end"), tokenizer.bos}
         self.positions = model.cos.size(0)
+        self.waiting: deque[Row] = deque()
+        self.filling: deque[Row] = deque()  # with a part of their prompt
+        self.running: list[Row] = []
+        self.reserved = 0  # pages that the rows which are not waiting may need
 
-    @torch.inference_mode()
-    def stream(
+    def row(
         self,
-        prompts: list[list[int]],
+        prompt: list[int],
         max_tokens: int,
         temperature: float = 1.0,
         top_k: int | None = None,
-        samples: int = 1,
         seed: int = 42,
-    ) -> Iterator[tuple[list[int | None], list[bool]]]:
-        """Generate up to max_tokens tokens for len(prompts)·samples rows, one token of every row at a time.
+        sample: int = 0,
+        alternatives: int = 0,
+    ) -> Row:
+        """A row for `add`. temperature 0 takes the most likely token; top_k None samples from the whole vocabulary. Rows with another
+        seed, sample or prompt have other random numbers. alternatives: how many of the most likely tokens to tell, at most 20.
 
-        Each item is (tokens, sampled), with an entry for every row; the samples of a prompt are adjacent rows. A token is None
-        once its row has ended: with assistant_end or bos, which are not returned, after max_tokens, or where the model has no more
-        positions, however long the other rows are. sampled is False for a token that the calculator forced. temperature 0 takes
-        the most likely token; top_k None samples from the whole vocabulary.
         Raises UserError for arguments that cannot be sampled from and for a prompt that fills the model's positions.
         """
-        check_sampling(prompts, max_tokens, temperature, top_k, samples)
-        device = self.model.device
-        # torch takes seeds below 2**64; the upper half stands for negative ones
-        generator = torch.Generator(device=device).manual_seed(seed % 2**63 if seed >= 0 else 2**63 + seed % 2**63)
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        longest = int(lengths.max())
-        if longest >= self.positions:
+        check_sampling([prompt], max_tokens, temperature, top_k, 1)
+        if len(prompt) >= self.positions:
             raise UserError(
-                f"a prompt of {longest} tokens leaves none of the model's {self.positions} positions for an answer; shorten it"
+                f"a prompt of {len(prompt)} tokens leaves none of the model's {self.positions} positions for an answer; shorten it"
             )
-        room = [min(max_tokens, self.positions - len(prompt)) for prompt in prompts]
-        capacity = max(len(prompt) + tokens for prompt, tokens in zip(prompts, room, strict=True))
-        padded = torch.zeros(len(prompts), longest, dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            padded[row, : len(prompt)] = torch.tensor(prompt)
-        key = len(prompts) * samples, self._capacity(capacity), temperature, top_k
-        decoder = self.kept.pop(key, None) or self._decoder(*key)  # no other generation may use it meanwhile
-        decoder.generator = generator
-        try:
-            yield from self._decode(decoder, prompts, padded, lengths, room, samples)
-        finally:
-            if self.replay:
-                self.kept = {key: decoder}
+        if not 0 <= alternatives <= ALTERNATIVES:
+            raise UserError(f"log-probabilities of {alternatives} tokens were asked for; it can be 0 to {ALTERNATIVES}")
+        numbers = np.zeros(PAGES + self.decoder.most_pages, np.int64)
+        numbers[KEY] = random_key(seed, sample, prompt)
+        if temperature < torch.finfo(torch.float32).tiny:
+            temperature, top_k = 1.0, 1
+        numbers[TEMPERATURE] = as_bits(temperature)
+        numbers[TOP_K] = ALL if top_k is None or top_k >= self.model.config.vocab_size else top_k
+        room = min(max_tokens, self.positions - len(prompt))
+        return Row(prompt, room, alternatives, -(-(len(prompt) + room) // self.cache.page), numbers)
 
-    def _decode(
-        self, decoder: Decoder, prompts: list[list[int]], padded: Tensor, lengths: Tensor, room: list[int], samples: int
-    ) -> Iterator[tuple[list[int | None], list[bool]]]:
-        """The items of `stream`. padded (prompts, longest), lengths (prompts,): the prompts' tokens, and how many there are."""
-        device, model, longest = self.model.device, self.model, padded.size(1)
-        # the prompt is computed once for all of its samples
-        cache = decoder.cache.every(samples)
-        # Padding is on the right: its keys and values lie beyond the row's length in the cache and are overwritten later.
-        hidden = model.hidden(padded.to(device), cache)
-        cache.advance(lengths.to(device), longest)
-        decoder.cache.repeat(samples, longest)
-        last = hidden[torch.arange(len(prompts), device=device), lengths.to(device) - 1]
-        sampled = decoder.choose(model.logits(last).repeat_interleave(samples, dim=0))
-        rows = [_Row(tokens) for tokens in room for _ in range(samples)]
-        filled = [len(prompt) for prompt in prompts for _ in range(samples)]  # positions of each row
-        for step in count(1):
-            column = [self._next(row, token) for row, token in zip(rows, sampled, strict=True)]
-            yield (
-                [None if row.done else token for row, (token, _) in zip(rows, column, strict=True)],
-                [not forced for _, forced in column],
-            )
-            for row in rows:
-                row.done = row.done or step == row.room
-            if all(row.done for row in rows):
-                return
-            grown = [int(not row.done) for row in rows]
-            filled = [length + more for length, more in zip(filled, grown, strict=True)]
-            sampled = decoder([token for token, _ in column], grown, max(filled))
+    def add(self, rows: list[Row]) -> None:
+        """Let the rows join when there is place for them, in this order. `step` fills their `output`."""
+        self.waiting.extend(rows)
 
-    def _capacity(self, positions: int) -> int:
-        """The positions of a cache for as many: with replay more, so that it serves more calls."""
-        return max(LEAST_CAPACITY, 1 << (positions - 1).bit_length()) if self.replay else positions
+    def remove(self, row: Row) -> None:
+        """End a row and free its memory, if it has not ended yet."""
+        if row in self.waiting:
+            self.waiting.remove(row)
+        elif row in self.filling or row in self.running:
+            (self.filling if row in self.filling else self.running).remove(row)
+            self._release(row)
+        row.done = True
 
-    def _decoder(self, rows: int, capacity: int, temperature: float, top_k: int | None) -> Decoder:
-        self.kept = {}  # its memory is free for the new one
-        model = self.model
-        cache = KVCache.create(model.config, rows, capacity, model.device, model.compute_dtype, self.replay)
-        sampler = Sampler(rows, model.config.vocab_size, temperature, top_k, model.device)
-        return Decoder(model, cache, sampler, self.replay)
+    @property
+    def busy(self) -> bool:
+        """Whether a row has not ended."""
+        return bool(self.waiting or self.filling or self.running)
 
-    def generate(self, prompts: list[list[int]], max_tokens: int, **sampling) -> list[list[int]]:
-        """The generated tokens of each row, without its prompt and the token that ended it; `sampling` as in `stream`."""
-        rows: list[list[int]] = [[] for _ in range(len(prompts) * sampling.get("samples", 1))]
-        for tokens, _ in self.stream(prompts, max_tokens, **sampling):
-            for row, token in zip(rows, tokens, strict=True):
-                if token is not None:
-                    row.append(token)
-        return rows
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Let waiting rows join, compute chunks of their prompts, and decode one token of every row that has its prompt."""
+        while self.waiting and len(self.filling) + len(self.running) < self.rows and self._reserve(self.waiting[0]):
+            self.filling.append(self.waiting.popleft())
+        chunks: list[tuple] = []
+        computed = 0
+        while self.filling and computed < CHUNKS:
+            row = self.filling[0]
+            if row.length < len(row.prompt) - 1:
+                computed += self._fill(row, chunks)
+            if row.length == len(row.prompt) - 1:  # the last token is the first one that is decoded
+                row.numbers[TOKEN] = row.prompt[-1]
+                self.running.append(self.filling.popleft())
+        self.decoder.prefill(chunks)
+        size = self.decoder.size_for(len(self.running), "rows")
+        for first in range(0, len(self.running), size):
+            self._decode(self.running[first : first + size])
+        for row in self.running:
+            if row.done:
+                self._release(row)
+        self.running = [row for row in self.running if not row.done]
 
-    def _next(self, row: _Row, sampled: int) -> tuple[int, bool]:
+    def _reserve(self, row: Row) -> bool:
+        """Whether the cache has as many pages as the row and those before it may need; it grows for that."""
+        count = self.cache.pages.count
+        missing = self.reserved + row.most_pages - count
+        if missing > 0:
+            try:
+                self.cache.extend(max(missing, count // 2, LEAST_PAGES))
+            except torch.OutOfMemoryError:
+                if not self.reserved:
+                    raise
+                return False  # until other rows have ended
+            self.decoder.forget()
+        self.reserved += row.most_pages
+        return True
+
+    def _fill(self, row: Row, chunks: list[tuple]) -> bool:
+        """Give the row the next page of its prompt; returns whether it must be computed, and is one of the chunks then."""
+        page, pages = self.cache.page, self.cache.pages
+        tokens = tuple(row.prompt[row.length : min(row.length + page, len(row.prompt) - 1)])
+        before = row.pages[-1] if row.pages else ROOT
+        found = pages.find(before, tokens)
+        if found is not None and len(tokens) == page:
+            self._append(row, pages.share(found))
+        else:  # the row will write to the page
+            self._append(row, pages.take())
+            if found is None:
+                chunks.append((tokens, row.length, list(row.pages)))
+            else:
+                self.decoder.prefill(chunks)  # the page may be one of them
+                chunks.clear()
+                self.cache.copy(found, row.pages[-1])
+            pages.name(row.pages[-1], before, tokens)
+        row.length += len(tokens)
+        return found is None
+
+    def _append(self, row: Row, page: int) -> None:
+        row.numbers[PAGES + len(row.pages)] = page
+        row.pages.append(page)
+
+    def _decode(self, rows: list[Row]) -> None:
+        """The next token of each of at most as many rows as a pass has."""
+        for row in rows:
+            if row.length == len(row.pages) * self.cache.page:
+                self._append(row, self.cache.pages.take())
+            row.numbers[LENGTH], row.numbers[STEP] = row.length, row.step
+        top_k = [int(row.numbers[TOP_K]) for row in rows]
+        alternatives = ALTERNATIVES if any(row.alternatives for row in rows) else 0
+        pages = max(len(row.pages) for row in rows)
+        found = self.decoder.decode([row.numbers for row in rows], pages, max(*top_k, 1), ALL in top_k, alternatives)
+        for row, (sampled, *likely), (logprob, *others) in zip(rows, *found, strict=True):
+            token, forced = self._next(row, sampled)
+            row.length, row.step = row.length + 1, row.step + 1
+            if row.done:
+                row.finish = "stop"
+                continue
+            alternatives = list(zip(likely, others, strict=True))[: row.alternatives]
+            row.output.append(Token(token, not forced, None if forced else logprob, alternatives))
+            row.numbers[TOKEN] = token
+            if row.step == row.room:
+                row.done, row.finish = True, "length"
+
+    def _release(self, row: Row) -> None:
+        self.cache.pages.give_back(row.pages)
+        self.reserved -= row.most_pages
+        row.pages = []
+
+    def _next(self, row: Row, sampled: int) -> tuple[int, bool]:
         """The row's next token and whether it was forced; calls the calculator at the end of an expression."""
         special = self.tokenizer.special
         if row.forced:
             return row.forced.popleft(), True
-        if row.done or sampled in self.stops:
+        if sampled in self.stops:
             row.done = True
             return sampled, False
         if sampled == special("python_start"):
@@ -153,3 +253,63 @@ class Engine:
         elif row.expression is not None:
             row.expression.append(sampled)
         return sampled, False
+
+    def _rows(self, prompts: list[list[int]], max_tokens: int, samples: int = 1, **sampling) -> list[Row]:
+        check_sampling(prompts, max_tokens, sampling.get("temperature", 1.0), sampling.get("top_k"), samples)
+        rows, samples_of = [], Counter()  # a prompt that is given twice gets other random numbers the second time
+        for prompt in prompts:
+            first = samples_of[tuple(prompt)]
+            rows += [self.row(prompt, max_tokens, sample=first + number, **sampling) for number in range(samples)]
+            samples_of[tuple(prompt)] += samples
+        return rows
+
+    def stream(
+        self, prompts: list[list[int]], max_tokens: int, **sampling
+    ) -> Iterator[tuple[list[int | None], list[bool]]]:
+        """Generate up to max_tokens tokens for len(prompts)·samples rows, one token of every row at a time.
+
+        sampling: samples of each prompt, 1 by default, which are adjacent rows; temperature, top_k and seed as in `row`. Each item is
+        (tokens, sampled), with an entry for every row. A token is None once its row has ended: with assistant_end or bos, which are
+        not returned, after max_tokens, or where the model has no more positions, however long the other rows are. sampled is False
+        for a token that the calculator forced. Errors: those of `row`.
+        """
+        rows = self._rows(prompts, max_tokens, **sampling)
+        self.add(rows)
+        try:
+            while True:
+                while any(not (row.output or row.done) for row in rows):
+                    self.step()
+                column = [row.output.popleft() if row.output else None for row in rows]
+                if not any(column):
+                    return
+                yield [found and found.token for found in column], [found is None or found.sampled for found in column]
+        finally:
+            for row in rows:
+                self.remove(row)
+
+    def answers(
+        self, prompts: list[list[int]], max_tokens: int, rows: int | None = None, **sampling
+    ) -> Iterator[tuple[int, list[Token]]]:
+        """Each row's number and all of its tokens, as soon as it has ended; arguments, rows and errors as in `stream`.
+
+        rows: the most of them that are generated at the same time, which changes none of them.
+        """
+        waiting = deque(enumerate(self._rows(prompts, max_tokens, **sampling)))
+        left: dict[int, Row] = {}
+        try:
+            while waiting or left:
+                while waiting and (rows is None or len(left) < rows):
+                    number, row = waiting.popleft()
+                    left[number] = row
+                    self.add([row])
+                self.step()
+                for number in [number for number, row in left.items() if row.done]:
+                    yield number, list(left.pop(number).output)
+        finally:
+            for row in left.values():
+                self.remove(row)
+
+    def generate(self, prompts: list[list[int]], max_tokens: int, **sampling) -> list[list[int]]:
+        """The generated tokens of each row, without its prompt and the token that ended it; arguments as in `stream`."""
+        found = dict(self.answers(prompts, max_tokens, **sampling))
+        return [[token.token for token in found[number]] for number in range(len(found))]

@@ -104,47 +104,77 @@ class Session:
         return kept
 
 
-def events(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[Event]:
-    """Generated tokens as events: text in pieces of whole characters, each tool call and each result in one piece.
+class Reader:
+    """Turns generated tokens into events: text in pieces of whole characters, each tool call and each result in one piece.
 
     Other special tokens, which a model may write at the wrong place, are not text and are left out.
     """
-    kinds = {tokenizer.special("python_start"): ToolCall, tokenizer.special("output_start"): ToolResult}
-    ends = {tokenizer.special("python_end"), tokenizer.special("output_end")}
-    kind, waiting = Text, []  # waiting: tokens that are not in an event yet
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.kinds = {tokenizer.special("python_start"): ToolCall, tokenizer.special("output_start"): ToolResult}
+        self.ends = {tokenizer.special("python_end"), tokenizer.special("output_end")}
+        self.kind: type[Event] = Text
+        self.waiting: list[int] = []  # tokens that are not in an event yet
+
+    def add(self, token: int) -> Iterator[Event]:
+        """The events that this token completes, of which there are none or one."""
+        decode = self.tokenizer.decode
+        if token in self.kinds or token in self.ends:
+            if self.waiting or self.kind is not Text:
+                yield self.kind(decode(self.waiting))
+            self.kind, self.waiting = self.kinds.get(token, Text), []
+        elif token < len(self.tokenizer.ranks):
+            self.waiting.append(token)
+            # a character has at most four bytes, so that an incomplete one of more than eight tokens is not UTF-8
+            if self.kind is Text and (not decode(self.waiting).endswith("\ufffd") or len(self.waiting) > 8):
+                yield from self.end()
+
+    def end(self) -> Iterator[Event]:
+        """What is left when no more tokens come."""
+        if self.waiting:
+            yield self.kind(self.tokenizer.decode(self.waiting))
+        self.waiting = []
+
+
+def events(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[Event]:
+    """Generated tokens as events, by a Reader."""
+    reader = Reader(tokenizer)
     for token in tokens:
-        if token in kinds or token in ends:
-            if waiting or kind is not Text:
-                yield kind(tokenizer.decode(waiting))
-            kind, waiting = kinds.get(token, Text), []
-            continue
-        if token >= len(tokenizer.ranks):
-            continue
-        waiting.append(token)
-        # a character has at most four bytes, so that an incomplete one of more than eight tokens is not UTF-8
-        if kind is Text and (not tokenizer.decode(waiting).endswith("\ufffd") or len(waiting) > 8):
-            yield Text(tokenizer.decode(waiting))
-            waiting = []
-    if waiting:
-        yield kind(tokenizer.decode(waiting))
+        yield from reader.add(token)
+    yield from reader.end()
 
 
-def shown(events: Iterable[Event]) -> Iterator[str]:
-    """The text to print for each event; a calculator call and its result become [expression → result]."""
-    call = None  # an expression that is not shown yet, because its result may follow
-    for event in events:
+class Shown:
+    """Makes the text to print of events; a calculator call and its result become [expression → result]."""
+
+    def __init__(self) -> None:
+        self.call: str | None = None  # an expression that is not shown yet, because its result may follow
+
+    def add(self, event: Event) -> Iterator[str]:
+        """The text of an event."""
         if isinstance(event, ToolResult):
-            yield f" [{call} → {event.text}] " if call is not None else f" [→ {event.text}] "
-            call = None
-            continue
-        if call is not None:
-            yield f" [{call}] "
-            call = None
+            yield f" [{self.call} → {event.text}] " if self.call is not None else f" [→ {event.text}] "
+            self.call = None
+            return
+        yield from self.end()
         if isinstance(event, ToolCall):
-            call = event.text
+            self.call = event.text
         elif isinstance(event, Forgotten):
             yield f"(the {event.turns} oldest turns of this conversation no longer fit and are forgotten)\n"
         else:
             yield event.text
-    if call is not None:
-        yield f" [{call}] "
+
+    def end(self) -> Iterator[str]:
+        """What is left when no more events come."""
+        if self.call is not None:
+            yield f" [{self.call}] "
+        self.call = None
+
+
+def shown(events: Iterable[Event]) -> Iterator[str]:
+    """The text to print for each event, by Shown."""
+    text = Shown()
+    for event in events:
+        yield from text.add(event)
+    yield from text.end()

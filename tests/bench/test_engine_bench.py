@@ -1,6 +1,7 @@
 """bench.engine without a GPU: what its numbers count, with stand-ins for a GPU's clock and graphs."""
 
 import time
+from json import loads
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from bench import engine
 from nanochat.gpt import GPTConfig
 from nanochat.train.timing import trained_model
+from tests import forked
+from tests.conftest import environment
 
 CLOCK_MS = 2.0  # of a step, by the stand-in of an event
 
@@ -16,7 +19,7 @@ CLOCK_MS = 2.0  # of a step, by the stand-in of an event
 @pytest.fixture
 def results(monkeypatch):
     """Rows of results of two variants, and the runs that made them. The host sleeps 5 ms before each token."""
-    runs, made, decode = [], engine.Run.__init__, engine.Decoder.__call__
+    runs, made, decode = [], engine.Run.__init__, engine.Decoder.decode
 
     def watched(run, *arguments):
         made(run, *arguments)
@@ -27,7 +30,7 @@ def results(monkeypatch):
         return decode(decoder, *arguments)
 
     monkeypatch.setattr(engine.Run, "__init__", watched)
-    monkeypatch.setattr(engine.Decoder, "__call__", slow)
+    monkeypatch.setattr(engine.Decoder, "decode", slow)
     monkeypatch.setattr(engine, "Graph", lambda run: run, raising=False)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -60,3 +63,15 @@ def test_variants_share_one_cache(results):
     """At 256 rows of d20 one takes 55 GB."""
     _, runs = results
     assert len(runs) == 2 and len({run.decoder.cache.keys.data_ptr() for run in runs}) == 1
+    assert runs[0].decoder.cache.pages.count == 2 * runs[0].pages
+
+
+def test_users_and_an_evaluation_of_a_run(trained_base, tmp_path):
+    arguments = "--measure users evaluation --run-name default --users 1 3 --answer 4 --items 5 --turns 1 --device cpu"
+    json = tmp_path / "engine.json"
+    done = forked.run("-m", "bench.engine", *arguments.split(), "--json", str(json), env=environment(trained_base))
+    assert done.returncode == 0, done.stderr
+    found = loads(json.read_text("utf-8"))
+    assert [row["users"] for row in found["users"]] == [1, 3] and all(row["together"][0] > 0 for row in found["users"])
+    assert [row["way"] for row in found["evaluation"]] == ["at once", "in batches", "one at a time"]
+    assert "3 users" in done.stdout and "5 word problems at once" in done.stdout

@@ -550,7 +550,7 @@ def test_what_backends_of_torch_do_not_support():
             )
             for shape in (q, k)
         )  # fmt: skip
-        return FILE.ATTENTION.implementations[impl].unsupported_reason(q, k, k, *more, None, False)
+        return FILE.ATTENTION.implementations[impl].unsupported_reason(q, k, k, *more)
 
     plain_, grouped = (2, 8, 4, 64), (2, 8, 2, 64)
     for impl in FILE.BACKENDS:

@@ -54,6 +54,16 @@ def test_views_of_a_cache_and_of_one_product():
     assert torch.equal(cache, before), "nothing else changed"
 
 
+def test_rows_that_share_one_memory():
+    keys, values = (randn(1, 12, 2, 8, dtype=torch.bfloat16, seed=seed) for seed in (1, 2))
+    k, v = (randn(3, 2, 2, 8, dtype=torch.bfloat16, seed=seed) for seed in (3, 4))
+    places = torch.tensor([8, 1, 4], device=DEVICE)
+    check(keys, values, k, v, places)
+    kernels.cache_append(keys, values, k, v, places, impl="triton")
+    for row, place in enumerate(places.tolist()):
+        assert torch.equal(keys[0, place : place + 2], k[row]) and torch.equal(values[0, place : place + 2], v[row])
+
+
 def test_positions_outside_the_cache_are_not_stored():
     keys, values = (torch.zeros(3, 4, 1, 8, device=DEVICE) for _ in range(2))
     k = torch.ones(3, 2, 1, 8, device=DEVICE)

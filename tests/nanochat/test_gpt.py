@@ -94,8 +94,8 @@ def test_shapes_that_do_not_fit(change, message):
 
 
 def test_too_many_tokens_are_refused():
-    with pytest.raises(UserError, match="321 tokens exceed the 320 positions"):
-        GPT.create(CONFIG)(torch.zeros(1, 321, dtype=torch.int64))
+    with pytest.raises(UserError, match="385 tokens exceed the 384 positions"):
+        GPT.create(CONFIG)(torch.zeros(1, 385, dtype=torch.int64))
 
 
 def test_copies_of_queries_keys_and_values_lie_in_one_memory():

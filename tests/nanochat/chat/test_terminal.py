@@ -35,7 +35,7 @@ def test_an_interrupted_answer_is_said_to_be_so(monkeypatch):
     assert print_answer(Whole(), "hi") and not print_answer(Interrupted(), "hi")
     monkeypatch.setattr("nanochat.chat.terminal.print_answer", lambda *_: False)
     monkeypatch.setattr("nanochat.chat.terminal.load_model", lambda *_: (None, None, None))
-    monkeypatch.setattr("nanochat.chat.terminal.Engine", lambda *_: None)
+    monkeypatch.setattr("nanochat.chat.terminal.Engine", lambda *_, **__: None)
     with pytest.raises(KeyboardInterrupt):
         chat(ChatOptions(prompt="hi", device="cpu"), Paths(Path("nowhere")))
 

@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import dataclass
-from itertools import zip_longest
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +16,7 @@ from nanochat.evaluate.chat import chat_accuracies
 from nanochat.evaluate.core import CoreTask, evaluate_core, evaluate_task, load_bundle
 from nanochat.evaluate.scoring import logits_at
 from nanochat.gpt import GPTConfig
+from nanochat.inference.engine import Token
 from nanochat.options.evaluate import ChatTaskOptions
 from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import UserError
@@ -215,10 +215,12 @@ def test_chat_tasks_score_what_the_model_knows(tokenizer, world, cpu, monkeypatc
             def __init__(self, *_):
                 self.tokenizer = tokenizer
 
-            def stream(self, prompts, max_tokens, samples, **sampling):
-                rows = [tokenizer.encode(answers.get(tuple(prompt), "?")) for prompt in prompts]
-                for column in zip_longest(*rows):
-                    yield column, [True] * len(rows)
+            def answers(self, prompts, max_tokens, rows, samples, **sampling):
+                """In another order than the prompts."""
+                assert (rows, samples) == (3, 1)
+                for number, prompt in reversed(list(enumerate(prompts))):
+                    tokens = tokenizer.encode(answers.get(tuple(prompt), "?"))
+                    yield number, [Token(token, True, 0.0, []) for token in tokens]
 
         monkeypatch.setattr(chat, "Engine", Engine)
     results = chat_accuracies(oracle, tokenizer, world, cpu, ChatTaskOptions(rows=3), ("fixed",))

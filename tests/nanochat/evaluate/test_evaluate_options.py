@@ -3,7 +3,6 @@
 import csv
 import json
 import shutil
-from itertools import zip_longest
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from nanochat.evaluate.core import load_bundle
 from nanochat.evaluate.scores import Score, as_results, write_csv
 from nanochat.evaluate.scoring import logits_at
 from nanochat.evaluate.transformers_model import load_transformers, slug
+from nanochat.inference.engine import Token
 from nanochat.options.evaluate import ChatTaskOptions
 from nanochat.options.report import ReportOptions
 from nanochat.platform.errors import UserError
@@ -69,11 +69,10 @@ def test_one_of_several_answers_has_to_be_right(tokenizer, world, cpu, monkeypat
         def __init__(self, *_):
             self.tokenizer, self.asked = tokenizer, []
 
-        def stream(self, prompts, max_tokens, samples, seed, temperature, top_k):
+        def answers(self, prompts, max_tokens, rows, samples, seed, temperature, top_k):
             assert (temperature, top_k) == (0.7, 9)
-            rows = [tokenizer.encode(str(number)) for _ in prompts for number in range(samples)]
-            for column in zip_longest(*rows):
-                yield column, [True] * len(rows)
+            for number in range(len(prompts) * samples):
+                yield number, [Token(token, True, 0.0, []) for token in tokenizer.encode(str(number % samples))]
 
     monkeypatch.setattr(chat, "TASKS", {"guess": lambda paths: Guess()})
     monkeypatch.setattr(chat, "Engine", CountsUp)

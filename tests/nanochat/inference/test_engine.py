@@ -1,4 +1,4 @@
-"""Decoding with a cache equals decoding without one; unequal prompts; samples; the calculator."""
+"""Decoding with a cache equals decoding without one; rows that share steps and pages are what they are alone; the calculator."""
 
 import gc
 import weakref
@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.inference.decoder import Decoder, same_products
 from nanochat.inference.engine import Engine
-from nanochat.inference.sampling import sample
 from nanochat.options.model import Implementations
 from nanochat.platform.errors import UserError
 from tests.nanochat.models import perturbed
@@ -56,38 +56,204 @@ def test_samples_share_a_prefill_and_differ(engine):
     assert len(rows) == 6
     assert len({row[0] for row in rows[:3]}) > 1  # the first token is drawn for each row
     assert rows == engine.generate([[1, 2, 3], [4, 5]], 8, samples=3, temperature=1.0, seed=1)
+    assert rows[:3] == engine.generate([[1, 2, 3]], 8, samples=3, temperature=1.0, seed=1)
+    twice = engine.generate([[1, 2, 3], [1, 2, 3]], 8, samples=3, temperature=1.0, seed=1)
+    assert twice == engine.generate([[1, 2, 3]], 8, samples=6, temperature=1.0, seed=1)
     same = engine.generate([[1, 2, 3]], 8, samples=2, temperature=0.0)
     assert same[0] == same[1] == engine.generate([[1, 2, 3]], 8, temperature=0.0)[0]
 
 
-def test_a_decoder_that_is_kept_for_later_calls_changes_nothing(model, tokenizer):
-    """On a CPU its step is not replayed from a graph; its cache returns all positions, and is used again."""
-    kept, plain = (Engine(model, tokenizer, replay) for replay in (True, False))
-    calls = (
-        ([[1, 2, 3], [4]], {"samples": 3, "temperature": 0.8, "seed": 5}),
-        ([[7, 8]], {"samples": 6, "temperature": 0.8, "seed": 6}),
-        ([[7, 8], [9] * 300], {"temperature": 0.0}),
-        ([[2], [3]], {"temperature": 0.0}),
-        ([[2] * 290, [3]], {"temperature": 0.0}),
-        # as many rows and positions as the call before, but other sampling
-        ([[2] * 290, [3]], {"temperature": 0.8, "seed": 7}),
-        ([[2] * 290, [3]], {"temperature": 1.5, "seed": 7}),
-        ([[2] * 290, [3]], {"temperature": 1.5, "seed": 7, "top_k": 3}),
+def everything(row) -> tuple:
+    """What a row has generated, with its log-probabilities."""
+    return row.finish, [(t.token, t.sampled, t.logprob, t.likely) for t in row.output]
+
+
+def finished(engine: Engine, rows: list, joining: int = 10**6) -> list[tuple]:
+    """Run the engine until the rows have ended; `joining` of them join at a time, every third step."""
+    left, steps = list(rows), 0
+    while left or engine.busy:
+        if steps % 3 == 0 and left:
+            engine.add(left[:joining])
+            left = left[joining:]
+        engine.step()
+        steps += 1
+    return [everything(row) for row in rows]
+
+
+SAMPLINGS = (
+    {"temperature": 0.0},
+    {"temperature": 0.8, "top_k": 5, "seed": 3, "alternatives": 2},
+    {"temperature": 1.2, "seed": -4},
+    {"temperature": 1.0, "top_k": 300, "seed": 9},
+    {"temperature": 0.7, "top_k": 50, "seed": 9, "sample": 2},
+)
+
+
+@pytest.fixture(scope="module")
+def wide_model(tokenizer) -> GPT:
+    """With widths for which a library takes other code for one row than for many; on a GPU, if there is one."""
+    if not torch.cuda.is_available():
+        return perturbed(GPTConfig(3, 192, 2, 2, tokenizer.vocab_size, 64))
+    return on_gpu(GPTConfig(3, 256, 2, 2, tokenizer.vocab_size, 64))
+
+
+def on_gpu(config: GPTConfig) -> GPT:
+    model = perturbed(config).to("cuda")
+    model.compute_dtype = torch.bfloat16
+    model.cos, model.sin = model.cos.bfloat16(), model.sin.bfloat16()
+    model.keep_copies()
+    return model
+
+
+@settings(max_examples=12)
+@given(
+    requests=st.lists(
+        st.tuples(st.integers(0, 3), st.integers(0, 150), st.integers(1, 70), st.sampled_from(SAMPLINGS)),
+        min_size=1, max_size=24,
+    ),
+    joining=st.integers(1, 24), most=st.sampled_from((1, 5, 64)), frozen=st.booleans(),
+)  # fmt: skip
+def test_a_row_is_what_it_is_alone(wide_model, tokenizer, requests, joining, most, frozen):
+    """Bit for bit: its tokens and log-probabilities, whoever shares its steps, its pages and the beginning of its prompt."""
+    common = [5 + number % 90 for number in range(150)]
+    prompts = [[*common[:shared], 7 + kind] for kind, shared, _, _ in requests]
+    made = [(p, room, sampling) for p, (_, _, room, sampling) in zip(prompts, requests, strict=True)]
+    alone = []
+    for prompt, room, sampling in made[:6]:
+        engine = Engine(wide_model, tokenizer)
+        alone += finished(engine, [engine.row(prompt, room, **sampling)])
+    engine = Engine(wide_model, tokenizer, rows=most, frozen=frozen)
+    together = finished(engine, [engine.row(prompt, room, **sampling) for prompt, room, sampling in made], joining)
+    assert together[:6] == alone
+    free = engine.cache.pages
+    assert not free.users and engine.reserved == 0 and len(free.free) + len(free.idle) == free.count
+
+
+def test_64_rows_are_what_they_are_alone(wide_model, tokenizer):
+    """With passes of 64 rows where the products of this device allow it."""
+    engine = Engine(wide_model, tokenizer)
+    rows = [engine.row([3 + n % 7] * (1 + n), 20, 0.9, 40, seed=n) for n in range(64)]
+    together = finished(engine, rows)
+    for n in (0, 17, 40, 63):
+        engine = Engine(wide_model, tokenizer)
+        assert finished(engine, [engine.row([3 + n % 7] * (1 + n), 20, 0.9, 40, seed=n)]) == [together[n]]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU all passes have the same number of rows")
+def test_a_library_with_other_products_for_many_rows_is_noticed(wide_model, tokenizer, monkeypatch):
+    assert same_products(wide_model, 16, 16, 1, 64)
+    assert Engine(wide_model, tokenizer).decoder.size_for(9, "rows") == 16
+    plain = torch.nn.functional.linear
+
+    def by_halves(x, weight):
+        half = x.size(-1) // 2
+        if x.size(0) < 64:
+            return plain(x, weight)
+        return plain(x[..., :half], weight[:, :half]) + plain(x[..., half:], weight[:, half:])
+
+    monkeypatch.setattr("nanochat.gpt.Linear.forward", lambda layer, x: by_halves(x, layer.weight))
+    assert not same_products(wide_model, 16, 64, 1, 64)
+    assert Engine(wide_model, tokenizer).decoder.size_for(60, "rows") == 16
+
+
+def test_log_probabilities_are_those_of_the_model(model, tokenizer):
+    engine = Engine(model, tokenizer)
+    row = engine.row([1, 2, 3], 12, 0.8, 30, seed=5, alternatives=4)
+    finished(engine, [row])
+    tokens = [1, 2, 3, *(t.token for t in row.output)]
+    with torch.no_grad():
+        expected = torch.log_softmax(model(torch.tensor([tokens]))[0], -1)
+    for at, found in enumerate(row.output):
+        if found.sampled:
+            assert found.logprob == pytest.approx(float(expected[at + 2, found.token]), abs=1e-4)
+            best = expected[at + 2].topk(4)
+            assert [token for token, _ in found.likely] == best.indices.tolist()
+            assert [x for _, x in found.likely] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+def test_the_beginning_of_prompts_is_computed_once(model, tokenizer, monkeypatch):
+    """While a row has it, and for frozen weights also later; a shared page is one page."""
+    common = [9] * 200  # three pages of 64 tokens, and 8 tokens
+    computed, prefill = [], Decoder.prefill
+    monkeypatch.setattr(
+        Decoder, "prefill", lambda self, chunks: (computed.extend(len(c[0]) for c in chunks), prefill(self, chunks))
     )
-    decoders = []
-    for prompts, options in calls:
+    for frozen in (False, True):
+        engine = Engine(model, tokenizer, frozen=frozen)
+        computed.clear()
+        rows = [engine.row([*common, 10 + n], 3) for n in range(3)]
+        engine.add(rows)
+        for _ in range(2):
+            engine.step()
+        assert computed == [64, 64, 64, 8]
+        pages = [row.pages for row in rows]
+        assert pages[0][:3] == pages[1][:3] == pages[2][:3] and len({p[3] for p in pages}) == 3
+        finished(engine, [])
+        engine.generate([[*common[:130], 4]], 2)
+        assert computed[4:] == ([2] if frozen else [64, 64, 2])
+
+
+def test_a_long_prompt_does_not_stop_the_others(model, tokenizer):
+    """Its chunks are computed between the steps of rows that are decoded."""
+    engine = Engine(model, tokenizer)
+    short, long = engine.row([1, 2], 30), engine.row([3] * 600, 4)
+    engine.stops = set()
+    engine.add([short])
+    engine.step()
+    engine.add([long])
+    engine.step()
+    assert len(short.output) == 2 and 0 < long.length < 599
+    engine.step()
+    assert len(short.output) == 3
+
+
+def test_rows_wait_for_memory_and_leave_it(model, tokenizer, monkeypatch):
+    """Where the device has no more memory, rows take turns; a row that is too large alone is an error."""
+    engine = Engine(model, tokenizer)
+    plain = engine.cache.extend
+
+    def extend(count):
+        if engine.cache.pages.count + count > 20:
+            raise torch.OutOfMemoryError("no more")
+        plain(count)
+
+    monkeypatch.setattr(engine.cache, "extend", extend)
+    rows = [engine.row([n + 1] * 200, 100) for n in range(9)]  # of five pages each
+    engine.add(rows)
+    engine.step()
+    assert len(engine.filling) + len(engine.running) < 9 and engine.waiting
+    engine.remove(rows[0]), engine.remove(rows[8])
+    results = finished(engine, [])
+    assert (
+        results == [] and all(row.done for row in rows) and [row.finish for row in (rows[0], rows[8])] == [None, None]
+    )
+    alone = Engine(model, tokenizer)
+    assert everything(rows[4]) == finished(alone, [alone.row([5] * 200, 100)])[0]
+    monkeypatch.setattr(engine.cache, "extend", lambda count: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
+    big = Engine(model, tokenizer)
+    monkeypatch.setattr(big.cache, "extend", engine.cache.extend)
+    with pytest.raises(torch.OutOfMemoryError):
+        big.generate([[1]], 3)
+
+
+def test_a_pass_that_is_kept_changes_nothing(model, tokenizer):
+    """On a CPU a pass is not replayed from a graph, but it has the pages of a graph."""
+    kept, plain = (Engine(model, tokenizer, replay) for replay in (True, False))
+    for prompts, options in (
+        ([[1, 2, 3], [4]], {"samples": 3, "temperature": 0.8, "seed": 5}),
+        ([[7, 8], [9] * 300], {"temperature": 0.0}),
+        ([[2] * 290, [3]], {"temperature": 1.5, "seed": 7, "top_k": 3}),
+    ):
         assert kept.generate(prompts, 9, **options) == plain.generate(prompts, 9, **options)
-        decoders.append(*kept.kept.values())
-    assert decoders[0] is decoders[1] and decoders[2] is not decoders[3] and not plain.kept
 
 
-def test_a_decoder_that_is_not_kept_is_freed_at_once(model, tokenizer):
-    engine = Engine(model, tokenizer, replay=True)
+def test_an_engine_that_is_dropped_is_freed_at_once(model, tokenizer):
     gc.disable()
     try:
+        engine = Engine(model, tokenizer, replay=True)
         engine.generate([[1, 2]], 3, temperature=0.0)
-        dropped = weakref.ref(*engine.kept.values())
-        engine.generate([[1], [2]], 3, temperature=0.0)
+        dropped = weakref.ref(engine.cache)
+        del engine
         assert dropped() is None
     finally:
         gc.enable()
@@ -103,14 +269,19 @@ def test_generations_at_the_same_time_do_not_disturb_each_other(model, tokenizer
     assert second == alone[1] and [t for t in started + rest if t is not None] == alone[0][0]
 
 
+def test_a_generation_that_nobody_reads_to_its_end_is_removed(model, tokenizer):
+    engine = Engine(model, tokenizer)
+    engine.stops = set()
+    columns = engine.stream([[1, 2], [3] * 100], 50, samples=2)
+    next(columns)
+    columns.close()
+    assert not engine.busy and not engine.cache.pages.users and engine.reserved == 0
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_a_replayed_step_decodes_the_same(tokenizer):
     """With the implementation whose results do not depend on the capacity of the cache, which replay rounds up."""
-    config = GPTConfig(2, 256, 2, 1, tokenizer.vocab_size, 512, impl=Implementations(attention="triton"))
-    model = perturbed(config).to("cuda")
-    model.compute_dtype = torch.bfloat16
-    model.cos, model.sin = model.cos.bfloat16(), model.sin.bfloat16()
-    model.keep_copies()
+    model = on_gpu(GPTConfig(2, 256, 2, 1, tokenizer.vocab_size, 512, impl=Implementations(attention="triton")))
     replayed, plain = (Engine(model, tokenizer, replay) for replay in (True, False))
     for options in ({"temperature": 0.0}, {"temperature": 1.0, "top_k": 20, "seed": 3, "samples": 2}) * 2:
         prompts = [[1, 2, 3, 4], [5], list(range(40))]
@@ -134,21 +305,9 @@ def test_seed_k_and_minus_k_differ(engine):
     assert len({tuple(row) for row in drawn.values()}) == 5
 
 
-def test_top_k_and_temperature():
-    logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]]).repeat(2000, 1)
-    generator = torch.Generator().manual_seed(0)
-    assert set(sample(logits, 1.0, 2, generator).tolist()) == {1, 2}
-    assert set(sample(logits, 0.0, None, generator).tolist()) == {1}
-    shares = sample(logits, 0.5, None, generator).bincount(minlength=4) / 2000
-    torch.testing.assert_close(shares, torch.softmax(logits[0] / 0.5, 0), atol=0.03, rtol=0)
-
-
-@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-30, 1e-3, 1e38])
-@pytest.mark.parametrize("top_k", [None, 2])
-def test_extreme_temperatures(temperature, top_k):
-    logits = torch.tensor([[-80.0, 3.0, 2.0, 80.0]]).repeat(50, 1)
-    found = set(sample(logits, temperature, top_k, torch.Generator().manual_seed(0)).tolist())
-    assert found == {3} if temperature < 1 else len(found) == (top_k or 4)
+def test_the_smallest_temperatures_take_the_most_likely_token(engine):
+    greedy = engine.generate([[1, 2]], 12, temperature=0.0)
+    assert engine.generate([[1, 2]], 12, temperature=1e-45, seed=3) == greedy
 
 
 class Script(Engine):
@@ -193,7 +352,7 @@ def test_the_model_reads_what_the_tool_forced(model, tokenizer):
 
 def test_rows_end_alone(model, tokenizer):
     end = tokenizer.special("assistant_end")
-    engine = Script(model, tokenizer, [7, 7, 7, end, 7, 9, 7, 9, 7, 9])  # a column's rows take turns; a done row too
+    engine = Script(model, tokenizer, [7, 7, 7, end, 7, 7, 7])  # the rows take turns
     assert engine.generate([[1], [2]], 5, temperature=0.0) == [[7, 7, 7, 7, 7], [7]]
 
 
@@ -204,7 +363,9 @@ def test_rows_end_alone(model, tokenizer):
         ({"prompts": [[]]}, "at least one token"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
         ({"top_k": 0}, "top_k"),
+        ({"samples": 0}, "samples"),
         ({"prompts": [[1] * 640]}, "leaves none of the model's 640 positions"),
     ],
 )

@@ -12,7 +12,7 @@ import torch
 
 from nanochat.evaluate.answers import Answer, pass_at, sample_answers
 from nanochat.gpt import GPTConfig
-from nanochat.inference.engine import Engine
+from nanochat.inference.engine import Engine, Token
 from nanochat.optim import MuonAdamW
 from nanochat.options.report import ReportOptions
 from nanochat.options.train import TrainRlOptions
@@ -161,36 +161,33 @@ def test_bad_options(midtrained, tmp_path):
 
 
 class Scripted:
-    """An engine that says what a script says: for each prompt, by its last token, its answers in turn."""
+    """An engine that says what a script says: for each prompt, by its last token, its answers, of which the last ones come first."""
 
     def __init__(self, tokenizer, script: dict[int, list[Answer]]):
         self.tokenizer, self.script, self.calls = tokenizer, script, []
-        self.said = dict.fromkeys(script, 0)
 
-    def stream(self, prompts, max_tokens, samples, seed, **sampling):
-        self.calls.append((len(prompts) * samples, seed))
-        rows = []
-        for prompt in prompts:
-            first = self.said[prompt[-1]]
-            rows += self.script[prompt[-1]][first : first + samples]
-            self.said[prompt[-1]] += samples
-        for step in range(max(len(row.tokens) for row in rows)):
-            yield (
-                [row.tokens[step] if step < len(row.tokens) else None for row in rows],
-                [row.sampled[step] if step < len(row.tokens) else True for row in rows],
-            )
+    def answers(self, prompts, max_tokens, rows, samples, seed, **sampling):
+        self.calls.append((rows, seed, sampling))
+        for number in reversed(range(len(prompts) * samples)):
+            answer = self.script[prompts[number // samples][-1]][number % samples]
+            yield number, [Token(*found, 0.0, []) for found in zip(answer.tokens, answer.sampled, strict=True)]
 
 
-@pytest.mark.parametrize(("rows", "calls"), [(64, [9]), (6, [6, 3]), (3, [3, 3, 3]), (2, [2, 1] * 3), (1, [1] * 9)])
-def test_answers_come_in_order_however_many_are_made_at_a_time(tokenizer, rows, calls):
+def test_answers_come_in_order_whichever_ends_first(tokenizer):
     script = {
         prompt: [Answer([prompt, number, 7][: number + 1], [True, False, True][: number + 1]) for number in range(3)]
         for prompt in (1, 2, 3)
     }
     engine = Scripted(tokenizer, script)
-    found = list(sample_answers(engine, [[9, 1], [2], [3]], 3, rows, 20, seed=5, temperature=1.0, top_k=50))
-    assert found == list(script.values())
-    assert engine.calls == [(size, 5 + number) for number, size in enumerate(calls)]
+    found = list(sample_answers(engine, [[9, 1], [2], [3]], 3, 6, 20, seed=5, temperature=1.0, top_k=50))
+    assert found == list(script.values()) and engine.calls == [(6, 5, {"temperature": 1.0, "top_k": 50})]
+    assert list(sample_answers(engine, [], 3, 6, 20, seed=5)) == []
+
+
+def test_answers_do_not_depend_on_how_many_are_made_at_a_time(tokenizer):
+    engine = Engine(perturbed(GPTConfig(1, 32, 1, 1, tokenizer.vocab_size, 64)), tokenizer)
+    found = [list(sample_answers(engine, [[9, 1], [2]], 3, rows, 8, seed=5, temperature=1.0)) for rows in (1, 4, 64)]
+    assert found[0] == found[1] == found[2] and found[0][0][0] != found[0][0][1]
 
 
 def test_the_chance_that_one_of_k_answers_is_right():

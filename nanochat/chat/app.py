@@ -1,0 +1,189 @@
+"""The server of `nanochat web`: the page, its chat as server-sent events, the state of the workers, and OpenAI's API.
+
+    GET  /                        the page
+    POST /chat                    an answer as server-sent events: {"text"}, {"call"}, {"result"}, {"forgotten"}, at the end {"finish"}
+    GET  /health                  200 while every worker runs, else 503
+    GET  /stats                   what the workers do
+    GET  /v1/models, POST /v1/chat/completions   see completions.py
+
+A request that is malformed or beyond a limit is answered by 400 and the reason, one too many by 429, and one during the end by 503. All
+errors have the form of OpenAI's API.
+"""
+
+import asyncio
+import contextlib
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nanochat.chat.requests import ChatRequest, RequestError, prompt_of, read_body
+from nanochat.chat.worker import Job, Overloaded, Worker, WorkerError
+from nanochat.inference.session import Event, Forgotten, Reader, Text, ToolCall
+from nanochat.platform.errors import UserError
+
+PAGE = Path(__file__).with_name("page.html")
+SLOWEST_READER = 60.0  # seconds until a client that takes nothing of its answer is dropped
+# the page is one file, which loads nothing and is shown in no frame
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'"
+FIELDS = {Text: "text", ToolCall: "call"}
+
+
+@dataclass
+class Service:
+    """What the routes share: the workers, the name of the model, and what a request has that does not say it."""
+
+    workers: list[Worker]
+    model: str
+    temperature: float = 0.6
+    top_k: int = 50
+    max_tokens: int = 512
+    ending: bool = False
+
+    async def start(self, request: ChatRequest, samples: int = 1, alternatives: int = 0) -> tuple[Worker, Job, int]:
+        """Give a request to the worker with the fewest rows; returns both, and the number of forgotten turns. Raises RequestError."""
+        if self.ending:
+            raise RequestError("the server is ending", 503)
+        worker = min(self.workers, key=lambda worker: worker.open_rows)
+        engine = worker.engine
+        tokens = self.max_tokens if request.max_tokens is None else request.max_tokens
+        prompt, forgotten = await run_in_threadpool(prompt_of, engine.tokenizer, request, engine.positions, tokens)
+        temperature = self.temperature if request.temperature is None else request.temperature
+        top_k = self.top_k if request.top_k is None else request.top_k
+        seed = secrets.randbits(63) if request.seed is None else request.seed
+        try:
+            rows = [
+                engine.row(prompt, tokens, temperature, top_k, seed, sample, alternatives) for sample in range(samples)
+            ]
+            return worker, worker.submit(rows), forgotten
+        except UserError as error:
+            raise RequestError(str(error))
+        except Overloaded:
+            raise RequestError(f"{worker.open_rows} answers are being generated or wait; try again later", 429)
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application. Its workers must have been started; it ends them."""
+    from nanochat.chat.completions import routes
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        for worker in service.workers:
+            worker.end()
+
+    app = FastAPI(title="nanochat", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(ClientsThatGo)
+    started = time.monotonic()
+
+    @app.get("/")
+    def page() -> Response:
+        return HTMLResponse(
+            PAGE.read_text("utf-8"), headers={"Content-Security-Policy": POLICY, "Cache-Control": "no-cache"}
+        )
+
+    @app.get("/health")
+    def health() -> Response:
+        well = not service.ending and all(worker.is_alive() for worker in service.workers)
+        return JSONResponse(
+            {"status": "ok" if well else "ending" if service.ending else "a worker has died"}, 200 if well else 503
+        )
+
+    @app.get("/stats")
+    def stats() -> dict:
+        found = [worker.stats() for worker in service.workers]
+        defaults = {name: getattr(service, name) for name in ("temperature", "top_k", "max_tokens")}
+        return {"model": service.model, "seconds": time.monotonic() - started, "defaults": defaults, "workers": found}
+
+    @app.post("/chat")
+    async def chat(request: Request) -> Response:
+        worker, job, forgotten = await service.start(await read_body(request, ChatRequest))
+        return events_response(chat_events(worker, job, forgotten))
+
+    app.include_router(routes(service))
+
+    async def answer_error(request: Request, error: Exception) -> Response:
+        status = error.status if isinstance(error, RequestError) else getattr(error, "status_code", 500)
+        message = getattr(error, "detail", None) or str(error) or type(error).__name__
+        headers = {"Retry-After": "5"} if status in (429, 503) else {}
+        return JSONResponse(error_body(message, status, getattr(error, "parameter", None)), status, headers)
+
+    for kind in (RequestError, HTTPException, WorkerError):
+        app.add_exception_handler(kind, answer_error)
+    return app
+
+
+async def chat_events(worker: Worker, job: Job, forgotten: int) -> AsyncIterator[dict]:
+    """An answer as the page wants it."""
+    if forgotten:
+        yield {"forgotten": forgotten}
+    reader = Reader(worker.engine.tokenizer)
+    async with contextlib.aclosing(worker.answer(job)) as found:
+        async for _, tokens, done in found:
+            for event in [event for token in tokens for event in reader.add(token.token)] + (
+                list(reader.end()) if done else []
+            ):
+                yield as_dict(event)
+    yield {"finish": job.rows[0].finish}
+
+
+def as_dict(event: Event) -> dict:
+    if isinstance(event, Forgotten):
+        return {"forgotten": event.turns}
+    return {FIELDS.get(type(event), "result"): event.text}
+
+
+def error_body(message: str, status: int, parameter: str | None = None) -> dict:
+    kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
+    return {
+        "error": {
+            "message": message,
+            "type": "rate_limit_error" if status == 429 else kind,
+            "param": parameter,
+            "code": None,
+        }
+    }
+
+
+def events_response(items: AsyncIterator[dict], last: Iterable[str] = ()) -> Response:
+    """Server-sent events, each with JSON, and `last` as it is. An error of the worker becomes the last event."""
+
+    async def lines() -> AsyncIterator[str]:
+        async with contextlib.aclosing(items):
+            try:
+                async for item in items:
+                    yield f"data: {json.dumps(item)}\n\n"
+                for text in last:
+                    yield f"data: {text}\n\n"
+            except WorkerError as error:
+                yield f"data: {json.dumps(error_body(f'the answer broke off: {error}', 500))}\n\n"
+
+    return StreamingResponse(
+        lines(), media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    )
+
+
+class ClientsThatGo:
+    """Makes no error of a client that goes, and lets one go that takes nothing of its answer for SLOWEST_READER seconds."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            try:
+                await asyncio.wait_for(send(message), SLOWEST_READER)
+            except asyncio.TimeoutError as error:
+                raise OSError("the client takes nothing") from error  # as for one that has gone
+
+        with contextlib.suppress(ClientDisconnect, OSError):
+            await self.app(scope, receive, send_in_time if scope["type"] == "http" else send)

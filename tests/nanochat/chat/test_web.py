@@ -1,0 +1,327 @@
+"""The server of `nanochat web`: what requests may be, many of them at once, clients that misbehave, errors, and its end."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat.chat import app
+from nanochat.chat.requests import ChatRequest, RequestError, prompt_of
+from nanochat.chat.web import devices
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.inference.engine import Engine
+from nanochat.options.chat import WebOptions
+from nanochat.platform.distributed import Runtime
+from nanochat.platform.errors import UserError
+from nanochat.tokenizer.chat_format import render_prompt
+from tests.conftest import assert_fails_with, command, environment, nanochat
+from tests.nanochat.chat.serving import Says, serving, words
+from tests.nanochat.models import perturbed
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer) -> GPT:
+    return perturbed(GPTConfig(2, 64, 4, 2, tokenizer.vocab_size, 64))
+
+
+@pytest.fixture(scope="module")
+def server(model, tokenizer):
+    with serving(lambda: Engine(model, tokenizer, frozen=True), workers=2) as server:
+        yield server
+
+
+def messages(*texts: str, system: str = "") -> list[dict]:
+    roles = ("user", "assistant")
+    found = [{"role": roles[number % 2], "content": text} for number, text in enumerate(texts)]
+    return ([{"role": "system", "content": system}] if system else []) + found
+
+
+def text_of(events: list[dict]) -> str:
+    return "".join(event.get("text", "") for event in events)
+
+
+BAD = {
+    "not JSON": (b"{", "EOF"),
+    "no body": (b"", "EOF"),
+    "a list": (b"[]", "should be an object"),
+    "half a character": ('{"messages":[{"role":"user","content":"né"}]}'.encode()[:-5] + b'"}]}', "Invalid JSON"),
+    "UTF-16": (json.dumps({"messages": messages("hi")}).encode("utf-16"), "Invalid JSON"),
+    "a lone surrogate": (b'{"messages":[{"role":"user","content":"\\ud800"}]}', "Invalid JSON"),
+    "no messages": ({}, "messages: Field required"),
+    "an empty list": ({"messages": []}, "messages: List should have at least 1 item"),
+    "501 messages": ({"messages": messages(*["a"] * 501)}, "at most 500"),
+    "a role": ({"messages": [{"role": "robot", "content": "a"}]}, "'robot'"),
+    "a number as content": ({"messages": [{"role": "user", "content": 3}]}, "got 3"),
+    "no content": ({"messages": [{"role": "user"}]}, "messages.0.content: Field required"),
+    "8,001 characters": ({"messages": messages("x" * 8001)}, "message 0 has 8,001 characters; there may be 8,000"),
+    "32,001 together": ({"messages": messages(*["x" * 8000] * 4, "y")}, "32,001 characters together; there may be 32,000"),
+    "the assistant last": ({"messages": messages("a", "b")}, "must be from the user, got one from the assistant"),
+    "the user twice": ({"messages": [*messages("a"), *messages("b")]}, "wanted 'assistant' in turn"),
+    "a system message alone": ({"messages": messages(system="s")}, "from the system"),
+    "a number as temperature": ({"messages": messages("a"), "temperature": "hot"}, "temperature: Input should be a valid number"),
+    "temperature 2.1": ({"messages": messages("a"), "temperature": 2.1}, "less than or equal to 2"),
+    "temperature NaN": (b'{"messages":[{"role":"user","content":"a"}],"temperature":NaN}', "finite number"),
+    "temperature true": ({"messages": messages("a"), "temperature": True}, "valid number"),
+    "top_k 0": ({"messages": messages("a"), "top_k": 0}, "greater than or equal to 1"),
+    "top_k 201": ({"messages": messages("a"), "top_k": 201}, "less than or equal to 200"),
+    "top_k 1.5": ({"messages": messages("a"), "top_k": 1.5}, "integer"),
+    "no tokens": ({"messages": messages("a"), "max_tokens": 0}, "greater than or equal to 1"),
+    "4,097 tokens": ({"messages": messages("a"), "max_tokens": 4097}, "less than or equal to 4096"),
+    "a field of another name": ({"messages": messages("a"), "temprature": 1}, "temprature: Extra inputs are not permitted"),
+    "too long for the model": ({"messages": messages("\n" * 1400)}, "leaves none of the model's 640 positions"),
+    "more than a mebibyte": (b" " * (1 << 20) + b"{}", "more than 1,048,576 bytes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["/chat", "/v1/chat/completions"])
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_request_gets_400_and_the_reason(server, path, name):
+    body, reason = BAD[name]
+    status, found = server.request(path, **({"raw": body} if isinstance(body, bytes) else {"body": body}))
+    assert status == 400 and reason in found["error"]["message"], found
+
+
+def test_the_limits_themselves_are_allowed(server):
+    body = {"temperature": 2, "top_k": 200, "max_tokens": 4096, "seed": 2**64 - 1}
+    events = server.chat("hi", **body)
+    assert events[-1]["finish"] in ("stop", "length") and text_of(events)
+    talk = messages(*["x"] * 499)
+    status, found = server.request("/v1/chat/completions", {"messages": talk, "max_tokens": 1})
+    assert status == 200 and found["choices"][0]["finish_reason"] in ("length", "stop")
+
+
+def test_other_addresses_and_methods(server):
+    assert server.request("/nothing")[0] == 404 and server.request("/chat")[0] == 405
+    assert server.request("/health") == (200, {"status": "ok"})
+    status, stats = server.request("/stats")
+    assert status == 200 and len(stats["workers"]) == 2 and stats["defaults"]["top_k"] == 50
+
+
+def test_a_character_that_arrives_in_two_parts(model, tokenizer):
+    """Of the request, and of the answer, whose tokens may be parts of a character."""
+    body = json.dumps({"messages": messages("네 ✓")}, ensure_ascii=False).encode()
+    cut = body.index("✓".encode()) + 1
+    head = f"POST /chat HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+
+    def says_which(prompt: str) -> list[int]:
+        return words(tokenizer, f"é{'네 ✓' in prompt}✓")
+
+    with (
+        serving(lambda: Says(model, tokenizer, says_which)) as server,
+        socket.create_connection(("127.0.0.1", server.port)) as connection,
+    ):
+        for part in (head, body[:cut], body[cut:]):
+            connection.sendall(part)
+            time.sleep(0.05)
+        answer = b"".join(iter(lambda: connection.recv(4096), b"")).decode()
+    assert text_of([json.loads(line[6:]) for line in answer.splitlines() if line.startswith("data: ")]) == "éTrue✓"
+
+
+def test_the_oldest_turns_are_forgotten_and_the_system_message_is_not(model, tokenizer):
+    """As few as possible, by the positions of the model."""
+    talk = messages(*[f"{number}" * 150 for number in range(9)], system="Rules.")
+    request = ChatRequest.model_validate({"messages": talk})
+    whole, none = prompt_of(tokenizer, request, 10_000, 64)
+    assert none == 0 and whole == render_prompt(tokenizer, {"messages": talk})
+    for positions in (200, 400, 600):
+        prompt, forgotten = prompt_of(tokenizer, request, positions, 64)
+        most = positions - min(64, positions // 4)
+        longer = render_prompt(tokenizer, {"messages": [talk[0], *talk[1 + 2 * (forgotten - 1) :]]})
+        assert forgotten and "Rules." in tokenizer.decode(prompt) and len(longer) > most
+        assert len(prompt) <= most or forgotten == 4, (positions, forgotten)
+    with serving(lambda: Engine(model, tokenizer)) as server:
+        _, found = server.request("/v1/chat/completions", {"messages": talk, "max_tokens": 300})
+        assert found["usage"]["prompt_tokens"] <= 640 - 160
+
+
+def test_a_call_in_a_message_is_a_call_again(tokenizer):
+    """As the page sends it, and as text in the form that OpenAI's API gave it, if the calculator agrees."""
+    call = [
+        {"type": "text", "text": "It is"},
+        {"type": "python", "text": "2+3"},
+        {"type": "python_output", "text": "5"},
+    ]
+    wanted = render_prompt(
+        tokenizer, {"messages": [*messages("a"), {"role": "assistant", "content": call}, *messages("b")]}
+    )
+    for content in (call, "It is [2+3 → 5] "):
+        talk = [*messages("a"), {"role": "assistant", "content": content}, *messages("b")]
+        assert prompt_of(tokenizer, ChatRequest.model_validate({"messages": talk}), 640, 9)[0] == wanted
+    wrong = messages("a", "It is [2+3 → 6] ", "b")
+    assert prompt_of(tokenizer, ChatRequest.model_validate({"messages": wrong}), 640, 9)[0] == render_prompt(
+        tokenizer, {"messages": wrong}
+    )
+    with pytest.raises(RequestError, match="malformed conversation"):
+        prompt_of(
+            tokenizer, ChatRequest.model_validate({"messages": messages("a", "b") * 2 + messages("c") * 2}), 640, 9
+        )
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+async def misbehave(port: int, kind: int) -> None:
+    """A client that goes in the middle of its answer, or of its request, or reads slowly."""
+    body = json.dumps({"messages": messages("hello"), "max_tokens": 200}).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=64)
+    writer.write(f"POST /chat HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode())
+    writer.write(body if kind % 3 else body[:-4])
+    await writer.drain()
+    for _ in range(40 if kind % 3 == 1 else 3 * (kind % 3 > 0)):
+        await reader.read(40)
+        await asyncio.sleep(0.01)
+    writer.transport.abort() if kind % 2 else writer.close()
+
+
+def test_64_chats_with_clients_that_misbehave(server):
+    """Each gets what it gets alone; nothing is left of the others, and no memory is lost."""
+
+    def ask(number: int) -> str:
+        events = server.chat(f"question {number}", seed=number, temperature=0.9, max_tokens=24)
+        assert events[-1]["finish"] in ("stop", "length")
+        return text_of(events)
+
+    def idle() -> bool:
+        return all(w["running"] == w["waiting"] == 0 for w in server.request("/stats")[1]["workers"])
+
+    async def disturb() -> None:
+        await asyncio.gather(*[misbehave(server.port, number) for number in range(48)])
+
+    alone = {number: ask(number) for number in (0, 31, 63)}
+    used = []
+    for _ in range(3):
+        disturbance = threading.Thread(target=lambda: asyncio.run(disturb()))
+        disturbance.start()
+        with ThreadPoolExecutor(64) as pool:
+            answers = list(pool.map(ask, range(64)))
+        disturbance.join()
+        assert all(answers[number] == text for number, text in alone.items())
+        server.wait_until(idle)
+        used.append(resident())
+    assert used[2] - used[1] < 16 << 20, used
+    for worker in server.service.workers:
+        pages = worker.engine.cache.pages
+        assert (
+            worker.is_alive() and worker.errors == 0 and worker.open_rows == 0 and not worker.jobs and not pages.users
+        )
+
+
+def test_a_reader_that_takes_nothing_is_dropped(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(app, "SLOWEST_READER", 0.3)
+    monkeypatch.setattr(
+        app, "json", type("Large", (), {"dumps": staticmethod(lambda item: json.dumps(item) + " " * 200_000)})
+    )
+    with serving(lambda: Says(model, tokenizer, lambda prompt: words(tokenizer, "x " * 300))) as server:
+        body = json.dumps({"messages": messages("hello")}).encode()
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(f"POST /chat HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+            [worker] = server.service.workers
+            server.wait_until(lambda: worker.requests == 1)
+            server.wait_until(lambda: worker.open_rows == 0)
+            assert server.request("/health")[0] == 200
+            connection.settimeout(10)
+            with pytest.raises(ConnectionError):  # the server has given up
+                for _ in range(200):
+                    if not connection.recv(1 << 20):
+                        raise ConnectionError
+
+
+def test_too_many_at_once_get_429(model, tokenizer):
+    """With one place and room for one more to wait; the place is free again when its client goes."""
+
+    def engine():
+        return Says(model, tokenizer, lambda prompt: words(tokenizer, "x " * 200), delay=0.01, rows=1)
+
+    with serving(engine, most_waiting=1) as server, ThreadPoolExecutor(2) as pool:
+        talks = [pool.submit(server.chat, "hi", max_tokens=100) for _ in range(2)]
+        [worker] = server.service.workers
+        server.wait_until(lambda: worker.open_rows == 2)
+        status, found = server.request("/chat", {"messages": messages("hi")})
+        assert status == 429 and "try again later" in found["error"]["message"]
+        assert server.request("/v1/chat/completions", {"messages": messages("hi"), "n": 2})[0] == 429
+        assert all(talk.result()[-1] == {"finish": "length"} for talk in talks)
+        assert server.chat("hi", max_tokens=2)[-1] == {"finish": "length"}
+        server.service.ending = True
+        assert server.request("/chat", {"messages": messages("hi")})[0] == 503 and server.request("/health")[0] == 503
+
+
+def test_an_error_of_the_engine_ends_its_answers_and_nothing_else(model, tokenizer, capfd):
+    class Fails(Engine):
+        def step(self):
+            self.stops = set()  # no answer ends before its time
+            if any(row.length > 40 for row in self.running):
+                raise RuntimeError("broken")
+            super().step()
+
+    with serving(lambda: Fails(model, tokenizer)) as server:
+        events = server.chat("\n" * 60, max_tokens=60)
+        assert events[-1]["error"]["message"] == "the answer broke off: broken"
+        status, found = server.request("/v1/chat/completions", {"messages": messages("\n" * 60), "max_tokens": 60})
+        assert status == 500 and found["error"]["message"] == "broken"
+        assert server.chat("hi", max_tokens=3)[-1] == {"finish": "length"}
+        assert server.request("/stats")[1]["workers"][0]["errors"] == 2 and server.request("/health")[0] == 200
+    assert "RuntimeError: broken" in capfd.readouterr().err
+
+
+@pytest.fixture
+def started(trained_base):
+    """A server in a process of its own, and its address."""
+    process = subprocess.Popen(
+        command("web", "--port", "0", "--device", "cpu", "--seconds-to-end", "20"), env=environment(trained_base),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    line = process.stdout.readline()
+    assert "http://127.0.0.1:" in line, line + process.stderr.read()
+    yield process, int(line.rpartition(" ;")[0].rpartition(":")[2])
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_answer_comes_to_its_end_when_the_server_is_asked_to_end(started, number):
+    process, port = started
+    body = json.dumps({"messages": messages("hi"), "max_tokens": 300, "temperature": 2, "top_k": 200}).encode()
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(f"POST /chat HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        answer = connection.recv(1000)
+        process.send_signal(number)
+        answer += b"".join(iter(lambda: connection.recv(4096), b""))
+    assert b'data: {"finish": "' in answer
+    assert process.wait(30) == 0, process.stderr.read()
+    assert process.stdout.read().endswith("ended\n") and process.stderr.read() == ""
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
+
+
+def test_each_gpu_gets_a_worker(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    runtime = Runtime(0, 1, torch.device("cuda"), torch.bfloat16)
+    assert [str(device) for device in devices(runtime, 0)] == ["cuda:0", "cuda:1", "cuda:2"]
+    assert [str(device) for device in devices(runtime, 1)] == ["cuda:0"]
+    with pytest.raises(UserError, match="--gpus 4: this machine has 3"):
+        devices(runtime, 4)
+    assert WebOptions().host == "127.0.0.1"
+
+
+def test_a_port_that_is_taken(trained_base):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert_fails_with(
+            nanochat(trained_base, "web", "--port", port, "--device", "cpu"), f"127.0.0.1:{port}", "--port"
+        )
+
+
+def test_a_missing_package_is_named(trained_base, tmp_path):
+    (tmp_path / "uvicorn.py").write_text("raise ModuleNotFoundError('none', name='uvicorn')")
+    result = nanochat(trained_base, "web", "--port", "0", PYTHONPATH=str(tmp_path))
+    assert_fails_with(result, "uvicorn", "pip install 'nanochat[web]'")

@@ -1,0 +1,39 @@
+"""The engine with the kernels that a GPU takes, which read pages where they lie; interpreted where there is no GPU."""
+
+import pytest
+import torch
+
+from nanochat.gpt import GPTConfig
+from nanochat.inference import engine as module
+from nanochat.inference.engine import Engine
+from nanochat.options.model import Implementations
+from tests.nanochat.models import perturbed
+
+PROMPTS = [[*range(40), 3], [5], [*range(40), 7, 8]]
+
+
+@pytest.mark.parametrize("mirrored", [True, False])
+def test_triton_reads_pages_where_they_lie(tokenizer, monkeypatch, mirrored):
+    """Also those of a mirror; a row is what it is alone, and begins as with plain PyTorch's attention."""
+    for name, value in (("PAGE", 16), ("STEP_ROWS", (4,)), ("CHUNKS_AT_ONCE", (2,))):
+        monkeypatch.setattr(module, name, dict.fromkeys(("cpu", "cuda"), value))
+    if not mirrored:
+        monkeypatch.setattr("nanochat.inference.decoder.Mirror", lambda *_: None)
+    found = {}
+    for impl in ("triton", "reference"):
+        model = perturbed(GPTConfig(1, 64, 2, 1, tokenizer.vocab_size, 64, impl=Implementations(attention=impl)))
+        if torch.cuda.is_available():
+            model = model.to("cuda")
+        model.compute_dtype = torch.bfloat16
+        model.cos, model.sin = model.cos.bfloat16(), model.sin.bfloat16()
+        engine, alone = Engine(model, tokenizer), Engine(model, tokenizer)
+        rows = [engine.row(prompt, 4, 0.0, alternatives=1) for prompt in PROMPTS]
+        engine.add(rows)
+        single = alone.row(PROMPTS[2], 4, 0.0, alternatives=1)
+        alone.add([single])
+        while engine.busy or alone.busy:
+            engine.step(), alone.step()
+        assert rows[2].output == single.output and len(single.output) > 1
+        found[impl] = [row.output[0] for row in rows]
+    for by_kernel, plain in zip(found["triton"], found["reference"], strict=True):
+        assert by_kernel.token == plain.token and by_kernel.logprob == pytest.approx(plain.logprob, abs=0.05)
