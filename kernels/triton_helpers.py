@@ -4,8 +4,7 @@ The operations can be imported without Triton, which has no build for macOS. The
 launches because dispatch finds them unsupported.
 """
 
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import SimpleNamespace
@@ -73,17 +72,6 @@ def recorded_launches() -> Iterator[list[Launch]]:
         yield launches
     finally:
         _recorded.reset(token)
-
-
-def compile_side_by_side(launches: Iterable[Launch], device: torch.device, threads: int) -> None:
-    """Compile recorded launches for a CUDA device, so many at a time. What does not compile is left to its real launch to report."""
-    with (
-        torch.cuda.device(device),
-        ThreadPoolExecutor(threads) as pool,
-        triton.AsyncCompileMode(pool, ignore_errors=True),
-    ):
-        for kernel, arguments, constants, grid in launches:
-            kernel.warmup(*arguments, grid=grid, **constants)
 
 
 def recording() -> bool:

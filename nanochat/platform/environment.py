@@ -37,6 +37,11 @@ def kernel_library() -> Path | None:
     return Path(value).expanduser().absolute() if value else None
 
 
+def processes_here() -> int:
+    """LOCAL_WORLD_SIZE, which torchrun sets: how many processes of a run this machine has; 1 for a run of one process."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
 def library_path() -> str:
     """LD_LIBRARY_PATH, where Python itself may need libraries from."""
     return os.environ.get("LD_LIBRARY_PATH", "")

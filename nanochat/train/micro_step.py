@@ -9,10 +9,10 @@ By default CUDA uses what the gate measured to be faster. Without a measurement 
 fused are, else compile. Every other device uses eager.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import fields, replace
+from functools import partial
 
 import torch
 
@@ -23,9 +23,9 @@ from nanochat.optim import MuonAdamW
 from nanochat.options.model import Implementations
 from nanochat.options.train import Execution
 from nanochat.platform.cuda_graphs import Replayed
+from nanochat.platform.environment import processes_here
 from nanochat.platform.errors import UserError
-from nanochat_kernels import configs, library, ranges
-from nanochat_kernels.triton_helpers import Launch, compile_side_by_side, recorded_launches
+from nanochat_kernels import ahead, ranges
 
 # Rows are padded to a multiple of this many tokens. At a context of 2048, fine-tuning then needs at most 16 graphs, and with several
 # processes as many again for the last micro-step of a step.
@@ -66,31 +66,26 @@ def choose_execution(
     return "eager", f"the device is {device.type}"
 
 
-def step_launches(
+def step_on_meta(
     config: GPTConfig, dtype: torch.dtype, rows: int, length: int, weighted: bool = False
-) -> list[Launch]:
-    """Record the launches of a training step with a micro-batch (rows, length) on the meta device, with the tables in use."""
-    with recorded_launches() as launches:
-        model = GPT(config, dtype).to("meta")
-        optimizer = MuonAdamW(model, graphs=False, alone=True)
-        optimizer.keep_gradients(model)
-        tokens = torch.zeros(rows, length, dtype=torch.int64, device="meta")
-        weight = torch.ones(tokens.shape if weighted else (), device="meta")
-        model(tokens, tokens, loss_weight=weight).backward()
-        optimizer.begin_step(1.0, 0.95)
-        optimizer.update_weights()
-    return launches
+) -> None:  # fmt: skip
+    """Do a training step with a micro-batch (rows, length) on the meta device, for nanochat_kernels.ahead."""
+    model = GPT(config, dtype).to("meta")
+    optimizer = MuonAdamW(model, graphs=False, alone=True)
+    optimizer.keep_gradients(model)
+    tokens = torch.zeros(rows, length, dtype=torch.int64, device="meta")
+    weight = torch.ones(tokens.shape if weighted else (), device="meta")
+    model(tokens, tokens, loss_weight=weight).backward()
+    optimizer.begin_step(1.0, 0.95)
+    optimizer.update_weights()
 
 
 def compile_ahead(model: GPT, rows: int, length: int, weighted: bool) -> None:
     """Compile the kernels of a step side by side, which its launches would compile one after the other."""
-    if model.device.type != "cuda" or library.in_use():
-        return
-    config = replace(model.config, depth=min(model.config.depth, 2))  # more blocks need no other code
-    with configs.tables_of(configs.architecture(model.device.index)):
-        launches = step_launches(config, model.compute_dtype, rows, length, weighted)
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    compile_side_by_side(launches, model.device, max(1, len(os.sched_getaffinity(0)) // processes))
+    if model.device.type == "cuda":
+        config = replace(model.config, depth=min(model.config.depth, 2))  # more blocks need no other code
+        step = partial(step_on_meta, config, model.compute_dtype, rows, length, weighted)
+        ahead.compile_launches_of(step, model.device, processes_here())
 
 
 class MicroStep:

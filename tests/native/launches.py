@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanochat_kernels import configs, inspect, library
+from nanochat_kernels import ahead, configs, inspect, library
 from nanochat_kernels.triton_helpers import Launch
 
 DEVICE = torch.device("cuda", 0)
@@ -43,11 +43,11 @@ def serves(found: library.Library, driver: ctypes.CDLL, launch: Launch) -> bool:
 
 
 def model_launches(architecture: str, depth: int, rows: int, tokens: int) -> list[Launch]:
-    """Record a training step of a model with one layer of the width that a model of some depth has."""
+    """Record a training step of a model with two layers of the width that a model of some depth has."""
     gpt, micro_step = (importlib.import_module(f"nanochat.{name}") for name in ("gpt", "train.micro_step"))
-    config = replace(gpt.GPTConfig.from_depth(depth, 65_536, tokens), depth=1)
+    config = replace(gpt.GPTConfig.from_depth(depth, 65_536, tokens), depth=2)
     with configs.tables_of(architecture):
-        return micro_step.step_launches(config, torch.bfloat16, rows, tokens)
+        return ahead.launches_of(lambda: micro_step.step_on_meta(config, torch.bfloat16, rows, tokens))
 
 
 def architectures_of(found: library.Library) -> list[str]:

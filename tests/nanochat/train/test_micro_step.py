@@ -268,8 +268,8 @@ STEP = """
 from dataclasses import replace
 import torch
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.train.micro_step import MicroStep, compile_ahead, step_launches
-from nanochat_kernels import configs
+from nanochat.train.micro_step import MicroStep, compile_ahead, step_on_meta
+from nanochat_kernels import ahead, configs
 config = GPTConfig.from_depth(8, 4096, 512)
 """
 
@@ -278,7 +278,7 @@ def test_a_recorded_step_takes_the_kernels_that_a_gpu_takes():
     """Those of auto, without a GPU, for the optimizer too."""
     names = without_interpreter(
         STEP
-        + "with configs.tables_of('sm90'): found = step_launches(config, torch.bfloat16, 4, 512)\n"
+        + "with configs.tables_of('sm90'): found = ahead.launches_of(lambda: step_on_meta(config, torch.bfloat16, 4, 512))\n"
         + "print(*sorted({launch.kernel.__name__ for launch in found}))"
     ).split()
     expected = {
@@ -304,7 +304,7 @@ from nanochat.data.batches import Batch
 from nanochat.optim import MuonAdamW
 model = GPT.create(config, "cuda", torch.bfloat16)
 compile_ahead(model, 4, 512, False)
-ahead = set(os.listdir(os.environ["TRITON_CACHE_DIR"]))
+before = set(os.listdir(os.environ["TRITON_CACHE_DIR"]))
 optimizer = MuonAdamW(model)
 step = MicroStep(model, optimizer, "graph", one_length=True)
 tokens = torch.randint(4096, (4, 512))

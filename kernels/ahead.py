@@ -1,0 +1,41 @@
+"""Compile the kernels of some work side by side, before the work launches them one after the other.
+
+The work runs on the meta device, where its launches are recorded instead of made. Triton then compiles them in threads: its passes and
+the assembler need Python's lock hardly at all.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from nanochat_kernels import configs, library
+from nanochat_kernels.triton_helpers import Launch, recorded_launches, triton
+
+
+def launches_of(work: Callable[[], object]) -> list[Launch]:
+    """Return the launches of work on meta tensors, with the launch tables in use. auto takes what it takes on a GPU."""
+    with recorded_launches() as launches:
+        work()
+    return launches
+
+
+def compile_launches_of(work: Callable[[], object], device: torch.device, processes: int) -> None:
+    """Compile the launches of work on meta tensors for a CUDA device; what does not compile is left to its launch to report.
+
+    processes: so many processes of this machine do the same and share its processors. With the library of the kernels nothing is
+    compiled.
+    """
+    if library.in_use():
+        return
+    with configs.tables_of(configs.architecture(device.index)):
+        launches = launches_of(work)
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    with (
+        torch.cuda.device(device),
+        ThreadPoolExecutor(threads) as pool,
+        triton.AsyncCompileMode(pool, ignore_errors=True),
+    ):
+        for kernel, arguments, constants, grid in launches:
+            kernel.warmup(*arguments, grid=grid, **constants)
