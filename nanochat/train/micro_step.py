@@ -22,6 +22,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.options.model import Implementations
 from nanochat.options.train import Execution
+from nanochat.platform.console import say
 from nanochat.platform.cuda_graphs import Replayed
 from nanochat.platform.environment import processes_here
 from nanochat.platform.errors import UserError
@@ -85,7 +86,10 @@ def compile_ahead(model: GPT, rows: int, length: int, weighted: bool) -> None:
     if model.device.type == "cuda":
         config = replace(model.config, depth=min(model.config.depth, 2))  # more blocks need no other code
         step = partial(step_on_meta, config, model.compute_dtype, rows, length, weighted)
-        ahead.compile_launches_of(step, model.device, processes_here())
+        try:
+            ahead.compile_launches_of(step, model.device, processes_here())
+        except (kernels.KernelRequestError, RuntimeError) as error:  # such as torch's attention, which needs a GPU
+            say(f"kernels are compiled one after the other, because a step without data failed: {error}")
 
 
 class MicroStep:

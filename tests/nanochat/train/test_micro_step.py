@@ -1,6 +1,7 @@
 """A micro-step in its three ways: the same loss and the same gradients, whatever its rows, its length and its weight."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.options.model import Implementations
 from nanochat.platform.errors import UserError
+from nanochat.train import micro_step
 from nanochat.train.micro_step import MicroStep, choose_execution, fusable_options
+from nanochat_kernels import ahead
 from tests.kernels.harness import without_interpreter
 from tests.processes import spawn
 
@@ -317,3 +320,18 @@ print(ahead, compiled[ahead:])
     )
     ahead, more = without_interpreter(code).strip().split(" ", 1)
     assert int(ahead) > 20 and more == "[]", (ahead, more)
+
+
+def test_what_a_step_without_data_cannot_do_is_said(monkeypatch, capsys):
+    """Such as torch's attention by its name, which runs on a GPU only: training goes on, and compiles one kernel after the other."""
+
+    def compile_launches_of(step, device, processes):
+        with ahead.configs.tables_of("sm90"):
+            ahead.launches_of(step)
+
+    monkeypatch.setattr(micro_step.ahead, "compile_launches_of", compile_launches_of)
+    for attention in ("auto", "cudnn"):
+        config = GPTConfig.from_depth(2, 301, 256, impl=Implementations(self_attention=attention, rms_norm="reference"))
+        model = SimpleNamespace(device=torch.device("cuda"), config=config, compute_dtype=torch.bfloat16)
+        micro_step.compile_ahead(model, 2, 256, False)
+        assert ("one after the other" in capsys.readouterr().out) == (attention == "cudnn")
