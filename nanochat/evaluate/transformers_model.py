@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from nanochat.platform.distributed import Runtime
@@ -33,6 +34,10 @@ class TransformersTokenizer:
         self.bos = next(first, None)
         if self.bos is None:
             raise UserError(f"the tokenizer of {name} has neither a token that begins a text nor one that ends it")
+        if not self.encode("text"):
+            raise UserError(
+                f"the tokenizer of {name} turns a text into no tokens; its files are missing or damaged, get them again"
+            )
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -42,7 +47,7 @@ def load_transformers(name: str, runtime: Runtime) -> tuple[TransformersModel, T
     """Load a model from a directory, or by its name on the Hugging Face hub from the cache or the internet.
 
     Only weights in safetensors are read, and no code that comes with a model runs. Raises UserError when transformers is not
-    installed, and when it cannot load the model.
+    installed, when it cannot load the model, and when weights or the tokenizer are missing.
     """
     try:
         import transformers
@@ -51,19 +56,26 @@ def load_transformers(name: str, runtime: Runtime) -> tuple[TransformersModel, T
             f"--hf-path needs the package transformers ({error}); install it with: pip install transformers"
         ) from error
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=runtime.compute_dtype, use_safetensors=True
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            name,
+            trust_remote_code=False,
+            dtype=runtime.compute_dtype,
+            use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         where = (
             "the directory has no such model"
             if Path(name).is_dir()
             else "no such directory, and not on the hub or no internet"
         )
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"--hf-path {name}: transformers cannot load it ({where}: {reason})") from error
+    if missing := sorted(info["missing_keys"]):
         raise UserError(
-            f"--hf-path {name}: transformers cannot load it ({where}: {str(error).strip().splitlines()[0]})"
-        ) from error
+            f"--hf-path {name} lacks {len(missing)} of the model's weights, such as {missing[0]}; get the whole model again"
+        )
     return TransformersModel(model.to(runtime.device).eval(), runtime), TransformersTokenizer(tokenizer, name)
 
 

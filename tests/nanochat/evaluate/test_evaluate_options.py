@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nanochat.evaluate import chat
 from nanochat.evaluate.chat import chat_accuracies
@@ -161,6 +162,72 @@ def test_a_model_of_the_transformers_library_is_evaluated_beside_the_run(gpt2, t
     assert_fails_with(
         nanochat(paths.base, *own, "--hf-path", str(empty)), f"--hf-path {empty}: transformers cannot load it"
     )
+
+
+def settings_of(directory, change) -> None:
+    """Change the content of config.json."""
+    content = json.loads((directory / "config.json").read_text())
+    change(content)
+    (directory / "config.json").write_text(json.dumps(content))
+
+
+def without_a_weight(directory) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["transformer.h.1.mlp.c_fc.weight"]
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def without_a_tokenizer(directory) -> None:
+    for path in directory.glob("*token*"):
+        path.unlink()
+
+
+def with_weights_in_pickles(directory) -> None:
+    torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+
+
+def cut_off(directory) -> None:
+    weights = directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+DAMAGES = {
+    "a missing weight": (without_a_weight, "lacks 1 of the model's weights, such as transformer.h.1.mlp.c_fc.weight"),
+    "no tokenizer": (without_a_tokenizer, "turns a text into no tokens"),
+    "pickled weights": (with_weights_in_pickles, "transformers cannot load it"),
+    "a cut file": (cut_off, "transformers cannot load it"),
+    "other sizes": (lambda d: settings_of(d, lambda c: c.update(n_embd=64)), "transformers cannot load it"),
+    "a package that is missing": (
+        lambda d: settings_of(d, lambda c: c.update(quantization_config={"quant_method": "gptq", "bits": 4})),
+        "transformers cannot load it",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_model_of_the_transformers_library_is_no_score(gpt2, cpu, tmp_path, damage):
+    change, message = DAMAGES[damage]
+    directory = shutil.copytree(gpt2, tmp_path / "other")
+    change(directory)
+    with pytest.raises(UserError, match=message):
+        load_transformers(str(directory), cpu)
+
+
+def test_no_code_that_comes_with_a_model_runs_even_if_somebody_says_yes(gpt2, cpu, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    directory, trace = shutil.copytree(gpt2, tmp_path / "other"), tmp_path / "ran"
+    (directory / "own.py").write_text(
+        f"open({str(trace)!r}, 'w').close()\n"
+        "from transformers import GPT2Config, GPT2LMHeadModel\n"
+        "class OwnConfig(GPT2Config):\n    model_type = 'own'\n"
+        "class OwnModel(GPT2LMHeadModel):\n    config_class = OwnConfig\n"
+    )
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    settings_of(directory, lambda c: c.update(auto_map=names, model_type="own", architectures=["OwnModel"]))
+    with pytest.raises(UserError, match="transformers cannot load it"):
+        load_transformers(str(directory), cpu)
+    assert not trace.exists()
 
 
 def test_a_tokenizer_without_a_first_token_is_rejected(gpt2, cpu, tmp_path):
