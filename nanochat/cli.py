@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import tyro
 
 from nanochat import __version__
+from nanochat.options.evaluate import NOT_REPORTED
 from nanochat.options.presets import PRESETS, NamedRun, NewestRun, PresetOptions, with_preset
 from nanochat.options.ranges import check_ranges
 from nanochat.platform.console import console, output, say
@@ -175,7 +176,9 @@ def run(name: str, options: Any) -> None:
             results = function(options, **arguments)
             if primary and not writes:
                 say(f"note {paths.run} cannot be written to: the report will not have these results")
-            if writes:
+            if primary and (reason := results.get(NOT_REPORTED)):
+                say(f"note the report keeps the results that it has: {reason}")
+            elif writes:
                 from nanochat.report.sections import write_section
 
                 seconds = time.perf_counter() - started + results.get("earlier_seconds", 0.0)

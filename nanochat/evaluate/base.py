@@ -7,12 +7,12 @@ from nanochat.checkpoint import load_model
 from nanochat.data.pretraining import TokenStream
 from nanochat.data.shards import Shards
 from nanochat.evaluate.bits_per_byte import bits_per_byte, unigram_bits_per_byte
-from nanochat.evaluate.chat import say_accuracies
+from nanochat.evaluate.chat import not_newest, say_accuracies
 from nanochat.evaluate.core import CoreTask, core_scores, load_bundle
 from nanochat.evaluate.scores import as_results, write_csv
 from nanochat.evaluate.transformers_model import load_transformers, slug
 from nanochat.gpt import GPT
-from nanochat.options.evaluate import EvaluateBaseOptions
+from nanochat.options.evaluate import NOT_REPORTED, EvaluateBaseOptions
 from nanochat.platform.console import say
 from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import UserError
@@ -23,14 +23,17 @@ from nanochat.tokenizer.bpe import Tokenizer
 def evaluate_base(options: EvaluateBaseOptions, paths: Paths, runtime: Runtime) -> dict[str, float]:
     """`nanochat evaluate base`: evaluate a checkpoint of pretraining by bits per byte and CORE, or another model by CORE.
 
-    Bits per byte are measured on both splits, with those of a unigram model beside them. Raises UserError for unknown tasks.
+    Bits per byte are measured on both splits, with those of a unigram model beside them. Results of an older checkpoint come with the
+    reason why the report does not show them, as NOT_REPORTED. Raises UserError for unknown tasks.
     """
+    reason = ""
     if options.hf_path:
         model, tokenizer = load_transformers(options.hf_path, runtime)
         file = f"hf-eval_{slug(options.hf_path)}.csv"
     else:
         model, tokenizer, meta = load_model(paths, "base", runtime, options.impl, options.checkpoint)
         file = f"base-eval_{meta['step']:06d}.csv"
+        reason = not_newest(paths, "base", meta["step"])
     tasks = _chosen_tasks(options, paths)
     results = {} if options.hf_path else _bits_per_byte(model, tokenizer, options, paths, runtime)
     scores = core_scores(model, tokenizer, tasks, runtime, options.core_max_per_task)
@@ -40,7 +43,7 @@ def evaluate_base(options: EvaluateBaseOptions, paths: Paths, runtime: Runtime) 
         if paths.writable:
             mean = {name: value for name, value in core.items() if name == "CORE"}
             write_csv(paths.report / file, scores, mean | results)
-    return results | core
+    return results | core | ({NOT_REPORTED: reason} if reason else {})
 
 
 def _chosen_tasks(options: EvaluateBaseOptions, paths: Paths) -> list[CoreTask]:

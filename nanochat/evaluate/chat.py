@@ -1,5 +1,6 @@
 """Chat tasks: multiple choice by the logits of the letters, all others by generating; ChatCORE over all tasks."""
 
+import re
 from collections.abc import Callable, Iterator
 
 from nanochat.checkpoint import load_model
@@ -9,11 +10,11 @@ from nanochat.evaluate.scoring import logits_at
 from nanochat.gpt import GPT
 from nanochat.inference.engine import Engine
 from nanochat.inference.session import Session, shown
-from nanochat.options.evaluate import SAMPLES, ChatTaskOptions, EvaluateChatOptions
+from nanochat.options.evaluate import NOT_REPORTED, SAMPLES, ChatTaskOptions, EvaluateChatOptions
 from nanochat.platform.console import progress, say
 from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import UserError
-from nanochat.platform.paths import Paths
+from nanochat.platform.paths import Paths, steps_in
 from nanochat.tasks import ARC, GSM8K, MMLU, HumanEval, SpellingBee
 from nanochat.tokenizer.bpe import Tokenizer
 from nanochat.tokenizer.chat_format import render_prompt
@@ -33,8 +34,8 @@ BENCHMARKS = ("CORE", *TASKS, "ChatCORE")
 
 def shown_name(name: str, embedded: bool) -> str:
     """The name of a result as people read it: that of a benchmark, if the embedded data have a test in its place, says so."""
-    task, colon, rest = name.partition(":")  # "GSM8K: did not fit"
-    return f"{task} stand-in{colon}{rest}" if embedded and task in BENCHMARKS else name
+    task = re.split("[:,]", name)[0]  # "GSM8K: did not fit", "GSM8K, any of 16"
+    return f"{task} stand-in{name[len(task) :]}" if embedded and task in BENCHMARKS else name
 
 
 def chat_accuracies(
@@ -45,14 +46,15 @@ def chat_accuracies(
     options: ChatTaskOptions,
     names: tuple[str, ...] = tuple(TASKS),
 ) -> dict[str, float | str]:
-    """The accuracy of each task by its name, what there is to say about it, and, if all tasks were measured, "ChatCORE"."""
+    """The accuracy of each task by its name, what there is to say about it, and "ChatCORE", if all tasks were measured by the most
+    likely answers."""
     scores, notes = chat_scores(model, tokenizer, paths, runtime, options, names)
-    return as_results(scores, mean_of(names)) | notes
+    return as_results(scores, mean_of(names, options)) | notes
 
 
-def mean_of(names: tuple[str, ...]) -> str:
-    """The name of the mean over these tasks: ChatCORE if they are all that there are, else empty."""
-    return "ChatCORE" if set(names) == set(TASKS) else ""
+def mean_of(names: tuple[str, ...], options: ChatTaskOptions) -> str:
+    """The name of the mean over these tasks: ChatCORE if they are all that there are and no answer was sampled, else empty."""
+    return "ChatCORE" if set(names) == set(TASKS) and not options.conditions else ""
 
 
 def chat_scores(
@@ -77,6 +79,8 @@ def chat_scores(
         ) as advance:
             verdicts = evaluate(model, tokenizer, task, mine, options, advance)
         right, unfit = runtime.sum([float(verdicts.count(True)), float(verdicts.count(None))])
+        if task.kind == "generative" and options.conditions:
+            name = f"{name}, {options.conditions}"
         scores.append(Score(name, right / count, task.baseline))
         if unfit:
             notes[f"{name}: did not fit"] = f"{unfit:.0f} of {count}, counted as wrong"
@@ -143,28 +147,39 @@ def judged_answers(engine: Engine, task, indices: range, options: ChatTaskOption
 def evaluate_chat(options: EvaluateChatOptions, paths: Paths, runtime: Runtime) -> dict[str, float | str | list]:
     """`nanochat evaluate chat`: evaluate a checkpoint of a stage; returns accuracies, and on the first rank answers to sample prompts.
 
-    Raises UserError for unknown tasks, and for several answers that would all be the same.
+    Results that the report does not show, of an older checkpoint or of sampled answers, come with the reason as NOT_REPORTED. Raises
+    UserError for unknown tasks, and for several answers that would all be the same.
     """
     unknown = [name for name in options.tasks if name not in TASKS]
     if unknown:
         raise UserError(f"unknown task {unknown[0]!r}; choose from: {', '.join(TASKS)}")
-    if options.options.num_samples > 1 and options.options.temperature == 0:
+    tasks = options.options
+    if tasks.num_samples > 1 and tasks.temperature == 0:
         raise UserError(
-            f"--num-samples {options.options.num_samples} at --temperature 0 would be as many times the same answer; give a temperature"
+            f"--num-samples {tasks.num_samples} at --temperature 0 would be as many times the same answer; give a temperature"
         )
     model, tokenizer, meta = load_model(paths, options.stage, runtime, options.impl, options.checkpoint)
     names = tuple(dict.fromkeys(options.tasks or TASKS))
-    scores, notes = chat_scores(model, tokenizer, paths, runtime, options.options, names)
-    results = as_results(scores, mean_of(names))
+    scores, notes = chat_scores(model, tokenizer, paths, runtime, tasks, names)
+    results = as_results(scores, mean_of(names, tasks))
     if not runtime.primary:
         return results
     say_accuracies(results | notes, paths)
     if paths.writable:
-        mean = {name: results[name] for name in [mean_of(names)] if name}
-        write_csv(paths.report / f"{options.stage}-eval_{meta['step']:06d}.csv", scores, mean)
+        mean = {name: results[name] for name in [mean_of(names, tasks)] if name}
+        sampled = f"_{tasks.num_samples}-answers_temperature-{tasks.temperature:g}" if tasks.conditions else ""
+        write_csv(paths.report / f"{options.stage}-eval_{meta['step']:06d}{sampled}.csv", scores, mean)
     results |= notes
+    if reason := not_newest(paths, options.stage, meta["step"]) or (tasks.conditions and "the answers were sampled"):
+        return results | {NOT_REPORTED: reason}
     engine = Engine(model, tokenizer)
     return results | {SAMPLES: [_sample(engine, prompt) for prompt in options.sample_prompts]}
+
+
+def not_newest(paths: Paths, stage: str, step: int) -> str:
+    """That a checkpoint is not the newest of its stage, which is the one that the report shows; empty if it is."""
+    newest = max(steps_in(paths.checkpoints(stage)))
+    return f"the newest checkpoint of {stage} is that of step {newest}, not {step}" if step != newest else ""
 
 
 def _sample(engine: Engine, prompt: str) -> dict[str, str]:

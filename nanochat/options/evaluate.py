@@ -10,6 +10,7 @@ from nanochat.options.presets import PresetOptions
 from nanochat.options.ranges import AtLeast, Between, OrNegative, SomeOrAll
 
 SAMPLES = "samples"  # the name of the result that has the answers to the sample prompts
+NOT_REPORTED = "not_reported"  # the name of the result that says why the report does not get the others
 SAMPLE_PROMPTS = ("Hello! Who are you?", "Why is the sky blue?", "How many 'r' are in 'strawberry'?")
 
 
@@ -65,6 +66,13 @@ class ChatTaskOptions:
     """temperature of the sampling; 0 takes the most likely token"""
     top_k: Annotated[int, AtLeast(1)] = 50
     """sample from this many of the most likely tokens"""
+
+    @property
+    def conditions(self) -> str:
+        """How generated answers were sampled, for the name of a result; empty if one answer was, of the most likely tokens."""
+        if self.num_samples > 1:
+            return f"any of {self.num_samples}"
+        return f"temperature {self.temperature:g}" if self.temperature else ""
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,8 @@ def test_one_of_several_answers_has_to_be_right(tokenizer, world, cpu, monkeypat
     monkeypatch.setattr(chat, "TASKS", {"guess": lambda paths: Guess()})
     monkeypatch.setattr(chat, "Engine", CountsUp)
     options = ChatTaskOptions(num_samples=samples, temperature=0.7, top_k=9, rows=samples)
-    assert chat_accuracies(None, tokenizer, world, cpu, options, ("guess",))["guess"] == right
+    found = chat_accuracies(None, tokenizer, world, cpu, options, ("guess",))
+    assert found == {"guess, temperature 0.7" if samples == 1 else f"guess, any of {samples}": right}  # and no ChatCORE
 
 
 def test_a_step_and_tasks_are_chosen_and_the_scores_are_beside_the_report(trained_base, tmp_path):
@@ -86,17 +87,26 @@ def test_a_step_and_tasks_are_chosen_and_the_scores_are_beside_the_report(traine
     first, last = steps_in(paths.checkpoints("sft"))
     arguments = ["evaluate", "chat", *TINY_EVALUATE_CHAT]
     for step, options in ((last, []), (first, ["--step", str(first)])):
-        assert nanochat(paths.base, *arguments, *options).returncode == 0
+        done = nanochat(paths.base, *arguments, *options)
+        assert done.returncode == 0 and ("the report keeps" in done.stdout) == (step == first), done.stderr
         found = table(paths.report / f"sft-eval_{step:06d}.csv")
         assert found.keys() == {"ARC-Easy", "SpellingBee"}
-        results = read_section(paths, "sft-eval")["results"]
-        assert found["ARC-Easy"] == (f"{results['ARC-Easy']:.6f}", f"{(results['ARC-Easy'] - 0.25) / 0.75:.6f}")
+        if step == last:
+            section = paths.section("sft-eval").read_bytes()
+            right = read_section(paths, "sft-eval")["results"]["ARC-Easy"]
+            assert found["ARC-Easy"] == (f"{right:.6f}", f"{(right - 0.25) / 0.75:.6f}")
     assert_fails_with(
         nanochat(paths.base, *arguments, "--step", "1"), "no checkpoint of step 1 of sft", f"{first}, {last}"
     )
     sampled = nanochat(paths.base, *arguments, "--num-samples", "3")
     assert_fails_with(sampled, "--num-samples 3 at --temperature 0", "give a temperature")
+    scores = (paths.report / f"sft-eval_{last:06d}.csv").read_bytes()
     assert nanochat(paths.base, *arguments, "--num-samples", "3", "--temperature", "0.5").returncode == 0
+    sampled = table(paths.report / f"sft-eval_{last:06d}_3-answers_temperature-0.5.csv")
+    assert sampled.keys() == {"ARC-Easy", "SpellingBee, any of 3"}
+    # the report has the newest checkpoint's most likely answers
+    assert (paths.report / f"sft-eval_{last:06d}.csv").read_bytes() == scores
+    assert paths.section("sft-eval").read_bytes() == section
     base = ["evaluate", "base", *TINY_EVALUATE_BASE]
     assert nanochat(paths.base, *base).returncode == 0
     [newest] = paths.report.glob("base-eval_*.csv")
@@ -106,6 +116,7 @@ def test_a_step_and_tasks_are_chosen_and_the_scores_are_beside_the_report(traine
     step = next(iter(steps_in(paths.checkpoints("base"))))
     chosen = nanochat(paths.base, *base, "--core-tasks", "world_choice", "--step", str(step))
     assert chosen.returncode == 0, chosen.stderr
+    assert read_section(paths, "base-eval")["results"]["CORE"] and "the report keeps" in chosen.stdout
     found = table(paths.report / f"base-eval_{step:06d}.csv")
     assert "world_choice" in found and not {"CORE", "world_schema"} & found.keys()
     assert_fails_with(

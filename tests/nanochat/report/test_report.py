@@ -152,6 +152,7 @@ def test_the_tests_of_the_embedded_data_are_not_named_as_the_benchmarks(tmp_path
         assert all(line.startswith(f"| {name}{ending} | ") for line in text.splitlines() if f"| {name}" in line)
     assert ("is not that of the benchmark" in text) == embedded
     assert shown_name("GSM8K: did not fit", embedded) == f"GSM8K{' stand-in' if embedded else ''}: did not fit"
+    assert shown_name("GSM8K, any of 8", embedded) == f"GSM8K{' stand-in' if embedded else ''}, any of 8"
 
 
 def test_what_is_not_set_is_not_in_the_report_and_settings_are_folded(tmp_path):
