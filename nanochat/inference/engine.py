@@ -141,6 +141,11 @@ class Engine:
             self._release(row)
         row.done = True
 
+    def cache_bytes(self, rows: int, tokens: int) -> int:
+        """Bytes of the keys and values of `rows` rows at a time, if each has `tokens` tokens with its answer and no page is shared."""
+        page = self.cache.keys[:, 0].nbytes + self.cache.values[:, 0].nbytes
+        return min(rows, self.rows) * -(-min(tokens, self.positions) // self.cache.page) * page
+
     @property
     def busy(self) -> bool:
         """Whether a row has not ended."""

@@ -227,9 +227,10 @@ class TrainRlOptions(TrainOptions):
     max_tokens: Annotated[int, AtLeast(1)] = 256
     """maximum number of tokens in an answer"""
     temperature: Annotated[float, AtLeast(0)] = 1.0
-    """temperature of the sampling; 1 samples from the distribution that is trained"""
+    """temperature of the sampling, above 0; at 1 answers come from the distribution that is trained, but for the tail that top-k cuts
+    off"""
     top_k: Annotated[int, AtLeast(1)] = 50
-    """sample from this many of the most likely tokens"""
+    """sample from this many of the most likely tokens, more than 1"""
     num_epochs: Annotated[int, AtLeast(1)] = 1
     """number of times that each question is asked"""
     init_lr_fraction: Annotated[float, AtLeast(0)] = 0.05

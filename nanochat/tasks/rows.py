@@ -43,11 +43,12 @@ class Rows:
         return self.ends[-1]
 
     def __getitem__(self, index: int) -> dict:
-        file, row = self._find(index)
+        file, row = self.find(index)
         table = self.tables[file]
         return table[row] if isinstance(table, list) else table.slice(row, 1).to_pylist()[0]
 
-    def _find(self, index: int) -> tuple[int, int]:
+    def find(self, index: int) -> tuple[int, int]:
+        """The number of an item's file, and of its row in it."""
         number = int(self.order[index])
         file = bisect_right(self.ends, number)
         return file, number - (self.ends[file - 1] if file else 0)
@@ -64,6 +65,11 @@ class RowTask:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def place(self, index: int) -> str:
+        """The file of an item and its row in it, from 1 on, for a message."""
+        file, row = self._rows.find(index)
+        return f"{self.files[file]}, row {row + 1}"
 
 
 def load_rows(

@@ -71,6 +71,7 @@ class Plan:
         dict  # more about a step, for its record, over all ranks; all of them call it
     )
     evaluations: list[Evaluation] = field(default_factory=list)
+    cache_bytes: int = 0  # of keys and values, where the model generates what it is trained on
 
 
 def accumulation_steps(total_batch: int, rows: int, row_size: int, world_size: int, unit: str) -> int:
@@ -84,7 +85,7 @@ def accumulation_steps(total_batch: int, rows: int, row_size: int, world_size: i
         nearest = " or ".join(str(n) for n in (below, above) if n > 0)
         raise UserError(
             f"a step of {total_batch} {unit} is not a multiple of the {micro} {unit} that {world_size} process(es) take at "
-            f"once ({rows} rows of {row_size} each); the nearest valid totals are {nearest}"
+            f"once{f' ({rows} rows of {row_size} each)' if rows * row_size > 1 else ''}; the nearest valid totals are {nearest}"
         )
     return total_batch // micro
 
@@ -129,7 +130,7 @@ def step_size(
     What a preset says about it is only a wish, because the preset serves any number of processes: rows of a micro-batch at most,
     and the nearest total that they can share. What the user says is kept, and so are the total of a run that is resumed and, where
     they were chosen by the GPU, its rows: `most` is what is chosen here, and fitting(n) how many of n rows fit. Raises UserError if
-    the processes cannot share that.
+    the processes cannot share that. For rl a row is a question.
     """
     runtime, unit = store.runtime, {"sft": "conversations", "rl": "questions"}.get(stage, "tokens")
     name = "total_batch_size" if unit == "tokens" else "examples_per_step"
@@ -139,6 +140,8 @@ def step_size(
     kept = None if options.device_batch_size else before.get("rows")
     rows = options.device_batch_size or kept or most
     fixed = options.device_batch_size > 0 and (options.preset == "" or rows != preset.device_batch_size)
+    if unit == "questions":  # they are shared whole; their answers are then cut into micro-batches of any size
+        rows, fixed = 1, False
     given = options.preset == "" or total != getattr(preset, name)
     # earlier versions had no other size than that of the option
     saved = None if given else before.get("step_size", before.get(name))
@@ -175,9 +178,10 @@ def step_size(
             f"steps of {saved:,} {unit}, as in the run that is resumed, where the preset {options.preset} has {total:,}"
         )
     elif size.total != total and runtime.primary:
+        share = f"{size.accumulation} {unit}" if unit == "questions" else f"{size.accumulation} × {size.rows} rows"
         say(
             f"steps of {size.total:,} {unit}: {who} cannot share the {total:,} of the preset "
-            f"{options.preset}, and this is the nearest number; each takes {size.accumulation} × {size.rows} rows"
+            f"{options.preset}, and this is the nearest number; each takes {share}"
         )
     return size
 

@@ -5,14 +5,14 @@ question. With the tokens y that the model chose, the loss of a step is
 
     −(1/N) Σ A·log p(y | tokens before),    N tokens in all of its answers.
 
-This is REINFORCE (Williams 1992) with a baseline. Every answer is of the model as it is, so that no ratio of probabilities has to be
-corrected or clipped. Tokens that the calculator forced are not targets. Nor is the token that ends an answer, which the engine does
+This is REINFORCE (Williams 1992) with a baseline. Every answer is of the model as it is, so that there are no ratios of an older model's
+probabilities to clip. p is of the whole vocabulary at temperature 1: that top-k cuts the tail off when answers are sampled, and what
+another temperature changes, is not corrected. Tokens that the calculator forced are not targets. Nor is the token that ends an answer, which the engine does
 not return.
 """
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 
@@ -34,6 +34,7 @@ from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
 from nanochat.tasks import GSM8K
+from nanochat.tokenizer.bpe import Tokenizer
 from nanochat.tokenizer.chat_format import render_prompt
 from nanochat.train.plan import Evaluation, Plan, learning_settings, step_size
 from nanochat.train.schedules import full_momentum, linear_decay
@@ -114,12 +115,19 @@ def batch_of(rows: list[tuple[list[int], Answer, float]], position: tuple[int, .
 
 
 def reinforce(options: TrainRlOptions, paths: Paths, runtime: Runtime) -> dict:
-    """`nanochat train rl`: run or resume reinforcement learning, from the newest checkpoint of its source; returns its results."""
+    """`nanochat train rl`: run or resume reinforcement learning, from the newest checkpoint of its source; returns its results.
+
+    Raises UserError for settings with which all answers to a question are the same, and for a question that is too long.
+    """
+    if options.temperature == 0 or options.top_k == 1:
+        raise UserError(
+            f"with --temperature {options.temperature:g} and --top-k {options.top_k} all answers to a question are the same, and "
+            "nothing is learned; give a temperature above 0, such as 1, and a top-k above 1, such as 50"
+        )
     path, tokenizer, source_meta = find_checkpoint(paths, options.source, runtime)
     shape = GPTConfig(**source_meta["config"], impl=options.impl, recompute=options.run.recompute)
     store = CheckpointStore(paths.checkpoints("rl"), runtime)
-    # a step is shared by whole questions, which are then cut into micro-batches of any size
-    questions, total = step_size(replace(options, device_batch_size=1), "rl", 1, store)[1:]
+    questions, total = step_size(options, "rl", 1, store)[1:]
     shape, micro_step_ms = take_gate(paths, shape, options.device_batch_size, runtime)
     task, tests = GSM8K(paths, "train"), GSM8K(paths, "test")
     model = create_model(path, shape, runtime, source_meta)
@@ -131,6 +139,7 @@ def reinforce(options: TrainRlOptions, paths: Paths, runtime: Runtime) -> dict:
         raise UserError(
             f"{rollouts.count} questions do not fill one step of {total}; lower --examples-per-step, or raise --num-epochs"
         )
+    longest = longest_prompt(task, rollouts.count, tokenizer, engine.positions)
     if runtime.primary:
         say(f"{steps:,} steps of {total} questions with {options.num_samples} answers each")
 
@@ -149,6 +158,7 @@ def reinforce(options: TrainRlOptions, paths: Paths, runtime: Runtime) -> dict:
         one_length=False,
         ahead=False,
         measured=rollouts.measured,
+        cache_bytes=engine.cache_bytes(options.sample_rows, longest + options.max_tokens),
         evaluations=[Evaluation(options.eval_every, lambda: pass_rates(engine, tests, options, runtime), first=True)],
     )
     settings = learning_settings(options) | {f"{options.source}_step": source_meta["step"], "questions": rollouts.count}
@@ -156,6 +166,20 @@ def reinforce(options: TrainRlOptions, paths: Paths, runtime: Runtime) -> dict:
     settings["data"] = fingerprint(task.files, paths.hashes, runtime)
     trainer = Trainer(plan, model, optimizer, tokenizer, paths, runtime, options.run, settings, micro_step_ms)
     return {"questions": rollouts.count} | trainer.run()
+
+
+def longest_prompt(task: GSM8K, count: int, tokenizer: Tokenizer, positions: int) -> int:
+    """The tokens of the longest of the first `count` prompts. Raises UserError for one that leaves no position for an answer."""
+    longest = 0
+    for index in range(count):
+        tokens = len(render_prompt(tokenizer, task[index]))
+        if tokens >= positions:
+            raise UserError(
+                f"{task.place(index)}: a prompt of {tokens} tokens leaves none of the model's {positions} positions for an answer; "
+                "shorten the question, or remove it"
+            )
+        longest = max(longest, tokens)
+    return longest
 
 
 def pass_rates(engine: Engine, task: GSM8K, options: TrainRlOptions, runtime: Runtime) -> dict[str, float]:

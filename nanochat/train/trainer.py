@@ -121,7 +121,7 @@ class Trainer:
         if runtime.primary:
             say(f"micro-steps: {execution} ({reason})")
             if runtime.memory:
-                needed = predict_run(model.config, plan.rows, runtime, execution).total
+                needed = predict_run(model.config, plan.rows, runtime, execution).total + plan.cache_bytes
                 say(
                     f"memory: about {needed / 1e9:.1f} GB of {runtime.memory / 1e9:.1f} with {plan.rows} rows in a micro-batch"
                 )

@@ -4,12 +4,14 @@ import json
 import random
 import shutil
 import time
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+from nanochat.checkpoint import CheckpointStore
 from nanochat.evaluate.answers import Answer, pass_at, sample_answers
 from nanochat.gpt import GPTConfig
 from nanochat.inference.engine import Engine, Token
@@ -24,6 +26,7 @@ from nanochat.synthetic import world
 from nanochat.tasks import GSM8K
 from nanochat.train.metrics import read_metrics
 from nanochat.train.micro_step import MicroStep
+from nanochat.train.plan import step_size
 from nanochat.train.reinforce import Rollouts, batch_of
 from tests import forked
 from tests.conftest import assert_fails_with, command, environment, made_once, nanochat
@@ -154,10 +157,33 @@ def test_bad_options(midtrained, tmp_path):
         (["--gsm8k", "7"], ("7 questions do not fill one step of 8", "--examples-per-step", "--num-epochs")),
         (["--num-samples", "1"], ("--num-samples must be at least 2, got 1",)),
         (["--source", "sft"], ("no checkpoint of sft", "there are: base, mid")),
+        (["--temperature", "0"], ("--temperature 0 and --top-k 50 all answers", "are the same", "above 0")),
+        (["--top-k", "1"], ("--temperature 1 and --top-k 1 all answers", "above 1")),
     ):
         assert_fails_with(nanochat(base, "train", "rl", *RL, *ON["cpu"], *arguments), *parts)
     result = nanochat(base, "train", "rl", *RL, *ON["cpu"], "--examples-per-step", "7", processes=2)
-    assert "a step of 7 questions is not a multiple of the 2 questions" in result.stderr
+    assert (
+        "a step of 7 questions is not a multiple of the 2 questions that 2 process(es) take at once; the"
+        in result.stderr
+    )
+    path = Paths(base).chat_data / "gsm8k" / "train.parquet"
+    rows = pq.read_table(path).to_pylist()
+    rows[6]["question"] = "How many? " * 2000
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    too_long = nanochat(base, "train", "rl", *RL, *ON["cpu"], "--gsm8k", "-1")
+    assert_fails_with(too_long, f"{path}, row 7: a prompt of", "the model's 1280 positions", "shorten the question")
+    assert not Paths(base).checkpoints("rl").exists()
+
+
+def test_a_step_of_questions_says_nothing_about_rows(tmp_path, cpu, capsys):
+    """Answers are cut into micro-batches of any size, whatever the number of questions."""
+    options = TrainRlOptions(preset="cpu", device_batch_size=7, examples_per_step=16)
+    store = CheckpointStore(Paths(tmp_path).checkpoints("rl"), replace(cpu, world_size=3))
+    assert step_size(options, "rl", 1, store) == (1, 5, 15)
+    assert capsys.readouterr().out == (
+        "steps of 15 questions: 3 processes cannot share the 16 of the preset cpu, and this is the nearest number; each takes "
+        "5 questions\n"
+    )
 
 
 class Scripted:
