@@ -21,6 +21,7 @@ from nanochat.platform.console import say
 from nanochat.platform.distributed import start_runtime
 from nanochat.platform.errors import UserError
 from nanochat.platform.files import foreign_files, fresh_directory, name_some, read_shape, write_json, write_manifest
+from nanochat.platform.lock import locked
 from nanochat.platform.paths import Paths
 from nanochat.tokenizer.bpe import Tokenizer
 
@@ -29,19 +30,20 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 def export_model(options: ExportOptions, paths: Paths) -> None:
     """Write a checkpoint as a directory for transformers. Raises UserError if it would replace files that nanochat did not write."""
-    output = options.output or paths.run / "export" / options.stage
-    if output.exists() and (not output.is_dir() or (foreign := foreign_files(output))):
-        what = name_some(foreign) if output.is_dir() else output
-        raise UserError(
-            f"nanochat did not write {what}, and exporting would replace it; move it away or give another --output"
-        )
-    with start_runtime("cpu") as runtime:
-        model, tokenizer, meta = load_model(
-            paths, options.stage, runtime, step=None if options.step < 0 else options.step
-        )
-    with fresh_directory(output) as directory:
-        write_model(directory, model, tokenizer)
-        write_manifest(directory)
+    output = (options.output or paths.run / "export" / options.stage).resolve()
+    with locked(output.with_name(f"{output.name}.lock"), "export"):
+        if output.exists() and (not output.is_dir() or (foreign := foreign_files(output))):
+            what = name_some(foreign) if output.is_dir() else output
+            raise UserError(
+                f"nanochat did not write {what}, and exporting would replace it; move it away or give another --output"
+            )
+        with start_runtime("cpu") as runtime:
+            model, tokenizer, meta = load_model(
+                paths, options.stage, runtime, step=None if options.step < 0 else options.step
+            )
+        with fresh_directory(output) as directory:
+            write_model(directory, model, tokenizer)
+            write_manifest(directory)
     say(
         f"step {meta['step']} of {options.stage} is in {output}; load it with: transformers.AutoModelForCausalLM.from_pretrained"
     )
@@ -75,21 +77,23 @@ def import_model(options: ImportOptions, paths: Paths) -> None:
         raise UserError(
             f"{source} has a model of {config.vocab_size} tokens and a tokenizer of {tokenizer.vocab_size}; they do not belong together"
         )
-    with start_runtime("cpu") as runtime:
-        store = CheckpointStore(paths.checkpoints(options.stage), runtime)
-    if store.steps():
-        raise UserError(
-            f"{store.directory} has checkpoints already; import into a run of its own: --run-name NAME, or move them away"
-        )
-    if (paths.tokenizer / "tokenizer.json").exists() and Tokenizer.load(paths.tokenizer).hash != tokenizer.hash:
-        raise UserError(
-            f"the run {paths.run_name} has another tokenizer in {paths.tokenizer}; import into a run of its own: --run-name NAME"
-        )
     with torch.device("meta"):
         shapes = {name: tuple(parameter.shape) for name, parameter in GPT(config).named_parameters()}
     weights = weights_from(_tensors(source), shapes, config, str(source))
-    tokenizer.save(paths.tokenizer)
-    path = save_model(store, options.step, config, weights, {"tokenizer": tokenizer.hash, "imported_from": str(source)})
+    with start_runtime("cpu") as runtime:
+        store = CheckpointStore(paths.checkpoints(options.stage), runtime)
+    with locked(paths.lock("tokenizer"), "import"), locked(paths.lock(options.stage), "import"):
+        if store.steps():
+            raise UserError(
+                f"{store.directory} has checkpoints already; import into a run of its own: --run-name NAME, or move them away"
+            )
+        if (paths.tokenizer / "tokenizer.json").exists() and Tokenizer.load(paths.tokenizer).hash != tokenizer.hash:
+            raise UserError(
+                f"the run {paths.run_name} has another tokenizer in {paths.tokenizer}; import into a run of its own: --run-name NAME"
+            )
+        tokenizer.save(paths.tokenizer)
+        meta = {"tokenizer": tokenizer.hash, "imported_from": str(source)}
+        path = save_model(store, options.step, config, weights, meta)
     say(f"imported {source} as {path}; chat with it: nanochat chat --source {options.stage}{paths.as_option}")
 
 

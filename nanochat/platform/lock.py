@@ -134,7 +134,7 @@ def described(holder: dict) -> str:
 
 def _held(path: Path, command: str, holder: dict) -> str:
     return (
-        f"another {command} is running in {path.parent} ({described(holder)}); wait for it or end it; if it is "
+        f"another {holder.get('command', command)} is running in {path.parent} ({described(holder)}); wait for it or end it; if it is "
         f"certain that it no longer runs, remove {path}"
     )
 

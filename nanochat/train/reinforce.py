@@ -5,10 +5,10 @@ question. With the tokens y that the model chose, the loss of a step is
 
     −(1/N) Σ A·log p(y | tokens before),    N tokens in all of its answers.
 
-This is REINFORCE (Williams 1992) with a baseline. Every answer is of the model as it is, so that there are no ratios of an older model's
-probabilities to clip. p is of the whole vocabulary at temperature 1: that top-k cuts the tail off when answers are sampled, and what
-another temperature changes, is not corrected. Tokens that the calculator forced are not targets. Nor is the token that ends an answer, which the engine does
-not return.
+This is REINFORCE (Williams 1992) with a baseline. Every answer is of the model as it is, so that there is no ratio to the probabilities
+of an older model. p is over the whole vocabulary at temperature 1. Sampling differs from that where top-k cuts off the tail, and at
+other temperatures; the loss does not correct it. Tokens that the calculator forced are not targets. Nor is the token that ends an
+answer, which the engine does not return.
 """
 
 import time

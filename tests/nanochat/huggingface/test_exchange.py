@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from nanochat.checkpoint import load_model
 from nanochat.data.shards import Shards
 from nanochat.gpt import GPTConfig
-from nanochat.huggingface.exchange import import_model, write_model
+from nanochat.huggingface.exchange import export_model, import_model, write_model
 from nanochat.huggingface.tokenizer import byte_characters, tokenizer_from, tokenizer_json
 from nanochat.inference.engine import Engine
-from nanochat.options.exchange import ImportOptions
+from nanochat.options.exchange import ExportOptions, ImportOptions
 from nanochat.platform.errors import UserError
+from nanochat.platform.lock import locked
 from nanochat.platform.paths import Paths
 from nanochat.report.sections import read_section
 from nanochat.tokenizer.bpe import SPECIALS
@@ -212,6 +213,21 @@ def test_what_is_no_model_of_ours_is_named_and_leaves_nothing(exported, tmp_path
     with pytest.raises(UserError, match=message):
         import_model(ImportOptions(source=source), Paths(tmp_path / "base"))
     assert not (tmp_path / "base").exists()
+
+
+def test_nothing_is_imported_or_exported_where_another_command_writes(exported, trained_base, tmp_path):
+    paths, output = Paths(trained_base), tmp_path / "new" / "hf"
+    source = exported[2]
+    target = Paths(tmp_path / "base")
+    with locked(target.lock("sft"), "train sft"), pytest.raises(UserError, match="another train sft is running"):
+        import_model(ImportOptions(source=source), target)
+    with locked(target.lock("tokenizer"), "tokenizer train"), pytest.raises(UserError, match="another tokenizer train"):
+        import_model(ImportOptions(source=source), target)
+    assert not target.tokenizer.exists() and not target.checkpoints("sft").exists()
+    with locked(output.with_name("hf.lock"), "export"), pytest.raises(UserError, match="another export is running"):
+        export_model(ExportOptions(output=output), paths)
+    export_model(ExportOptions(output=output), paths)
+    assert [path.name for path in output.parent.iterdir()] == ["hf"]
 
 
 def test_weights_in_several_files_and_in_bfloat16_are_read(exported, tmp_path, cpu):
