@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from nanochat.data.batches import Batch
-from nanochat.evaluate.bits_per_byte import bits_per_byte, unigram_bits_per_byte
+from nanochat.evaluate.bits_per_byte import bits_per_byte, mean_loss, unigram_bits_per_byte
 from nanochat.evaluate.chat import chat_accuracies
 from nanochat.evaluate.core import CoreTask, evaluate_core, evaluate_task, load_bundle
 from nanochat.evaluate.scoring import logits_at
@@ -76,6 +76,14 @@ def test_bits_per_byte_counts_only_targets_with_bytes(model, cpu):
     losses = model(inputs, targets, reduction="none")[0]
     expected = (losses[0] + losses[1] + losses[4]).item() / (math.log(2) * 9)
     assert bits_per_byte(model, [Batch(inputs, targets, ())], token_bytes, cpu) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_mean_loss_is_over_the_targets_of_all_ranks(model):
+    tokens = torch.randint(1, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], ())
+    own = mean_loss(model, [batch], Runtime(0, 1, torch.device("cpu"), torch.float32))
+    another = SimpleNamespace(device=torch.device("cpu"), sum=lambda values: [values[0] + 8.0, values[1] + 16.0])
+    assert mean_loss(model, [batch], another) == pytest.approx((16 * own + 8) / 32)
 
 
 def test_unigram_baseline_counts_the_batches_of_all_ranks(cpu, monkeypatch):

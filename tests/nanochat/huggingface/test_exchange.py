@@ -64,7 +64,8 @@ def test_transformers_loads_every_weight_and_gives_the_same_logits(exported):
     with torch.no_grad():
         ours, found = model(tokens), loaded(tokens).logits
     assert ours.std() > 0.1
-    torch.testing.assert_close(found, ours, rtol=1e-4, atol=1e-4)
+    assert loaded.config.rms_norm_eps == torch.finfo(torch.float32).eps
+    torch.testing.assert_close(found, ours, rtol=5e-6, atol=5e-6)
 
 
 def test_greedy_answers_are_the_same(exported):

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from nanochat.checkpoint import CheckpointStore
+from nanochat.checkpoint import CheckpointStore, find_checkpoint, weights_hash
 from nanochat.evaluate.answers import Answer, pass_at, sample_answers
 from nanochat.gpt import GPTConfig
 from nanochat.inference.engine import Engine, Token
@@ -24,10 +24,13 @@ from nanochat.report.build import build_report
 from nanochat.report.sections import read_section
 from nanochat.synthetic import world
 from nanochat.tasks import GSM8K
+from nanochat.tokenizer.chat_format import render_prompt
+from nanochat.train.memory import Memory
 from nanochat.train.metrics import read_metrics
 from nanochat.train.micro_step import MicroStep
 from nanochat.train.plan import step_size
-from nanochat.train.reinforce import Rollouts, batch_of
+from nanochat.train.reinforce import Rollouts, batch_of, pass_rates, reinforce
+from nanochat.train.trainer import Trainer
 from tests import forked
 from tests.conftest import assert_fails_with, command, environment, made_once, nanochat
 from tests.nanochat.models import perturbed
@@ -189,6 +192,8 @@ def test_a_step_of_questions_says_nothing_about_rows(tmp_path, cpu, capsys):
 class Scripted:
     """An engine that says what a script says: for each prompt, by its last token, its answers, of which the last ones come first."""
 
+    positions = 512
+
     def __init__(self, tokenizer, script: dict[int, list[Answer]]):
         self.tokenizer, self.script, self.calls = tokenizer, script, []
 
@@ -275,6 +280,64 @@ def test_each_process_asks_its_own_questions_and_all_of_them_once(tokenizer, mid
         assert [len(batch.inputs) for batch in batches] == [3, 1, 3, 1]
         assert [batch.position for batch in batches] == [(2,), (2,), (4,), (4,)]
     assert sorted(asked) == list(range(8))
+
+
+def test_what_the_options_say_is_what_training_does(midtrained, tmp_path, cpu, monkeypatch, capsys):
+    """The plan of the stage, and the memory that is predicted for it on a GPU: that of the training and of the answers' cache."""
+    started, asked = [], []
+    monkeypatch.setattr(Trainer, "run", lambda trainer: started.append(trainer) or {})
+    monkeypatch.setattr(Runtime, "memory", int(80e9))
+    monkeypatch.setattr("nanochat.train.trainer.predict_run", lambda *_: Memory(2e9, 0, 0, 0, 0))
+    monkeypatch.setattr(Engine, "cache_bytes", lambda engine, *arguments: asked.append(arguments) or int(3e9))
+    paths = Paths(shutil.copytree(midtrained, tmp_path / "base"))
+    options = TrainRlOptions(source="mid", gsm8k=16, sample_rows=40, max_tokens=48, init_lr_fraction=0.3)
+    reinforce(options, paths, cpu)
+    [trainer], [(rows, tokens)] = started, asked
+    task, tokenizer = GSM8K(paths, "train"), trainer.tokenizer
+    longest = max(len(render_prompt(tokenizer, task[number])) for number in range(16))
+    assert (rows, tokens) == (
+        40,
+        longest + 48,
+    ) and "memory: about 5.0 GB of 80.0 with 8 rows" in capsys.readouterr().out
+    assert [trainer.plan.lr_multiplier(progress) for progress in (0, 0.5, 1)] == pytest.approx([0.3, 0.15, 0])
+    assert {trainer.plan.momentum(step) for step in (0, 100, 1000)} == {0.95}
+    first = weights_hash(find_checkpoint(paths, "mid", cpu)[2])
+    assert first and trainer.settings["first_weights"] == first
+
+
+def test_a_cache_has_keys_and_values_in_whole_pages(tokenizer):
+    engine = Engine(perturbed(GPTConfig(2, 32, 2, 1, tokenizer.vocab_size, 64)), tokenizer)
+    token = 2 * 2 * 16 * 4  # keys and values of two layers, one head of 16 channels, float32
+    assert engine.cache_bytes(3, 65) == 3 * 128 * token and engine.cache_bytes(1000, 64) == engine.rows * 64 * token
+    assert engine.cache_bytes(1, 10**6) == 640 * token  # no row is longer than the positions
+    list(engine.answers([[5] * 200] * 40, 40, rows=40))
+    assert engine.cache_bytes(40, 240) <= engine.cache.keys.nbytes + engine.cache.values.nbytes
+
+
+def test_answers_are_sampled_as_the_options_say(tokenizer, midtrained, cpu):
+    task, started = GSM8K(Paths(midtrained), "train"), tokenizer.special("assistant_start")
+    engine = Scripted(tokenizer, {started: [Answer([7], [True])] * 2})
+    sampling = {"temperature": 0.7, "top_k": 9}
+    for seed in (1, 2):
+        options = TrainRlOptions(
+            num_samples=2, device_batch_size=2, seed=seed, eval_samples=2, eval_examples=4, **sampling
+        )
+        batches = Rollouts(engine, task, options, 1, cpu).batches(0)
+        next(batches), next(batches)
+    assert len({seed for _, seed, _ in engine.calls}) == 4  # of two steps with two seeds
+    pass_rates(engine, task, options, cpu)
+    assert [given for *_, given in engine.calls] == [sampling] * 5
+
+
+def test_each_process_measures_its_own_questions(tokenizer, midtrained, cpu, monkeypatch):
+    task, started = GSM8K(Paths(midtrained), "train"), tokenizer.special("assistant_start")
+    right = tokenizer.encode(task[2]["messages"][1]["content"][-1]["text"])
+    engine = Scripted(tokenizer, {started: [Answer(right, [True] * len(right))]})
+    options = TrainRlOptions(eval_samples=1, eval_examples=5)
+    whole = pass_rates(engine, task, options, cpu)["pass@1"]
+    monkeypatch.setattr(Runtime, "sum", lambda runtime, values: values)
+    shares = [pass_rates(engine, task, options, replace(cpu, rank=rank, world_size=2))["pass@1"] for rank in range(2)]
+    assert whole > 0 and sum(shares) == pytest.approx(whole)
 
 
 def test_an_answer_is_worth_its_reward_less_the_mean_of_its_question(tokenizer, midtrained, cpu):
