@@ -10,8 +10,33 @@ TOKENIZER = {
     "model": {"type": str, "vocab": {str: int}, "merges": [object]},
 }
 
-# A system message joins the first user message, as in nanochat/tokenizer/chat_format.py. Content is text, or a list of parts.
+# A system message joins the first user message, as in nanochat/tokenizer/chat_format.py. Content is text, or a list of parts; those of
+# user and system are text, as clients of OpenAI's API write it.
 CHAT_TEMPLATE = """\
+{%- set frames = {
+    'text': ('', ''),
+    'python': ('<|python_start|>', '<|python_end|>'),
+    'python_output': ('<|output_start|>', '<|output_end|>'),
+} -%}
+{%- macro render(message) -%}
+    {%- set content = message['content'] -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- elif content is undefined or content is mapping or content is not iterable -%}
+        {{- raise_exception('content must be text or a list of parts, in a message of ' ~ message['role']) -}}
+    {%- else -%}
+        {%- for part in content -%}
+            {%- if part is not mapping or part['text'] is not string or part['type'] not in
+                (frames if message['role'] == 'assistant' else ['text']) -%}
+                {{- raise_exception('unknown part of a message of ' ~ message['role'] ~ ': ' ~ part) -}}
+            {%- endif -%}
+            {{- frames[part['type']][0] ~ part['text'] ~ frames[part['type']][1] -}}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- if not messages -%}
+    {{- raise_exception('there must be one message or more') -}}
+{%- endif -%}
 {%- set system = messages[0]['role'] == 'system' -%}
 {%- if system and (messages | length < 2 or messages[1]['role'] != 'user') -%}
     {{- raise_exception('a system message must be followed by a user message') -}}
@@ -21,27 +46,9 @@ CHAT_TEMPLATE = """\
     {%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}
         {{- raise_exception('user and assistant must take turns, got ' ~ message['role']) -}}
     {%- endif -%}
-    {%- if message['role'] == 'user' -%}
-        {{- '<|user_start|>' -}}
-        {%- if system and loop.first -%}{{- messages[0]['content'] ~ '\\n\\n' -}}{%- endif -%}
-        {{- message['content'] ~ '<|user_end|>' -}}
-    {%- else -%}
-        {{- '<|assistant_start|>' -}}
-        {%- if message['content'] is string -%}
-            {{- message['content'] -}}
-        {%- else -%}
-            {%- for part in message['content'] -%}
-                {%- if part['type'] == 'python' -%}
-                    {{- '<|python_start|>' ~ part['text'] ~ '<|python_end|>' -}}
-                {%- elif part['type'] == 'python_output' -%}
-                    {{- '<|output_start|>' ~ part['text'] ~ '<|output_end|>' -}}
-                {%- else -%}
-                    {{- part['text'] -}}
-                {%- endif -%}
-            {%- endfor -%}
-        {%- endif -%}
-        {{- '<|assistant_end|>' -}}
-    {%- endif -%}
+    {{- '<|' ~ message['role'] ~ '_start|>' -}}
+    {%- if system and loop.first -%}{{- render(messages[0]) ~ '\\n\\n' -}}{%- endif -%}
+    {{- render(message) ~ '<|' ~ message['role'] ~ '_end|>' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant_start|>' -}}{%- endif -%}
 """

@@ -112,6 +112,28 @@ def test_the_chat_template_renders_conversations_as_training_does(exported, thei
         theirs.apply_chat_template([messages[-2], messages[-2]], **options)
 
 
+def test_the_chat_template_joins_parts_of_text_and_rejects_what_is_no_text(theirs):
+    def rendered(*contents) -> str:
+        roles = ("system", "user", "assistant")[-len(contents) :] if len(contents) > 1 else ("user",)
+        messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+        return theirs.apply_chat_template(messages, tokenize=False)
+
+    def text(*texts) -> list[dict]:
+        return [{"type": "text", "text": text} for text in texts]
+
+    assert rendered(text("Be ", "short."), text("\n2 + ", "2?"), text("4")) == rendered("Be short.", "\n2 + 2?", "4")
+    image, call = {"type": "image_url", "image_url": {"url": "x"}}, {"type": "python", "text": "2+2"}
+    for content in (None, 5, {"type": "text", "text": "2"}, [*text("2"), image], [call], ["2"], [{"type": "text"}]):
+        for contents in ((content,), (content, "2?", "4")):
+            with pytest.raises(Exception, match="content must be text|unknown part of a message of (user|system)"):
+                rendered(*contents)
+        if content != [call]:
+            with pytest.raises(Exception, match="content must be text|unknown part of a message of assistant"):
+                rendered("Be short.", "2?", content)
+    with pytest.raises(Exception, match="there must be one message or more"):
+        theirs.apply_chat_template([[]], tokenize=False)  # of a batch
+
+
 def test_special_tokens_have_their_ids_and_roles(exported, theirs):
     _, tokenizer, _ = exported
     assert theirs.convert_tokens_to_ids([*SPECIALS]) == [tokenizer.special(name[2:-2]) for name in SPECIALS]
