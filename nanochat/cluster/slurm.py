@@ -25,7 +25,7 @@ class Job:
     mail: str = ""
     after: str = ""
     signal_seconds: int = SIGNAL_SECONDS
-    stages: str = ""  # --from and --to of the speedrun
+    stages: str = ""  # further options of the speedrun, quoted for a shell
     run_name: str = ""
 
 
@@ -57,7 +57,9 @@ def sbatch_command(job: Job, site: Site, base: str) -> list[str]:
     passed |= {"NANOCHAT_STAGES": job.stages} if job.stages else {}
     passed |= {"NANOCHAT_RUN_NAME": job.run_name} if job.run_name else {}
     if bad := [value for value in passed.values() if "," in value or "\\" in value]:
-        raise UserError(f"Slurm takes no values with a comma or a backslash, got {bad[0]!r}; rename the directory")
+        raise UserError(
+            f"Slurm takes no values with a comma or a backslash, got {bad[0]!r}; rename the directory or the file"
+        )
     arguments = [f"--{name}={value}" for name, value in options.items() if value]
     exported = ",".join(f"{name}={value}" for name, value in passed.items())
     requeue = ["--requeue"] if job.name == "speedrun" else []

@@ -1,6 +1,7 @@
 """`nanochat cluster submit`: submits a job to Slurm, or shows the sbatch calls."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -18,6 +19,7 @@ from nanochat.platform.console import say
 from nanochat.platform.errors import UserError, remedy_for
 from nanochat.platform.paths import Paths
 from nanochat.speedrun.stages import check_stage
+from nanochat.tasks import CustomJSON
 
 EARLY = 60  # seconds by which Slurm may send a signal before it is due
 START_UP = 120  # seconds for modules, preflight, imports and the compilation of kernels, before the first step
@@ -74,14 +76,20 @@ def _jobs(options: SubmitOptions, site: Site) -> list[Job]:
     alone = replace(shared, gpus=min(gpus, 1))
     if options.job != "speedrun":
         return [alone]
+    for path in options.custom_json:
+        CustomJSON(path)  # a mistake in it is found now, and not when the job begins
     chosen = {"--from": options.first, "--to": options.last, "--changed": options.changed.replace("refuse", "")}
+    stages = [word for option, value in chosen.items() if value for word in (option, value)]
+    stages += ["--rl"] * options.rl
+    if options.custom_json:
+        stages += ["--custom-json", *(os.path.abspath(path) for path in options.custom_json)]
     speedrun = replace(
         shared,
         nodes=options.nodes,
         gpus=gpus,
         tasks_per_node=options.tasks_per_node,
         signal_seconds=options.signal_seconds,
-        stages=" ".join([*(f"{option} {value}" for option, value in chosen.items() if value), *["--rl"] * options.rl]),
+        stages=shlex.join(stages),
     )
     _check_limit(options.time or _asked_of(site, speedrun).time, options.signal_seconds)
     return [replace(alone, name="gate"), speedrun] if options.after_gate else [speedrun]

@@ -24,20 +24,25 @@ def evaluate_base(options: EvaluateBaseOptions, paths: Paths, runtime: Runtime) 
     """`nanochat evaluate base`: evaluate a checkpoint of pretraining by bits per byte and CORE, or another model by CORE.
 
     Bits per byte are measured on both splits, with those of a unigram model beside them. Results of an older checkpoint come with the
-    reason why the report does not show them, as NOT_REPORTED. Raises UserError for unknown tasks.
+    reason why the report does not show them, as NOT_REPORTED. Raises UserError for unknown tasks, and for the step of another model.
     """
     reason = ""
     if options.hf_path:
+        if options.checkpoint is not None:
+            raise UserError(
+                f"--step {options.step} is of a checkpoint, and --hf-path names another model; leave one of them out"
+            )
         model, tokenizer = load_transformers(options.hf_path, runtime)
         file = f"hf-eval_{slug(options.hf_path)}.csv"
     else:
         model, tokenizer, meta = load_model(paths, "base", runtime, options.impl, options.checkpoint)
         file = f"base-eval_{meta['step']:06d}.csv"
         reason = not_newest(paths, "base", meta["step"])
-    tasks = _chosen_tasks(options, paths)
+    bundle = load_bundle(paths.eval_bundle)
+    tasks = _chosen_tasks(options, bundle)
     results = {} if options.hf_path else _bits_per_byte(model, tokenizer, options, paths, runtime)
     scores = core_scores(model, tokenizer, tasks, runtime, options.core_max_per_task)
-    core = as_results(scores, "" if options.core_tasks else "CORE")
+    core = as_results(scores, "CORE" if {task.label for task in tasks} == {task.label for task in bundle} else "")
     if runtime.primary:
         say_accuracies(core, paths)
         if paths.writable:
@@ -46,8 +51,9 @@ def evaluate_base(options: EvaluateBaseOptions, paths: Paths, runtime: Runtime) 
     return results | core | ({NOT_REPORTED: reason} if reason else {})
 
 
-def _chosen_tasks(options: EvaluateBaseOptions, paths: Paths) -> list[CoreTask]:
-    tasks = {task.label: task for task in load_bundle(paths.eval_bundle)}
+def _chosen_tasks(options: EvaluateBaseOptions, bundle: list[CoreTask]) -> list[CoreTask]:
+    """Each task that the options name, once; all of them if they name none."""
+    tasks = {task.label: task for task in bundle}
     unknown = [name for name in options.core_tasks if name not in tasks]
     if unknown:
         raise UserError(f"unknown task {unknown[0]!r} of CORE; choose from: {', '.join(tasks)}")

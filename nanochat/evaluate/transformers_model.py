@@ -1,5 +1,7 @@
 """A causal language model of the transformers library, with what CORE needs of a model and of its tokenizer."""
 
+import hashlib
+import os
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -80,6 +82,9 @@ def load_transformers(name: str, runtime: Runtime) -> tuple[TransformersModel, T
 
 
 def slug(name: str) -> str:
-    """The name of a model as a part of the name of a file."""
-    parts = Path(name).parts[-2:]
-    return "_".join("".join(c if c.isalnum() or c in "._-" else "-" for c in part) for part in parts if part != "/")
+    """The name of a model as a part of the name of a file. Directories with the same last names differ by a hash of the whole path."""
+    path = Path(name)
+    parts = ["".join(c if c.isalnum() or c in "._-" else "-" for c in part) for part in path.parts[-2:] if part != "/"]
+    if path.is_dir():
+        parts.append(hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8])
+    return "--".join(parts)  # which no name on the hub has

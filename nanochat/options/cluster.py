@@ -27,6 +27,8 @@ class SubmitOptions(NamedRun):
     """stage of the speedrun to end with"""
     rl: bool = False
     """the speedrun also has the stages rl and rl-eval"""
+    custom_json: tuple[str, ...] = ()
+    """files of further conversations for the speedrun's mid and sft, as in `nanochat speedrun`; compute nodes must see them too"""
     changed: Changed = "refuse"
     """what to do with files of your own in place of generated ones, as in `nanochat speedrun`"""
     after_gate: bool = False

@@ -55,5 +55,7 @@ class PreflightOptions(NamedRun):
     """tiny, cpu, d20, d26 or d32"""
     shards: Annotated[int, AtLeast(0)] = 0
     """shards of pretraining text; 0: the preset's number"""
+    rl: bool = False
+    """the run also has the stages rl and rl-eval"""
     data_only: bool = False
     """check only the data, as on the node that fetches them"""

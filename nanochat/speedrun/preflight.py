@@ -71,9 +71,9 @@ def _check_machine(options: PreflightOptions, paths: Paths) -> list[str]:
     # a checkpoint has 4 bytes for each weight, each momentum of a matrix, and each mean and variance of embedding and head
     embeddings = 2 * model.vocab_size * model.width
     checkpoint = 8 * (model.num_parameters - embeddings) + 12 * embeddings
-    kept = sum(len(steps_in(paths.checkpoints(stage))) for stage in TRAINING_STAGES)
-    trained = sum(stage.trains and not stage.optional for stage in STAGES)
-    needed, free = checkpoint * max(1, 2 * trained + 1 - kept), shutil.disk_usage(paths.base).free
+    trained = [stage.name for stage in STAGES if stage.trains and (options.rl or not stage.optional)]
+    kept = sum(len(steps_in(paths.checkpoints(stage))) for stage in trained)
+    needed, free = checkpoint * max(1, 2 * len(trained) + 1 - kept), shutil.disk_usage(paths.base).free
     # each stage removes its own when it starts
     swept = [path for stage in TRAINING_STAGES for path in leftovers(paths.checkpoints(stage))]
     free += sum(file.stat().st_size for path in swept for file in all_files(path))

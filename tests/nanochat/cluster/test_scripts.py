@@ -13,7 +13,7 @@ def test_a_signal_before_the_run_could_begin_ends_the_job(tmp_path, begun):
     """A job that is always stopped there would be queued again without end. During the run it is queued again."""
     (tmp_path / "bin").mkdir()
     programs = {
-        "nanochat": f"""echo "$1"; [ $1 = speedrun ] || [ {begun} = True ] || kill -USR1 $PPID
+        "nanochat": f"""echo "$1"; printf '<%s>' "$@"; echo; [ $1 = speedrun ] || [ {begun} = True ] || kill -USR1 $PPID
             [ $1 = preflight ] || {{ kill -USR1 $PPID; trap 'exit 138' USR1; for _ in $(seq 100); do sleep 0.1; done; }}""",
         "scontrol": "echo scontrol $*",
         "sleep": "[ $1 != 60 ] || set 0.1; exec /bin/sleep $1",  # not until Slurm ends the job
@@ -32,9 +32,13 @@ def test_a_signal_before_the_run_could_begin_ends_the_job(tmp_path, begun):
         "SLURM_JOB_ID": "41",
         "SLURM_JOB_NODELIST": "here",
         "NANOCHAT_SIGNAL_SECONDS": "30",
+        "NANOCHAT_STAGES": "--rl --custom-json '/data/a $b/me.jsonl'" if begun else "",
     }
     done = subprocess.run(["bash", ROOT / "slurm" / "speedrun.sbatch"], capture_output=True, text=True, env=env)
     assert ("scontrol requeue 41" in done.stdout) == ("speedrun" in done.stdout.split()) == begun
+    rl = "<--rl>" if begun else ""
+    assert f"<preflight><--preset><tiny>{rl}\n" in done.stdout
+    assert not begun or f"<speedrun><--preset><tiny>{rl}<--custom-json></data/a $b/me.jsonl>\n" in done.stdout
     assert ("raise --time and submit again" in done.stderr) == (not begun) and done.returncode == (138 if begun else 1)
 
 

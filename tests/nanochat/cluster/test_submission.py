@@ -41,6 +41,22 @@ def test_a_run_with_embedded_data_asks_for_what_it_needs(preset, tmp_path):
     assert "--mem" not in dry_run("--site", str(small), "--preset", preset), "an empty value leaves Slurm's default"
 
 
+def test_files_of_conversations_are_read_and_named_for_the_job(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "about me & you.jsonl"
+    path.write_text(json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]) + "\n")
+    [_, *words] = shlex.split(dry_run("--custom-json", path.name, "--rl"))
+    [exported] = [word for word in words if word.startswith("--export=")]
+    assert shlex.split(exported.partition("NANOCHAT_STAGES=")[2]) == ["--rl", "--custom-json", str(path)]
+    path.write_text("hello\n")
+    submit = ["cluster", "submit", "speedrun", "--dry-run", "--custom-json"]
+    assert_fails_with(nanochat(tmp_path, *submit, path.name), f"{path.name}")
+    path.rename(tmp_path / "a,b.jsonl").write_text('[{"role": "user", "content": "a"}]\n')
+    assert_fails_with(
+        nanochat(tmp_path, *submit, "a,b.jsonl"), "a comma or a backslash", "rename the directory or the file"
+    )
+
+
 def test_sizes():
     assert {size: megabytes_of(size) for size in ("2000", "512m", "128G", "1T")} == {
         "2000": 2000,

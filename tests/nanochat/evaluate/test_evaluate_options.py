@@ -120,6 +120,12 @@ def test_a_step_and_tasks_are_chosen_and_the_scores_are_beside_the_report(traine
     found = table(paths.report / f"base-eval_{step:06d}.csv")
     assert "world_choice" in found and not {"CORE", "world_schema"} & found.keys()
     assert_fails_with(
+        nanochat(paths.base, *base, "--hf-path", "x", "--step", "4"), "--step 4", "--hf-path", "leave one"
+    )
+    every = [task.label for task in load_bundle(paths.eval_bundle)][::-1]
+    assert nanochat(paths.base, *base, "--core-tasks", *every).returncode == 0
+    assert "CORE" in table(newest)
+    assert_fails_with(
         nanochat(paths.base, *base, "--core-tasks", "nothing"), "unknown task 'nothing' of CORE", "world_choice"
     )
 
@@ -249,4 +255,15 @@ def test_a_tokenizer_without_a_first_token_is_rejected(gpt2, cpu, tmp_path):
         path.write_text(json.dumps(settings))
     with pytest.raises(UserError, match="neither a token that begins a text nor one that ends it"):
         load_transformers(str(directory), cpu)
-    assert slug("/models/openai community/gpt2/") == "openai-community_gpt2" and slug("gpt2") == "gpt2"
+
+
+def test_each_model_has_a_table_of_its_own(tmp_path, monkeypatch):
+    assert slug("gpt2") == "gpt2" and slug("openai community/gpt2") == "openai-community--gpt2"
+    assert slug("a_b/c") != slug("a/b_c")
+    directories = [tmp_path / folder / "out" / "hf" for folder in "ab"]
+    for directory in directories:
+        directory.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    first, second = (slug(str(directory)) for directory in directories)
+    assert first != second and first == slug("a/out/hf") == slug("a/../a/out/hf/")
+    assert first.startswith("out--hf--")

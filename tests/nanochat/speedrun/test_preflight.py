@@ -195,3 +195,21 @@ def test_what_killed_saves_left_counts_as_free(tmp_path, monkeypatch, capsys):
             file.truncate(10**9)
     preflight(PreflightOptions("tiny"), paths)
     assert "disk: 2.0 GB free" in capsys.readouterr().out
+
+
+def test_the_disk_is_checked_for_the_stages_that_the_run_has(tmp_path, capsys):
+    """Two checkpoints of each, and one while it is written; those that are there need no more space."""
+
+    def gigabytes(*stages: str, rl: bool) -> float:
+        paths = Paths(tmp_path / "-".join(stages), "d20")
+        for stage in stages:
+            step = paths.checkpoints(stage) / "step_000010"
+            step.mkdir(parents=True, exist_ok=True)
+            (step / "meta.json").write_text("{}")
+        with pytest.raises(UserError):  # there is no data and no GPU
+            preflight(PreflightOptions("d20", rl=rl), paths)
+        return float(capsys.readouterr().out.partition("checkpoints take up to ")[2].split()[0])
+
+    checkpoint = gigabytes(rl=False) / 7
+    for stages, rl, wanted in (((), True, 9), (("rl",), False, 7), (("rl",), True, 8), (("sft", "rl"), False, 6)):
+        assert gigabytes(*stages, rl=rl) == pytest.approx(wanted * checkpoint, abs=0.2), (stages, rl)
