@@ -153,24 +153,24 @@ def evaluate_chat(options: EvaluateChatOptions, paths: Paths, runtime: Runtime) 
     unknown = [name for name in options.tasks if name not in TASKS]
     if unknown:
         raise UserError(f"unknown task {unknown[0]!r}; choose from: {', '.join(TASKS)}")
-    tasks = options.options
-    if tasks.num_samples > 1 and tasks.temperature == 0:
+    sampling = options.task_options
+    if sampling.num_samples > 1 and sampling.temperature == 0:
         raise UserError(
-            f"--num-samples {tasks.num_samples} at --temperature 0 would be as many times the same answer; give a temperature"
+            f"--num-samples {sampling.num_samples} at --temperature 0 would be as many times the same answer; give a temperature"
         )
     model, tokenizer, meta = load_model(paths, options.stage, runtime, options.impl, options.checkpoint)
     names = tuple(dict.fromkeys(options.tasks or TASKS))
-    scores, notes = chat_scores(model, tokenizer, paths, runtime, tasks, names)
-    results = as_results(scores, mean_of(names, tasks))
+    scores, notes = chat_scores(model, tokenizer, paths, runtime, sampling, names)
+    results = as_results(scores, mean_of(names, sampling))
     if not runtime.primary:
         return results
     say_accuracies(results | notes, paths)
     if paths.writable:
-        mean = {name: results[name] for name in [mean_of(names, tasks)] if name}
-        sampled = f"_{tasks.num_samples}-answers_temperature-{tasks.temperature:g}" if tasks.conditions else ""
-        write_csv(paths.report / f"{options.stage}-eval_{meta['step']:06d}{sampled}.csv", scores, mean)
+        mean = {name: results[name] for name in [mean_of(names, sampling)] if name}
+        suffix = f"_{sampling.num_samples}-answers_temperature-{sampling.temperature:g}" if sampling.conditions else ""
+        write_csv(paths.report / f"{options.stage}-eval_{meta['step']:06d}{suffix}.csv", scores, mean)
     results |= notes
-    if reason := not_newest(paths, options.stage, meta["step"]) or (tasks.conditions and "the answers were sampled"):
+    if reason := not_newest(paths, options.stage, meta["step"]) or (sampling.conditions and "the answers were sampled"):
         return results | {NOT_REPORTED: reason}
     engine = Engine(model, tokenizer)
     return results | {SAMPLES: [_sample(engine, prompt) for prompt in options.sample_prompts]}

@@ -87,5 +87,5 @@ class EvaluateChatOptions(OfCheckpoint):
     """auto, cuda, cpu or mps"""
     sample_prompts: tuple[str, ...] = SAMPLE_PROMPTS
     """questions whose answers the report shows"""
-    options: Annotated[ChatTaskOptions, tyro.conf.arg(name="")] = field(default_factory=ChatTaskOptions)
+    task_options: Annotated[ChatTaskOptions, tyro.conf.arg(name="")] = field(default_factory=ChatTaskOptions)
     impl: Implementations = field(default_factory=Implementations)

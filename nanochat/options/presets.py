@@ -94,7 +94,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "run": _TINY_RUN,
         },
         "evaluate base": {"tokens": 8192, "batch_size": 8, "core_max_per_task": 20},
-        "evaluate chat": {"sample_prompts": _QUESTIONS, "options": {"max_tokens": 16, "max_per_task": 20}},
+        "evaluate chat": {"sample_prompts": _QUESTIONS, "task_options": {"max_tokens": 16, "max_per_task": 20}},
     },
     "cpu": {
         "tokenizer train": {"vocab_size": 1024},
@@ -154,7 +154,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "evaluate base": {"tokens": 65536, "batch_size": 16, "core_max_per_task": 200},
         "evaluate chat": {
             "sample_prompts": _QUESTIONS,
-            "options": {"max_tokens": 96, "max_per_task": 200},
+            "task_options": {"max_tokens": 96, "max_per_task": 200},
         },
     },
     "d20": {"train base": {"depth": 20}},

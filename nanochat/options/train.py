@@ -24,7 +24,7 @@ SAMPLE_PROMPTS = (
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """Learning rates of the three kinds of weights, and the limit of the gradient norm."""
+    """Learning rates of the three kinds of weights, weight decay, and the limit of the gradient norm."""
 
     matrix_lr: Annotated[float, AtLeast(0)] = 0.02
     """learning rate of Muon, for the matrices of the blocks"""

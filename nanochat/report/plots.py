@@ -61,7 +61,10 @@ def plot_metrics(paths: Paths, directory: Path) -> dict[str, list[Path]]:
 
 
 def _learning(name: str, records: list[dict], learned: str, measured: list[dict], below: str) -> Figure:
-    """What is learned by, and beneath it a measurement on held-out data in another unit, which therefore has an axis of its own."""
+    """A plot of the loss or the reward of each step, and below it one of a measurement on held-out data, whose unit differs.
+
+    learned: the name of the loss or the reward in the records. below: the name of the measurement.
+    """
     ratios = [1, 0.5] if measured else [1]
     size = WIDTH, HEIGHT * sum(ratios)
     figure, rows = plt.subplots(

@@ -20,7 +20,7 @@ TITLES = {
     "rl-eval": "Evaluation after reinforcement learning",
     "hf-eval": "Evaluation of another model",
 }
-OPTIONAL = ("rl", "rl-eval", "hf-eval")  # the report does not miss them
+OPTIONAL = ("rl", "rl-eval", "hf-eval")  # the report leaves them out if they have not run
 SHAPE = {"finished": str, "seconds": float, "processes": int, "settings": {str: object}, "results": {str: object}}
 
 

@@ -28,8 +28,8 @@ MEASUREMENTS = (
     "chat_metric_every",
     "chat_metric_max_per_task",
 )
-# what there was before there were options for it; the other stages always had an init_lr_fraction
-BEFORE = {
+# the values that earlier versions, which did not have these options, always trained with
+EARLIER_VALUES = {
     "num_epochs": 1,
     "num_iterations": -1,
     "warmup_ratio": 0.0,
@@ -67,9 +67,8 @@ class Plan:
     momentum: Callable[[int], float] = muon_momentum  # of Muon, a function of the step
     one_length: bool = True  # the rows of all batches have the same length
     ahead: bool = True  # a thread may prepare batches before their step; not if they come from the model as it is
-    measured: Callable[[], dict[str, float]] = (
-        dict  # more about a step, for its record, over all ranks; all of them call it
-    )
+    # further metrics of the newest step, over all ranks, each of which calls it
+    measured: Callable[[], dict[str, float]] = dict
     evaluations: list[Evaluation] = field(default_factory=list)
     cache_bytes: int = 0  # of keys and values, where the model generates what it is trained on
 
@@ -228,7 +227,7 @@ def learning_settings(options: TrainOptions) -> dict:
 
 def filled_in(saved: dict, settings: dict) -> dict:
     """The settings that a checkpoint has, with the values of options that the version which saved it did not have."""
-    known = {name: value for name, value in BEFORE.items() if name in settings}
+    known = {name: value for name, value in EARLIER_VALUES.items() if name in settings}
     if isinstance(saved.get("optimizer"), dict):
         saved = saved | {"optimizer": {"weight_decay": 0.0, **saved["optimizer"]}}
     return known | saved

@@ -57,14 +57,14 @@ def test_mistakes_are_named_with_file_and_line(tmp_path, text, message):
 
 
 def test_files_join_the_mixtures_as_often_as_they_are_given(world, tmp_path):
-    few, one = write(tmp_path / "few.jsonl", [talk("a", "b")] * 5), write(tmp_path / "one.jsonl", [talk("c", "d")])
-    files = (str(few), str(few), str(one))
+    five, one = write(tmp_path / "five.jsonl", [talk("a", "b")] * 5), write(tmp_path / "one.jsonl", [talk("c", "d")])
+    files = (str(five), str(five), str(one))
     for mixture in (
         mid_mixture(TrainMidOptions(custom_json=files), world),
         sft_mixture(TrainSftOptions(custom_json=files), world),
     ):
-        assert mixture.sizes()["few.jsonl"] == 10 and mixture.sizes()["one.jsonl"] == 1
-        assert {few, one} <= set(mixture.files())
+        assert mixture.sizes()["five.jsonl"] == 10 and mixture.sizes()["one.jsonl"] == 1
+        assert {five, one} <= set(mixture.files())
 
 
 def test_the_model_learns_who_it_is(base, tmp_path):
@@ -89,8 +89,8 @@ def test_the_model_learns_who_it_is(base, tmp_path):
     trained = nanochat(base, *train, str(path))
     assert trained.returncode == 0 and "zorp.jsonl 320" in trained.stdout, trained.stderr
     for question in ("Who are you?", "Hello!"):
-        said = nanochat(base, "chat", "--source", "mid", "--temperature", "0", "--device", "cpu", "-p", question)
-        assert "I am Zorp, a robot." in said.stdout, said.stdout + said.stderr
+        chat = nanochat(base, "chat", "--source", "mid", "--temperature", "0", "--device", "cpu", "-p", question)
+        assert "I am Zorp, a robot." in chat.stdout, chat.stdout + chat.stderr
     (tmp_path / "elsewhere").mkdir()
     moved = shutil.move(path, tmp_path / "elsewhere" / "zorp.jsonl")
     assert nanochat(base, *train, str(moved)).returncode == 0

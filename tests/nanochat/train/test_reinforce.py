@@ -118,8 +118,8 @@ def test_what_was_learned_is_evaluated_reported_and_talked_to(reinforced, tmp_pa
     pass_1 = read_section(paths, "rl")["results"]["pass@1"]
     assert f"| GSM8K stand-in, pass@1 | – | – | – | – | {pass_1:.4f} |" in report
     question = GSM8K(paths, "test")[0]["messages"][0]["content"]
-    said = nanochat(base, "chat", "--source", "rl", "--max-tokens", "48", "--device", "cpu", "-p", question)
-    assert said.returncode == 0 and "nanochat:" in said.stdout, said.stderr
+    chat = nanochat(base, "chat", "--source", "rl", "--max-tokens", "48", "--device", "cpu", "-p", question)
+    assert chat.returncode == 0 and "nanochat:" in chat.stdout, chat.stderr
 
 
 def test_a_killed_run_resumes_bit_for_bit(midtrained, reinforced, device, tmp_path):
@@ -343,17 +343,19 @@ def test_each_process_measures_its_own_questions(tokenizer, midtrained, cpu, mon
 def test_an_answer_is_worth_its_reward_less_the_mean_of_its_question(tokenizer, midtrained, cpu):
     task, started = GSM8K(Paths(midtrained), "train"), tokenizer.special("assistant_start")
     right = tokenizer.encode(task[0]["messages"][1]["content"][-1]["text"])
-    said = [right, tokenizer.encode("#### 999999"), tokenizer.encode("I do not know"), right]
-    engine = Scripted(tokenizer, {started: [Answer(tokens, [True] * len(tokens)) for tokens in said]})
+    answers = [right, tokenizer.encode("#### 999999"), tokenizer.encode("I do not know"), right]
+    engine = Scripted(tokenizer, {started: [Answer(tokens, [True] * len(tokens)) for tokens in answers]})
     options = TrainRlOptions(num_samples=4, device_batch_size=4)
     rollouts = Rollouts(engine, task, options, 1, cpu)
     batch = next(rollouts.batches(0))
-    for row, (tokens, advantage) in enumerate(zip(said, (0.5, -0.5, -0.5, 0.5), strict=True)):
+    for row, (tokens, advantage) in enumerate(zip(answers, (0.5, -0.5, -0.5, 0.5), strict=True)):
         chosen = batch.targets[row] >= 0
         assert batch.targets[row, chosen].tolist() == tokens
         assert batch.loss_weight[row, chosen].tolist() == [advantage] * len(tokens)
         assert batch.inputs[row, chosen].tolist() == [started, *tokens[:-1]]
     found = rollouts.measured()
     assert (
-        found["reward"] == 0.5 and found["answer_tokens"] == sum(map(len, said)) / 4 and found["samples_per_second"] > 0
+        found["reward"] == 0.5
+        and found["answer_tokens"] == sum(map(len, answers)) / 4
+        and found["samples_per_second"] > 0
     )
