@@ -152,6 +152,7 @@ def test_preflight_warns_when_the_job_is_too_short(monkeypatch, capsys):
 @pytest.mark.parametrize(("card", "rows"), [("A100 40 GB", 22), ("H200 141 GB", 32)])
 def test_preflight_says_what_fits_into_the_memory(d20, monkeypatch, capsys, card, rows):
     on_card(monkeypatch, card)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12))
     monkeypatch.setattr("nanochat.speedrun.preflight.pick_device", lambda _: "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     preflight(PreflightOptions("d20", SHARDS), d20)
