@@ -6,8 +6,8 @@
     GET  /stats                   what the workers do
     GET  /v1/models, POST /v1/chat/completions   see completions.py
 
-A request that is malformed or beyond a limit is answered by 400 and the reason, one too many by 429, and one during the end by 503. All
-errors have the form of OpenAI's API.
+A request that is malformed or beyond a limit is answered by 400 and the reason, one too many by 429, and one during the end or
+without a worker by 503. All errors have the form of OpenAI's API.
 """
 
 import asyncio
@@ -53,7 +53,10 @@ class Service:
         """Give a request to the worker with the fewest rows; returns both, and the number of forgotten turns. Raises RequestError."""
         if self.ending:
             raise RequestError("the server is ending", 503)
-        worker = min(self.workers, key=lambda worker: worker.open_rows)
+        alive = [worker for worker in self.workers if worker.is_alive() and not worker.ended]
+        if not alive:
+            raise RequestError("every worker has died; the server must be started again", 503)
+        worker = min(alive, key=lambda worker: worker.open_rows)
         engine = worker.engine
         tokens = self.max_tokens if request.max_tokens is None else request.max_tokens
         prompt, forgotten = await run_in_threadpool(prompt_of, engine.tokenizer, request, engine.positions, tokens)
@@ -67,6 +70,8 @@ class Service:
             return worker, worker.submit(rows), forgotten
         except UserError as error:
             raise RequestError(str(error))
+        except WorkerError as error:
+            raise RequestError(str(error), 503)
         except Overloaded:
             raise RequestError(f"{worker.open_rows} answers are being generated or wait; try again later", 429)
 

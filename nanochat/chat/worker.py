@@ -22,7 +22,7 @@ class Overloaded(Exception):
 
 
 class WorkerError(Exception):
-    """The engine failed while it generated an answer."""
+    """The engine failed while it generated an answer, or its thread has ended."""
 
 
 @dataclass(eq=False)
@@ -56,16 +56,19 @@ class Worker(threading.Thread):
         self.started, self.requests, self.errors, self.tokens = time.monotonic(), 0, 0, 0
         self.recent: deque[tuple[float, int]] = deque()
         self.open_rows, self.lock = 0, threading.Lock()  # rows that were submitted and have not ended
+        self.ended = False  # nothing is submitted any more
 
     def submit(self, rows: list[Row]) -> Job:
-        """Let the rows join, from the event loop. Raises Overloaded."""
+        """Let the rows join, from the event loop. Raises Overloaded, and WorkerError after the thread's end."""
+        job = Job(rows, asyncio.get_running_loop(), left=set(range(len(rows))))
         with self.lock:
+            if self.ended:
+                raise WorkerError(f"{self.name} has ended")
             if self.open_rows + len(rows) > self.engine.rows + self.most_waiting:
                 raise Overloaded
             self.open_rows += len(rows)
             self.requests += 1
-        job = Job(rows, asyncio.get_running_loop(), left=set(range(len(rows))))
-        self.inbox.put(("add", job))
+            self.inbox.put(("add", job))
         return job
 
     async def answer(self, job: Job) -> AsyncIterator[tuple[int, list[Token], bool]]:
@@ -89,20 +92,36 @@ class Worker(threading.Thread):
     def run(self) -> None:
         if self.engine.model.device.type == "cuda":
             torch.cuda.set_device(self.engine.model.device)
-        while True:
-            try:
+        reason = "its worker has died"
+        try:
+            while self._serve():
+                self.engine = self.make_engine()  # what is left of the old one may be damaged
+            reason = "the server ends"
+        finally:
+            with self.lock:
+                self.ended = True
+            while not self.inbox.empty():
+                message = self.inbox.get()
+                if message is not None and message[0] == "add":
+                    self.jobs.append(message[1])
+            self._fail(ConnectionError(reason))
+
+    def _serve(self) -> bool:
+        """Generate answers until the engine fails; False when the thread is to end."""
+        try:
+            while True:
                 while not self.engine.busy or not self.inbox.empty():
                     message = self.inbox.get()
                     if message is None:
-                        return self._fail(ConnectionError("the server ends"))
+                        return False
                     self._take(*message)
                 self.engine.step()
                 self._deliver()
-            except Exception as error:
-                self.errors += 1
-                print(f"nanochat: {self.name}: {traceback.format_exc()}", file=sys.stderr, flush=True)
-                self._fail(error)
-                self.engine = self.make_engine()  # what is left of the old one may be damaged
+        except Exception as error:
+            self.errors += 1
+            print(f"nanochat: {self.name}: {traceback.format_exc()}", file=sys.stderr, flush=True)
+            self._fail(error)
+            return True
 
     def _take(self, action: str, job: Job) -> None:
         if action == "add":

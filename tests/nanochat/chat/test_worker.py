@@ -1,0 +1,88 @@
+"""Workers that die or fail, and which of them a request goes to."""
+
+import asyncio
+import threading
+
+import pytest
+
+from nanochat.chat.worker import Job, Worker, WorkerError
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.inference.engine import Engine
+from tests.nanochat.chat.serving import serving
+from tests.nanochat.models import perturbed
+
+HELLO = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+# the thread's own exception is what these tests cause
+dies = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer) -> GPT:
+    return perturbed(GPTConfig(2, 64, 4, 2, tokenizer.vocab_size, 64))
+
+
+class Fails(Engine):
+    """An engine that fails when it is asked for 7 tokens."""
+
+    def step(self) -> None:
+        if any(row.room == 7 for row in self.waiting):
+            raise RuntimeError("broken")
+        super().step()
+
+
+def once(make: Engine, times: int):
+    """make_engine that raises after so many calls."""
+    left = iter(range(times))
+
+    def make_engine() -> Engine:
+        if next(left, None) is None:
+            raise MemoryError("no engine")
+        return make()
+
+    return make_engine
+
+
+@dies
+def test_a_dead_worker_gets_no_requests(model, tokenizer):
+    with serving(once(lambda: Fails(model, tokenizer), 2), workers=2) as server:
+        first, second = server.service.workers
+        for worker, status in ((first, 200), (second, 503)):
+            assert server.request("/v1/chat/completions", HELLO | {"max_tokens": 7})[0] == 500
+            worker.join(10)
+            assert not worker.is_alive() and worker.open_rows == 0
+            assert [server.request("/v1/chat/completions", HELLO)[0] for _ in range(3)] == [status] * 3
+            assert server.request("/health")[0] == 503
+        _, found = server.request("/chat", HELLO)
+        assert "every worker has died" in found["error"]["message"]
+
+
+@dies
+def test_requests_that_wait_in_the_inbox_get_an_error_when_the_worker_dies(model, tokenizer):
+    stepping, go = threading.Event(), threading.Event()
+
+    class Waits(Fails):
+        def step(self) -> None:
+            stepping.set()
+            go.wait(10)
+            super().step()
+
+    async def ask() -> None:
+        def submit() -> Job:
+            return worker.submit([worker.engine.row([1, 2], 7)])
+
+        jobs = [submit()]
+        worker.start()
+        assert await asyncio.to_thread(stepping.wait, 10)
+        jobs.append(submit())
+        go.set()
+        for job, reason in zip(jobs, ("broken", "its worker has died"), strict=True):
+            with pytest.raises(WorkerError, match=reason):
+                async for _ in worker.answer(job):
+                    pass
+        worker.join(10)
+        with pytest.raises(WorkerError, match="has ended"):
+            worker.submit([])
+        assert worker.open_rows == 0
+
+    worker = Worker("worker 0", once(lambda: Waits(model, tokenizer), 1), 8)
+    asyncio.run(asyncio.wait_for(ask(), 20))
