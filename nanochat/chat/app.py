@@ -53,16 +53,17 @@ class Service:
         """Give a request to the worker with the fewest rows; returns both, and the number of forgotten turns. Raises RequestError."""
         if self.ending:
             raise RequestError("the server is ending", 503)
-        alive = [worker for worker in self.workers if worker.is_alive() and not worker.ended]
-        if not alive:
-            raise RequestError("every worker has died; the server must be started again", 503)
-        worker = min(alive, key=lambda worker: worker.open_rows)
-        engine = worker.engine
+        engine = self.workers[0].engine  # the others have the same tokenizer and positions
         tokens = self.max_tokens if request.max_tokens is None else request.max_tokens
         prompt, forgotten = await run_in_threadpool(prompt_of, engine.tokenizer, request, engine.positions, tokens)
         temperature = self.temperature if request.temperature is None else request.temperature
         top_k = self.top_k if request.top_k is None else request.top_k
         seed = secrets.randbits(63) if request.seed is None else request.seed
+        alive = [worker for worker in self.workers if worker.is_alive() and not worker.ended]
+        if not alive:
+            raise RequestError("every worker has died; the server must be started again", 503)
+        worker = min(alive, key=lambda worker: worker.open_rows)  # nothing is awaited between this and submit
+        engine = worker.engine
         try:
             rows = [
                 engine.row(prompt, tokens, temperature, top_k, seed, sample, alternatives) for sample in range(samples)

@@ -2,9 +2,11 @@
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from nanochat.chat import app
 from nanochat.chat.worker import Job, Worker, WorkerError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.inference.engine import Engine
@@ -86,3 +88,23 @@ def test_requests_that_wait_in_the_inbox_get_an_error_when_the_worker_dies(model
 
     worker = Worker("worker 0", once(lambda: Waits(model, tokenizer), 1), 8)
     asyncio.run(asyncio.wait_for(ask(), 20))
+
+
+def test_requests_at_the_same_time_go_to_different_workers(model, tokenizer, monkeypatch):
+    both, prompt_of = threading.Barrier(2), app.prompt_of
+
+    def together(*given):
+        found = prompt_of(*given)
+        both.wait(10)
+        return found
+
+    class Holds(Engine):
+        def step(self) -> None:
+            both.wait(10)  # no answer ends before both workers have one
+            super().step()
+
+    monkeypatch.setattr(app, "prompt_of", together)
+    with serving(lambda: Holds(model, tokenizer), workers=2) as server, ThreadPoolExecutor(2) as pool:
+        for found in [pool.submit(server.request, "/v1/chat/completions", HELLO | {"max_tokens": 1}) for _ in range(2)]:
+            assert found.result()[0] == 200
+        assert [worker.requests for worker in server.service.workers] == [1, 1]
