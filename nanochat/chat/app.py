@@ -53,17 +53,20 @@ class Service:
         """Give a request to the worker with the fewest rows; returns both, and the number of forgotten turns. Raises RequestError."""
         if self.ending:
             raise RequestError("the server is ending", 503)
-        engine = self.workers[0].engine  # the others have the same tokenizer and positions
+        first = self.workers[0]  # the others have the same tokenizer and positions
         tokens = self.max_tokens if request.max_tokens is None else request.max_tokens
-        prompt, forgotten = await run_in_threadpool(prompt_of, engine.tokenizer, request, engine.positions, tokens)
+        prompt, forgotten = await run_in_threadpool(prompt_of, first.tokenizer, request, first.positions, tokens)
         temperature = self.temperature if request.temperature is None else request.temperature
         top_k = self.top_k if request.top_k is None else request.top_k
         seed = secrets.randbits(63) if request.seed is None else request.seed
         alive = [worker for worker in self.workers if worker.is_alive() and not worker.ended]
         if not alive:
             raise RequestError("every worker has died; the server must be started again", 503)
-        worker = min(alive, key=lambda worker: worker.open_rows)  # nothing is awaited between this and submit
-        engine = worker.engine
+        engines = {worker: engine for worker in alive if (engine := worker.engine)}
+        if not engines:
+            raise RequestError("the engine starts again after an error; try again later", 503)
+        worker = min(engines, key=lambda worker: worker.open_rows)  # nothing is awaited between this and submit
+        engine = engines[worker]
         try:
             rows = [
                 engine.row(prompt, tokens, temperature, top_k, seed, sample, alternatives) for sample in range(samples)
@@ -132,7 +135,7 @@ async def chat_events(worker: Worker, job: Job, forgotten: int) -> AsyncIterator
     """An answer as the page wants it."""
     if forgotten:
         yield {"forgotten": forgotten}
-    reader = Reader(worker.engine.tokenizer)
+    reader = Reader(worker.tokenizer)
     async with contextlib.aclosing(worker.answer(job)) as found:
         async for _, tokens, done in found:
             for event in [event for token in tokens for event in reader.add(token.token)] + (

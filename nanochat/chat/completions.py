@@ -90,7 +90,7 @@ def routes(service: Service) -> APIRouter:
                 )
             body.max_tokens = body.max_completion_tokens
         worker, job, _ = await service.start(body, body.n or 1, body.top_logprobs or 0)
-        choices = [Choice(worker.engine.tokenizer, stops) for _ in job.rows]
+        choices = [Choice(worker.tokenizer, stops) for _ in job.rows]
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.model}
         if body.stream:
             return events_response(

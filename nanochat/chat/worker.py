@@ -1,6 +1,7 @@
 """A worker: the thread that runs an engine, for requests that come from the event loop of a server."""
 
 import asyncio
+import gc
 import queue
 import sys
 import threading
@@ -51,7 +52,8 @@ class Worker(threading.Thread):
         super().__init__(name=name, daemon=True)
         self.make_engine, self.most_waiting = make_engine, most_waiting
         self.inbox: queue.SimpleQueue = queue.SimpleQueue()  # ("add" or "remove", job), or None to end
-        self.engine = make_engine()
+        self.engine: Engine | None = make_engine()  # None while another one is made
+        self.tokenizer, self.positions, self.rows = self.engine.tokenizer, self.engine.positions, self.engine.rows
         self.jobs: list[Job] = []
         self.started, self.requests, self.errors, self.tokens = time.monotonic(), 0, 0, 0
         self.recent: deque[tuple[float, int]] = deque()
@@ -64,7 +66,7 @@ class Worker(threading.Thread):
         with self.lock:
             if self.ended:
                 raise WorkerError(f"{self.name} has ended")
-            if self.open_rows + len(rows) > self.engine.rows + self.most_waiting:
+            if self.open_rows + len(rows) > self.rows + self.most_waiting:
                 raise Overloaded
             self.open_rows += len(rows)
             self.requests += 1
@@ -77,8 +79,8 @@ class Worker(threading.Thread):
         try:
             while left:
                 item = await job.found.get()
-                if isinstance(item, Exception):
-                    raise WorkerError(str(item)) from item
+                if isinstance(item, WorkerError):
+                    raise item
                 left -= item[2]
                 yield item
         finally:
@@ -94,8 +96,12 @@ class Worker(threading.Thread):
             torch.cuda.set_device(self.engine.model.device)
         reason = "its worker has died"
         try:
-            while self._serve():
-                self.engine = self.make_engine()  # what is left of the old one may be damaged
+            while (error := self._serve()) is not None:
+                # what is left of the old engine may be damaged, and its cache must be free before the new one is made
+                self.engine = None
+                self._fail(error)
+                gc.collect()  # exceptions and the frames that they came through refer to each other
+                self.engine = self.make_engine()
             reason = "the server ends"
         finally:
             with self.lock:
@@ -104,24 +110,23 @@ class Worker(threading.Thread):
                 message = self.inbox.get()
                 if message is not None and message[0] == "add":
                     self.jobs.append(message[1])
-            self._fail(ConnectionError(reason))
+            self._fail(reason)
 
-    def _serve(self) -> bool:
-        """Generate answers until the engine fails; False when the thread is to end."""
+    def _serve(self) -> str | None:
+        """Generate answers until the engine fails; returns the text of its error, or None when the thread is to end."""
         try:
             while True:
                 while not self.engine.busy or not self.inbox.empty():
                     message = self.inbox.get()
                     if message is None:
-                        return False
+                        return None
                     self._take(*message)
                 self.engine.step()
                 self._deliver()
         except Exception as error:
             self.errors += 1
             print(f"nanochat: {self.name}: {traceback.format_exc()}", file=sys.stderr, flush=True)
-            self._fail(error)
-            return True
+            return str(error) or type(error).__name__
 
     def _take(self, action: str, job: Job) -> None:
         if action == "add":
@@ -157,9 +162,9 @@ class Worker(threading.Thread):
         with self.lock:
             self.open_rows -= len(job.rows)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, reason: str) -> None:
         for job in list(self.jobs):
-            job.tell(error)
+            job.tell(WorkerError(reason))
             self.jobs.remove(job)
             with self.lock:
                 self.open_rows -= len(job.rows)
@@ -167,16 +172,17 @@ class Worker(threading.Thread):
     def stats(self) -> dict[str, float | int | str | bool]:
         """What the worker does now, and has done since it started."""
         engine, recent = self.engine, list(self.recent)
+        running = len(engine.running) + len(engine.filling) if engine else 0
         seconds = min(WINDOW, time.monotonic() - self.started)
         return {
             "name": self.name,
             "alive": self.is_alive(),
-            "running": len(engine.running) + len(engine.filling),
-            "waiting": max(0, self.open_rows - len(engine.running) - len(engine.filling)),
+            "running": running,
+            "waiting": max(0, self.open_rows - running),
             "requests": self.requests,
             "errors": self.errors,
             "tokens": self.tokens,
             "tokens_per_second": sum(count for at, count in recent if at > time.monotonic() - WINDOW)
             / max(seconds, 1e-9),
-            "cached_tokens": engine.cache.pages.count * engine.cache.page,
+            "cached_tokens": engine.cache.pages.count * engine.cache.page if engine else 0,
         }

@@ -1,7 +1,9 @@
 """Workers that die or fail, and which of them a request goes to."""
 
 import asyncio
+import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -108,3 +110,39 @@ def test_requests_at_the_same_time_go_to_different_workers(model, tokenizer, mon
         for found in [pool.submit(server.request, "/v1/chat/completions", HELLO | {"max_tokens": 1}) for _ in range(2)]:
             assert found.result()[0] == 200
         assert [worker.requests for worker in server.service.workers] == [1, 1]
+
+
+def test_the_old_engine_is_free_before_the_new_one_is_made(model, tokenizer):
+    """While the client has not taken its error, and although the exception is in a cycle with its frame."""
+    made, found, making, go = [], [], threading.Event(), threading.Event()
+
+    class Cycle(Fails):
+        def step(self) -> None:
+            try:
+                super().step()
+            except RuntimeError as error:
+                kept = error
+                raise kept
+
+    def make_engine() -> Engine:
+        found.append([reference() for reference in made])
+        if made:
+            making.set()
+            go.wait(10)
+        made.append(weakref.ref(engine := Cycle(model, tokenizer)))
+        return engine
+
+    gc.disable()
+    try:
+        with serving(make_engine) as server, ThreadPoolExecutor(1) as pool:
+            failed = pool.submit(server.request, "/v1/chat/completions", HELLO | {"max_tokens": 7})
+            assert making.wait(10)
+            assert server.request("/v1/chat/completions", HELLO)[0] == 503 and server.request("/health")[0] == 200
+            assert server.request("/stats")[1]["workers"][0]["cached_tokens"] == 0
+            go.set()
+            assert failed.result()[1]["error"]["message"] == "broken"
+            server.wait_until(lambda: server.request("/v1/chat/completions", HELLO)[0] == 200)
+    finally:
+        go.set()
+        gc.enable()
+    assert found == [[], [None]]
