@@ -7,7 +7,7 @@
     GET  /v1/models, POST /v1/chat/completions   see completions.py
 
 A request that is malformed or beyond a limit is answered by 400 and the reason, one too many by 429, and one during the end or
-without a worker by 503. All errors have the form of OpenAI's API.
+without a worker by 503. One from the page of another site is answered by 403. All errors have the form of OpenAI's API.
 """
 
 import asyncio
@@ -18,8 +18,9 @@ import time
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
@@ -40,13 +41,17 @@ FIELDS = {Text: "text", ToolCall: "call"}
 
 @dataclass
 class Service:
-    """What the routes share: the workers, the name of the model, and what a request has that does not say it."""
+    """What the routes share: the workers, the name of the model, and what a request has that does not say it.
+
+    hosts: the names by which a client may call the server; None allows any.
+    """
 
     workers: list[Worker]
     model: str
     temperature: float = 0.6
     top_k: int = 50
     max_tokens: int = 512
+    hosts: frozenset[str] | None = None
     ending: bool = False
 
     async def start(self, request: ChatRequest, samples: int = 1, alternatives: int = 0) -> tuple[Worker, Job, int]:
@@ -90,7 +95,12 @@ def create_app(service: Service) -> FastAPI:
         for worker in service.workers:
             worker.end()
 
-    app = FastAPI(title="nanochat", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    async def check(request: Request) -> None:
+        check_source(request, service.hosts)
+
+    app = FastAPI(
+        title="nanochat", lifespan=lifespan, dependencies=[Depends(check)], docs_url=None, redoc_url=None, openapi_url=None
+    )  # fmt: skip
     app.add_middleware(ClientsThatGo)
     started = time.monotonic()
 
@@ -129,6 +139,25 @@ def create_app(service: Service) -> FastAPI:
     for kind in (RequestError, HTTPException, WorkerError):
         app.add_exception_handler(kind, answer_error)
     return app
+
+
+def check_source(request: Request, hosts: frozenset[str] | None) -> None:
+    """Raises RequestError for a request that a page of another site makes in the user's browser.
+
+    Such a page may call a server on the user's machine by its address, and then has another origin, or by a name of its own that
+    leads to this machine (DNS rebinding), and then the request has that name as its host.
+    """
+    host, origin = request.headers.get("host", ""), request.headers.get("origin")
+    try:
+        name = urlsplit(f"//{host}").hostname
+    except ValueError:
+        name = None
+    if hosts is not None and name not in hosts:
+        raise RequestError(f"the host of the request is {host!r}; wanted one of {', '.join(sorted(hosts))}", 403)
+    if origin is not None:
+        site = request.headers.get("sec-fetch-site")  # what a browser says, also if a proxy has changed the host
+        if site != "same-origin" and (site is not None or origin.partition("://")[2] != host):
+            raise RequestError(f"the request comes from a page of {origin!r}; use the page of this server", 403)
 
 
 async def chat_events(worker: Worker, job: Job, forgotten: int) -> AsyncIterator[dict]:

@@ -1,5 +1,6 @@
 """`nanochat web`: load the model once for each GPU, and serve until the user ends it."""
 
+import ipaddress
 import os
 import socket
 import threading
@@ -37,7 +38,8 @@ def web(options: WebOptions, paths: Paths) -> None:
             make_engine = partial(Engine, model, tokenizer, rows=options.rows, frozen=True)
             workers.append(Worker(str(device), make_engine, options.queue))
     name = f"{paths.run_name}-{options.source}"
-    service = Service(workers, name, options.temperature, options.top_k, options.max_tokens)
+    hosts = hosts_of(listener.getsockname()[0], options.host)
+    service = Service(workers, name, options.temperature, options.top_k, options.max_tokens, hosts)
     server = uvicorn.Server(
         uvicorn.Config(
             create_app(service), log_level="warning", limit_concurrency=CONNECTIONS, timeout_keep_alive=30,
@@ -75,6 +77,13 @@ def devices(runtime: Runtime, gpus: int) -> list[torch.device]:
     if gpus > there:
         raise UserError(f"--gpus {gpus}: this machine has {there}")
     return [torch.device("cuda", number) for number in range(gpus or there)]
+
+
+def hosts_of(address: str, host: str) -> frozenset[str] | None:
+    """The names by which clients may call a server that listens on `address`, given as `host`: None, any, if other machines can."""
+    if not ipaddress.ip_address(address).is_loopback:
+        return None
+    return frozenset({"localhost", "127.0.0.1", "::1", address, host.lower()})
 
 
 def listen(host: str, port: int) -> socket.socket:

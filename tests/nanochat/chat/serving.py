@@ -55,11 +55,12 @@ class Server:
     def __init__(self, service: Service, port: int):
         self.service, self.port, self.url = service, port, f"http://127.0.0.1:{port}"
 
-    def request(self, path: str, body: object = None, raw: bytes | None = None) -> tuple[int, object]:
-        """The status and the JSON of an answer."""
+    def request(self, path: str, body: object = None, raw: bytes | None = None, **headers: str) -> tuple[int, object]:
+        """The status and the JSON of an answer. headers: such as Sec_Fetch_Site="cross-site"."""
         data = raw if raw is not None else None if body is None else json.dumps(body).encode()
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
         try:
-            with urllib.request.urlopen(urllib.request.Request(self.url + path, data), timeout=60) as response:
+            with urllib.request.urlopen(urllib.request.Request(self.url + path, data, named), timeout=60) as response:
                 return response.status, json.loads(response.read())
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read())
