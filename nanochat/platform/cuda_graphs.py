@@ -1,9 +1,19 @@
 """Replays work on tensors at fixed addresses from a CUDA graph: the host launches one graph instead of every kernel."""
 
+import functools
+import threading
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+_capture_lock = threading.Lock()  # a process may capture one graph at a time
+
+
+@functools.cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """The stream on which graphs of a device are captured: torch's own one is on the device of the first capture in the process."""
+    return torch.cuda.Stream(device)
 
 
 def _raise_first_out_of_memory(error: BaseException) -> None:
@@ -21,7 +31,7 @@ class Replayed:
     The first `warm_up` calls run the work itself, because kernels are compiled and libraries are loaded then. The next call
     captures a CUDA graph with memory from `pool`, and from then on the graph is replayed. Without a pool every call runs the work.
     Inside of another capture the work is run, and becomes part of that graph. Graphs with the same pool share their memory: the
-    result of one is valid until the next one is replayed.
+    result of one is valid until the next one is replayed. The work must be on the thread's current device.
     """
 
     def __init__(self, work: Callable[[], Tensor | None], pool: tuple | None, warm_up: int = 2):
@@ -38,9 +48,11 @@ class Replayed:
         if self.graph is None:
             graph = torch.cuda.CUDAGraph()
             try:
-                # thread_local: NCCL's watchdog and the loader's threads may call CUDA during the capture
-                with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                    self.result = self.work()
+                with _capture_lock:
+                    stream = _capture_stream(torch.cuda.current_device())
+                    # thread_local: NCCL's watchdog and the loader's threads may call CUDA during the capture
+                    with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
+                        self.result = self.work()
             except Exception as error:
                 _raise_first_out_of_memory(error)
                 raise

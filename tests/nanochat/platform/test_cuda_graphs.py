@@ -1,10 +1,14 @@
 """Replaying: how often the work runs, is captured and replayed. A stand-in takes the place of CUDA graphs."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
 import torch
 
+from nanochat.platform import cuda_graphs
 from nanochat.platform.cuda_graphs import Replayed
 
 
@@ -12,7 +16,7 @@ class Recorder:
     """Stands in for torch.cuda's graphs: a capture runs the work without effect, as on a GPU, where nothing is computed then."""
 
     def __init__(self, monkeypatch):
-        self.replays, self.capturing, self.fail = 0, False, False
+        self.replays, self.capturing, self.fail, self.streams = 0, False, False, []
         recorder = self
 
         class Graph:
@@ -21,7 +25,9 @@ class Recorder:
 
         @contextmanager
         def graph(graph, **options):
+            assert not recorder.capturing, "one capture at a time"
             recorder.capturing = True
+            recorder.streams.append(options["stream"])
             try:
                 if recorder.fail:
                     raise torch.OutOfMemoryError("CUDA out of memory")
@@ -32,6 +38,8 @@ class Recorder:
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
         monkeypatch.setattr(torch.cuda, "graph", graph)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: int(threading.current_thread().name[-1] == "1"))
+        monkeypatch.setattr(cuda_graphs, "_capture_stream", lambda device: f"stream of {device}")
 
 
 def test_every_call_counts_once(monkeypatch):
@@ -99,3 +107,41 @@ def test_without_a_pool_the_work_always_runs():
     for _ in range(4):
         replayed()
     assert len(ran) == 4
+
+
+def test_threads_capture_one_after_the_other_each_on_a_stream_of_its_device(monkeypatch):
+    recorder, together = Recorder(monkeypatch), threading.Barrier(2)
+
+    def work():
+        if recorder.capturing:
+            time.sleep(0.05)
+
+    def capture():
+        replayed = Replayed(work, pool=(0, 1), warm_up=0)
+        together.wait(10)
+        replayed()
+
+    with ThreadPoolExecutor(2, thread_name_prefix="device") as pool:
+        for found in [pool.submit(capture) for _ in range(2)]:
+            found.result()
+    assert sorted(recorder.streams) == ["stream of 0", "stream of 1"] and recorder.replays == 2
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_threads_of_two_gpus_capture_at_the_same_time():
+    together = threading.Barrier(2)
+
+    def count(device: int) -> list[float]:
+        torch.cuda.set_device(device)
+        x = torch.zeros(1000, device=device)
+        replayed = Replayed(lambda: x.add_(1).sum(), torch.cuda.graph_pool_handle(), warm_up=1)
+        found = []
+        for _ in range(4):
+            together.wait(30)
+            found.append(replayed().item())
+        assert cuda_graphs._capture_stream(device).device.index == device
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        for found in [pool.submit(count, device) for device in range(2)]:
+            assert found.result() == [1000.0, 2000.0, 3000.0, 4000.0]
