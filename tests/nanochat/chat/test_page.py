@@ -240,3 +240,44 @@ def test_dark_and_light(page, request):
     assert page.evaluate(back) == colours[not dark]
     page.locator("#theme").click()
     assert page.evaluate(back) == colours[dark]
+
+
+def test_a_reload_keeps_what_has_come_of_an_answer(page):
+    ask(page, "long")
+    until(page, "document.querySelector('article.assistant .text')?.textContent.includes('word word')")
+    page.reload()
+    until(page, "document.querySelector('article.assistant .note')?.textContent === 'Stopped.'")
+    text = page.locator("article.assistant .text").text_content()
+    assert text.startswith("word word") and len(text) < len(LONG)
+    ask(page, "hello")
+    until(page, "document.querySelectorAll('article.assistant').length === 2")
+    answered(page)
+    assert "You said: hello" in page.locator("article.assistant .text").last.text_content()
+
+
+@pytest.mark.parametrize(
+    ("kept", "shown"),
+    [
+        ("[null]", []),
+        ("{}", []),
+        ("[", []),
+        ('[3, {"role": "user"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": [null]}]', ["a"]),
+        ('[{"role": "assistant", "content": [{"type": "text", "text": "b"}]}]', ["b"]),
+    ],
+)
+def test_broken_storage_does_not_break_the_page(page, kept, shown):
+    page.evaluate("kept => localStorage.setItem('nanochat.messages', kept)", kept)
+    page.reload()
+    until(page, "document.getElementById('model').textContent === 'tiny'")
+    assert page.locator("article .text").all_text_contents() == shown
+
+
+def test_an_answer_is_drawn_once_per_frame(page):
+    """Frames that do not come: one is asked for, and the whole answer is there at the end."""
+    page.evaluate("window.asked = 0; window.requestAnimationFrame = f => f?.name === 'redraw' ? ++window.asked : 0")
+    ask(page, "shells")
+    until(page, "document.getElementById('talk').getAttribute('aria-busy') === 'true'")
+    answered(page)
+    assert page.evaluate("window.asked") == 1
+    assert "4*6 → 24" in page.locator("article.assistant .text").text_content()
+    assert page.locator("#talk").get_attribute("aria-busy") == "false"
