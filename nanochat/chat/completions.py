@@ -5,14 +5,16 @@ stop: the text ends before the first of these strings. logprobs are those at tem
 https://platform.openai.com/docs/api-reference/chat
 """
 
+import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
+from starlette.requests import ClientDisconnect
 
 from nanochat.chat.app import Service, events_response
 from nanochat.chat.requests import MOST_STOPS, CompletionRequest, RequestError, read_body
@@ -97,10 +99,14 @@ def routes(service: Service) -> APIRouter:
                 chunks(worker, job, choices, body, head | {"object": "chat.completion.chunk"}), ["[DONE]"]
             )
         texts, logprobs = ["" for _ in choices], [[] for _ in choices]
-        async with contextlib.aclosing(pieces(worker, job, choices)) as found:
-            async for number, text, tokens, _ in found:
-                texts[number] += text
-                logprobs[number] += logprobs_of(choices[number].tokenizer, tokens)
+
+        async def collect() -> None:
+            async with contextlib.aclosing(pieces(worker, job, choices)) as found:
+                async for number, text, tokens, _ in found:
+                    texts[number] += text
+                    logprobs[number] += logprobs_of(choices[number].tokenizer, tokens)
+
+        await while_connected(request, collect())
         answers = [
             {
                 "index": number,
@@ -113,6 +119,25 @@ def routes(service: Service) -> APIRouter:
         return JSONResponse(head | {"object": "chat.completion", "choices": answers, "usage": usage(job, choices)})
 
     return router
+
+
+async def while_connected(request: Request, work: Coroutine[None, None, None]) -> None:
+    """Do the work for a request whose body has been read. Ends it, and raises ClientDisconnect, when the client goes."""
+
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, _ = tasks = asyncio.create_task(work), asyncio.create_task(disconnected())
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        working.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def pieces(worker: Worker, job: Job, choices: list[Choice]) -> AsyncIterator[tuple[int, str, list[Token], bool]]:

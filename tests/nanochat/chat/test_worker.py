@@ -1,7 +1,9 @@
-"""Workers that die or fail, and which of them a request goes to."""
+"""Workers that die or fail, which of them a request goes to, and a client that goes."""
 
 import asyncio
 import gc
+import json
+import socket
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +14,7 @@ from nanochat.chat import app
 from nanochat.chat.worker import Job, Worker, WorkerError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.inference.engine import Engine
-from tests.nanochat.chat.serving import serving
+from tests.nanochat.chat.serving import Says, serving, words
 from tests.nanochat.models import perturbed
 
 HELLO = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
@@ -146,3 +148,18 @@ def test_the_old_engine_is_free_before_the_new_one_is_made(model, tokenizer):
         go.set()
         gc.enable()
     assert found == [[], [None]]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_rows_of_a_client_that_goes_are_removed(model, tokenizer, stream):
+    """Long before their end, also when the client waits for the whole answer."""
+    body = json.dumps(HELLO | {"max_tokens": 500, "n": 2, "stream": stream}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with serving(lambda: Says(model, tokenizer, lambda _: words(tokenizer, "x " * 500), delay=0.05)) as server:
+        [worker] = server.service.workers
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(head + body)
+            server.wait_until(lambda: worker.tokens > 2)
+            assert worker.open_rows == 2
+        server.wait_until(lambda: worker.open_rows == 0 and not worker.engine.busy, 5)
+        assert worker.tokens < 200
