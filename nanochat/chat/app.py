@@ -7,7 +7,8 @@
     GET  /v1/models, POST /v1/chat/completions   see completions.py
 
 A request that is malformed or beyond a limit is answered by 400 and the reason, one too many by 429, and one during the end or
-without a worker by 503. One from the page of another site is answered by 403. All errors have the form of OpenAI's API.
+without a worker by 503. One from the page of another site is answered by 403, and one whose body comes too slowly by 408. All
+errors have the form of OpenAI's API.
 """
 
 import asyncio
@@ -133,7 +134,7 @@ def create_app(service: Service) -> FastAPI:
     async def answer_error(request: Request, error: Exception) -> Response:
         status = error.status if isinstance(error, RequestError) else getattr(error, "status_code", 500)
         message = getattr(error, "detail", None) or str(error) or type(error).__name__
-        headers = {"Retry-After": "5"} if status in (429, 503) else {}
+        headers = {"Retry-After": "5"} if status in (429, 503) else {"Connection": "close"} if status == 408 else {}
         return JSONResponse(error_body(message, status, getattr(error, "parameter", None)), status, headers)
 
     for kind in (RequestError, HTTPException, WorkerError):

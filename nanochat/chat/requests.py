@@ -1,5 +1,6 @@
 """What a request to the server may be: its fields, their limits, and the prompt that it stands for."""
 
+import asyncio
 import re
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -15,6 +16,7 @@ MOST_MESSAGES, MOST_CHARACTERS, MOST_TOGETHER = 500, 8_000, 32_000
 MOST_TOKENS, MOST_TOP_K, MOST_TEMPERATURE = 4096, 200, 2.0
 MOST_CHOICES, MOST_STOPS = 16, 4
 MOST_BYTES = 1 << 20  # of a body; 32,000 characters, each written as \uXXXX\uXXXX, take less than half
+SLOWEST_BODY = 30.0  # seconds in which a body must arrive
 Body = TypeVar("Body", bound=BaseModel)
 
 
@@ -81,12 +83,19 @@ class CompletionRequest(ChatRequest):
 
 
 async def read_body(request: Request, kind: type[Body]) -> Body:
-    """The body of a request. Raises RequestError for one that is too large or is not what `kind` says."""
+    """The body of a request. Raises RequestError for one that is too large or slow, or is not what `kind` says."""
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MOST_BYTES:
-            raise RequestError(f"the body has more than {MOST_BYTES:,} bytes")
+
+    async def receive() -> None:
+        async for part in request.stream():
+            body.extend(part)
+            if len(body) > MOST_BYTES:
+                raise RequestError(f"the body has more than {MOST_BYTES:,} bytes")
+
+    try:
+        await asyncio.wait_for(receive(), SLOWEST_BODY)
+    except asyncio.TimeoutError:
+        raise RequestError(f"the body did not arrive in {SLOWEST_BODY:g} seconds; send all of it at once", 408)
     try:
         return kind.model_validate_json(bytes(body))
     except ValidationError as error:

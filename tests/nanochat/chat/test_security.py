@@ -1,7 +1,10 @@
 """What the server does not do for strangers: pages of other sites, and clients that are slow on purpose."""
 
+import socket
+
 import pytest
 
+from nanochat.chat import requests
 from nanochat.chat.web import hosts_of
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.inference.engine import Engine
@@ -55,3 +58,13 @@ def test_a_page_of_another_site_is_refused(server):
         found, answer = server.request(COMPLETIONS, HELLO, **headers)
         assert found == status, headers
         assert status == 200 or f"from a page of '{headers['Origin']}'" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/chat", COMPLETIONS])
+def test_a_body_that_does_not_arrive_gets_408(server, monkeypatch, path):
+    monkeypatch.setattr(requests, "SLOWEST_BODY", 0.2)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{{".encode())
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert answer.startswith(b"HTTP/1.1 408") and b"did not arrive in 0.2 seconds" in answer
+    assert server.request(path, HELLO | {"temperature": 3})[0] == 400
