@@ -73,6 +73,11 @@ class Service:
             raise RequestError("the engine starts again after an error; try again later", 503)
         worker = min(engines, key=lambda worker: worker.open_rows)  # nothing is awaited between this and submit
         engine = engines[worker]
+        most = worker.rows + worker.most_waiting
+        if samples > most:
+            raise RequestError(
+                f"n is {samples}; the server generates and keeps waiting {most} answers at most", parameter="n"
+            )
         try:
             rows = [
                 engine.row(prompt, tokens, temperature, top_k, seed, sample, alternatives) for sample in range(samples)

@@ -249,6 +249,8 @@ def test_too_many_at_once_get_429(model, tokenizer):
         status, found = server.request("/chat", {"messages": messages("hi")})
         assert status == 429 and "try again later" in found["error"]["message"]
         assert server.request("/v1/chat/completions", {"messages": messages("hi"), "n": 2})[0] == 429
+        status, found = server.request("/v1/chat/completions", {"messages": messages("hi"), "n": 3})
+        assert status == 400 and found["error"]["param"] == "n" and "n is 3" in found["error"]["message"]
         assert all(talk.result()[-1] == {"finish": "length"} for talk in talks)
         assert server.chat("hi", max_tokens=2)[-1] == {"finish": "length"}
         server.service.ending = True
