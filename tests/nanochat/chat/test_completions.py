@@ -169,3 +169,16 @@ def test_content_in_parts(client):
     assert ask([{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]).content == ask("Hello").content
     with pytest.raises(openai.BadRequestError, match="type"):
         ask([{"type": "image_url", "image_url": {"url": "x"}}])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_is_the_reason_and_not_the_length(scripted, stream):
+    """Which ends the row soon after."""
+    options = {"model": "tiny", "messages": TALK, "stop": "It", "stream": stream}
+    found = scripted.chat.completions.create(**options, max_tokens=2)
+    reasons = (
+        [part.choices[0].finish_reason for part in found if part.choices]
+        if stream
+        else [found.choices[0].finish_reason]
+    )
+    assert reasons[-1] == "stop"

@@ -1,6 +1,9 @@
 """What the server does not do for strangers: pages of other sites, and clients that are slow on purpose."""
 
+import json
 import socket
+import urllib.error
+import urllib.request
 
 import pytest
 
@@ -68,3 +71,17 @@ def test_a_body_that_does_not_arrive_gets_408(server, monkeypatch, path):
         answer = b"".join(iter(lambda: connection.recv(4096), b""))
     assert answer.startswith(b"HTTP/1.1 408") and b"did not arrive in 0.2 seconds" in answer
     assert server.request(path, HELLO | {"temperature": 3})[0] == 400
+
+
+def test_the_page_may_load_nothing_and_be_in_no_frame(server):
+    with urllib.request.urlopen(server.url) as response:
+        policy = response.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy
+
+
+def test_who_may_try_again_is_told_when(model, tokenizer):
+    with serving(lambda: Engine(model, tokenizer)) as server:
+        server.service.ending = True
+        with pytest.raises(urllib.error.HTTPError) as found:
+            urllib.request.urlopen(server.url + COMPLETIONS, json.dumps(HELLO).encode())
+        assert found.value.code == 503 and int(found.value.headers["Retry-After"]) > 0

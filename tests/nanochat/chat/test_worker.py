@@ -5,12 +5,14 @@ import gc
 import json
 import socket
 import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from nanochat.chat import app
+from nanochat.chat import worker as worker_module
 from nanochat.chat.worker import Job, Worker, WorkerError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.inference.engine import Engine
@@ -163,3 +165,12 @@ def test_the_rows_of_a_client_that_goes_are_removed(model, tokenizer, stream):
             assert worker.open_rows == 2
         server.wait_until(lambda: worker.open_rows == 0 and not worker.engine.busy, 5)
         assert worker.tokens < 200
+
+
+def test_rates_are_those_of_the_last_minute(model, tokenizer, monkeypatch):
+    worker = Worker("worker 0", lambda: Engine(model, tokenizer), 8)
+    now = time.monotonic()
+    for later in (0.0, 1.0, 100.0):
+        monkeypatch.setattr(worker_module.time, "monotonic", lambda later=later: now + later)
+        worker._deliver()
+    assert [at for at, _ in worker.recent] == [now + 100.0]

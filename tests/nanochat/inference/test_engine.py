@@ -373,3 +373,9 @@ def test_bad_requests(engine, arguments, message):
     given = {"prompts": [[1]], "max_tokens": 4} | arguments
     with pytest.raises(UserError, match=message):
         engine.generate(given.pop("prompts"), given.pop("max_tokens"), **given)
+
+
+def test_a_replayed_pass_has_a_power_of_two_of_pages_and_no_more_than_the_model(model, tokenizer):
+    decoder = Engine(model, tokenizer, replay=True).decoder
+    decoder.most_pages = 10
+    assert [decoder._width(pages) for pages in (0, 1, 2, 3, 5, 8, 9, 10)] == [1, 1, 2, 4, 8, 8, 10, 10]
