@@ -96,6 +96,7 @@ class Engine:
         self.filling: deque[Row] = deque()  # with a part of their prompt
         self.running: list[Row] = []
         self.reserved = 0  # pages that the rows which are not waiting may need
+        self.full = False  # the device had no memory for more pages, and no row has ended since
 
     def row(
         self,
@@ -179,14 +180,25 @@ class Engine:
         count = self.cache.pages.count
         missing = self.reserved + row.most_pages - count
         if missing > 0:
-            try:
-                self.cache.extend(max(missing, count // 2, LEAST_PAGES))
-            except torch.OutOfMemoryError:
+            if self.full:
+                return False
+            if not self._extend(max(missing, count // 2, LEAST_PAGES)) and not self._extend(missing):
                 if not self.reserved:
-                    raise
-                return False  # until other rows have ended
+                    raise torch.OutOfMemoryError(
+                        f"there is no memory for a row of {row.most_pages * self.cache.page} tokens"
+                    )
+                self.full = True  # until another row has ended
+                return False
             self.decoder.forget()
         self.reserved += row.most_pages
+        return True
+
+    def _extend(self, count: int) -> bool:
+        """Whether the device had memory for so many more pages."""
+        try:
+            self.cache.extend(count)
+        except torch.OutOfMemoryError:
+            return False
         return True
 
     def _fill(self, row: Row, chunks: list[tuple]) -> bool:
@@ -238,6 +250,7 @@ class Engine:
     def _release(self, row: Row) -> None:
         self.cache.pages.give_back(row.pages)
         self.reserved -= row.most_pages
+        self.full = False
         row.pages = []
 
     def _next(self, row: Row, sampled: int) -> tuple[int, bool]:

@@ -212,7 +212,10 @@ def test_rows_wait_for_memory_and_leave_it(model, tokenizer, monkeypatch):
     engine = Engine(model, tokenizer)
     plain = engine.cache.extend
 
+    tried = []
+
     def extend(count):
+        tried.append(count)
         if engine.cache.pages.count + count > 20:
             raise torch.OutOfMemoryError("no more")
         plain(count)
@@ -221,7 +224,11 @@ def test_rows_wait_for_memory_and_leave_it(model, tokenizer, monkeypatch):
     rows = [engine.row([n + 1] * 200, 100) for n in range(9)]  # of five pages each
     engine.add(rows)
     engine.step()
-    assert len(engine.filling) + len(engine.running) < 9 and engine.waiting
+    assert len(engine.filling) + len(engine.running) == 4 and engine.waiting
+    # first as many as are worth a copy of the cache, then those that are missing alone, and no more before a row has ended
+    assert tried == [16, 16, 4, 16, 5]
+    engine.step()
+    assert len(tried) == 5
     engine.remove(rows[0]), engine.remove(rows[8])
     results = finished(engine, [])
     assert (
