@@ -127,8 +127,9 @@ def test_wrong_arguments():
         paged("auto", q, k, v, table.float(), lengths)
     with pytest.raises(ValueError, match="1 queries need at least as many keys, got 0"):
         paged("auto", q, k, v, table[:, :0], lengths)
-    with pytest.raises(kernels.KernelRequestError, match="powers of two from 16 on"):
-        paged("triton", q, *(x[:, :12] for x in (k, v)), table, lengths)
+    for size in (8, 24):
+        with pytest.raises(kernels.KernelRequestError, match=f"pages of {size} keys; .* powers of two from 16 on"):
+            paged("triton", q, *(x.repeat(1, 2, 1, 1)[:, :size] for x in (k, v)), table, lengths)
     with pytest.raises(kernels.KernelRequestError, match="no gradient"):
         paged("triton", q.clone().requires_grad_(), k, v, table, lengths)
 
