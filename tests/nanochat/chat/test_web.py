@@ -294,7 +294,9 @@ def test_an_answer_comes_to_its_end_when_the_server_is_asked_to_end(started, num
     process, port = started
     body = json.dumps({"messages": messages("hi"), "max_tokens": 300, "temperature": 2, "top_k": 200}).encode()
     with socket.create_connection(("127.0.0.1", port)) as connection:
-        connection.sendall(f"POST /chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        connection.sendall(
+            f"POST /chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+        )
         answer = connection.recv(1000)
         process.send_signal(number)
         answer += b"".join(iter(lambda: connection.recv(4096), b""))
