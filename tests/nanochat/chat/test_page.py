@@ -89,7 +89,7 @@ def picture(page, name: str) -> None:
 
 def test_a_conversation(page, server):
     """Sent by Enter and by the button, with calls of the calculator, and there again after a reload."""
-    assert page.locator("#model").inner_text() == "tiny"
+    until(page, "document.querySelector('#model').innerText === 'tiny'")
     ask(page, "How many shells?")
     answered(page)
     assert texts(page, "assistant") == ["4 bags with 6: 4*6 → 24 and 17 more: 17+24 → 41\n#### 41"]
