@@ -25,7 +25,7 @@ from nanochat_kernels.triton_helpers import INTERPRETED, TRITON_INSTALLED, Launc
 SHARED_MEMORY_LIMIT = {"sm80": 163 * 1024, "sm90": 227 * 1024}  # bytes per block
 LARGE_STAGE = 48 * 1024  # bytes; an A100 has shared memory for three pipeline stages of this size
 INSTRUCTIONS = ("mma.sync", "wgmma", "cp.async.bulk", "cp.async.c")
-# registers are allotted a little differently by each version of Triton: a few bytes in a few launches cost no measurable time
+# each version of Triton allots registers a little differently: a few bytes in a few launches do not make a table useless
 TABLES_CHECKED_WITH, SPILL_OF_OTHER_VERSIONS = "3.7.", 32  # bytes per thread
 NOT_ON_SM80 = ("wgmma", "cp.async.bulk")
 META = torch.device("meta")

@@ -270,9 +270,8 @@ def product_parameters(
     if x.dim() == 2 and not aligned and ("STAGES" in found or parameters is None):
         found = dict(UNALIGNED)
     m, n = found["BLOCK_M"], found["BLOCK_N"]
-    if (
-        parameters is None and m < n and shape[1] % n and not shape[1] % m
-    ):  # narrower tiles leave none that is part empty
+    part_empty = shape[1] % n and not shape[1] % m  # the last column of tiles, unless they are narrower
+    if parameters is None and m < n and part_empty:
         found |= {"BLOCK_M": n if "STAGES" in found else m, "BLOCK_N": m}
     if found.get("TMA") and not (described(x) and described(y) and (x.dim() == 2 or shape[2] % found["BLOCK_K"] == 0)):
         found |= {"TMA": 0, "BLOCK_N": min(found["BLOCK_N"], 128), "BLOCK_K": min(found["BLOCK_K"], 32), "PART": 32}

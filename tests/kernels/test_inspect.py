@@ -3,10 +3,12 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from nanochat_kernels import dispatch
+from nanochat_kernels import dispatch, inspect
 from nanochat_kernels.architecture import ARCHITECTURES
 from nanochat_kernels.configs import dtype_name
 from tests import forked
@@ -91,3 +93,19 @@ def test_a_recorded_launch_is_specialised_like_a_real_one():
     )
     done = forked.run("-c", code, cwd=ROOT, env=environment(None))
     assert "['*bf16', '*fp32', 'constexpr', 'i32', 'constexpr']" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("checked_with", "spilled", "is_defect"), [("", 8, True), ("other", 8, False), ("other", 40, True)]
+)
+def test_a_few_bytes_are_a_defect_for_the_version_that_the_tables_were_checked_with(
+    monkeypatch, checked_with, spilled, is_defect
+):  # fmt: skip
+    """Every version begins with "", and none with "other"."""
+    monkeypatch.setattr(inspect, "TABLES_CHECKED_WITH", checked_with)
+    monkeypatch.setattr(inspect, "resources", lambda cubin: (255, spilled))
+    compiled = SimpleNamespace(asm={"ptx": "", "cubin": b""}, metadata=SimpleNamespace(shared=0, num_stages=1))
+    kernel = SimpleNamespace(fn=SimpleNamespace(__name__="kernel"))
+    place = inspect.Place("kernel", torch.float32, (1,), "flags", 0)
+    found = inspect.inspect_code(compiled, inspect.Launch(kernel, (), {}, (1,)), "sm90", place)
+    assert found.defects == ((f"{spilled} bytes spilled",) if is_defect else ())
