@@ -1,6 +1,5 @@
 """The forward passes of the engine, each of one shape: a chunk of a prompt, and a step of decoding for a fixed number of rows."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -8,8 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import nanochat_kernels as kernels
-from nanochat.gpt import GPT, Linear
+from nanochat.gpt import GPT
 from nanochat.inference.cache import CacheRows, KVCache, Mirror
 from nanochat.inference.sampling import choose
 from nanochat.platform.cuda_graphs import Replayed
@@ -38,35 +36,31 @@ def decode(
     return tokens, logits.gather(1, tokens) - logits.logsumexp(1, keepdim=True)
 
 
-@torch.no_grad()
-def same_products(model: GPT, few: int, many: int, tokens: int, page: int) -> bool:
-    """Whether products of `many` rows of `tokens` tokens have the bits of those of `few` rows at a time: with each shape of the model's
-    weights, and with pages of keys.
+@torch.inference_mode()
+def same_results(model: GPT, few: int, many: int, tokens: int, page: int) -> bool:
+    """Whether a pass over `many` rows of `tokens` tokens has the bits of passes over `few` of them at a time, each row with a page of
+    keys and values before: with random numbers, which show a kernel or a library that adds in another order for more rows."""
+    generator = torch.Generator().manual_seed(0)
+    cache = KVCache(model.config, page, model.device, model.compute_dtype)
+    cache.extend(2 * many)
+    for x in (cache.keys, cache.values):
+        x.copy_(2 * torch.rand(x.shape[1:], generator=generator) - 1)
+    pages = 1 + torch.arange(2 * many, device=model.device).view(many, 2)
+    lengths = torch.full((many,), page, device=model.device)
+    given = torch.randint(model.config.vocab_size, (many, tokens), generator=generator).to(model.device)
 
-    A library that adds in another order for more rows shows it with random numbers.
-    """
-    config, device, generator = model.config, model.device, torch.Generator().manual_seed(0)
+    def results(*part: Tensor) -> Tensor:
+        given, pages, lengths = part
+        hidden = model.hidden(given, CacheRows(cache.keys, cache.values, pages, lengths))
+        return model.logits(hidden[:, -1]) if tokens == 1 else hidden
 
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, model.compute_dtype)
-
-    def same(product: Callable[..., Tensor], *rows: Tensor) -> bool:
-        parts = zip(*(x.split(few) for x in rows), strict=True)
-        return torch.equal(product(*rows), torch.cat([product(*part) for part in parts]))
-
-    keys = random(many, page, config.n_kv_head, config.head_width)
-    lengths, pages = torch.full((many,), page, device=device), torch.arange(many, device=device)[:, None]
-    attention = same(
-        lambda q, lengths, pages: kernels.attention(q, keys, keys, lengths, pages=pages),
-        random(many, tokens, config.n_head, config.head_width), lengths, pages,
-    )  # fmt: skip
-    layers = {layer.weight.shape: layer for layer in model.modules() if isinstance(layer, Linear)}.values()
-    return attention and all(same(layer, random(many, tokens, layer.in_features)) for layer in layers)
+    parts = zip(*(x.split(few) for x in (given, pages, lengths)), strict=True)
+    return torch.equal(results(given, pages, lengths), torch.cat([results(*part) for part in parts]))
 
 
 class Decoder:
     """Runs the passes. rows, chunks: the numbers of rows of a step, and of chunks of prompts that are computed together; those that are
-    not needed are padded. A row's results do not depend on the others: a size beyond the first serves only if `same_products` says so.
+    not needed are padded. A row's results do not depend on the others: a size beside the first serves only if `same_results` says so.
 
     replay: each kind of pass is captured in a CUDA graph and replayed, with pages for a power of two of them. The host then copies
     what is given to the device, launches one graph and waits for the result.
@@ -75,18 +69,24 @@ class Decoder:
     def __init__(self, model: GPT, cache: KVCache, rows: tuple[int, ...], chunks: tuple[int, ...], replay: bool):
         self.model, self.cache, self.replay = model, cache, replay
         self.sizes = {"rows": list(rows), "chunks": list(chunks)}
-        self.checked: set[str] = set()  # kinds whose sizes beyond the first are known to serve
+        self.serving: dict[tuple[str, int], bool] = {}  # sizes of which it is known whether they serve
         self.most_pages = -(-model.cos.size(0) // cache.page)
         self.forget()
 
     def size_for(self, count: int, kind: Literal["rows", "chunks"]) -> int:
-        """The smallest size of a pass that has place for `count` rows or chunks, or the largest one."""
-        sizes = self.sizes[kind]
-        if count > sizes[0] and kind not in self.checked:
+        """The smallest size of a pass that has place for `count` rows or chunks, or else the largest one."""
+        sizes = sorted(self.sizes[kind])
+        fitting = [n for n in sizes if n >= count]
+        return next(n for n in (*fitting, *reversed(sizes)) if self._serves(n, kind))
+
+    def _serves(self, size: int, kind: Literal["rows", "chunks"]) -> bool:
+        """Whether a pass of this size has the results of one of the first size."""
+        first = self.sizes[kind][0]
+        if (kind, size) not in self.serving:
             tokens = 1 if kind == "rows" else self.cache.page
-            sizes[1:] = [n for n in sizes[1:] if same_products(self.model, sizes[0], n, tokens, self.cache.page)]
-            self.checked.add(kind)
-        return next((n for n in sizes if n >= count), sizes[-1])
+            few, many = sorted((first, size))
+            self.serving[kind, size] = few == many or same_results(self.model, few, many, tokens, self.cache.page)
+        return self.serving[kind, size]
 
     def forget(self) -> None:
         """Drop the passes, after the cache has moved."""

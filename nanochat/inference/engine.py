@@ -1,7 +1,7 @@
 """The engine: continuous batching of rows, which join and leave while others are decoded, with calls of the calculator.
 
 A row is a prompt with its answer. Its keys and values lie in pages of a cache, and what several prompts begin with is kept once. A
-step computes at most CHUNKS pages of waiting prompts, and then the next token of every row that has its prompt.
+step computes some pages of waiting prompts, and then the next token of every row that has its prompt.
 
 A row's tokens and log-probabilities are, bit for bit, those that it has alone on the same device: passes have a fixed number of rows,
 attention adds the keys in parts of fixed size, chunks of a prompt begin at the same positions, and random numbers are made from
@@ -25,9 +25,10 @@ from nanochat.inference.sampling import ALL, check_sampling, random_key
 from nanochat.platform.errors import UserError
 from nanochat.tokenizer.bpe import Tokenizer
 
-CHUNKS = 4  # of prompts in a step, so that rows that are decoded do not wait long for their next token
-CHUNKS_AT_ONCE = {"cuda": (1,), "cpu": (1, 2, 4)}  # sizes of a pass over chunks
-STEP_ROWS = {"cuda": (64,), "cpu": (16, 64)}  # sizes of a pass over rows; more rows take several passes in a step
+CHUNKS = {"cuda": 8, "cpu": 4}  # of prompts in a step, so that rows that are decoded do not wait long for their next token
+# sizes of a pass over chunks and over rows; more of them take several passes in a step
+CHUNKS_AT_ONCE = {"cuda": (2, 8, 16, 32), "cpu": (1, 2, 4)}
+STEP_ROWS = {"cuda": (64, 8, 128, 256), "cpu": (16, 64)}
 MOST_ROWS = {"cuda": 256, "cpu": 64}
 PAGE = {"cuda": 128, "cpu": 64}  # tokens of a page, and of the chunks in which prompts are computed
 LEAST_PAGES = 16  # by which the cache grows
@@ -90,6 +91,7 @@ class Engine:
         self.cache = KVCache(model.config, PAGE[kind], model.device, model.compute_dtype, keep=frozen)
         self.decoder = Decoder(model, self.cache, STEP_ROWS[kind], CHUNKS_AT_ONCE[kind], self.replay)
         self.rows = MOST_ROWS[kind] if rows is None else rows
+        self.chunks = CHUNKS[kind]
         self.stops = {tokenizer.special("assistant_end"), tokenizer.bos}
         self.positions = model.cos.size(0)
         self.waiting: deque[Row] = deque()
@@ -158,8 +160,8 @@ class Engine:
         while self.waiting and len(self.filling) + len(self.running) < self.rows and self._reserve(self.waiting[0]):
             self.filling.append(self.waiting.popleft())
         chunks: list[tuple] = []
-        computed = 0
-        while self.filling and computed < CHUNKS:
+        computed, most = 0, self.chunks if self.running else max(self.decoder.sizes["chunks"])
+        while self.filling and computed < most:
             row = self.filling[0]
             if row.length < len(row.prompt) - 1:
                 computed += self._fill(row, chunks)
