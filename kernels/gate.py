@@ -204,7 +204,7 @@ def tried(operation: Operation, trials: Iterable[Trial]) -> tuple[dict[str, floa
         for name in operation.implementations:
             function = partial(operation.function, impl=name)
             try:
-                wrong = disagreement(trial, function, operation.reference)
+                wrong = disagreement(trial, function, operation.reference) if trial.judged else failures.get(name)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # whatever a kernel fails with on this machine, the run continues without it

@@ -88,8 +88,8 @@ class Trial:
     rowwise: the indices of inputs that have one row for each row of every result, where row i of the results depends only on row
     i of these inputs. The gate compares results and gradients in chunks of rows, and sums the gradients of other inputs over the
     chunks. in_place: the indices of inputs that the operation changes, in backward too; they count as results.
-    timed: whether the trial's time counts for the choice. is_loss: the upstream gradient is 1, as for a loss in training; otherwise
-    upstream gradients are random.
+    judged: whether the results are compared. timed: whether the trial's time counts for the choice. is_loss: the upstream gradient
+    is 1, as for a loss in training; otherwise upstream gradients are random.
     """
 
     inputs: tuple
@@ -97,6 +97,7 @@ class Trial:
     differentiable: tuple[int, ...] = ()
     in_place: tuple[int, ...] = ()
     timed: bool = True
+    judged: bool = True
     row_elements: int = 0
     """elements of the largest intermediate result of the reference for one row, if inputs and results do not show it"""
     is_loss: bool = False

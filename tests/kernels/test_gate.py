@@ -86,6 +86,32 @@ def test_what_does_not_fit_into_memory_is_not_chosen(monkeypatch, fits, chosen):
     assert choice["faults"] == dict.fromkeys({"triton", "reference"} - fits, "out of memory at these shapes")
 
 
+def test_a_trial_that_is_only_timed_counts_for_what_was_right_before(monkeypatch):
+    """As the head's mean over all rows, which cannot be compared in chunks."""
+    operation = operations()["rms_norm"]
+    [judged, *_] = operation.trials(SHAPE, *WHERE)
+    right = Implementation(reference.rms_norm)
+    wrong = Implementation(lambda x: 2 * reference.rms_norm(x))
+    monkeypatch.setattr(dispatch, "named", lambda operation, impl: {"right": right, "wrong": wrong}[impl])
+    monkeypatch.setattr(gate, "milliseconds", lambda trial, able, _: dict.fromkeys(able, 1.0 if trial.judged else 2.0))
+    for trials, faulty in (
+        ((judged, replace(judged, judged=False)), {"wrong"}),
+        ((replace(judged, judged=False),), set()),
+    ):
+        given = replace(
+            operation, implementations={"right": right, "wrong": wrong}, trials=lambda *_, found=trials: found
+        )
+        choice = gate.examine_operation(given, SHAPE, *WHERE)
+        assert choice["faults"].keys() == faulty
+        assert choice["ms"]["right"] == sum(1.0 if trial.judged else 2.0 for trial in trials)
+
+
+def test_the_head_is_timed_as_training_calls_it():
+    """A mean: without a reduction the fused head computes its forward product twice."""
+    timed = [trial for trial in operations()["linear_cross_entropy"].trials(SHAPE, *WHERE) if trial.timed]
+    assert [(trial.inputs[5], len(trial.inputs[0])) for trial in timed] == [("mean", SHAPE.rows * SHAPE.tokens)]
+
+
 def out_of_memory(*_):
     raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -312,7 +338,7 @@ def test_strides_of_inputs_do_not_matter(monkeypatch, name):
             else x
             for i, x in enumerate(trial.inputs)
         ]
-        for impl in operation.implementations if trial.judge is None else ():
+        for impl in operation.implementations if trial.judge is None and trial.judged else ():
             function = partial(operation.function, impl=impl)
             try:
                 assert gate.disagreement(replace(trial, inputs=tuple(views)), function, operation.reference) is None, (
