@@ -25,10 +25,7 @@ from nanochat.inference.sampling import ALL, check_sampling, random_key
 from nanochat.platform.errors import UserError
 from nanochat.tokenizer.bpe import Tokenizer
 
-CHUNKS = {
-    "cuda": 8,
-    "cpu": 4,
-}  # of prompts in a step, so that rows that are decoded do not wait long for their next token
+CHUNKS = {"cuda": 8, "cpu": 4}  # of prompts in a step: few, so that decoded rows do not wait long for their next token
 # sizes of a pass over chunks and over rows; more of them take several passes in a step
 CHUNKS_AT_ONCE = {"cuda": (2, 8, 16, 32), "cpu": (1, 2, 4)}
 STEP_ROWS = {"cuda": (64, 8, 128, 256), "cpu": (16, 64)}
