@@ -1,0 +1,355 @@
+"""The kernel of decode_blocks.py: all blocks of the model for one new token of each row, in one launch.
+
+As many programs as the GPU runs at the same time share the work of each phase, and wait for each other between phases:
+    start      the squares of x
+    project    norm, queries, keys and values of 16 pairs of channels of a head, rotated
+    attend     QK-norm, and a part of a row's keys for the queries that read a key/value head; the new key and value are stored
+    combine    the parts of a query
+    add        16 columns of attention's projection, added to x, and the squares of the new x
+    up         norm, 16 columns of the MLP's hidden layer, relu²
+    down       16 columns of the MLP's result, as in add
+Rows are computed in blocks of 16, each with the same instructions, so that a row's results do not depend on their number. What another
+program has written is read past the first-level cache (.cg), which may hold what stood there before.
+"""
+
+from nanochat_kernels.attention_kernels import forward_block, in_page
+from nanochat_kernels.matrix_product import halves
+from nanochat_kernels.triton_helpers import _INTERPRETED, cast, dot, round_both, rsqrt, tl, triton
+
+ROWS = tl.constexpr(16)  # of a block, and the columns of a unit of work
+
+
+@triton.jit
+def arrived(counter_ptr):
+    """The number of arrivals that this program can see; what those programs wrote before it sees too."""
+    return tl.inline_asm_elementwise(
+        "ld.acquire.gpu.global.s32 $0, [$1];", "=r,l", [counter_ptr], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def wait_for_all(counter_ptr, arrivals):
+    """Wait until all programs have come here; returns how many arrivals the next call has to wait for."""
+    arrivals += tl.num_programs(0)
+    if not _INTERPRETED:
+        tl.debug_barrier()
+        tl.atomic_add(counter_ptr, 1, sem="release")
+        while arrived(counter_ptr) < arrivals:
+            pass
+        tl.debug_barrier()
+    return arrivals
+
+
+@triton.jit
+def weight_of(table_ptr, layer, number, dtype: tl.constexpr):
+    """The address of a block's weight, which is a multiple of 16."""
+    address = tl.load(table_ptr + layer * 6 + number)
+    return tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
+
+
+@triton.jit
+def load_columns(x_ptr, stride, block, rows, column, COLUMNS: tl.constexpr):
+    """Load the columns from `column` on of a block of rows; 0 for rows that do not exist."""
+    r = tl.arange(0, ROWS) + block * ROWS
+    at = x_ptr + (r * stride)[:, None] + (tl.arange(0, COLUMNS) + column)[None, :]
+    return tl.load(at, mask=(r < rows)[:, None], other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def store_columns(x_ptr, stride, value, block, rows, column, COLUMNS: tl.constexpr):
+    r = tl.arange(0, ROWS) + block * ROWS
+    at = x_ptr + (r * stride)[:, None] + (tl.arange(0, COLUMNS) + column)[None, :]
+    tl.store(at, value, mask=(r < rows)[:, None])
+
+
+@triton.jit
+def store_number(x_ptr, stride, value, block, rows, column):
+    """Store a number for each row of a block."""
+    r = tl.arange(0, ROWS) + block * ROWS
+    tl.store(x_ptr + r * stride + column, value, mask=r < rows)
+
+
+@triton.jit
+def products(
+    x_ptr,
+    w_ptr,
+    rows,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    APART: tl.constexpr,
+):
+    """The products (ROWS, COLUMNS) of four blocks of rows of x (rows, K) with rows of a weight (…, K): ROWS of them from w_ptr on, and
+    as many more that begin APART later. Blocks that do not exist are 0."""
+    column = tl.arange(0, COLUMNS)
+    w_ptr += ((column % ROWS + column // ROWS * APART) * K)[:, None] + tl.arange(0, BLOCK_K)[None, :]
+    s0 = tl.zeros([ROWS, COLUMNS], tl.float32)
+    s1, s2, s3 = s0, s0, s0
+    for start in tl.range(0, K, BLOCK_K):
+        w = tl.trans(tl.load(w_ptr + start))
+        s0 = dot(load_columns(x_ptr, K, 0, rows, start, BLOCK_K), w, s0)
+        if BLOCKS > 1:
+            s1 = dot(load_columns(x_ptr, K, 1, rows, start, BLOCK_K), w, s1)
+            s2 = dot(load_columns(x_ptr, K, 2, rows, start, BLOCK_K), w, s2)
+            s3 = dot(load_columns(x_ptr, K, 3, rows, start, BLOCK_K), w, s3)
+    return s0, s1, s2, s3
+
+
+@triton.jit
+def rstd_of(squares_ptr, block, rows, WIDTH: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr):
+    """rstd of a block of rows of x, from the sums of squares of 16 columns each (rows, WIDTH / 16)."""
+    UNITS: tl.constexpr = WIDTH // ROWS
+    r, part = tl.arange(0, ROWS) + block * ROWS, tl.arange(0, PARTS)
+    known = (r < rows)[:, None] & (part < UNITS)[None, :]
+    squares = tl.load(squares_ptr + (r * UNITS)[:, None] + part[None, :], mask=known, other=0.0, cache_modifier=".cg")
+    return rsqrt(tl.sum(squares, 1) / WIDTH + EPS)
+
+
+@triton.jit
+def add_to_rows(
+    x_ptr,
+    squares_ptr,
+    y_ptr,
+    w_ptr,
+    unit,
+    rows,
+    WIDTH: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Add 16 columns of y·weightᵀ to x, and store the sums of their squares."""
+    column = unit * ROWS
+    sums = products(y_ptr, w_ptr + tl.cast(column, tl.int64) * K, rows, K, BLOCK_K, BLOCKS, ROWS, 0)
+    for i in tl.static_range(BLOCKS):
+        value = sums[i] + load_columns(x_ptr, WIDTH, i, rows, column, ROWS).to(tl.float32)
+        value, as_float = round_both(value, x_ptr.dtype.element_ty)
+        store_columns(x_ptr, WIDTH, value, i, rows, column, ROWS)
+        store_number(squares_ptr, WIDTH // ROWS, tl.sum(as_float * as_float, 1), i, rows, unit)
+
+
+@triton.jit
+def project(
+    x_ptr, squares_ptr, table_ptr, layer, qkv_ptr, head_squares_ptr, cos_ptr, sin_ptr, lengths_ptr, unit, rows,
+    WIDTH: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCKS: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """16 pairs of channels of a head, and the sum of their squares if it is a query's or a key's."""
+    HALF: tl.constexpr = HEAD // 2
+    UNITS: tl.constexpr = HALF // ROWS  # of a head
+    head, part = unit // UNITS, unit % UNITS
+    number = (head >= HEADS).to(tl.int32) + (head >= HEADS + KV_HEADS).to(tl.int32)  # of the weight
+    inner = head - tl.where(number > 0, HEADS + (number - 1) * KV_HEADS, 0)
+    first = part * ROWS
+    w_ptr = weight_of(table_ptr, layer, number, x_ptr.dtype.element_ty)
+    w_ptr += tl.cast(inner * HEAD + first, tl.int64) * WIDTH
+    sums = products(x_ptr, w_ptr, rows, WIDTH, BLOCK_K, BLOCKS, 2 * ROWS, HALF)
+    STRIDE: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD
+    for i in tl.static_range(BLOCKS):
+        x1, x2 = halves(sums[i])
+        rstd = rstd_of(squares_ptr, i, rows, WIDTH, PARTS, EPS)[:, None]
+        x1, x2 = x1 * rstd, x2 * rstd
+        if number < 2:
+            r = tl.arange(0, ROWS) + i * ROWS
+            position = tl.maximum(tl.load(lengths_ptr + r, mask=r < rows, other=0), 0)
+            at = (position * HALF + first)[:, None] + tl.arange(0, ROWS)[None, :]
+            c, s = tl.load(cos_ptr + at).to(tl.float32), tl.load(sin_ptr + at).to(tl.float32)
+            x1, x2 = x1 * c + x2 * s, x2 * c - x1 * s
+            squares = tl.sum(x1 * x1 + x2 * x2, 1)
+            store_number(head_squares_ptr, (HEADS + KV_HEADS) * UNITS, squares, i, rows, unit)
+        store_columns(qkv_ptr, STRIDE, x1, i, rows, head * HEAD + first, ROWS)
+        store_columns(qkv_ptr, STRIDE, x2, i, rows, head * HEAD + first + HALF, ROWS)
+
+
+@triton.jit
+def normed_heads(
+    qkv_ptr,
+    head_squares_ptr,
+    row,
+    head,
+    count,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD: tl.constexpr,
+    EPS: tl.constexpr,
+):
+    """The queries or keys (ROWS, HEAD) of `count` heads of a row from `head` on, normed; 0 for the others."""
+    UNITS: tl.constexpr = HEAD // 2 // ROWS
+    i, unit = tl.arange(0, ROWS), tl.arange(0, UNITS)
+    known = (i < count)[:, None]
+    at = (row * ((HEADS + KV_HEADS) * UNITS) + (head + i) * UNITS)[:, None] + unit[None, :]
+    squares = tl.sum(tl.load(head_squares_ptr + at, mask=known, other=0.0, cache_modifier=".cg"), 1)
+    at = (row * ((HEADS + 2 * KV_HEADS) * HEAD) + (head + i) * HEAD)[:, None] + tl.arange(0, HEAD)[None, :]
+    value = tl.load(qkv_ptr + at, mask=known, other=0.0, cache_modifier=".cg")
+    return value * rsqrt(squares / HEAD + EPS)[:, None]
+
+
+@triton.jit
+def attend(
+    qkv_ptr, head_squares_ptr, keys_ptr, values_ptr, pages_ptr, sums_ptr, totals_ptr, length, row, group, part, parts,
+    page_stride, token_stride, head_stride,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, EPS: tl.constexpr,
+    PAGE: tl.constexpr, PART: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Sum over PART keys of a key/value head for the queries that read it, as decode_kernel does."""
+    SHARE: tl.constexpr = HEADS // KV_HEADS
+    dtype: tl.constexpr = keys_ptr.dtype.element_ty
+    keys_ptr += tl.cast(group, tl.int64) * head_stride
+    values_ptr += tl.cast(group, tl.int64) * head_stride
+    keys, begin = length + 1, part * PART
+    if begin + PART >= keys:  # the part of the new key and value
+        page = tl.load(pages_ptr + length // PAGE).to(tl.int64)
+        i, channel = tl.arange(0, ROWS), tl.arange(0, HEAD)
+        first = (i == 0)[:, None]
+        k = normed_heads(qkv_ptr, head_squares_ptr, row, HEADS + group, 1, HEADS, KV_HEADS, HEAD, EPS)
+        at = row * ((HEADS + 2 * KV_HEADS) * HEAD) + (HEADS + KV_HEADS + group) * HEAD + channel
+        v = tl.load(qkv_ptr + at[None, :] + 0 * i[:, None], mask=first, other=0.0, cache_modifier=".cg")
+        to = page * page_stride + (length % PAGE) * token_stride + channel[None, :] + 0 * i[:, None]
+        tl.store(keys_ptr + to, cast(k, dtype), mask=first)
+        tl.store(values_ptr + to, cast(v, dtype), mask=first)
+        tl.debug_barrier()  # the whole program reads what was stored
+    q = cast(normed_heads(qkv_ptr, head_squares_ptr, row, group * SHARE, SHARE, HEADS, KV_HEADS, HEAD, EPS), dtype)
+    sums = tl.zeros([ROWS, HEAD], tl.float32)
+    rounded = tl.zeros([ROWS], tl.float32)
+    unused = tl.zeros([ROWS], tl.float32)
+    position = tl.zeros([ROWS], tl.int32) + length
+    first_key = tl.zeros([ROWS], tl.int32)
+    for start in tl.range(begin, tl.minimum(begin + PART, keys), BLOCK_N):
+        k_block_ptr = in_page(keys_ptr, pages_ptr, start, page_stride, token_stride, PAGE)
+        v_block_ptr = in_page(values_ptr, pages_ptr, start, page_stride, token_stride, PAGE)
+        sums, _, rounded, _ = forward_block(
+            sums, unused, rounded, unused, q, k_block_ptr, v_block_ptr, token_stride, token_stride, start, position, keys,
+            first_key, SCALE, SHIFT, True, False, False, BLOCK_N, HEAD, True,
+        )  # fmt: skip
+    i = tl.arange(0, ROWS)
+    at = (tl.cast(row, tl.int64) * parts + part) * HEADS + group * SHARE + i
+    tl.store(sums_ptr + at[:, None] * HEAD + tl.arange(0, HEAD)[None, :], sums, mask=(i < SHARE)[:, None])
+    tl.store(totals_ptr + at, rounded, mask=i < SHARE)
+
+
+@triton.jit
+def combine(
+    sums_ptr, totals_ptr, out_ptr, length, row, head, parts, HEADS: tl.constexpr, HEAD: tl.constexpr, LEAST: tl.constexpr,
+    MOST: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Add the parts of one query, PARTS at a time, in an order that depends on the row's length alone."""
+    keys = length + 1
+    sums = tl.zeros([HEAD], tl.float32)
+    total = tl.cast(0.0, tl.float32)
+    for start in tl.range(0, tl.cdiv(keys, PART), PARTS):
+        part = start + tl.arange(0, PARTS)
+        known = part < tl.cdiv(keys, PART)
+        at = (tl.cast(row, tl.int64) * parts + part) * HEADS + head
+        more = sums_ptr + at[:, None] * HEAD + tl.arange(0, HEAD)[None, :]
+        sums += tl.sum(tl.load(more, mask=known[:, None], other=0.0, cache_modifier=".cg"), 0)
+        total += tl.sum(tl.load(totals_ptr + at, mask=known, other=0.0, cache_modifier=".cg"), 0)
+    fits = (total >= LEAST * keys.to(tl.float32)) & (total <= MOST)
+    factor = tl.where(fits, 1.0 / total, float("nan"))  # scores beyond the bound
+    value = sums * tl.where(keys > 0, factor, 0.0)
+    at = (row * HEADS + head) * HEAD + tl.arange(0, HEAD)
+    tl.store(out_ptr + at, cast(value, out_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["rows", "layers", "first_layer", "pages_of_row"])
+def decode_blocks_kernel(
+    given_ptr, x_ptr, table_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, lengths_ptr, pages_ptr, memory_ptr, rounded_ptr,
+    counter_ptr, rows, layers, first_layer, pages_of_row, parts, layer_stride, page_stride, token_stride, head_stride,
+    WIDTH: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, HIDDEN: tl.constexpr,
+    SCALE: tl.constexpr, SHIFT: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, EPS: tl.constexpr,
+    PAGE: tl.constexpr, BLOCKS: tl.constexpr, SQUARES: tl.constexpr, PHASE: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """PHASE: −1 for all phases of the layers from first_layer to `layers`; otherwise that one alone (0 to 6) of them.
+
+    memory (float32) and rounded: what the phases leave for each other, whose parts lie one after the other.
+    """
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    MOST_ROWS: tl.constexpr = 16 * BLOCKS
+    squares_ptr = memory_ptr
+    qkv_ptr = squares_ptr + MOST_ROWS * (WIDTH // 16)
+    head_squares_ptr = qkv_ptr + MOST_ROWS * ((HEADS + 2 * KV_HEADS) * HEAD)
+    totals_ptr = head_squares_ptr + MOST_ROWS * ((HEADS + KV_HEADS) * (HEAD // 32))
+    sums_ptr = totals_ptr + MOST_ROWS * HEADS * tl.cast(parts, tl.int64)
+    attended_ptr, hidden_ptr = rounded_ptr, rounded_ptr + MOST_ROWS * (HEADS * HEAD)
+    ATTENDED: tl.constexpr = HEADS * HEAD
+    arrivals = tl.cast(0, tl.int32)
+    r = tl.arange(0, ROWS * 4)
+    lengths = tl.load(lengths_ptr + r, mask=r < rows, other=-1)
+    filled = tl.max(tl.where(lengths >= 0, r + 1, 0), 0)  # rows up to the last one that has a conversation
+    most = tl.cdiv(tl.max(lengths, 0) + 1, PART).to(tl.int32)
+    if PHASE <= 0:
+        for index in tl.range(program, WIDTH // ROWS, programs):
+            unit = tl.cast(index, tl.int32)
+            for i in tl.static_range(BLOCKS):
+                value = load_columns(given_ptr, WIDTH, i, rows, unit * ROWS, ROWS)
+                store_columns(x_ptr, WIDTH, value, i, rows, unit * ROWS, ROWS)
+                as_float = value.to(tl.float32)
+                store_number(squares_ptr, WIDTH // ROWS, tl.sum(as_float * as_float, 1), i, rows, unit)
+        if PHASE < 0:
+            arrivals = wait_for_all(counter_ptr, arrivals)
+    for layer in tl.range(first_layer, layers):
+        if PHASE < 0 or PHASE == 1:
+            for index in tl.range(program, (HEADS + 2 * KV_HEADS) * (HEAD // 2 // ROWS), programs):
+                unit = tl.cast(index, tl.int32)
+                project(
+                    x_ptr, squares_ptr, table_ptr, layer, qkv_ptr, head_squares_ptr, cos_ptr, sin_ptr, lengths_ptr, unit, filled,
+                    WIDTH, HEADS, KV_HEADS, HEAD, BLOCK_K, BLOCKS, SQUARES, EPS,
+                )  # fmt: skip
+            if PHASE < 0:
+                arrivals = wait_for_all(counter_ptr, arrivals)
+        if PHASE < 0 or PHASE == 2:
+            keys_of_layer = keys_ptr + tl.cast(layer, tl.int64) * layer_stride
+            values_of_layer = values_ptr + tl.cast(layer, tl.int64) * layer_stride
+            for index in tl.range(program, filled * KV_HEADS * most, programs):
+                unit = tl.cast(index, tl.int32)
+                part, group, row = unit % most, unit // most % KV_HEADS, unit // most // KV_HEADS
+                length = tl.load(lengths_ptr + row).to(tl.int32)
+                if part * PART <= length:
+                    attend(
+                        qkv_ptr, head_squares_ptr, keys_of_layer, values_of_layer, pages_ptr + row * pages_of_row, sums_ptr,
+                        totals_ptr, length, row, group, part, parts,
+                        page_stride, token_stride, head_stride,
+                        HEADS, KV_HEADS, HEAD, SCALE, SHIFT, EPS, PAGE, PART, BLOCK_N,
+                    )  # fmt: skip
+            if PHASE < 0:
+                arrivals = wait_for_all(counter_ptr, arrivals)
+        if PHASE < 0 or PHASE == 3:
+            for index in tl.range(program, filled * HEADS, programs):
+                unit = tl.cast(index, tl.int32)
+                row, head = unit // HEADS, unit % HEADS
+                length = tl.load(lengths_ptr + row).to(tl.int32)
+                combine(
+                    sums_ptr, totals_ptr, attended_ptr, length, row, head, parts, HEADS, HEAD, LEAST, MOST, PART, PARTS
+                )
+            if PHASE < 0:
+                arrivals = wait_for_all(counter_ptr, arrivals)
+        if PHASE < 0 or PHASE == 4:
+            w_ptr = weight_of(table_ptr, layer, 3, dtype)
+            for index in tl.range(program, WIDTH // ROWS, programs):
+                unit = tl.cast(index, tl.int32)
+                add_to_rows(x_ptr, squares_ptr, attended_ptr, w_ptr, unit, filled, WIDTH, ATTENDED, BLOCK_K, BLOCKS)
+            if PHASE < 0:
+                arrivals = wait_for_all(counter_ptr, arrivals)
+        if PHASE < 0 or PHASE == 5:
+            w_ptr = weight_of(table_ptr, layer, 4, dtype)
+            for index in tl.range(program, HIDDEN // ROWS, programs):
+                unit = tl.cast(index, tl.int32)
+                column = unit * ROWS
+                sums = products(
+                    x_ptr, w_ptr + tl.cast(column, tl.int64) * WIDTH, filled, WIDTH, BLOCK_K, BLOCKS, ROWS, 0
+                )
+                for i in tl.static_range(BLOCKS):
+                    value = sums[i] * rstd_of(squares_ptr, i, filled, WIDTH, SQUARES, EPS)[:, None]
+                    value = tl.where(value > 0.0, value * value, tl.where(value == value, 0.0, value))
+                    store_columns(hidden_ptr, HIDDEN, cast(value, dtype), i, filled, column, ROWS)
+            if PHASE < 0:
+                arrivals = wait_for_all(counter_ptr, arrivals)
+        if PHASE < 0 or PHASE == 6:
+            w_ptr = weight_of(table_ptr, layer, 5, dtype)
+            for index in tl.range(program, WIDTH // ROWS, programs):
+                unit = tl.cast(index, tl.int32)
+                add_to_rows(x_ptr, squares_ptr, hidden_ptr, w_ptr, unit, filled, WIDTH, HIDDEN, BLOCK_K, BLOCKS)
+            if PHASE < 0:
+                arrivals = wait_for_all(counter_ptr, arrivals)
