@@ -49,7 +49,7 @@ PART, PARTS = (
     128,
     16,
 )  # keys of a part, which pages and blocks divide, and parts that are added at a time: the same for any number of rows
-PHASES = 6  # of a block
+PHASES, ATTEND = 6, 2  # of a block
 
 
 @functools.cache
@@ -74,6 +74,7 @@ def run(
     )
     parameters["BLOCK_K"] = block_of((width, heads * head, hidden), parameters["BLOCK_K"])
     parameters["BLOCK_N"] = min(parameters["BLOCK_N"], page)
+    parameters["UP"] = block_of((hidden,), parameters["UP"])
     programs = parameters.pop("PROGRAMS") * multiprocessors(x.device)
     constants = softmax_constants(math.sqrt(head), head, x.dtype)
     del constants["BOUNDED"]
@@ -93,24 +94,31 @@ def run(
         memory = torch.empty(most * of_row, dtype=torch.float32, device=x.device)
         rounded = torch.empty(most * (heads * head + hidden), dtype=x.dtype, device=x.device)
         counter = torch.zeros(1, dtype=torch.int32, device=x.device)
-        for phase, first_layer, last in steps(layers, x.device.type != "cpu"):
+        for first_phase, last_phase, first_layer, last_layer in launches_of(layers, rows, x.device.type):
+            alone = first_phase == last_phase == ATTEND  # whose programs need not wait for each other
             launch(
-                decode_blocks_kernel, (programs,), x.device,
+                decode_blocks_kernel, (rows * kv_heads * parts if alone else programs,), x.device,
                 given[part], out[part], table, cos, sin, keys, values, lengths[part], pages[part], memory, rounded, counter,
-                rows, last, first_layer, pages.size(1), parts, *keys.stride()[:4],
+                rows, layers, first_layer, last_layer, pages.size(1), parts, *keys.stride()[:4],
                 WIDTH=width, HEADS=heads, KV_HEADS=kv_heads, HEAD=head, HIDDEN=hidden, **constants, EPS=EPS, PAGE=page,
-                BLOCKS=most // COLUMNS, SQUARES=power_of_2(width // COLUMNS), PHASE=phase, PART=PART, PARTS=PARTS,
-                launch_cooperative_grid=True, **parameters,
+                BLOCKS=most // COLUMNS, SQUARES=power_of_2(width // COLUMNS), FIRST=first_phase, LAST=last_phase,
+                PART=PART, PARTS=PARTS, launch_cooperative_grid=not alone, **parameters,
             )  # fmt: skip
     return out
 
 
-def steps(layers: int, together: bool) -> list[tuple[int, int, int]]:
-    """(PHASE, the first layer, the layer behind the last one) of each launch: one on a GPU. The interpreter runs a program after the
-    other, which cannot wait for each other: there each phase is a launch."""
-    if together:
-        return [(-1, 0, layers)]
-    return [(0, 0, 0), *((phase, layer, layer + 1) for layer in range(layers) for phase in range(1, PHASES + 1))]
+def launches_of(layers: int, rows: int, device: str) -> list[tuple[int, int, int, int]]:
+    """(FIRST, LAST, first_layer, last_layer) of each launch of the kernel.
+
+    One for few rows. For many, reading the keys is most of the work, and takes more programs than can wait for each other. The
+    interpreter runs one program after the other, which cannot wait either: each phase is a launch there.
+    """
+    if device == "cpu":
+        return [(0, 0, 0, 0), *((phase, phase, layer, layer + 1) for layer in range(layers) for phase in range(1, PHASES + 1))]
+    if rows <= COLUMNS:
+        return [(0, PHASES, 0, layers)]
+    later = (((ATTEND, ATTEND, n, n + 1), (ATTEND + 1, PHASES + 1, n, n + 1)) for n in range(layers))
+    return [(0, 1, 0, 1), *(launch for pair in later for launch in pair)]
 
 
 def run_reference(
@@ -241,23 +249,15 @@ def launches(key, dtype: torch.dtype, device: torch.device):
     return {"tokens": lambda parameters: run(*given, parameters)}
 
 
-def configuration(k: int, stages: int, programs: int, n: int = 32) -> dict[str, int]:
-    return {"BLOCK_K": k, "BLOCK_N": n, "PROGRAMS": programs, "num_warps": 4, "num_stages": stages}
+def configuration(k: int, stages: int, programs: int, n: int, up: int) -> dict[str, int]:
+    return {"BLOCK_K": k, "BLOCK_N": n, "UP": up, "PROGRAMS": programs, "num_warps": 4, "num_stages": stages}
 
 
 SPACE = tuple(
-    configuration(k, stages, programs, n)
-    for k, stages, programs in (
-        (256, 4, 2),
-        (256, 6, 1),
-        (128, 8, 2),
-        (256, 6, 2),
-        (128, 4, 1),
-        (128, 5, 1),
-        (128, 4, 2),
-        (64, 8, 1),
-    )
+    configuration(k, stages, programs, n, up)
+    for k, stages, programs in ((256, 4, 1), (256, 5, 1), (256, 3, 1), (128, 6, 1), (128, 4, 1), (128, 4, 2), (128, 3, 2))
     for n in (32, 64)
+    for up in (32, 64)
 )
 KERNELS = (
     Kernel(

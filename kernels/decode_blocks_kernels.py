@@ -14,9 +14,10 @@ program has written is read past the first-level cache (.cg), which may hold wha
 
 from nanochat_kernels.attention_kernels import forward_block, in_page
 from nanochat_kernels.matrix_product import halves
-from nanochat_kernels.triton_helpers import _INTERPRETED, cast, dot, round_both, rsqrt, tl, triton
+from nanochat_kernels.triton_helpers import _INTERPRETED, cast, dot, prefetch, round_both, rsqrt, tl, triton
 
 ROWS = tl.constexpr(16)  # of a block, and the columns of a unit of work
+SPLIT = tl.constexpr(4)  # slices of K, one for each warp
 
 
 @triton.jit
@@ -70,30 +71,47 @@ def store_number(x_ptr, stride, value, block, rows, column):
 
 
 @triton.jit
+def load_slices(x_ptr, block, rows, start, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Load BLOCK_K columns of a block of rows of x (rows, K) as slices (SPLIT, ROWS, BLOCK_K / SPLIT); 0 for rows that do not exist."""
+    WIDTH: tl.constexpr = BLOCK_K // SPLIT
+    slice_number, r, column = tl.arange(0, SPLIT), tl.arange(0, ROWS) + block * ROWS, tl.arange(0, WIDTH) + start
+    at = (slice_number * WIDTH)[:, None, None] + (r * K)[None, :, None] + column[None, None, :]
+    return tl.load(x_ptr + at, mask=(r < rows)[None, :, None], other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
 def products(
-    x_ptr,
-    w_ptr,
-    rows,
-    K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    APART: tl.constexpr,
+    x_ptr, w_ptr, rows, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, APART: tl.constexpr
 ):
-    """The products (ROWS, COLUMNS) of four blocks of rows of x (rows, K) with rows of a weight (…, K): ROWS of them from w_ptr on, and
-    as many more that begin APART later. Blocks that do not exist are 0."""
-    column = tl.arange(0, COLUMNS)
-    w_ptr += ((column % ROWS + column // ROWS * APART) * K)[:, None] + tl.arange(0, BLOCK_K)[None, :]
-    s0 = tl.zeros([ROWS, COLUMNS], tl.float32)
+    """The products (ROWS, COLUMNS) of four blocks of rows of x (rows, K) with rows of a weight (…, K): ROWS of them from w_ptr on, as
+    many more that begin APART later, and so on. Blocks that do not exist are 0.
+
+    Each warp adds a slice of every BLOCK_K: one after the other the products of so few columns would take longer than the loads.
+    """
+    WIDTH: tl.constexpr = BLOCK_K // SPLIT
+    column, slice_number = tl.arange(0, COLUMNS), tl.arange(0, SPLIT)
+    at = (slice_number * WIDTH)[:, None, None] + ((column % ROWS + column // ROWS * APART) * K)[None, :, None]
+    w_ptr += at + tl.arange(0, WIDTH)[None, None, :]
+    s0 = tl.zeros([SPLIT, ROWS, COLUMNS], tl.float32)
     s1, s2, s3 = s0, s0, s0
     for start in tl.range(0, K, BLOCK_K):
-        w = tl.trans(tl.load(w_ptr + start))
-        s0 = dot(load_columns(x_ptr, K, 0, rows, start, BLOCK_K), w, s0)
+        w = tl.permute(tl.load(w_ptr + start), [0, 2, 1])
+        s0 = dot(load_slices(x_ptr, 0, rows, start, K, BLOCK_K), w, s0)
         if BLOCKS > 1:
-            s1 = dot(load_columns(x_ptr, K, 1, rows, start, BLOCK_K), w, s1)
-            s2 = dot(load_columns(x_ptr, K, 2, rows, start, BLOCK_K), w, s2)
-            s3 = dot(load_columns(x_ptr, K, 3, rows, start, BLOCK_K), w, s3)
-    return s0, s1, s2, s3
+            s1 = dot(load_slices(x_ptr, 1, rows, start, K, BLOCK_K), w, s1)
+            s2 = dot(load_slices(x_ptr, 2, rows, start, K, BLOCK_K), w, s2)
+            s3 = dot(load_slices(x_ptr, 3, rows, start, K, BLOCK_K), w, s3)
+    return tl.sum(s0, 0), tl.sum(s1, 0), tl.sum(s2, 0), tl.sum(s3, 0)
+
+
+@triton.jit
+def prefetch_rows(w_ptr, unit, units, K: tl.constexpr, COLUMNS: tl.constexpr, APART: tl.constexpr):
+    """Prefetch what `products` reads of a weight, if there is such a unit."""
+    if unit < units:
+        column, line = tl.arange(0, COLUMNS), tl.arange(0, 16)
+        rows_ptr = w_ptr + ((column % ROWS + column // ROWS * APART) * K)[:, None]
+        for start in tl.range(0, K, 512):
+            prefetch(rows_ptr + tl.minimum(start + line * 32, K - 32)[None, :])
 
 
 @triton.jit
@@ -130,6 +148,19 @@ def add_to_rows(
 
 
 @triton.jit
+def pairs_of(
+    table_ptr, layer, unit, dtype: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr
+):
+    """The address of the weight's row for the first of 16 pairs of channels, and whether they are a value's."""
+    UNITS: tl.constexpr = HEAD // 2 // ROWS  # of a head
+    head = unit // UNITS
+    number = (head >= HEADS).to(tl.int32) + (head >= HEADS + KV_HEADS).to(tl.int32)  # of the weight
+    inner = head - tl.where(number > 0, HEADS + (number - 1) * KV_HEADS, 0)
+    row = inner * HEAD + unit % UNITS * ROWS
+    return weight_of(table_ptr, layer, number, dtype) + tl.cast(row, tl.int64) * WIDTH, number == 2
+
+
+@triton.jit
 def project(
     x_ptr, squares_ptr, table_ptr, layer, qkv_ptr, head_squares_ptr, cos_ptr, sin_ptr, lengths_ptr, unit, rows,
     WIDTH: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -138,28 +169,39 @@ def project(
     """16 pairs of channels of a head, and the sum of their squares if it is a query's or a key's."""
     HALF: tl.constexpr = HEAD // 2
     UNITS: tl.constexpr = HALF // ROWS  # of a head
-    head, part = unit // UNITS, unit % UNITS
-    number = (head >= HEADS).to(tl.int32) + (head >= HEADS + KV_HEADS).to(tl.int32)  # of the weight
-    inner = head - tl.where(number > 0, HEADS + (number - 1) * KV_HEADS, 0)
-    first = part * ROWS
-    w_ptr = weight_of(table_ptr, layer, number, x_ptr.dtype.element_ty)
-    w_ptr += tl.cast(inner * HEAD + first, tl.int64) * WIDTH
-    sums = products(x_ptr, w_ptr, rows, WIDTH, BLOCK_K, BLOCKS, 2 * ROWS, HALF)
     STRIDE: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD
+    column = unit // UNITS * HEAD + unit % UNITS * ROWS
+    w_ptr, is_value = pairs_of(table_ptr, layer, unit, x_ptr.dtype.element_ty, WIDTH, HEADS, KV_HEADS, HEAD)
+    sums = products(x_ptr, w_ptr, rows, WIDTH, BLOCK_K, BLOCKS, 2 * ROWS, HALF)
     for i in tl.static_range(BLOCKS):
         x1, x2 = halves(sums[i])
         rstd = rstd_of(squares_ptr, i, rows, WIDTH, PARTS, EPS)[:, None]
         x1, x2 = x1 * rstd, x2 * rstd
-        if number < 2:
+        if not is_value:
             r = tl.arange(0, ROWS) + i * ROWS
             position = tl.maximum(tl.load(lengths_ptr + r, mask=r < rows, other=0), 0)
-            at = (position * HALF + first)[:, None] + tl.arange(0, ROWS)[None, :]
+            at = (position * HALF + unit % UNITS * ROWS)[:, None] + tl.arange(0, ROWS)[None, :]
             c, s = tl.load(cos_ptr + at).to(tl.float32), tl.load(sin_ptr + at).to(tl.float32)
             x1, x2 = x1 * c + x2 * s, x2 * c - x1 * s
             squares = tl.sum(x1 * x1 + x2 * x2, 1)
             store_number(head_squares_ptr, (HEADS + KV_HEADS) * UNITS, squares, i, rows, unit)
-        store_columns(qkv_ptr, STRIDE, x1, i, rows, head * HEAD + first, ROWS)
-        store_columns(qkv_ptr, STRIDE, x2, i, rows, head * HEAD + first + HALF, ROWS)
+        store_columns(qkv_ptr, STRIDE, x1, i, rows, column, ROWS)
+        store_columns(qkv_ptr, STRIDE, x2, i, rows, column + HALF, ROWS)
+
+
+@triton.jit
+def project_all(
+    x_ptr, squares_ptr, table_ptr, layer, qkv_ptr, head_squares_ptr, cos_ptr, sin_ptr, lengths_ptr, rows,
+    WIDTH: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCKS: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """This program's share of the phase."""
+    for index in tl.range(tl.program_id(0), (HEADS + 2 * KV_HEADS) * (HEAD // 2 // ROWS), tl.num_programs(0)):
+        unit = tl.cast(index, tl.int32)
+        project(
+            x_ptr, squares_ptr, table_ptr, layer, qkv_ptr, head_squares_ptr, cos_ptr, sin_ptr, lengths_ptr, unit, rows,
+            WIDTH, HEADS, KV_HEADS, HEAD, BLOCK_K, BLOCKS, PARTS, EPS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -190,7 +232,7 @@ def attend(
     qkv_ptr, head_squares_ptr, keys_ptr, values_ptr, pages_ptr, sums_ptr, totals_ptr, length, row, group, part, parts,
     page_stride, token_stride, head_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, EPS: tl.constexpr,
-    PAGE: tl.constexpr, PART: tl.constexpr, BLOCK_N: tl.constexpr,
+    PAGE: tl.constexpr, PART: tl.constexpr, BLOCK_N: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """Sum over PART keys of a key/value head for the queries that read it, as decode_kernel does."""
     SHARE: tl.constexpr = HEADS // KV_HEADS
@@ -198,6 +240,12 @@ def attend(
     keys_ptr += tl.cast(group, tl.int64) * head_stride
     values_ptr += tl.cast(group, tl.int64) * head_stride
     keys, begin = length + 1, part * PART
+    if PREFETCH:  # what comes first waits for numbers that other programs wrote
+        token, line = tl.arange(0, BLOCK_N), tl.arange(0, HEAD // 32)
+        for start in tl.range(begin, tl.minimum(begin + PART, keys), BLOCK_N):
+            at = tl.minimum(token, keys - 1 - start)[:, None] * token_stride + line[None, :] * 32 + start * token_stride
+            prefetch(in_page(keys_ptr, pages_ptr, start, page_stride, token_stride, PAGE) + at)
+            prefetch(in_page(values_ptr, pages_ptr, start, page_stride, token_stride, PAGE) + at)
     if begin + PART >= keys:  # the part of the new key and value
         page = tl.load(pages_ptr + length // PAGE).to(tl.int64)
         i, channel = tl.arange(0, ROWS), tl.arange(0, HEAD)
@@ -251,16 +299,17 @@ def combine(
     tl.store(out_ptr + at, cast(value, out_ptr.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["rows", "layers", "first_layer", "pages_of_row"])
+@triton.jit(do_not_specialize=["rows", "layers", "first_layer", "last_layer", "pages_of_row"])
 def decode_blocks_kernel(
     given_ptr, x_ptr, table_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, lengths_ptr, pages_ptr, memory_ptr, rounded_ptr,
-    counter_ptr, rows, layers, first_layer, pages_of_row, parts, layer_stride, page_stride, token_stride, head_stride,
+    counter_ptr, rows, layers, first_layer, last_layer, pages_of_row, parts, layer_stride, page_stride, token_stride, head_stride,
     WIDTH: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, HIDDEN: tl.constexpr,
     SCALE: tl.constexpr, SHIFT: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, EPS: tl.constexpr,
-    PAGE: tl.constexpr, BLOCKS: tl.constexpr, SQUARES: tl.constexpr, PHASE: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    PAGE: tl.constexpr, BLOCKS: tl.constexpr, SQUARES: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    PART: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
-    """PHASE: −1 for all phases of the layers from first_layer to `layers`; otherwise that one alone (0 to 6) of them.
+    """The phases FIRST to LAST of the layers from first_layer to last_layer: 0 is start, which belongs to no layer, 1 is project, …, and 7
+    project of the layer behind, if there is one. UP: columns of a unit of the phase up.
 
     memory (float32) and rounded: what the phases leave for each other, whose parts lie one after the other.
     """
@@ -274,12 +323,15 @@ def decode_blocks_kernel(
     sums_ptr = totals_ptr + MOST_ROWS * HEADS * tl.cast(parts, tl.int64)
     attended_ptr, hidden_ptr = rounded_ptr, rounded_ptr + MOST_ROWS * (HEADS * HEAD)
     ATTENDED: tl.constexpr = HEADS * HEAD
+    TOGETHER: tl.constexpr = FIRST < LAST  # phases, between which all programs wait
     arrivals = tl.cast(0, tl.int32)
-    r = tl.arange(0, ROWS * 4)
-    lengths = tl.load(lengths_ptr + r, mask=r < rows, other=-1)
-    filled = tl.max(tl.where(lengths >= 0, r + 1, 0), 0)  # rows up to the last one that has a conversation
-    most = tl.cdiv(tl.max(lengths, 0) + 1, PART).to(tl.int32)
-    if PHASE <= 0:
+    filled, most = rows, parts
+    if TOGETHER or FIRST != 2:
+        r = tl.arange(0, ROWS * 4)
+        lengths = tl.load(lengths_ptr + r, mask=r < rows, other=-1)
+        filled = tl.max(tl.where(lengths >= 0, r + 1, 0), 0)  # rows up to the last one that has a conversation
+        most = tl.cdiv(tl.max(lengths, 0) + 1, PART).to(tl.int32)
+    if FIRST == 0:
         for index in tl.range(program, WIDTH // ROWS, programs):
             unit = tl.cast(index, tl.int32)
             for i in tl.static_range(BLOCKS):
@@ -287,69 +339,81 @@ def decode_blocks_kernel(
                 store_columns(x_ptr, WIDTH, value, i, rows, unit * ROWS, ROWS)
                 as_float = value.to(tl.float32)
                 store_number(squares_ptr, WIDTH // ROWS, tl.sum(as_float * as_float, 1), i, rows, unit)
-        if PHASE < 0:
+        if TOGETHER:
             arrivals = wait_for_all(counter_ptr, arrivals)
-    for layer in tl.range(first_layer, layers):
-        if PHASE < 0 or PHASE == 1:
-            for index in tl.range(program, (HEADS + 2 * KV_HEADS) * (HEAD // 2 // ROWS), programs):
-                unit = tl.cast(index, tl.int32)
-                project(
-                    x_ptr, squares_ptr, table_ptr, layer, qkv_ptr, head_squares_ptr, cos_ptr, sin_ptr, lengths_ptr, unit, filled,
-                    WIDTH, HEADS, KV_HEADS, HEAD, BLOCK_K, BLOCKS, SQUARES, EPS,
-                )  # fmt: skip
-            if PHASE < 0:
+    for index in tl.range(first_layer, last_layer):
+        layer = tl.cast(index, tl.int32)
+        if FIRST <= 1 and LAST >= 1:
+            project_all(
+                x_ptr, squares_ptr, table_ptr, layer, qkv_ptr, head_squares_ptr, cos_ptr, sin_ptr, lengths_ptr, filled,
+                WIDTH, HEADS, KV_HEADS, HEAD, BLOCK_K, BLOCKS, SQUARES, EPS,
+            )  # fmt: skip
+            if LAST > 1:
                 arrivals = wait_for_all(counter_ptr, arrivals)
-        if PHASE < 0 or PHASE == 2:
-            keys_of_layer = keys_ptr + tl.cast(layer, tl.int64) * layer_stride
-            values_of_layer = values_ptr + tl.cast(layer, tl.int64) * layer_stride
-            for index in tl.range(program, filled * KV_HEADS * most, programs):
-                unit = tl.cast(index, tl.int32)
+        if FIRST <= 4 and LAST >= 4:
+            w_ptr = weight_of(table_ptr, layer, 3, dtype)
+            prefetch_rows(w_ptr + tl.cast(program, tl.int64) * (ROWS * ATTENDED), program, WIDTH // ROWS, ATTENDED, ROWS, ROWS)
+        if FIRST <= 2 and LAST >= 2:
+            for at in tl.range(program, filled * KV_HEADS * most, programs):
+                unit = tl.cast(at, tl.int32)
                 part, group, row = unit % most, unit // most % KV_HEADS, unit // most // KV_HEADS
                 length = tl.load(lengths_ptr + row).to(tl.int32)
                 if part * PART <= length:
                     attend(
-                        qkv_ptr, head_squares_ptr, keys_of_layer, values_of_layer, pages_ptr + row * pages_of_row, sums_ptr,
-                        totals_ptr, length, row, group, part, parts,
-                        page_stride, token_stride, head_stride,
-                        HEADS, KV_HEADS, HEAD, SCALE, SHIFT, EPS, PAGE, PART, BLOCK_N,
+                        qkv_ptr, head_squares_ptr, keys_ptr + tl.cast(layer, tl.int64) * layer_stride,
+                        values_ptr + tl.cast(layer, tl.int64) * layer_stride, pages_ptr + row * pages_of_row, sums_ptr, totals_ptr,
+                        length, row, group, part, parts, page_stride, token_stride, head_stride,
+                        HEADS, KV_HEADS, HEAD, SCALE, SHIFT, EPS, PAGE, PART, BLOCK_N, TOGETHER,
                     )  # fmt: skip
-            if PHASE < 0:
+            if LAST > 2:
                 arrivals = wait_for_all(counter_ptr, arrivals)
-        if PHASE < 0 or PHASE == 3:
-            for index in tl.range(program, filled * HEADS, programs):
-                unit = tl.cast(index, tl.int32)
-                row, head = unit // HEADS, unit % HEADS
-                length = tl.load(lengths_ptr + row).to(tl.int32)
+        if FIRST <= 3 and LAST >= 3:
+            for at in tl.range(program, filled * HEADS, programs):
+                unit = tl.cast(at, tl.int32)
+                length = tl.load(lengths_ptr + unit // HEADS).to(tl.int32)
                 combine(
-                    sums_ptr, totals_ptr, attended_ptr, length, row, head, parts, HEADS, HEAD, LEAST, MOST, PART, PARTS
-                )
-            if PHASE < 0:
+                    sums_ptr, totals_ptr, attended_ptr, length, unit // HEADS, unit % HEADS, parts, HEADS, HEAD, LEAST, MOST,
+                    PART, PARTS,
+                )  # fmt: skip
+            if LAST > 3:
                 arrivals = wait_for_all(counter_ptr, arrivals)
-        if PHASE < 0 or PHASE == 4:
-            w_ptr = weight_of(table_ptr, layer, 3, dtype)
-            for index in tl.range(program, WIDTH // ROWS, programs):
-                unit = tl.cast(index, tl.int32)
-                add_to_rows(x_ptr, squares_ptr, attended_ptr, w_ptr, unit, filled, WIDTH, ATTENDED, BLOCK_K, BLOCKS)
-            if PHASE < 0:
-                arrivals = wait_for_all(counter_ptr, arrivals)
-        if PHASE < 0 or PHASE == 5:
+        if FIRST <= 5 and LAST >= 5:
             w_ptr = weight_of(table_ptr, layer, 4, dtype)
-            for index in tl.range(program, HIDDEN // ROWS, programs):
-                unit = tl.cast(index, tl.int32)
-                column = unit * ROWS
-                sums = products(
-                    x_ptr, w_ptr + tl.cast(column, tl.int64) * WIDTH, filled, WIDTH, BLOCK_K, BLOCKS, ROWS, 0
-                )
+            prefetch_rows(w_ptr + tl.cast(program, tl.int64) * (UP * WIDTH), program, HIDDEN // UP, WIDTH, UP, ROWS)
+        if FIRST <= 4 and LAST >= 4:
+            w_ptr = weight_of(table_ptr, layer, 3, dtype)
+            for at in tl.range(program, WIDTH // ROWS, programs):
+                unit = tl.cast(at, tl.int32)
+                add_to_rows(x_ptr, squares_ptr, attended_ptr, w_ptr, unit, filled, WIDTH, ATTENDED, BLOCK_K, BLOCKS)
+            if LAST > 4:
+                arrivals = wait_for_all(counter_ptr, arrivals)
+        if FIRST <= 6 and LAST >= 6:
+            w_ptr = weight_of(table_ptr, layer, 5, dtype)
+            prefetch_rows(w_ptr + tl.cast(program, tl.int64) * (ROWS * HIDDEN), program, WIDTH // ROWS, HIDDEN, ROWS, ROWS)
+        if FIRST <= 5 and LAST >= 5:
+            w_ptr = weight_of(table_ptr, layer, 4, dtype)
+            for at in tl.range(program, HIDDEN // UP, programs):
+                column = tl.cast(at, tl.int32) * UP
+                sums = products(x_ptr, w_ptr + tl.cast(column, tl.int64) * WIDTH, filled, WIDTH, BLOCK_K, BLOCKS, UP, ROWS)
                 for i in tl.static_range(BLOCKS):
                     value = sums[i] * rstd_of(squares_ptr, i, filled, WIDTH, SQUARES, EPS)[:, None]
                     value = tl.where(value > 0.0, value * value, tl.where(value == value, 0.0, value))
-                    store_columns(hidden_ptr, HIDDEN, cast(value, dtype), i, filled, column, ROWS)
-            if PHASE < 0:
+                    store_columns(hidden_ptr, HIDDEN, cast(value, dtype), i, filled, column, UP)
+            if LAST > 5:
                 arrivals = wait_for_all(counter_ptr, arrivals)
-        if PHASE < 0 or PHASE == 6:
+        if LAST >= 6 and layer + 1 < layers:
+            next_ptr, _ = pairs_of(table_ptr, layer + 1, program, dtype, WIDTH, HEADS, KV_HEADS, HEAD)
+            UNITS: tl.constexpr = (HEADS + 2 * KV_HEADS) * (HEAD // 32)
+            prefetch_rows(next_ptr, program, UNITS, WIDTH, 2 * ROWS, HEAD // 2)
+        if FIRST <= 6 and LAST >= 6:
             w_ptr = weight_of(table_ptr, layer, 5, dtype)
-            for index in tl.range(program, WIDTH // ROWS, programs):
-                unit = tl.cast(index, tl.int32)
+            for at in tl.range(program, WIDTH // ROWS, programs):
+                unit = tl.cast(at, tl.int32)
                 add_to_rows(x_ptr, squares_ptr, hidden_ptr, w_ptr, unit, filled, WIDTH, HIDDEN, BLOCK_K, BLOCKS)
-            if PHASE < 0:
+            if TOGETHER:
                 arrivals = wait_for_all(counter_ptr, arrivals)
+        if LAST == 7 and layer + 1 < layers:
+            project_all(
+                x_ptr, squares_ptr, table_ptr, layer + 1, qkv_ptr, head_squares_ptr, cos_ptr, sin_ptr, lengths_ptr, filled,
+                WIDTH, HEADS, KV_HEADS, HEAD, BLOCK_K, BLOCKS, SQUARES, EPS,
+            )  # fmt: skip
