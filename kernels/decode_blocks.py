@@ -93,8 +93,9 @@ def run(
         )
         memory = torch.empty(most * of_row, dtype=torch.float32, device=x.device)
         rounded = torch.empty(most * (heads * head + hidden), dtype=x.dtype, device=x.device)
-        counter = torch.zeros(1, dtype=torch.int32, device=x.device)
-        for first_phase, last_phase, first_layer, last_layer in launches_of(layers, rows, x.device.type):
+        made = launches_of(layers, rows, x.device.type)
+        counters = torch.zeros(len(made), dtype=torch.int32, device=x.device)
+        for counter, (first_phase, last_phase, first_layer, last_layer) in zip(counters, made, strict=True):
             alone = first_phase == last_phase == ATTEND  # whose programs need not wait for each other
             launch(
                 decode_blocks_kernel, (rows * kv_heads * parts if alone else programs,), x.device,
@@ -114,7 +115,10 @@ def launches_of(layers: int, rows: int, device: str) -> list[tuple[int, int, int
     interpreter runs one program after the other, which cannot wait either: each phase is a launch there.
     """
     if device == "cpu":
-        return [(0, 0, 0, 0), *((phase, phase, layer, layer + 1) for layer in range(layers) for phase in range(1, PHASES + 1))]
+        return [
+            (0, 0, 0, 0),
+            *((phase, phase, layer, layer + 1) for layer in range(layers) for phase in range(1, PHASES + 1)),
+        ]
     if rows <= COLUMNS:
         return [(0, PHASES, 0, layers)]
     later = (((ATTEND, ATTEND, n, n + 1), (ATTEND + 1, PHASES + 1, n, n + 1)) for n in range(layers))
@@ -255,7 +259,15 @@ def configuration(k: int, stages: int, programs: int, n: int, up: int) -> dict[s
 
 SPACE = tuple(
     configuration(k, stages, programs, n, up)
-    for k, stages, programs in ((256, 4, 1), (256, 5, 1), (256, 3, 1), (128, 6, 1), (128, 4, 1), (128, 4, 2), (128, 3, 2))
+    for k, stages, programs in (
+        (256, 4, 1),
+        (256, 5, 1),
+        (256, 3, 1),
+        (128, 6, 1),
+        (128, 4, 1),
+        (128, 4, 2),
+        (128, 3, 2),
+    )
     for n in (32, 64)
     for up in (32, 64)
 )

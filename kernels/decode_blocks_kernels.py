@@ -81,7 +81,14 @@ def load_slices(x_ptr, block, rows, start, K: tl.constexpr, BLOCK_K: tl.constexp
 
 @triton.jit
 def products(
-    x_ptr, w_ptr, rows, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, APART: tl.constexpr
+    x_ptr,
+    w_ptr,
+    rows,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    APART: tl.constexpr,
 ):
     """The products (ROWS, COLUMNS) of four blocks of rows of x (rows, K) with rows of a weight (…, K): ROWS of them from w_ptr on, as
     many more that begin APART later, and so on. Blocks that do not exist are 0.
@@ -149,7 +156,14 @@ def add_to_rows(
 
 @triton.jit
 def pairs_of(
-    table_ptr, layer, unit, dtype: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr
+    table_ptr,
+    layer,
+    unit,
+    dtype: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD: tl.constexpr,
 ):
     """The address of the weight's row for the first of 16 pairs of channels, and whether they are a value's."""
     UNITS: tl.constexpr = HEAD // 2 // ROWS  # of a head
@@ -263,9 +277,15 @@ def attend(
     unused = tl.zeros([ROWS], tl.float32)
     position = tl.zeros([ROWS], tl.int32) + length
     first_key = tl.zeros([ROWS], tl.int32)
+    WITHIN: tl.constexpr = (
+        PAGE % PART == 0
+    )  # a part lies in one page, whose number need not be loaded again for each block
+    k_block_ptr = in_page(keys_ptr, pages_ptr, begin, page_stride, token_stride, PAGE)
+    v_block_ptr = in_page(values_ptr, pages_ptr, begin, page_stride, token_stride, PAGE)
     for start in tl.range(begin, tl.minimum(begin + PART, keys), BLOCK_N):
-        k_block_ptr = in_page(keys_ptr, pages_ptr, start, page_stride, token_stride, PAGE)
-        v_block_ptr = in_page(values_ptr, pages_ptr, start, page_stride, token_stride, PAGE)
+        if not WITHIN:
+            k_block_ptr = in_page(keys_ptr, pages_ptr, start, page_stride, token_stride, PAGE)
+            v_block_ptr = in_page(values_ptr, pages_ptr, start, page_stride, token_stride, PAGE)
         sums, _, rounded, _ = forward_block(
             sums, unused, rounded, unused, q, k_block_ptr, v_block_ptr, token_stride, token_stride, start, position, keys,
             first_key, SCALE, SHIFT, True, False, False, BLOCK_N, HEAD, True,
@@ -308,8 +328,8 @@ def decode_blocks_kernel(
     PAGE: tl.constexpr, BLOCKS: tl.constexpr, SQUARES: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
     PART: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
-    """The phases FIRST to LAST of the layers from first_layer to last_layer: 0 is start, which belongs to no layer, 1 is project, …, and 7
-    project of the layer behind, if there is one. UP: columns of a unit of the phase up.
+    """The phases FIRST to LAST of the layers from first_layer to last_layer: 0 is start, which belongs to no layer, 1 project, …, and
+    7 project of the next layer, if there is one. UP: columns of a unit of the phase up.
 
     memory (float32) and rounded: what the phases leave for each other, whose parts lie one after the other.
     """
@@ -352,7 +372,9 @@ def decode_blocks_kernel(
                 arrivals = wait_for_all(counter_ptr, arrivals)
         if FIRST <= 4 and LAST >= 4:
             w_ptr = weight_of(table_ptr, layer, 3, dtype)
-            prefetch_rows(w_ptr + tl.cast(program, tl.int64) * (ROWS * ATTENDED), program, WIDTH // ROWS, ATTENDED, ROWS, ROWS)
+            prefetch_rows(
+                w_ptr + tl.cast(program, tl.int64) * (ROWS * ATTENDED), program, WIDTH // ROWS, ATTENDED, ROWS, ROWS
+            )
         if FIRST <= 2 and LAST >= 2:
             for at in tl.range(program, filled * KV_HEADS * most, programs):
                 unit = tl.cast(at, tl.int32)
@@ -389,12 +411,16 @@ def decode_blocks_kernel(
                 arrivals = wait_for_all(counter_ptr, arrivals)
         if FIRST <= 6 and LAST >= 6:
             w_ptr = weight_of(table_ptr, layer, 5, dtype)
-            prefetch_rows(w_ptr + tl.cast(program, tl.int64) * (ROWS * HIDDEN), program, WIDTH // ROWS, HIDDEN, ROWS, ROWS)
+            prefetch_rows(
+                w_ptr + tl.cast(program, tl.int64) * (ROWS * HIDDEN), program, WIDTH // ROWS, HIDDEN, ROWS, ROWS
+            )
         if FIRST <= 5 and LAST >= 5:
             w_ptr = weight_of(table_ptr, layer, 4, dtype)
             for at in tl.range(program, HIDDEN // UP, programs):
                 column = tl.cast(at, tl.int32) * UP
-                sums = products(x_ptr, w_ptr + tl.cast(column, tl.int64) * WIDTH, filled, WIDTH, BLOCK_K, BLOCKS, UP, ROWS)
+                sums = products(
+                    x_ptr, w_ptr + tl.cast(column, tl.int64) * WIDTH, filled, WIDTH, BLOCK_K, BLOCKS, UP, ROWS
+                )
                 for i in tl.static_range(BLOCKS):
                     value = sums[i] * rstd_of(squares_ptr, i, filled, WIDTH, SQUARES, EPS)[:, None]
                     value = tl.where(value > 0.0, value * value, tl.where(value == value, 0.0, value))
