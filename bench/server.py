@@ -265,8 +265,10 @@ def numbers_of(rounds: list[list[Answer]], model: GPT, config: ServerConfig, cop
 
 
 def rate_of_round(answers: list[Answer]) -> float:
-    end = max(at for answer in answers for at in answer.arrivals)
-    return sum(answer.tokens for answer in answers) / (end - min(answer.asked for answer in answers))
+    """Tokens per second from the first request to the last text; 0 without any text."""
+    arrivals = [at for answer in answers for at in answer.arrivals]
+    seconds = max(arrivals, default=float("inf")) - min(answer.asked for answer in answers)
+    return sum(answer.tokens for answer in answers) / seconds
 
 
 def rate_of_all(answers: list[Answer]) -> float | None:

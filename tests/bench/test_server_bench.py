@@ -14,6 +14,7 @@ from nanochat.gpt import GPTConfig
 from nanochat.inference.engine import Engine
 from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import UserError
+from nanochat.platform.paths import Paths
 from nanochat.tasks import GSM8K
 from nanochat.tokenizer.chat_format import render_prompt
 from tests import forked
@@ -146,3 +147,12 @@ def test_what_cannot_be_measured_is_told(arguments, message, tmp_path):
     done = forked.run("-m", "bench.server", *arguments.split(), "--device", "cpu", env=environment(tmp_path))
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("bench.server: ")
     assert message in done.stderr
+
+
+def test_a_server_that_does_not_start_is_told(tmp_path):
+    paths = Paths(tmp_path).of_run("nobody")
+    with (
+        pytest.raises(UserError, match="nanochat web ended with status 1 before it served"),
+        server.running_server(paths, server.ServerConfig(device="cpu")),
+    ):
+        pass
