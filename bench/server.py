@@ -1,7 +1,7 @@
 """Time the server: python -m bench.server --depth 20
 
 All users ask at the same moment: each sends a streaming chat to `nanochat web`, which runs in a process of its own and does not share
-its interpreter with them. Then the engine alone, without HTTP, is given the same prompts and seeds.
+its interpreter with them, though it shares the cores. Then the engine alone, without HTTP, is given the same prompts and seeds.
 
     first     from sending a request to the first text of its answer
     token     from one piece of an answer's text to the next; nearly every token is a piece, and pieces may arrive together
