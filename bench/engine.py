@@ -4,8 +4,8 @@
                 graph, eager launches every kernel; IMPL is the implementation of attention, of which reference is plain PyTorch's.
                 For each batch the variants take turns in one process, with one cache, because several would not fit.
                 first   from the call to the first token of all rows, whose prompts fill the cache
-                token   from one token of all rows to the next, of which host is what the passes' kernels, from a graph without a
-                        pause, do not take
+                token   from one token of all rows to the next (p50, with quartiles, and p99), of which host is what the passes'
+                        kernels, from a graph without a pause, do not take
                 MBU     bytes of weights, keys and values that a token needs, per second, of what a copy moves per second
     users       tokens per second of so many users with a question each, together and one after the other
     evaluation  seconds for the word problems of a run, all given to the engine at once, in batches of which each waits for its last
@@ -186,6 +186,8 @@ def measure(model: GPT, rows: int, config: EngineConfig, copy_rate: float) -> li
         ms = median(row["token_ms"])
         moved = bytes_of_token(model, rows, config.cached + config.steps // 2)
         row |= {
+            "token_ms_p50": ms,
+            "token_ms_p99": float(np.percentile(row["token_ms"], 99)),
             "gpu_ms": runs[name].gpu(),
             "tokens_per_second": 1e3 * rows / ms,
             "mbu": moved / (1e-3 * ms) / copy_rate,
@@ -201,8 +203,9 @@ def report(rows: list[dict]) -> None:
             continue
         low, ms, high = quantiles(row["token_ms"], n=4)
         print(
-            f"{name} first {median(row['first_ms']):9.2f} ms  token {ms:8.3f} ms ({low:.3f} to {high:.3f})  "
-            f"host {ms - row['gpu_ms']:7.3f}  {row['tokens_per_second']:9,.0f} tokens/s  MBU {100 * row['mbu']:5.1f} %",
+            f"{name} first {median(row['first_ms']):9.2f} ms  "
+            f"token {ms:8.3f} ms ({low:.3f} to {high:.3f}, p99 {row['token_ms_p99']:.3f})  host {ms - row['gpu_ms']:7.3f}  "
+            f"{row['tokens_per_second']:9,.0f} tokens/s  MBU {100 * row['mbu']:5.1f} %",
             flush=True,
         )
 

@@ -59,6 +59,15 @@ def test_time_of_the_gpu_is_without_the_host(results):
         assert row["gpu_ms"] == CLOCK_MS and min(row["token_ms"]) >= 5, row
 
 
+def test_the_slowest_tokens_are_told(results, capsys):
+    rows, _ = results
+    engine.report(rows)
+    printed = capsys.readouterr().out
+    for row in rows:
+        assert row["token_ms_p50"] <= row["token_ms_p99"] <= max(row["token_ms"])
+        assert f"p99 {row['token_ms_p99']:.3f})" in printed
+
+
 def test_variants_share_one_cache(results):
     """At 256 rows of d20 one takes 55 GB."""
     _, runs = results
