@@ -12,7 +12,7 @@ import nanochat_kernels as kernels
 from tests.kernels.harness import DEVICE, GPU
 
 FILE = importlib.import_module("nanochat_kernels.decode_blocks")
-STEM = "decode_blocks_kernels"
+STEM = "decode_blocks_phases"
 PLANTED_FAULTS = {
     "a row reads the position of another": (STEM, "tl.load(lengths_ptr + r, mask=r < rows, other=0), 0)",
      "tl.load(lengths_ptr + 0 * r, mask=r < rows, other=0), 0)", "test_results_and_what_is_stored"),
