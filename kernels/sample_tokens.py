@@ -37,10 +37,11 @@ MOST_CANDIDATES, LARGEST_VOCABULARY = 128, 2**18  # beyond, a ranking takes more
 
 
 @triton.jit
-def ordered(x):
-    """Integers in the order of float32 numbers, of which NaN is the largest."""
+def ordered(x, mask):
+    """Integers in the order of float32 numbers, of which NaN is the largest, and a smaller one where mask is false."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)  # −0 becomes 0
-    return tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+    bits ^= (bits >> 31) & 0x7FFFFFFF
+    return tl.where(mask, tl.where(x == x, bits, 0x7FFFFFFF), -(2**31))
 
 
 @triton.jit
@@ -50,30 +51,51 @@ def number(order):
 
 
 @triton.jit
-def packed(order, index, size):
-    """Integers that compare by `order` and then, the smaller one first, by index, which is below size."""
-    return (order.to(tl.int64) << 32) | (size - 1 - index)
+def packed(order, index):
+    """Integers that compare by `order` and then, the smaller one first, by index."""
+    return (order.to(tl.int64) << 32) | (0x7FFFFFFF - index)
 
 
 @triton.jit
-def index_of(key, size):
-    return size - 1 - (key & 0xFFFFFFFF)
+def index_of(key):
+    return 0x7FFFFFFF - (key & 0xFFFFFFFF)
 
 
 @triton.jit
-def only(mask, keys):
-    """The keys where mask is true, and a number below all keys elsewhere."""
-    return tl.where(mask, keys, -0x7FFFFFFFFFFFFFFF)
+def order_of(key):
+    return (key >> 32).to(tl.int32)
 
 
 @triton.jit
-def largest(keys, COUNT: tl.constexpr):
-    """The largest keys, in descending order."""
+def largest_parts(x_ptr, size, spans, SPAN: tl.constexpr, PART: tl.constexpr, COUNT: tl.constexpr):
+    """The keys of the COUNT parts of PART numbers with the largest numbers, of those that some spans of SPAN numbers consist of.
+
+    They are in descending order. If there are fewer parts, all are returned, in any order.
+    """
+    ALL: tl.constexpr = spans.shape[0] * SPAN // PART
+    index = spans[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
+    order = ordered(tl.load(x_ptr + index, mask=index < size, other=0.0), index < size)
+    if PART > 1:
+        order = tl.max(tl.reshape(order, [spans.shape[0], SPAN // PART, PART]), 2)
+    keys = packed(order, spans[:, None] * (SPAN // PART) + tl.arange(0, SPAN // PART)[None, :])
+    keys = tl.reshape(keys, [ALL])
     if COUNT == 1:
-        found = tl.max(keys, 0, keep_dims=True)
+        keys = tl.max(keys, 0, keep_dims=True)
+    elif ALL >= COUNT:
+        keys = tl.topk(keys, COUNT)
+    return keys
+
+
+@triton.jit
+def largest(x_ptr, size, spans, SPAN: tl.constexpr, COUNT: tl.constexpr):
+    """The keys of the COUNT largest numbers in some spans of SPAN numbers, as largest_parts returns them."""
+    PART: tl.constexpr = 8  # 2048 numbers for 64: ranks 256 parts and 512 numbers, which takes a third of the time
+    if COUNT > 1 and spans.shape[0] * SPAN > COUNT * PART:
+        spans = index_of(largest_parts(x_ptr, size, spans, SPAN, PART, COUNT))
+        keys = largest_parts(x_ptr, size, spans, PART, 1, COUNT)
     else:
-        found = tl.topk(keys, COUNT)
-    return found
+        keys = largest_parts(x_ptr, size, spans, SPAN, 1, COUNT)
+    return keys
 
 
 @triton.jit
@@ -113,7 +135,7 @@ def scores(x, base, temperature, random, token):
 @triton.jit
 def token_groups_kernel(
     logits_ptr, logits_stride, keys_ptr, keys_stride, key_stride, steps_ptr, steps_stride, temperature_ptr, temperature_stride,
-    largest_ptr, sums_ptr, best_ptr, vocabulary, groups,
+    maxima_ptr, sums_ptr, best_ptr, vocabulary, groups,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, ANY_ALL: tl.constexpr,
 ):  # fmt: skip
     """The largest logit and the sum of exponentials of each of GROUPS groups of a row; with ANY_ALL also its best token by score."""
@@ -122,22 +144,22 @@ def token_groups_kernel(
     token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = token < vocabulary
     x = tl.load(logits_ptr + row * logits_stride + token, mask=inside, other=-float("inf"))
-    order = tl.max(ordered(x), 1)
+    order = tl.max(ordered(x, inside), 1)
     base = finite_or_0(number(order))[:, None]
     total = tl.sum((share(x, base) * 2.0**25 + 0.5).to(tl.int32), 1)  # at most 2³⁰
-    tl.store(largest_ptr + row * groups + group, order, mask=group < groups)
+    tl.store(maxima_ptr + row * groups + group, number(order), mask=group < groups)
     tl.store(sums_ptr + row * groups + group, total, mask=group < groups)
     if ANY_ALL:
         random = row_random(keys_ptr, keys_stride, key_stride, steps_ptr, steps_stride, row)
         temperature = tl.load(temperature_ptr + row * temperature_stride)
-        key = packed(ordered(scores(x, base, temperature, random, token)), token, vocabulary)
-        tl.store(best_ptr + row * groups + group, tl.max(only(inside, key), 1), mask=group < groups)
+        key = packed(ordered(scores(x, base, temperature, random, token), inside), token)
+        tl.store(best_ptr + row * groups + group, tl.max(key, 1), mask=group < groups)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["candidates", "alternatives"])
 def token_choice_kernel(
     logits_ptr, logits_stride, keys_ptr, keys_stride, key_stride, steps_ptr, steps_stride, temperature_ptr, temperature_stride,
-    top_k_ptr, top_k_stride, largest_ptr, sums_ptr, best_ptr, tokens_ptr, logprobs_ptr, vocabulary, groups, candidates, alternatives,
+    top_k_ptr, top_k_stride, maxima_ptr, sums_ptr, best_ptr, tokens_ptr, logprobs_ptr, vocabulary, groups, candidates, alternatives,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, CANDIDATES: tl.constexpr, ANY_ALL: tl.constexpr,
 ):  # fmt: skip
     """The choice of one row, its most likely tokens, and their log-probabilities."""
@@ -145,40 +167,31 @@ def token_choice_kernel(
     random = row_random(keys_ptr, keys_stride, key_stride, steps_ptr, steps_stride, row)
     temperature = tl.load(temperature_ptr + row * temperature_stride)
     top_k = tl.load(top_k_ptr + row * top_k_stride)
+    logits_ptr += row * logits_stride
+    maxima_ptr += row * groups
     group = tl.arange(0, GROUPS)
-    maxima = tl.load(largest_ptr + row * groups + group, mask=group < groups, other=-(2**31))
+    maxima = tl.load(maxima_ptr + group, mask=group < groups, other=-float("inf"))
     sums = tl.load(sums_ptr + row * groups + group, mask=group < groups, other=0)
-    highest = number(tl.max(maxima, 0))
-    weight = share(number(maxima), finite_or_0(highest)) * 2.0**15
-    total = tl.sum((sums.to(tl.float32) * weight).to(tl.int64), 0).to(tl.float32) * 2.0**-40
-    lse = tl.where(tl.abs(highest) < float("inf"), highest + tl.log(total), highest)
+    highest = number(tl.max(ordered(maxima, group < groups), 0))
+    # sums of at most 1, times 2²⁵, become integers times 2⁴⁰
+    total = tl.sum((sums.to(tl.float32) * share(maxima, finite_or_0(highest)) * 2.0**15).to(tl.int64), 0)
+    lse = tl.where(tl.abs(highest) < float("inf"), highest + tl.log(total.to(tl.float32) * 2.0**-40), highest)
 
-    if GROUPS > CANDIDATES:
-        SELECTED: tl.constexpr = CANDIDATES
-        selected = index_of(largest(packed(maxima, group, GROUPS), CANDIDATES), GROUPS)
-    else:
-        SELECTED: tl.constexpr = GROUPS
-        selected = group.to(tl.int64)
-    token = selected[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    inside = token < vocabulary
-    x = tl.load(logits_ptr + row * logits_stride + token, mask=inside)
-    keys = only(inside, packed(ordered(x), token, vocabulary))
-    keys = largest(tl.reshape(keys, [SELECTED * GROUP]), CANDIDATES)
-    value, ranked = number((keys >> 32).to(tl.int32)), index_of(keys, vocabulary)
-
+    keys = largest(maxima_ptr, groups, tl.zeros([1], tl.int64), GROUPS, CANDIDATES)
+    keys = largest(logits_ptr, vocabulary, index_of(keys), GROUP, CANDIDATES)
+    value, ranked = number(order_of(keys)), index_of(keys)
     rank = tl.arange(0, CANDIDATES)
-    key = packed(ordered(scores(value, highest, temperature, random, ranked)), rank, CANDIDATES)
     drawn = (rank == 0) | ((rank < top_k) & (rank < candidates))
-    choice = index_of(tl.max(only(drawn, key), 0), CANDIDATES)
+    choice = index_of(tl.max(packed(ordered(scores(value, highest, temperature, random, ranked), drawn), rank), 0))
     chosen = tl.sum(tl.where(rank == choice, ranked, 0), 0)
     if ANY_ALL:
-        best = tl.load(best_ptr + row * groups + group, mask=group < groups, other=0)
-        score = number((best >> 32).to(tl.int32)) + tl.div_rn(number(maxima) - highest, temperature)
-        best = tl.max(only(group < groups, packed(ordered(score), index_of(best, vocabulary), vocabulary)), 0)
-        chosen = tl.where((top_k == 0) & (highest == highest), index_of(best, vocabulary), chosen)
+        key = tl.load(best_ptr + row * groups + group, mask=group < groups, other=0)
+        score = number(order_of(key)) + tl.div_rn(maxima - highest, temperature)
+        key = tl.max(packed(ordered(score, group < groups), index_of(key)), 0)
+        chosen = tl.where((top_k == 0) & (highest == highest), index_of(key), chosen)
     first = row * (alternatives + 1)
     tl.store(tokens_ptr + first, chosen)
-    tl.store(logprobs_ptr + first, tl.load(logits_ptr + row * logits_stride + chosen) - lse)
+    tl.store(logprobs_ptr + first, tl.load(logits_ptr + chosen) - lse)
     tl.store(tokens_ptr + first + 1 + rank, ranked, mask=rank < alternatives)
     tl.store(logprobs_ptr + first + 1 + rank, value - lse, mask=rank < alternatives)
 
@@ -191,13 +204,14 @@ def with_strides(*tensors: Tensor) -> list:
 def launch_groups(
     logits: Tensor, keys: Tensor, steps: Tensor, temperature: Tensor, any_all: bool, parameters: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Return the largest logit of each group, as an integer, the sums, and with any_all the best tokens with their scores."""
+    """Return the largest logit of each group, the sums, and with any_all the best tokens with their scores."""
     rows, vocabulary = logits.shape
     groups = cdiv(vocabulary, GROUP)
     parameters = dict(
         parameters or launch_parameters("sample_tokens_groups", logits.device, logits.dtype, (rows, vocabulary))
     )
-    maxima, sums = (torch.empty(rows, groups, dtype=torch.int32, device=logits.device) for _ in range(2))
+    maxima = torch.empty(rows, groups, dtype=torch.float32, device=logits.device)
+    sums = torch.empty(rows, groups, dtype=torch.int32, device=logits.device)
     best = torch.empty(rows, groups, dtype=torch.int64, device=logits.device) if any_all else None
     launch(
         token_groups_kernel, (cdiv(groups, parameters["GROUPS"]), rows), logits.device,
