@@ -9,7 +9,6 @@ from torch import Tensor
 
 from nanochat.gpt import GPT
 from nanochat.inference.cache import CacheRows, KVCache, Mirror
-from nanochat.inference.sampling import choose
 from nanochat.platform.cuda_graphs import Replayed
 
 # the columns of what a step is given about each row; the row's pages follow
@@ -30,10 +29,10 @@ def decode(
     probabilities at temperature 1."""
     rows = CacheRows(keys, values, given[:, PAGES:], given[:, LENGTH], mirror)
     logits = model.logits(model.hidden(given[:, TOKEN, None], rows)[:, -1])
-    temperature = given[:, TEMPERATURE].to(torch.int32).view(torch.float32)
-    chosen, ranked, _ = choose(logits, given[:, KEY], given[:, STEP], given[:, TOP_K], temperature, candidates, any_all)
-    tokens = torch.cat([chosen[:, None], ranked[:, :alternatives]], 1)
-    return tokens, logits.gather(1, tokens) - logits.logsumexp(1, keepdim=True)
+    temperature = given[:, TEMPERATURE, None].view(torch.float32)[:, 0]  # of the 64 bits the lower 32, which come first
+    return kernels.sample_tokens(
+        logits, given[:, KEY], given[:, STEP], given[:, TOP_K], temperature, candidates, any_all, alternatives
+    )
 
 
 @torch.inference_mode()
