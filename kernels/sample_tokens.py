@@ -32,7 +32,7 @@ from nanochat_kernels.triton_helpers import (
 )
 
 GROUP = 32  # tokens: near √(V/candidates), which makes both rankings of the second launch equally long
-MOST_CANDIDATES, LARGEST_VOCABULARY = 256, 2**18  # beyond, a ranking takes more registers than a program has
+MOST_CANDIDATES, LARGEST_VOCABULARY = 256, 2**17  # beyond, a ranking takes more registers than a program has
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def largest_parts(x_ptr, size, spans, SPAN: tl.constexpr, PART: tl.constexpr, CO
 @triton.jit
 def largest(x_ptr, size, spans, SPAN: tl.constexpr, COUNT: tl.constexpr):
     """The keys of the COUNT largest numbers in some spans of SPAN numbers, as largest_parts returns them."""
-    PART: tl.constexpr = 8  # 2048 numbers for 64: ranks 256 parts and 512 numbers, which takes a third of the time
+    PART: tl.constexpr = 8  # of 2048 numbers, 256 parts and 512 numbers are sorted for the largest 64
     if COUNT > 1 and spans.shape[0] * SPAN > COUNT * PART:
         spans = index_of(largest_parts(x_ptr, size, spans, SPAN, PART, COUNT))
         keys = largest_parts(x_ptr, size, spans, PART, 1, COUNT)
@@ -299,31 +299,17 @@ def sample_tokens(
 
 
 def inputs(
-    rows: int,
-    vocabulary: int,
-    device: torch.device,
-    candidates: int = 64,
-    any_all: bool = False,
-    alternatives: int = 20,
-) -> tuple:
+    rows: int, vocabulary: int, device: torch.device, candidates: int = 64, any_all: bool = False, alternatives: int = 20
+) -> tuple:  # fmt: skip
     """Return random logits, and the rest as columns of one tensor, as the engine gives it."""
     candidates = min(candidates, vocabulary)
     logits = torch.empty(rows, vocabulary, device=device).normal_(std=3.0)
     given = torch.zeros(rows, 9, dtype=torch.int64, device=device)
     given[:, 0], given[:, 1:3] = torch.arange(rows, device=device), torch.randint(2**32, (rows, 2), device=device)
     given[:, 3] = torch.arange(rows, device=device) % candidates + (0 if any_all else 1)
-    given[:, 4:5].view(torch.float32)[:, 0] = 0.8
-    temperature = given[:, 4:5].view(torch.float32)[:, 0]
-    return (
-        logits,
-        given[:, 1:3],
-        given[:, 0],
-        given[:, 3],
-        temperature,
-        candidates,
-        any_all,
-        min(alternatives, candidates),
-    )
+    temperature = given[:, 4:5].view(torch.float32)[:, 0].fill_(0.8)
+    counts = candidates, any_all, min(alternatives, candidates)
+    return logits, given[:, 1:3], given[:, 0], given[:, 3], temperature, *counts
 
 
 def launches_of_groups(key, dtype: torch.dtype, device: torch.device):
@@ -336,13 +322,10 @@ def launches_of_groups(key, dtype: torch.dtype, device: torch.device):
 
 def launches_of_choice(key, dtype: torch.dtype, device: torch.device):
     logits, keys, steps, top_k, temperature, candidates, _, alternatives = inputs(16, key[0], device, key[1])
-    given = logits, keys, steps, top_k, temperature, candidates
-    of_groups = {any_all: launch_groups(logits, keys, steps, temperature, any_all) for any_all in (False, True)}
+    given = logits, keys, steps, top_k, temperature, candidates, alternatives
     return {
-        "top-k": partial(launch_choice, *given, 0, *of_groups[False]),
-        "top-k, alternatives": partial(launch_choice, *given, alternatives, *of_groups[False]),
-        "whole vocabulary": partial(launch_choice, *given, 0, *of_groups[True]),
-        "whole vocabulary, alternatives": partial(launch_choice, *given, alternatives, *of_groups[True]),
+        name: partial(launch_choice, *given, *launch_groups(logits, keys, steps, temperature, any_all))
+        for name, any_all in (("top-k", False), ("whole vocabulary", True))
     }
 
 

@@ -106,10 +106,10 @@ def test_rows_whose_largest_logit_is_infinite(impl):
 @pytest.mark.parametrize("vocabulary", [100, 65_536] if GPU else [100])
 def test_a_row_depends_on_nothing_else(vocabulary):
     """Bit for bit: alone or among 70, with more candidates than it needs, and beside rows that draw among all."""
-    x = random_logits("normal", 70, vocabulary, 3)
-    top_k, temperatures = torch.arange(70) % 5, torch.linspace(0.3, 1.5, 70)
+    x = random_logits("normal", 70, vocabulary, 3) / 4
+    top_k, temperatures = torch.arange(70) % 5, torch.linspace(0.5, 5.0, 70)
     together = sampled(*arguments(x, top_k, temperatures, candidates=16))
-    for i in (0, 1, 2, 3, 4, 33, 69):
+    for i in (0, 1, 2, 33, 44, 65, 69):
         logits, keys, steps, ks, temperature, *_ = arguments(x, top_k, temperatures)
         row = [part[i : i + 1] for part in (logits, keys, steps, ks, temperature)]
         least = max(1, i % 5)
@@ -190,15 +190,15 @@ def test_calls_that_the_kernels_do_not_take():
     with pytest.raises(kernels.KernelRequestError, match="at most 256 candidates, got 257"):
         sampled(*given_)
     assert kernels.sample_tokens(*given_)[0].shape == (1, 258)
-    given_ = arguments(torch.zeros(1, 2**18 + 1), 1)
-    with pytest.raises(kernels.KernelRequestError, match="at most 262,144 tokens, got 262,145"):
+    given_ = arguments(torch.zeros(1, 2**17 + 1), 1)
+    with pytest.raises(kernels.KernelRequestError, match="at most 131,072 tokens, got 131,073"):
         sampled(*given_)
     with pytest.raises(kernels.KernelRequestError, match="no gradient"):
         sampled(given_[0].requires_grad_(), *given_[1:])
 
 
 @pytest.mark.skipif(not GPU, reason="large vocabularies are slow in the interpreter")
-@pytest.mark.parametrize(("rows", "vocabulary", "candidates"), [(70, 65_536, 64), (3, 262_144, 256), (2, 65_536, 1)])
+@pytest.mark.parametrize(("rows", "vocabulary", "candidates"), [(70, 65_536, 64), (3, 131_072, 256), (2, 65_536, 1)])
 def test_large_vocabularies(rows, vocabulary, candidates):
     for kind in ("normal", "ties"):
         given_ = arguments(
