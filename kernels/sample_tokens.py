@@ -337,9 +337,9 @@ KERNELS = (
         launches_of_groups, ((3, 1001), (2, LARGEST_VOCABULARY)),
     ),
     Kernel(
-        "sample_tokens_choice", (torch.float32,), ((VOCABULARY, 1), (VOCABULARY, 64)),
+        "sample_tokens_choice", (torch.float32,), tuple((VOCABULARY, candidates) for candidates in (1, 64, MOST_CANDIDATES)),
         tuple({"num_warps": warps} for warps in (4, 8, 16)), launches_of_choice,
-        ((VOCABULARY, 32), (VOCABULARY, MOST_CANDIDATES), (1001, 40), (LARGEST_VOCABULARY, MOST_CANDIDATES)),
+        ((VOCABULARY, 32), (1001, 40), (LARGEST_VOCABULARY, MOST_CANDIDATES)),
     ),
 )  # fmt: skip
 
