@@ -339,7 +339,7 @@ KERNELS = (
     Kernel(
         "sample_tokens_choice", (torch.float32,), tuple((VOCABULARY, candidates) for candidates in (1, 64, MOST_CANDIDATES)),
         tuple({"num_warps": warps} for warps in (4, 8, 16)), launches_of_choice,
-        ((VOCABULARY, 32), (1001, 40), (LARGEST_VOCABULARY, MOST_CANDIDATES)),
+        ((VOCABULARY, 128), (1001, 40), (LARGEST_VOCABULARY, MOST_CANDIDATES)),
     ),
 )  # fmt: skip
 

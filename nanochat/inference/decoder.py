@@ -13,6 +13,7 @@ from nanochat.platform.cuda_graphs import Replayed
 
 # the columns of what a step is given about each row; the row's pages follow
 TOKEN, LENGTH, STEP, KEY, TOP_K, TEMPERATURE, PAGES = 0, 1, 2, slice(3, 5), 5, 6, 7
+FEWEST_CANDIDATES = 64  # of a step in which a row draws among several tokens
 
 
 def prefill(model: GPT, keys: Tensor, values: Tensor, given: Tensor, chunk: int) -> None:
@@ -114,7 +115,9 @@ class Decoder:
     ) -> tuple[list[list[int]], list[list[float]]]:
         """What `decode` returns, for at most as many rows as the largest size, of which none has more than `pages` pages."""
         width, vocabulary = self._width(pages), self.model.config.vocab_size
-        candidates = min(1 << (max(candidates, alternatives) - 1).bit_length(), vocabulary)
+        candidates = max(candidates, alternatives)
+        if candidates > 1:  # few sizes, because each is compiled for seconds and captured
+            candidates = min(max(FEWEST_CANDIDATES, 1 << (candidates - 1).bit_length()), vocabulary)
         alternatives = min(alternatives, vocabulary)
         rows = self.size_for(len(given), "rows")
         padded = np.zeros((rows, PAGES + width), np.int64)
