@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import nanochat_kernels as kernels
 from nanochat.gpt import GPT
 from nanochat.inference.cache import CacheRows, KVCache, Mirror
 from nanochat.platform.cuda_graphs import Replayed
