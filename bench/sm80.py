@@ -43,7 +43,8 @@ READ_AND_WRITTEN = {
     "momentum_kernel": ("momentum_ptr",), "update_kernel": ("weight_ptr",), "on_chip_kernel": ("logits_ptr",),
     "adamw_kernel": ("weight_ptr", "mean_ptr", "variance_ptr"), "cache_append_kernel": ("k_ptr", "v_ptr"),
 }  # fmt: skip
-HARDLY_TOUCHED = {"cache_append_kernel": ("keys_ptr", "values_ptr")}  # no more of the cache than k_ptr and v_ptr have
+# no more of the cache than k_ptr and v_ptr have; a few groups of logits
+HARDLY_TOUCHED = {"cache_append_kernel": ("keys_ptr", "values_ptr"), "token_choice_kernel": ("logits_ptr",)}
 ONE_ELEMENT_A_ROW = {"targets_kernel": "gradient_ptr", "rows_kernel": "gradient_ptr"}
 # products of a head's keys with its queries, each 2·T²/2·D FLOPs because half of the keys are in the future
 ATTENTION_PRODUCTS = {"attention_forward": 2, "attention_query_gradient": 3, "attention_key_gradients": 4}

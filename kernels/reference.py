@@ -261,3 +261,55 @@ def adamw(
     weight.sub_((mean / biases[0]) / ((variance / biases[1]).sqrt() + eps) * (factor * rate))
     if copy is not None:
         copy.copy_(weight)
+
+
+def sample_tokens(
+    logits: Tensor, keys: Tensor, steps: Tensor, top_k: Tensor, temperature: Tensor, candidates: int, any_all: bool, alternatives: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The next token of each row of logits (R, V) and the most likely ones (R, 1 + alternatives), and their log-probabilities.
+
+    A token is drawn by the largest logit/temperature + Gumbel noise. Of equal logits the smaller token comes first, and NaN before all
+    numbers. Gumbel 1954; Maddison et al. 2014.
+    """
+    size = logits.size(1)
+    tokens = torch.arange(size, device=logits.device)
+    if candidates == 1:
+        ranked = logits.argmax(1, keepdim=True)
+    else:
+        order = ordered(logits) << 32 | (size - 1 - tokens)
+        ranked = size - 1 - (order.topk(candidates, dim=1).values & 0xFFFFFFFF)
+    values = logits.gather(1, ranked)
+    # differences by small temperatures overflow to −inf alone
+    score = (values - values[:, :1]) / temperature[:, None] + gumbel_noise(keys, steps, ranked)
+    outside = torch.arange(candidates, device=logits.device) >= top_k[:, None]
+    choice = score.masked_fill(outside, -torch.inf).argmax(1, keepdim=True)
+    chosen = ranked.gather(1, choice)
+    if any_all:
+        score = (logits - values[:, :1]) / temperature[:, None] + gumbel_noise(keys, steps, tokens[None])
+        from_all = (top_k[:, None] == 0) & ~values[:, :1].isnan()
+        chosen = torch.where(from_all, score.argmax(1, keepdim=True), chosen)
+    tokens = torch.cat([chosen, ranked[:, :alternatives]], 1)
+    return tokens, logits.gather(1, tokens) - logits.logsumexp(1, keepdim=True)
+
+
+def ordered(x: Tensor) -> Tensor:
+    """Integers in the order of float32 numbers, of which NaN is the largest."""
+    bits = (x + 0.0).view(torch.int32)  # −0 becomes 0
+    return torch.where(x.isnan(), 0x7FFFFFFF, bits ^ (bits >> 31 & 0x7FFFFFFF)).long()
+
+
+def mixed(x: Tensor) -> Tensor:
+    """A pseudorandom number below 2³² for each below 2³². Wellons 2018 (lowbias32)."""
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D & 0xFFFFFFFF
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def gumbel_noise(keys: Tensor, steps: Tensor, tokens: Tensor) -> Tensor:
+    """−ln(−ln u) for a random u in (0, 1) of each row's key (R, 2), step (R,) and tokens (R or 1, n)."""
+    row = mixed(mixed(mixed(keys[:, 0]) ^ keys[:, 1]) ^ steps)
+    number = mixed(mixed(tokens) ^ row[:, None])
+    uniform = ((number >> 9).float() + 0.5) * 2.0**-23  # 23 bits: with more, the largest would be rounded to 1
+    return -(-uniform.log()).log()

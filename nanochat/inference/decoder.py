@@ -7,13 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import nanochat_kernels as kernels
 from nanochat.gpt import GPT
 from nanochat.inference.cache import CacheRows, KVCache, Mirror
-from nanochat.inference.sampling import choose
 from nanochat.platform.cuda_graphs import Replayed
 
 # the columns of what a step is given about each row; the row's pages follow
 TOKEN, LENGTH, STEP, KEY, TOP_K, TEMPERATURE, PAGES = 0, 1, 2, slice(3, 5), 5, 6, 7
+FEWEST_CANDIDATES = 64  # of a step in which a row draws among several tokens
 
 
 def prefill(model: GPT, keys: Tensor, values: Tensor, given: Tensor, chunk: int) -> None:
@@ -30,10 +31,10 @@ def decode(
     probabilities at temperature 1."""
     rows = CacheRows(keys, values, given[:, PAGES:], given[:, LENGTH], mirror)
     logits = model.logits(model.hidden(given[:, TOKEN, None], rows)[:, -1])
-    temperature = given[:, TEMPERATURE].to(torch.int32).view(torch.float32)
-    chosen, ranked, _ = choose(logits, given[:, KEY], given[:, STEP], given[:, TOP_K], temperature, candidates, any_all)
-    tokens = torch.cat([chosen[:, None], ranked[:, :alternatives]], 1)
-    return tokens, logits.gather(1, tokens) - logits.logsumexp(1, keepdim=True)
+    temperature = given[:, TEMPERATURE, None].view(torch.float32)[:, 0]  # of the 64 bits the lower 32, which come first
+    return kernels.sample_tokens(
+        logits, given[:, KEY], given[:, STEP], given[:, TOP_K], temperature, candidates, any_all, alternatives
+    )
 
 
 @torch.inference_mode()
@@ -115,7 +116,9 @@ class Decoder:
     ) -> tuple[list[list[int]], list[list[float]]]:
         """What `decode` returns, for at most as many rows as the largest size, of which none has more than `pages` pages."""
         width, vocabulary = self._width(pages), self.model.config.vocab_size
-        candidates = min(1 << (max(candidates, alternatives) - 1).bit_length(), vocabulary)
+        candidates = max(candidates, alternatives)
+        if candidates > 1:  # few sizes, because each is compiled for seconds and captured
+            candidates = min(max(FEWEST_CANDIDATES, 1 << (candidates - 1).bit_length()), vocabulary)
         alternatives = min(alternatives, vocabulary)
         rows = self.size_for(len(given), "rows")
         padded = np.zeros((rows, PAGES + width), np.int64)

@@ -3,18 +3,19 @@
 import pytest
 import torch
 
-from nanochat.inference.sampling import choose, random_key
+import nanochat_kernels as kernels
+from nanochat.inference.sampling import random_key
 
 
 def drawn(logits: list[float], temperature: float, top_k: int, draws: int = 2000) -> list[int]:
     """Tokens drawn from the same logits, each step with numbers of its own."""
     keys = torch.tensor([random_key(0, 0, [1])]).repeat(draws, 1)
     numbers = torch.arange(draws)
-    found, _, _ = choose(
+    found, _ = kernels.sample_tokens(
         torch.tensor([logits]).repeat(draws, 1), keys, numbers, torch.full((draws,), top_k),
         torch.full((draws,), temperature), min(max(top_k, 1), len(logits)), top_k == 0,
     )  # fmt: skip
-    return found.tolist()
+    return found[:, 0].tolist()
 
 
 def test_top_k_and_temperature():
@@ -30,9 +31,11 @@ def test_of_equal_logits_the_smaller_token_comes_first():
     logits = torch.tensor([[1.0, 2.0, -0.5, 2.0, 2.0, float("-inf")]])
     keys, zeros, ones = torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), torch.ones(1)
     for candidates in (1, 2, 6):
-        token, ranked, values = choose(logits, keys, zeros, ones.long(), ones, candidates, False)
-        assert token.item() == 1 and ranked[0].tolist() == [1, 3, 4, 0, 2, 5][:candidates]
-        assert values[0].tolist() == [2.0, 2.0, 2.0, 1.0, -0.5, float("-inf")][:candidates]
+        found, logprobs = kernels.sample_tokens(
+            logits, keys, zeros, ones.long(), ones, candidates, alternatives=candidates
+        )
+        assert found[0].tolist() == [1, 1, 3, 4, 0, 2, 5][: 1 + candidates]
+        torch.testing.assert_close(logprobs, logits.log_softmax(1).gather(1, found))
 
 
 def test_random_numbers_of_rows_are_independent():
@@ -40,7 +43,9 @@ def test_random_numbers_of_rows_are_independent():
     keys = torch.tensor([random_key(seed, sample, [seed % 3]) for seed in range(-40, 40) for sample in range(25)])
     zeros = torch.zeros(2000, 4)
     found = [
-        choose(zeros, keys, torch.full((2000,), step), torch.zeros(2000).long(), torch.ones(2000), 1, True)[0]
+        kernels.sample_tokens(
+            zeros, keys, torch.full((2000,), step), torch.zeros(2000).long(), torch.ones(2000), 1, True
+        )[0][:, 0]
         for step in range(2)
     ]
     for tokens in (*found, (found[0] - found[1]) % 4, (found[0] - found[0].roll(1)) % 4):
