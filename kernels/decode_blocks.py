@@ -94,7 +94,7 @@ def run(
         memory = torch.empty(most * of_row, dtype=torch.float32, device=x.device)
         rounded = torch.empty(most * (heads * head + hidden), dtype=x.dtype, device=x.device)
         made = launches_of(layers, rows, x.device.type)
-        counters = torch.zeros(len(made), dtype=torch.int32, device=x.device)
+        counters = torch.zeros(len(made), 4, dtype=torch.int32, device=x.device)  # each at a multiple of 16 bytes
         for counter, (first_phase, last_phase, first_layer, last_layer) in zip(counters, made, strict=True):
             alone = first_phase == last_phase == ATTEND  # whose programs need not wait for each other
             launch(
