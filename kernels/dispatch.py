@@ -53,11 +53,6 @@ def choose(operation: Operation, impl: str, *arguments) -> Callable:
     return implementation.prepared(*arguments)
 
 
-def serves(operation: str, *arguments) -> bool:
-    """Return whether "auto" takes a fused implementation for these arguments."""
-    return automatic(operations()[operation], *arguments)[0] != "reference"
-
-
 def serve(operation: Operation, impl: str, check: Callable[..., None], *arguments):
     """Check the arguments, choose an implementation, run it and return its result.
 

@@ -109,8 +109,8 @@ def launches(key, dtype: torch.dtype, device: torch.device):
 
 KERNELS = (
     Kernel(
-        # one class, so that a row's logits are the same among any number of rows
-        "softcapped_logits_few_rows", DTYPES[:2], tuple((64, VOCABULARY, width) for width in TUNED_WIDTHS),
+        "softcapped_logits_few_rows", DTYPES[:2],
+        tuple((rows, VOCABULARY, width) for width in TUNED_WIDTHS for rows in (16, 64)),
         FEW_ROWS_SPACE, launches, ((9, 1001, 40), (1, 4096, 768), *((16, VOCABULARY, width) for width in MORE_WIDTHS)), few_rows=True,
     ),
 )  # fmt: skip

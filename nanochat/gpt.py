@@ -96,8 +96,6 @@ class Cache(Protocol):
     """What the model needs from a key/value cache; nanochat/inference/cache.py implements it."""
 
     lengths: Tensor  # (B,) tokens of each row before this forward pass
-    whole: tuple[Tensor, Tensor, Tensor, Tensor] | None
-    """keys and values (L, N, P, G, D), `lengths` with −1 for rows without a conversation, and pages (B, n), if kernels may read them"""
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Store k and v (B, T, G, D) of a layer; return its keys and values in pages (N, P, G, D), each row's number of them (B,), and
@@ -318,29 +316,9 @@ class GPT(nn.Module):
             raise UserError(f"{tokens.size(1)} tokens exceed the {self.positions} positions of the model")
         x = self.embedding(tokens).to(self.compute_dtype)
         x, rstd = kernels.rms_norm(x, impl=self.config.impl.rms_norm), None
-        if tokens.size(1) == 1 and (decoded := self._decoded(x[:, 0], cache)) is not None:
-            return kernels.rms_norm(decoded[:, None], impl=self.config.impl.rms_norm)
         for block in self.blocks:
             x, rstd = block(x, rstd, self.cos, self.sin, cache)
         return kernels.rms_norm(x, impl=self.config.impl.rms_norm)
-
-    def _decoded(self, x: Tensor, cache: Cache | None) -> Tensor | None:
-        """x (B, C) after all blocks, computed by one kernel, or None where there is none or an operation is to be its reference."""
-        impl = self.config.impl
-        if (
-            cache is None
-            or cache.whole is None
-            or "reference" in (impl.qkv_projection, impl.attention, impl.output_projection, impl.relu2_mlp)
-        ):
-            return None
-        layers = (
-            (b.attention.query, b.attention.key, b.attention.value, b.attention.project, b.mlp.expand, b.mlp.project)
-            for b in self.blocks
-        )
-        keys, values, lengths, pages = cache.whole
-        weights = tuple(tuple(layer.operands(x.dtype)[0] for layer in block) for block in layers)
-        arguments = x, weights, self.cos, self.sin, keys, values, lengths, pages
-        return kernels.decode_blocks(*arguments) if kernels.serves("decode_blocks", *arguments) else None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The softcapped logits (…, V), in float32, for hidden states (…, C)."""

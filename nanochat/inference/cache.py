@@ -45,8 +45,6 @@ class CacheRows:
         self.keys, self.values, self.lengths, self.mirror = keys, values, lengths, mirror
         self.pages, page = pages.to(torch.int32), keys.size(2)
         self.places = pages.gather(1, (lengths // page)[:, None])[:, 0] * page + lengths % page
-        live = torch.where(self.pages[:, 0] == PADDING, -1, lengths)
-        self.whole = (keys, values, live, self.pages) if mirror is None else None
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Store k and v (B, T, G, D) behind the tokens of each row; returns keys and values (N, P, G, D), new lengths and pages."""

@@ -28,7 +28,7 @@ from nanochat.tokenizer.bpe import Tokenizer
 CHUNKS = {"cuda": 8, "cpu": 4}  # of prompts in a step: few, so that decoded rows do not wait long for their next token
 # sizes of a pass over chunks and over rows; more of them take several passes in a step
 CHUNKS_AT_ONCE = {"cuda": (2, 8, 16, 32), "cpu": (1, 2, 4)}
-STEP_ROWS = {"cuda": (64, 16), "cpu": (16, 64)}
+STEP_ROWS = {"cuda": (64,), "cpu": (16, 64)}
 MOST_ROWS = {"cuda": 256, "cpu": 64}
 PAGE = {"cuda": 128, "cpu": 64}  # tokens of a page, and of the chunks in which prompts are computed
 LEAST_PAGES = 16  # by which the cache grows

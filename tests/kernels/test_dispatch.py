@@ -253,8 +253,8 @@ for name in sys.argv[1:]:
         targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
         print(name, sum("triton_kernel_wrapper" in x for x in targets), [x for x in targets if "nanochat" in x])
 """
-# newton_schulz may be opaque to Inductor; the optimizer's operations change their arguments and are not compiled, nor is decoding
-NOT_TRACED = ("decode_blocks", "newton_schulz", "nesterov_momentum", "apply_update", "adamw")
+# newton_schulz may be opaque to Inductor; the optimizer's operations change their arguments and are not compiled
+NOT_TRACED = ("newton_schulz", "nesterov_momentum", "apply_update", "adamw")
 # products and attention, which Inductor could not fuse anyway, in forward and in backward; the norm of their input is not among them
 OPAQUE = {
     "softcapped_logits": (["softcapped_logits_forward"], []),
