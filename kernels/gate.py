@@ -8,8 +8,9 @@ a chunk of rows at a time. `read` rejects a file of another machine, of other ve
 import json
 import re
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -80,7 +81,7 @@ def compared(trial: Trial, found: Sequence[Tensor], upstream: Sequence[Tensor], 
             absolute = len(trial.in_place) <= number < len(upstream)
             epsilon = trial.epsilon * (1.0 if absolute else true.abs())
             epsilon += trial.cancellation * (number >= len(upstream))
-            wrong = over_budget(found[number][rows], true, plain, epsilon, apart.get(number))
+            wrong = over_budget(found[number][rows], true, plain, epsilon, apart.get(number), trial.fewest_rows)
             if wrong:
                 where = "" if rows is ... else f", rows {rows.start} to {rows.stop - 1}"
                 return f"{name_of(number, trial, upstream)}{where}: {wrong}"
@@ -177,55 +178,91 @@ def examine_operation(
 ) -> dict[str, Any]:
     """The choice for one operation: impl, why, milliseconds, and what is wrong ("faults") by implementation.
 
-    Raises GateError where a trial's inputs, or their comparison in float64, do not fit into the memory: nothing is known then.
+    Raises GateError where not even one row can be compared in float64, or the inputs at the shape do not fit into the memory.
     """
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        # the same result each time; not the seed of the upstream gradients, which would then equal the inputs
-        torch.manual_seed(1)
-        try:
-            ms, failures = tried(operation, operation.trials(shape, device, dtype))
-        except torch.OutOfMemoryError as error:
-            raise GateError(
-                f"{operation.name} could not be judged at {shape.rows} rows of {shape.tokens} tokens: its inputs and the "
-                "comparison with the reference in float64 do not fit into the memory; end other programs that use this device, "
-                "or judge fewer rows with: nanochat kernels gate --device-batch-size"
-            ) from error
+    failures = judged(operation, shape, device, dtype)
+    try:
+        ms = timed(operation, shape, device, dtype, failures)
+    except torch.OutOfMemoryError as error:
+        raise GateError(
+            f"{operation.name} could not be timed at {shape.rows} rows of {shape.tokens} tokens: its inputs do not fit into the memory; end "
+            "other programs that use this device, or ask for fewer rows with: nanochat kernels gate --device-batch-size"
+        ) from error
     why = ", ".join(f"{name} {time:.3f} ms" for name, time in sorted(ms.items(), key=lambda item: item[1]))
     why += "".join(f"; {name}: {wrong}" for name, wrong in failures.items())
     return {"impl": min(ms, key=ms.__getitem__, default="reference"), "why": why, "ms": ms, "faults": failures}
 
 
-def tried(operation: Operation, trials: Iterable[Trial]) -> tuple[dict[str, float], dict[str, str]]:
-    """(milliseconds over all timed trials of the implementations that are right, what is wrong with the others)."""
-    ms: dict[str, float] = {}
-    failures: dict[str, str] = {}
-    for trial in trials:
-        correct = {"reference": operation.reference}
-        for name in operation.implementations:
-            function = partial(operation.function, impl=name)
-            try:
-                wrong = disagreement(trial, function, operation.reference) if trial.judged else failures.get(name)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # whatever a kernel fails with on this machine, the run continues without it
-                wrong = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            if wrong:
-                failures.setdefault(name, wrong)
-            else:
-                correct[name] = function
-        on_gpu = trial.inputs[0].is_cuda
-        if trial.timed:
-            if on_gpu and trial.differentiable:  # the model is compiled, the optimizer is not
-                correct["reference"] = torch.compile(operation.reference, dynamic=False)
-            times = times_that_fit(trial, correct, operation.reference)
-            for name in correct:
-                if name in times:
-                    ms[name] = ms.get(name, 0.0) + times[name]
-                else:
-                    failures.setdefault(name, OUT_OF_MEMORY)
-        if on_gpu:
+@contextmanager
+def same_numbers(device: torch.device) -> Iterator[None]:
+    """A block with the same random numbers each time, after which those of others continue."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(1)  # not the seed of the upstream gradients, which would then equal the inputs
+        yield
+
+
+def judged(operation: Operation, shape: RunShape, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """What is wrong with each implementation that is not right, at the shape, or with half of its rows, a quarter … where the
+    comparison with the reference in float64 does not fit into the memory."""
+    rows = shape.rows
+    while True:
+        try:
+            return _faults(operation, replace(shape, rows=rows), device, dtype)
+        except torch.OutOfMemoryError as error:
+            if rows == 1:
+                raise GateError(
+                    f"{operation.name} could not be judged at one row of {shape.tokens} tokens: its inputs and the comparison with "
+                    "the reference in float64 do not fit into the memory; end other programs that use this device"
+                ) from error
+        rows //= 2
+        if device.type == "cuda":
             torch.cuda.empty_cache()
-    return {name: time for name, time in ms.items() if name not in failures}, failures
+
+
+def _faults(operation: Operation, shape: RunShape, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    found: dict[str, str] = {}
+    with same_numbers(device):
+        for trial in operation.trials(shape, device, dtype):
+            for name in operation.implementations if trial.judged else ():
+                wrong = fault_of(trial, partial(operation.function, impl=name), operation.reference)
+                if wrong:
+                    found.setdefault(name, wrong)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    return found
+
+
+def fault_of(trial: Trial, function: Callable, reference: Callable) -> str | None:
+    """What is wrong with an implementation in a trial, or None."""
+    try:
+        return disagreement(trial, function, reference)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a kernel fails with on this machine, the run continues without it
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def timed(
+    operation: Operation, shape: RunShape, device: torch.device, dtype: torch.dtype, failures: dict[str, str]
+) -> dict[str, float]:
+    """The milliseconds over all timed trials of the reference and of the implementations without failures. What does not fit into the
+    memory at the shape becomes a failure."""
+    ms: dict[str, float] = {}
+    with same_numbers(device):
+        for trial in operation.trials(shape, device, dtype):
+            if trial.timed:
+                able = {n: partial(operation.function, impl=n) for n in operation.implementations if n not in failures}
+                # the model is compiled, the optimizer is not
+                compiles = device.type == "cuda" and trial.differentiable
+                able["reference"] = (
+                    torch.compile(operation.reference, dynamic=False) if compiles else operation.reference
+                )
+                times = times_that_fit(trial, able, operation.reference)
+                failures |= dict.fromkeys(able.keys() - times.keys(), OUT_OF_MEMORY)
+                ms = {name: ms.get(name, 0.0) + time for name, time in times.items()}
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    return {name: time for name, time in ms.items() if name not in failures}
 
 
 def fastest_fused(choice: dict[str, Any]) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanochat_kernels.oracle import FEWEST_ROWS
+
 MODEL_WIDTHS = {"d12": 768, "d20": 1280, "d26": 1664, "d32": 2048}
 """the models at whose widths operations are measured and compiled ahead of time"""
 TUNED_WIDTHS = (768, 1280, 2048)
@@ -105,6 +107,8 @@ class Trial:
     """error that the operation documents and may add to each element of a result"""
     cancellation: float = 0.0
     """absolute error that each element of a gradient may have besides, where terms of a sum in float32 cancel"""
+    fewest_rows: int = FEWEST_ROWS
+    """rows of a group of similar magnitude whose errors are compared together; see oracle.over_budget"""
     apart: Callable[[tuple], Mapping[int, Tensor]] | None = None
     """(inputs, or a chunk of their rows) → masks of elements that are compared separately because their magnitude differs, such as
     the gradient of the target's logit. A key is the number of a result or, counting on, of the gradient of a rowwise input."""

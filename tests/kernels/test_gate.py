@@ -24,7 +24,7 @@ PLANTED_FAULTS = {
     "hash of the sources not compared": ("gate", '"kernels": sources_hash()', '"kernels": ""',
      "test_the_hash_is_of_sources_and_tables"),
     "a comparison that does not fit counts against the implementation": (
-     "gate", "            except torch.OutOfMemoryError:\n                raise\n", "",
+     "gate", "    except torch.OutOfMemoryError:\n        raise\n    except Exception", "    except Exception",
      "test_a_comparison_that_does_not_fit_does_not_count_against_the_implementation"),
 }  # fmt: skip
 SHAPE = RunShape(rows=8, tokens=256, width=256, heads=2, kv_heads=1, vocab=1024, depth=2) if GPU else RunShape(
@@ -124,8 +124,29 @@ def test_an_implementation_that_runs_out_of_memory_is_not_chosen(monkeypatch):
 @pytest.mark.parametrize("name", ["in_float64", "over_budget", "upstream_of"])
 def test_a_comparison_that_does_not_fit_does_not_count_against_the_implementation(monkeypatch, name):
     monkeypatch.setattr(gate, name, out_of_memory)
-    with pytest.raises(gate.GateError, match=r"rms_norm could not be judged .* do not fit .* gate --device-batch-size"):
+    with pytest.raises(gate.GateError, match=r"rms_norm could not be judged at one row .* do not fit"):
         examined(monkeypatch, "rms_norm")
+
+
+def test_fewer_rows_are_judged_where_all_do_not_fit(monkeypatch):
+    """And all of them are timed."""
+    operation, sizes = operations()["rms_norm"], {"judged": [], "timed": []}
+    in_float64, milliseconds = gate.in_float64, gate.milliseconds
+
+    def fits_half(x):
+        sizes["judged"].append(len(x))
+        return out_of_memory() if len(x) > SHAPE.rows * SHAPE.tokens // 2 else in_float64(x)
+
+    def measured(trial, *others):
+        sizes["timed"].append(len(trial.inputs[0]))
+        return milliseconds(trial, *others)
+
+    monkeypatch.setattr(gate, "CHUNK", 2**30)
+    monkeypatch.setattr(gate, "in_float64", fits_half)
+    monkeypatch.setattr(gate, "milliseconds", measured)
+    choice = gate.examine_operation(operation, SHAPE, *WHERE)
+    assert not choice["faults"] and choice["ms"].keys() == {"triton", "reference"}
+    assert max(sizes["judged"]) == 2 * min(sizes["judged"]) and max(sizes["timed"]) == max(sizes["judged"])
 
 
 @pytest.mark.parametrize("part", ["judge", "trials"])
