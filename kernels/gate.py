@@ -185,8 +185,8 @@ def examine_operation(
         ms = timed(operation, shape, device, dtype, failures)
     except torch.OutOfMemoryError as error:
         raise GateError(
-            f"{operation.name} could not be timed at {shape.rows} rows of {shape.tokens} tokens: its inputs do not fit into the memory; end "
-            "other programs that use this device, or ask for fewer rows with: nanochat kernels gate --device-batch-size"
+            f"{operation.name} could not be timed at {shape.rows} rows of {shape.tokens} tokens: its inputs do not fit into the "
+            "memory; end other programs that use this device, or ask for fewer rows with: nanochat kernels gate --device-batch-size"
         ) from error
     why = ", ".join(f"{name} {time:.3f} ms" for name, time in sorted(ms.items(), key=lambda item: item[1]))
     why += "".join(f"; {name}: {wrong}" for name, wrong in failures.items())
