@@ -1,23 +1,13 @@
 """The launches that reference_test.cpp checks: those of every kernel with every set of its flags, at small shapes.
 
-python -m tests.native.cases write FILE MANIFEST    write the launches that the library with this manifest.json has code for
-python -m tests.native.cases check LIBRARY FILE     check the C++ references against Triton's interpreter, without a GPU
-
 A launch is recorded as inspect does it: the arguments, strides and grids are those of Python. The shapes are those of the launch tables
-that are small, and of OWN where a table has none.
+that are small, and those of OWN where a table has none, or where sm_90 leaves the small ones to torch.
 """
 
-import ctypes
 import importlib
-import itertools
-import json
 import math
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,16 +17,14 @@ from nanochat_kernels import (
     configs,
     cross_entropy_kernels,
     dispatch,
-    export,
     folded_norm,
     fused_cross_entropy_kernels,
     inspect,
-    library,
     qkv_projection_kernels,
     scaled_product,
 )
 from nanochat_kernels.operation import Kernel
-from nanochat_kernels.triton_helpers import Launch, recorded_launches, triton
+from nanochat_kernels.triton_helpers import Launch, triton
 
 # the package's attributes with these names are functions
 rms_norm, qk_norm_rope, cache_append, linear, qkv = (
@@ -50,14 +38,6 @@ Runs = dict[str, Callable[[dict[str, int] | None], object]]
 """what Kernel.launches returns: functions of launch parameters, by flags"""
 
 
-class Case(NamedTuple):
-    """The launches that one call makes, of which the kernel with this name in the launch tables is the first."""
-
-    kernel: str
-    flags: str
-    launches: list[Launch]
-
-
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=META)
 
@@ -69,12 +49,15 @@ def norm_forward(dtype: torch.dtype) -> Iterator[tuple[str, Runs]]:
         def forward(parameters, x=x, update=None, keep_rstd=True, result=dtype):
             return rms_norm.forward_plan(x, update, keep_rstd, result, parameters)(x, update)
 
-        yield f"{width}", {
-            "rstd": forward,
-            "no rstd": partial(forward, keep_rstd=False),
-            "add, rstd": partial(forward, update=update),
-            "autocast": partial(forward, update=update, result=torch.float32),
-        }
+        yield (
+            f"{width}",
+            {
+                "rstd": forward,
+                "no rstd": partial(forward, keep_rstd=False),
+                "add, rstd": partial(forward, update=update),
+                "autocast": partial(forward, update=update, result=torch.float32),
+            },
+        )
 
 
 def norm_backward(dtype: torch.dtype) -> Iterator[tuple[str, Runs]]:
@@ -85,15 +68,21 @@ def norm_backward(dtype: torch.dtype) -> Iterator[tuple[str, Runs]]:
             return rms_norm.backward_plan(dy, dtotal, y, rstd, dtype, parameters)(dy, dtotal, y, rstd)
 
         wide = {"y": y.float(), "dy": dy.float()}
-        yield f"{width}", {
-            "norm": backward,
-            "add": partial(backward, dtotal=dtotal),
-            "autocast": partial(backward, dtotal=dtotal, **wide),
-        }
+        yield (
+            f"{width}",
+            {
+                "norm": backward,
+                "add": partial(backward, dtotal=dtotal),
+                "autocast": partial(backward, dtotal=dtotal, **wide),
+            },
+        )
 
 
 def row_rstd(dtype: torch.dtype) -> Iterator[tuple[str, Runs]]:
-    yield from ((f"{width}", {"rstd": partial(folded_norm.row_rstd, empty(80, width, dtype=dtype))}) for width in (1280, 96, 5001))
+    yield from (
+        (f"{width}", {"rstd": partial(folded_norm.row_rstd, empty(80, width, dtype=dtype))})
+        for width in (1280, 96, 5001)
+    )
 
 
 def finish_rows(dtype: torch.dtype) -> Iterator[tuple[str, Runs]]:
@@ -109,7 +98,9 @@ def rope(dtype: torch.dtype, backward: bool) -> Iterator[tuple[str, Runs]]:
         rstd, offsets = empty(heads, 2, 16), empty(2, dtype=torch.int64)
 
         def forward(parameters, offsets=None, rstd=True, result=dtype, q=q, k=k, cos=cos, sin=sin):
-            return qk_norm_rope.forward_plan(q, k, cos, 3, offsets, rstd, result, result, parameters)(q, k, cos, sin, offsets)
+            return qk_norm_rope.forward_plan(q, k, cos, 3, offsets, rstd, result, result, parameters)(
+                q, k, cos, sin, offsets
+            )
 
         def back(parameters, dq=dq, dk=dk, offsets=None, q=q, k=k, rstd=rstd, cos=cos, sin=sin):
             plan = qk_norm_rope.backward_plan(q, k, dq, dk, cos, 3, offsets, dtype, dtype, parameters)
@@ -120,8 +111,9 @@ def rope(dtype: torch.dtype, backward: bool) -> Iterator[tuple[str, Runs]]:
             "both": back, "offsets": partial(back, offsets=offsets), "dq alone": partial(back, dk=None),
             "dk alone": partial(back, dq=None), "autocast": partial(back, **wide),
         } if backward else {
-            "rstd": forward, "no rstd": partial(forward, rstd=False), "offsets": partial(forward, q=q[:, :1], k=k[:, :1], offsets=offsets, rstd=False),
-            "offsets, rstd": partial(forward, offsets=offsets), "autocast": partial(forward, result=torch.float32),
+            "rstd": forward, "no rstd": partial(forward, rstd=False), "offsets, rstd": partial(forward, offsets=offsets),
+            "offsets": partial(forward, q=q[:, :1], k=k[:, :1], offsets=offsets, rstd=False),
+            "autocast": partial(forward, result=torch.float32),
         }  # fmt: skip
 
 
@@ -166,17 +158,20 @@ def attention_forward(dtype: torch.dtype) -> Iterator[tuple[str, Runs]]:
         pages = [q, *(attention_launches.in_pages(x) for x in (k, v))]
         table, bound = empty(2, 3, dtype=torch.int32), math.sqrt(width)
         run = partial(partial, attention_launches.forward)
-        yield f"{width}", {
-            "training": run(q, k, v, None, None, bound, True),
-            "no lse": run(q, k, v, None, None, bound, False),
-            "ragged": run(*ragged, None, None, bound, True),
-            "no bound": run(q, k, v, None, None, None, True),
-            "prefill": run(q[:, :100], k, v, lengths, None, bound, False),
-            "prefill, no bound": run(q[:, :100], k, v, lengths, None, None, False),
-            "prefill, pages": run(q[:, :100], *pages[1:], lengths, None, bound, False, pages=table),
-            "documents": run(q, k, v, None, starts, bound, True),
-            "documents, no bound": run(q, k, v, None, starts, None, True),
-        }
+        yield (
+            f"{width}",
+            {
+                "training": run(q, k, v, None, None, bound, True),
+                "no lse": run(q, k, v, None, None, bound, False),
+                "ragged": run(*ragged, None, None, bound, True),
+                "no bound": run(q, k, v, None, None, None, True),
+                "prefill": run(q[:, :100], k, v, lengths, None, bound, False),
+                "prefill, no bound": run(q[:, :100], k, v, lengths, None, None, False),
+                "prefill, pages": run(q[:, :100], *pages[1:], lengths, None, bound, False, pages=table),
+                "documents": run(q, k, v, None, starts, bound, True),
+                "documents, no bound": run(q, k, v, None, starts, None, True),
+            },
+        )
 
 
 def attention_decode(dtype: torch.dtype) -> Iterator[tuple[str, Runs]]:
@@ -184,14 +179,17 @@ def attention_decode(dtype: torch.dtype) -> Iterator[tuple[str, Runs]]:
     lengths, bound = empty(2, dtype=torch.int64), math.sqrt(128)
     pages, table = [attention_launches.in_pages(x) for x in (k, v)], empty(2, 5, dtype=torch.int32)
     run = partial(partial, attention_launches.decode)
-    yield "", {
-        "one token": run(q[:, :1], k, v, lengths, bound, False),
-        "one token, pages": run(q[:, :1], *pages, lengths, bound, False, pages=table),
-        "no bound": run(q[:, :1], k, v, lengths, None, False),
-        "all keys, lse": run(q[:, :1], k, v, None, bound, True),
-        "many tokens": run(q[:, :64], k, v, lengths, bound, False),
-        "many tokens, no bound": run(q[:, :64], k, v, lengths, None, False),
-    }
+    yield (
+        "",
+        {
+            "one token": run(q[:, :1], k, v, lengths, bound, False),
+            "one token, pages": run(q[:, :1], *pages, lengths, bound, False, pages=table),
+            "no bound": run(q[:, :1], k, v, lengths, None, False),
+            "all keys, lse": run(q[:, :1], k, v, None, bound, True),
+            "many tokens": run(q[:, :64], k, v, lengths, bound, False),
+            "many tokens, no bound": run(q[:, :64], k, v, lengths, None, False),
+        },
+    )
 
 
 def attention_gradient(dtype: torch.dtype, of_query: bool) -> Iterator[tuple[str, Runs]]:
@@ -203,13 +201,27 @@ def attention_gradient(dtype: torch.dtype, of_query: bool) -> Iterator[tuple[str
         projection = empty(rows), empty(6, rows), *tables, empty(9, rows), 16  # the library has multiples of 16
         starts, ends, lengths = *(empty(2, 384, dtype=torch.int32) for _ in range(2)), empty(2, dtype=torch.int64)
 
-        def run(limit=None, lengths=None, dlse=None, projection=projection, tokens=384, given=(q, k, v, dout, lse, delta), results=results):
+        def run(
+            limit=None,
+            lengths=None,
+            dlse=None,
+            projection=projection,
+            tokens=384,
+            given=(q, k, v, dout, lse, delta),
+            results=results,
+        ):
             x, statistics = [x[:, :tokens] for x in given[:4]], [x[..., :tokens].contiguous() for x in given[4:]]
-            to = [results] * 3 if projection else [torch.empty_like(x, memory_format=torch.contiguous_format) for x in x[:3]]
+            to = (
+                [results] * 3
+                if projection
+                else [torch.empty_like(x, memory_format=torch.contiguous_format) for x in x[:3]]
+            )
             if of_query:
                 more = torch.empty_like(x[3]), x[3], statistics[0], dlse, lengths, limit and limit[0], to[0], projection
                 return partial(attention_launches.query_gradient, *x[:3], *more)
-            return partial(attention_launches.key_gradients, *x, *statistics, lengths, limit and limit[1], *to[1:], projection)
+            return partial(
+                attention_launches.key_gradients, *x, *statistics, lengths, limit and limit[1], *to[1:], projection
+            )
 
         yield f"{width}", {
             "training": run(), "alone": run(projection=None, dlse=dlse), "documents": run((starts, ends)),
@@ -220,28 +232,51 @@ def attention_gradient(dtype: torch.dtype, of_query: bool) -> Iterator[tuple[str
 
 def cross_entropy(dtype: torch.dtype, which: str) -> Iterator[tuple[str, Runs]]:
     for width in (1024, 1023):
-        logits, targets, sums, factor = empty(45, width, dtype=dtype), empty(45, dtype=torch.int64), empty(45), empty(45)
+        logits, targets, sums, factor = (
+            empty(45, width, dtype=dtype),
+            empty(45, dtype=torch.int64),
+            empty(45),
+            empty(45),
+        )
         given = logits, targets
-        yield f"{width}", {
-            "on chip": {
-                "a factor": partial(cross_entropy_kernels.launch_on_chip, *given, factor[0], SOFTCAP, -1),
-                "no factor": partial(cross_entropy_kernels.launch_on_chip, *given, None, SOFTCAP, -1),
-            },
-            "sums": {"losses": partial(cross_entropy_kernels.launch_losses, *given, SOFTCAP, -1)},
-            "gradient": {
-                "one factor": partial(cross_entropy_kernels.launch_gradient, *given, sums, factor[0], SOFTCAP, -1),
-                "a factor per row": partial(cross_entropy_kernels.launch_gradient, *given, sums, factor, SOFTCAP, -1),
-            },
-        }[which]
+        yield (
+            f"{width}",
+            {
+                "on chip": {
+                    "a factor": partial(cross_entropy_kernels.launch_on_chip, *given, factor[0], SOFTCAP, -1),
+                    "no factor": partial(cross_entropy_kernels.launch_on_chip, *given, None, SOFTCAP, -1),
+                },
+                "sums": {"losses": partial(cross_entropy_kernels.launch_losses, *given, SOFTCAP, -1)},
+                "gradient": {
+                    "one factor": partial(cross_entropy_kernels.launch_gradient, *given, sums, factor[0], SOFTCAP, -1),
+                    "a factor per row": partial(
+                        cross_entropy_kernels.launch_gradient, *given, sums, factor, SOFTCAP, -1
+                    ),
+                },
+            }[which],
+        )
 
 
 def loss_rows(_: torch.dtype) -> Iterator[tuple[str, Runs]]:
-    sums, targets, logits, losses, coefficients = empty(3, 272), empty(272, dtype=torch.int64), *(empty(272) for _ in range(3))
+    sums, targets, logits, losses, coefficients = (
+        empty(3, 272),
+        empty(272, dtype=torch.int64),
+        *(empty(272) for _ in range(3)),
+    )
     gradient, factor = empty(272, 192, dtype=torch.bfloat16), empty(272)
 
     def run(factor: Tensor | None, coefficients: Tensor | None):
         return partial(
-            fused_cross_entropy_kernels.launch_rows, sums, targets, logits, factor, losses, gradient, coefficients, SOFTCAP, -1
+            fused_cross_entropy_kernels.launch_rows,
+            sums,
+            targets,
+            logits,
+            factor,
+            losses,
+            gradient,
+            coefficients,
+            SOFTCAP,
+            -1,
         )
 
     yield "", {
@@ -271,14 +306,22 @@ def scaled(symmetric: bool, _: torch.dtype) -> Iterator[tuple[str, Runs]]:
         x, y, plus = (empty(batch, size, size, dtype=dtype) for _ in range(3))
 
         def run(x_transposed: bool, y_transposed: bool, adds: bool, gamma: float, given=(x, y, plus), found=found):
-            options = {"x_transposed": x_transposed, "y_transposed": y_transposed, "symmetric": symmetric, "parameters": found}
+            options = {
+                "x_transposed": x_transposed,
+                "y_transposed": y_transposed,
+                "symmetric": symmetric,
+                "parameters": found,
+            }
             numbers = {"alpha": 0.5, "beta": 2.0 if adds else 0.0, "gamma": gamma}
             return lambda _: scaled_product.scaled_product(*given[:2], given[2] if adds else None, **numbers, **options)
 
-        yield f"{size}", {
-            f"x{'ᵀ' * x_t}·y{'ᵀ' * y_t}{', plus' * adds}{', diagonal' * bool(gamma)}": run(x_t, y_t, adds, gamma)
-            for x_t, y_t, adds, gamma in combinations
-        }
+        yield (
+            f"{size}",
+            {
+                f"x{'ᵀ' * x_t}·y{'ᵀ' * y_t}{', plus' * adds}{', diagonal' * bool(gamma)}": run(x_t, y_t, adds, gamma)
+                for x_t, y_t, adds, gamma in combinations
+            },
+        )
 
 
 def rows_product(name: str, dtype: torch.dtype) -> Iterator[tuple[str, Runs]]:
@@ -296,11 +339,13 @@ def rows_product(name: str, dtype: torch.dtype) -> Iterator[tuple[str, Runs]]:
 OWN: dict[str, Callable[[torch.dtype], Iterator[tuple[str, Runs]]]] = {
     "rms_norm_forward": norm_forward, "rms_norm_backward": norm_backward,
     "qk_norm_rope_forward": partial(rope, backward=False), "qk_norm_rope_backward": partial(rope, backward=True),
-    "row_rstd": row_rstd, "finish_rows": finish_rows, "qkv_projection": qkv_projection, "qkv_backward": qkv_backward, "attention_forward": attention_forward, "attention_decode": attention_decode,
+    "row_rstd": row_rstd, "finish_rows": finish_rows, "qkv_projection": qkv_projection, "qkv_backward": qkv_backward,
+    "attention_forward": attention_forward, "attention_decode": attention_decode,
     "attention_query_gradient": partial(attention_gradient, of_query=True),
     "attention_key_gradients": partial(attention_gradient, of_query=False),
     "cross_entropy_on_chip": partial(cross_entropy, which="on chip"), "cross_entropy_sums": partial(cross_entropy, which="sums"),
-    "cross_entropy_gradient": partial(cross_entropy, which="gradient"), "cross_entropy_rows": loss_rows, "cross_entropy_target_rows": target_rows,
+    "cross_entropy_gradient": partial(cross_entropy, which="gradient"), "cross_entropy_rows": loss_rows,
+    "cross_entropy_target_rows": target_rows,
     "cache_append": append, "symmetric_product": partial(scaled, True), "matrix_product": partial(scaled, False),
     **{name: partial(rows_product, name) for name in ("linear_cross_entropy_input_gradient", "output_projection_input_gradient")},
 }  # fmt: skip
@@ -308,27 +353,6 @@ OWN: dict[str, Callable[[torch.dtype], Iterator[tuple[str, Runs]]]] = {
 
 def kernel_named(name: str) -> Kernel:
     return next(kernel for kernel in dispatch.tunable_kernels() if kernel.name == name)
-
-
-SHARED = {"second": "first", "rate": "clip"}
-"""inputs that the launchers' test data share: each gets a memory of its own, so that one for the other is noticed"""
-
-
-def apart(launch: Launch) -> Launch:
-    """Return a launch with inputs that share no memory."""
-    places = {name.removesuffix("_ptr").removesuffix("_desc"): i for i, name in enumerate(launch.kernel.arg_names)}
-    given = list(launch.arguments)
-
-    def same(one: str, other: str) -> bool:
-        x, y = (memory(given[places[name]]) if name in places else None for name in (one, other))
-        return x is not None and y is not None and x.untyped_storage()._cdata == y.untyped_storage()._cdata
-
-    for one, other in SHARED.items():
-        if same(one, other) and not same(one, "out"):  # that of what a kernel does not read is any other
-            x = given[places[one]]
-            base = torch.empty_strided(memory(x).shape, memory(x).stride(), dtype=memory(x).dtype, device=META)
-            given[places[one]] = base if isinstance(x, Tensor) else replace(x, base=base)
-    return launch._replace(arguments=tuple(given))
 
 
 def memory(x: object) -> Tensor | None:
@@ -343,21 +367,11 @@ def elements(launch: Launch) -> int:
 def small(kernel: Kernel, dtype: torch.dtype) -> Iterator[tuple[str, Runs]]:
     """Yield the shape classes of the launch tables whose launches are small."""
     for key in (*kernel.keys, *kernel.more_keys):
-        if max((elements(x) for found in inspect.record(kernel, key, dtype).values() for x in found), default=0) < SMALL:
+        if (
+            max((elements(x) for found in inspect.record(kernel, key, dtype).values() for x in found), default=0)
+            < SMALL
+        ):
             yield configs.format_key(key), kernel.launches(key, dtype, META)
-
-
-def cases(architecture: str) -> Iterator[Case]:
-    """Yield the launches of every kernel with every set of its flags, with the launch parameters of an architecture."""
-    with configs.tables_of(architecture):
-        for kernel in dispatch.tunable_kernels():
-            dtype = kernel.dtypes[0]
-            for shape, runs in OWN.get(kernel.name, partial(small, kernel))(dtype):
-                for flags, run in runs.items():
-                    with recorded_launches() as launches:
-                        run(None)
-                    if launches:  # sm_90 leaves some products to torch
-                        yield Case(kernel.name, ", ".join(filter(None, (shape, flags))), list(map(apart, launches)))
 
 
 def flat(launch: Launch) -> Iterator[tuple[str, object]]:
@@ -365,87 +379,3 @@ def flat(launch: Launch) -> Iterator[tuple[str, object]]:
     for name, given in zip(launch.kernel.arg_names, launch.arguments, strict=False):
         parts = ((f"{name}.{i}", x) for i, x in enumerate(given)) if isinstance(given, tuple) else ((name, given),)
         yield from ((name, x) for name, x in parts if not isinstance(x, triton.language.constexpr))
-
-
-def described(x: object, numbers: dict[int, int]) -> str:
-    """Return an argument in the words of case.h; numbers: the memories so far, by their addresses."""
-    if x is None:
-        return "none"
-    if isinstance(x, int | float):
-        return f"{'integer' if isinstance(x, int) else 'number'} {x!r}"
-    base, is_tensor = memory(x), isinstance(x, Tensor)
-    shape, strides = x.shape, x.stride() if is_tensor else x.strides
-    number = numbers.setdefault(base.untyped_storage()._cdata, len(numbers))
-    words = number, base.storage_offset(), library.DTYPES[base.dtype], len(shape), *shape, *strides
-    return ("pointer " if is_tensor else "matrix ") + " ".join(map(str, words))
-
-
-def write(path: Path, manifest: Path) -> None:
-    """Write the cases of a library. Raises LookupError if it has all kernels but lacks a launch of a case."""
-    lines = []
-    for architecture, part in json.loads(manifest.read_text("utf-8"))["architectures"].items():
-        names = {entry["kernel"] for entry in part["entries"]}
-        for number, case in enumerate(cases(architecture)):
-            if case.kernel not in names:
-                continue
-            numbers, text = {}, []
-            for x in case.launches:
-                name = library.identity(x.kernel, x.constants, export.fixed_of(x))
-                if name not in part["kernels"]:
-                    raise LookupError(f"the library has no code for {architecture} {case.kernel} {case.flags}, {x.kernel.__name__}")
-                text.append(f"launch {name} {x.kernel.__name__} {' '.join(map(str, (*x.grid, 1, 1)[:3]))}")
-                text += [f"argument {name} {described(given, numbers)}" for name, given in flat(x)]
-            storages = [memory(given).untyped_storage() for x in case.launches for _, given in flat(x) if memory(given) is not None]
-            sizes = {numbers[storage._cdata]: storage.nbytes() for storage in storages}
-            head = f'case {architecture.removeprefix("sm")} {number} {case.kernel} "{case.flags}"'
-            lines += [head, f"memories {len(sizes)} " + " ".join(str(sizes[i]) for i in range(len(sizes))), *text, "end"]
-    path.write_text("\n".join(lines) + "\n", "utf-8")
-
-
-def check(path: str, file: str) -> int:
-    """Check the C++ references against the kernels under Triton's interpreter; returns how many checks failed."""
-    driver = ctypes.CDLL("libcuda.so.1")  # fake_driver.cpp
-    driver.fake_set_context.argtypes = (ctypes.c_ulonglong,)
-    driver.fake_set_context(1)
-    known = {architecture: list(cases(f"sm{architecture}")) for architecture in (80, 90)}
-    seen = set()
-    interpreted = triton.runtime.interpreter.InterpretedFunction
-
-    def compute(architecture: int, number: int, memories) -> int:
-        case = known[architecture][number]
-        launches = case.launches
-        kind = case.kernel, case.flags, *((x.kernel, *(type(given) for _, given in flat(x))) for x in launches)
-        if kind in seen or not all(isinstance(x.kernel, interpreted) for x in launches):
-            return 0  # with other tiles only, or in Gluon, which has no interpreter
-        seen.add(kind)
-        numbers = {}
-        for x in launches:
-            for _, given in flat(x):
-                described(given, numbers)
-        for x in launches:
-            x.kernel[x.grid](*(on_host(given, memories, numbers) for given in x.arguments), **x.constants)
-        return 1
-
-    callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_void_p))
-    return ctypes.CDLL(path).check_references(file.encode(), callback(compute))
-
-
-def on_host(x: object, memories, numbers: dict[int, int]) -> object:
-    """Return an argument of a launch with its elements in the memories that the C++ test has filled."""
-    if isinstance(x, tuple):
-        return tuple(on_host(part, memories, numbers) for part in x)
-    base = memory(x)
-    if base is None:
-        return x
-    storage = base.untyped_storage()
-    content = (ctypes.c_uint8 * max(storage.nbytes(), 16)).from_address(memories[numbers[storage._cdata]])
-    whole = torch.frombuffer(content, dtype=torch.uint8).view(base.dtype)
-    here = whole.as_strided(base.shape, base.stride(), base.storage_offset())
-    return here if isinstance(x, Tensor) else replace(x, base=here)
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == "write":
-        write(Path(sys.argv[2]), Path(sys.argv[3]))
-    else:
-        sys.exit(check(*sys.argv[2:4]) and 1)

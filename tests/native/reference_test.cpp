@@ -1,9 +1,9 @@
 // Every kernel of the library against plain C++.
 //
-//   reference_test FILE    on a GPU, with the launches that tests/native/cases.py has written for this library
+//   reference_test FILE    on a GPU, with the launches that tests/native/references.py has written for this library
 //
 // sm_80's code runs on every GPU since the A100, as a cubin or as PTX; sm_90's on an H100 or H200. Without a GPU
-// tests/native/cases.py calls check_references: the launches are made with the fake driver, and Triton's interpreter computes
+// tests/native/references.py calls check_references: the launches are made with the fake driver, and Triton's interpreter computes
 // the results.
 #include <fstream>
 #include <map>
@@ -104,7 +104,7 @@ bool run_on_gpu(Case& c) {
 void check_cases(const char* path, int most, const Run& run) {
     std::ifstream file(path);
     if (!file) {
-        throw std::runtime_error(std::string(path) + " cannot be read; python -m tests.native.cases writes it");
+        throw std::runtime_error(std::string(path) + " cannot be read; python -m tests.native.references writes it");
     }
     std::set<std::pair<std::string, int>> covered;
     for (Case c; c.read(file); c = Case()) {
