@@ -43,8 +43,8 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def norm_forward(dtype: torch.dtype) -> Iterator[tuple[str, Runs]]:
-    for width in (1280, 100):
-        x, update = empty(77, width, dtype=dtype), empty(77, width, dtype=dtype)
+    for width, rows in ((1280, 77), (100, 80)):
+        x, update = empty(rows, width, dtype=dtype), empty(rows, width, dtype=dtype)
 
         def forward(parameters, x=x, update=None, keep_rstd=True, result=dtype):
             return rms_norm.forward_plan(x, update, keep_rstd, result, parameters)(x, update)
@@ -61,8 +61,8 @@ def norm_forward(dtype: torch.dtype) -> Iterator[tuple[str, Runs]]:
 
 
 def norm_backward(dtype: torch.dtype) -> Iterator[tuple[str, Runs]]:
-    for width in (1280, 100):
-        dy, dtotal, y, rstd = *(empty(77, width, dtype=dtype) for _ in range(3)), empty(77)
+    for width, rows in ((1280, 77), (100, 80)):
+        dy, dtotal, y, rstd = *(empty(rows, width, dtype=dtype) for _ in range(3)), empty(rows)
 
         def backward(parameters, dtotal=None, y=y, dy=dy, rstd=rstd):
             return rms_norm.backward_plan(dy, dtotal, y, rstd, dtype, parameters)(dy, dtotal, y, rstd)

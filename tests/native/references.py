@@ -175,6 +175,9 @@ def interpret_another(case: Case, other: Case, memories: list[int]) -> None:
     interpret(other, others)
     for role in shared:
         results[role].copy_(to[role].reshape(results[role].shape))
+    for role, result in results.items():
+        if role in to and role not in shared and result.shape[1:] == to[role].shape[1:]:  # sums of parts of other sizes
+            result.zero_()[0] = to[role].sum(0)
 
 
 def by_role(case: Case, memories: list[int]) -> dict[tuple[int, str], Tensor]:
