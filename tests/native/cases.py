@@ -336,6 +336,11 @@ def rows_product(name: str, dtype: torch.dtype) -> Iterator[tuple[str, Runs]]:
     yield "", runs
 
 
+def sampling(name: str, dtype: torch.dtype) -> Iterator[tuple[str, Runs]]:
+    """Of the smallest vocabulary."""
+    yield from ((shape, runs) for shape, runs in small(kernel_named(name), dtype) if "1001" in shape)
+
+
 OWN: dict[str, Callable[[torch.dtype], Iterator[tuple[str, Runs]]]] = {
     "rms_norm_forward": norm_forward, "rms_norm_backward": norm_backward,
     "qk_norm_rope_forward": partial(rope, backward=False), "qk_norm_rope_backward": partial(rope, backward=True),
@@ -347,6 +352,7 @@ OWN: dict[str, Callable[[torch.dtype], Iterator[tuple[str, Runs]]]] = {
     "cross_entropy_gradient": partial(cross_entropy, which="gradient"), "cross_entropy_rows": loss_rows,
     "cross_entropy_target_rows": target_rows,
     "cache_append": append, "symmetric_product": partial(scaled, True), "matrix_product": partial(scaled, False),
+    **{name: partial(sampling, name) for name in ("sample_tokens_groups", "sample_tokens_choice")},
     **{name: partial(rows_product, name) for name in ("linear_cross_entropy_input_gradient", "output_projection_input_gradient")},
 }  # fmt: skip
 

@@ -14,6 +14,7 @@
 #include "references_norms.h"
 #include "references_optimizer.h"
 #include "references_products.h"
+#include "references_sampling.h"
 
 namespace {
 
@@ -56,6 +57,8 @@ const std::map<std::string, void (*)(Case&)> kReferences = {
     {"rms_norm_backward", rms_norm_backward},
     {"rms_norm_forward", rms_norm_forward},
     {"row_rstd", row_rstd},
+    {"sample_tokens_choice", sample_tokens_choice},
+    {"sample_tokens_groups", sample_tokens_groups},
     {"softcapped_logits_few_rows", softcapped_logits},
     {"symmetric_product", [](Case& c) { scaled_product(c, true); }},
 };
