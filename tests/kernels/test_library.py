@@ -12,10 +12,11 @@ import torch
 
 from nanochat.platform.distributed import use_kernel_library
 from nanochat.platform.errors import UserError
-from nanochat_kernels import export, library
+from nanochat_kernels import dispatch, export, library
 from nanochat_kernels.triton_helpers import triton
 from tests import forked
 from tests.conftest import environment
+from tests.native import references
 
 ROOT = Path(__file__).resolve().parents[2]
 MISSING = [tool for tool in ("cmake", "ninja", "g++") if not shutil.which(tool)]
@@ -63,6 +64,16 @@ def test_a_python_without_triton_is_named(tmp_path):
     assert done.returncode != 0 and "cannot import torch and triton, which compile the kernels" in done.stderr.replace(
         "\n  ", " "
     )
+
+
+def test_every_kernel_has_cases_and_a_reference_in_cpp():
+    """The test of the whole library checks this too, and the numbers; this one notices a forgotten kernel without CMake."""
+    names = {kernel.name for kernel in dispatch.tunable_kernels()}
+    names -= {"decode_blocks"}  # its grid is cooperative, which the library cannot launch: export.export_launch
+    for architecture in ("sm80", "sm90"):
+        assert {case.kernel for case in references.cases(architecture)} == names
+    text = (ROOT / "tests" / "native" / "reference_test.cpp").read_text("utf-8")
+    assert set(re.findall(r'^    \{"(\w+)", ', text, re.MULTILINE)) == names
 
 
 def test_what_is_not_the_library_is_rejected(tmp_path):
