@@ -24,6 +24,7 @@ from nanochat_kernels import (
     scaled_product,
 )
 from nanochat_kernels.operation import Kernel
+from nanochat_kernels.reference import SOFTCAP
 from nanochat_kernels.triton_helpers import Launch, triton
 
 # the package's attributes with these names are functions
@@ -33,7 +34,6 @@ rms_norm, qk_norm_rope, cache_append, linear, qkv = (
 )
 META = torch.device("meta")
 SMALL = 1_500_000  # elements
-SOFTCAP = 15.0
 Runs = dict[str, Callable[[dict[str, int] | None], object]]
 """what Kernel.launches returns: functions of launch parameters, by flags"""
 
