@@ -1,6 +1,7 @@
 """python -m bench: time the fused operations on this GPU. Without a command it times them one by one, against baselines.
 
 report and compare: write a report of such results, or compare two of them. train: time micro-steps and whole steps of training.
+picture: draw what train measured.
 parity and gradients: does fused training learn what plain training learns, and are the gradients of a step precise enough?
 scaling: time steps on several GPUs. profile: one page about where the time and the memory of a step go.
 memory: the largest micro-batch that fits on a card. simulate: predict the step of training on eight A100s.
@@ -10,6 +11,7 @@ python -m bench --op rms_norm --shape d20 --mode both --json build/rms_norm.json
 python -m bench report build/*.json --out build/report
 python -m bench compare before.json after.json
 python -m bench train --depth 20 --first-step --json build/train.json
+python -m bench picture build/train.json
 python -m bench scaling --depth 20 --gpus 1 2
 python -m bench parity --depth 4 --steps 1000
 python -m bench gradients --depth 20
@@ -36,7 +38,7 @@ from nanochat.platform.errors import UserError
 from nanochat.platform.files import write_json
 
 DESCRIPTION = "\n\n".join(line for line in __doc__.splitlines() if line)  # the help joins the lines of a paragraph
-VERBS = ("report", "compare", "train", "scaling", "parity", "gradients", "profile", "memory", "simulate")
+VERBS = ("report", "compare", "train", "picture", "scaling", "parity", "gradients", "profile", "memory", "simulate")
 COLUMNS = (
     "op",
     "shape",

@@ -54,7 +54,7 @@ def plot_metrics(paths: Paths, directory: Path) -> dict[str, list[Path]]:
             curve = _learning(name, records, learned, read_metrics(paths.metrics(stage), below), below)
             for title, figure in ((learned.capitalize(), curve), ("Throughput", _throughput(name, records))):
                 path = directory / f"{title.lower()}-{stage}.svg"
-                write_atomically(path, _svg(figure))
+                write_atomically(path, svg_of(figure))
                 plots[title].append(path)
                 plt.close(figure)
     return {title: files for title, files in plots.items() if files}
@@ -113,7 +113,7 @@ def centred_mean(values: Sequence[float]) -> np.ndarray:
     return (sums[index + half + 1] - sums[index - half]) / (2 * half + 1)
 
 
-def _svg(figure: Figure) -> str:
+def svg_of(figure: Figure) -> str:
     """The picture with its colours as variables, which have other values on a dark page."""
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
