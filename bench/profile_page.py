@@ -118,13 +118,15 @@ def steps_table(found: dict, unit: str) -> str:
 
 def operations_table(found: dict) -> str:
     total = sum(row["ms"] for row in found["operations"])
+    shares = {(row["operation"], row["phase"]): f"{row['floor_ms'] / row['ms']:.0%}" for row in with_floor(found)}
+    joined = [row for row in with_floor(found) if row not in found["operations"]]
     rows = []
-    for row in found["operations"]:
+    for row in [*found["operations"], *joined]:
         needs = ["", "", "", "", ""]
         if row.get("floor_ms"):
             needs = [
                 f"{row['calls']:.0f}", f"{row['bytes'] / 1e9:.3g}", f"{row['flops'] / 1e12:.3g}", f"{row['floor_ms']:.3g}",
-                f"{row['floor_ms'] / row['ms']:.0%}" if row["ms"] else "",
+                shares.get((row["operation"], row["phase"]), ""),
             ]  # fmt: skip
         rows.append([row["operation"], row["phase"], f"{row['ms']:.3f}", f"{row['ms'] / total:.1%}", *needs])
     return table(

@@ -92,7 +92,15 @@ def operations_figure(found: dict) -> Figure:
 
 
 def with_floor(found: dict) -> list[dict]:
-    return [row for row in found["operations"] if row.get("floor_ms") and row["ms"]]
+    """The operations whose floor is known, by phase; both phases as one of an operation that computes gradients in its forward pass."""
+    rows = [row for row in found["operations"] if row.get("floor_ms") and row["ms"]]
+    early = {row["operation"] for row in rows if row["phase"] == BACKWARD and row["ms"] < row["floor_ms"] / 2}
+    for operation in early:
+        parts = [row for row in rows if row["operation"] == operation]
+        sums = {name: sum(row[name] for row in parts) for name in ("ms", "bytes", "flops", "floor_ms")}
+        whole = parts[0] | {"phase": f"{FORWARD} and {BACKWARD}"} | sums
+        rows = [whole if row is parts[0] else row for row in rows if row is parts[0] or row["operation"] != operation]
+    return sorted(rows, key=lambda row: row["floor_ms"] - row["ms"])
 
 
 @drawn

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import nanochat_kernels as kernels
-from bench import nsight, profile, trace
+from bench import nsight, profile, profile_page, profile_plots, trace
 from bench.trace import BACKWARD, FORWARD, OPTIMIZER, OTHER, Work, gaps, named_by_order, read_trace
 from nanochat.platform.errors import UserError
 from tests import forked
@@ -263,6 +263,39 @@ def test_the_command_writes_a_page(tmp_path):
     owners = {owner.split()[0] for row in products for owner in row["owners"]}
     assert products and owners <= set(kernels.operations()), owners
     assert found["steps"]["launched"]["busy_ms"] <= 1.001 * found["steps"]["launched"]["ms"]
+
+
+def test_phases_of_an_operation_that_computes_gradients_early_have_one_floor():
+    """As the head; the parts stay in the table, without a share of a roofline that is not theirs."""
+
+    def row(operation: str, phase: str, ms: float, floor_ms: float) -> dict:
+        return {
+            "operation": operation,
+            "phase": phase,
+            "ms": ms,
+            "floor_ms": floor_ms,
+            "bytes": 1e9,
+            "flops": 1e12,
+            "calls": 1.0,
+        }
+
+    rows = [
+        row("head", FORWARD, 26.0, 7.0),
+        row("head", BACKWARD, 0.5, 14.0),
+        row("mlp", FORWARD, 4.0, 3.0),
+        row("mlp", BACKWARD, 9.0, 8.0),
+    ]
+    found = {"operations": rows}
+    joined, *others = profile_plots.with_floor(found)
+    assert (joined["phase"], joined["ms"], joined["floor_ms"], joined["flops"]) == (
+        "forward and backward",
+        26.5,
+        21.0,
+        2e12,
+    )
+    assert others == rows[2:]
+    lines = [line for line in profile_page.operations_table(found).splitlines() if "head" in line]
+    assert len(lines) == 3 and ["%" in line.rsplit("|", 2)[1] for line in lines] == [False, False, True]
 
 
 def test_a_page_with_replayed_steps_and_nsight(tools, tmp_path):
