@@ -8,9 +8,8 @@ a chunk of rows at a time. `read` rejects a file of another machine, of other ve
 import json
 import re
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -120,10 +119,10 @@ def chunks(trial: Trial, results: Sequence[Tensor]) -> Iterator[slice | Ellipsis
         yield ...
         return
     rows = len(trial.inputs[trial.rowwise[0]])
-    tensors = [x for x in trial.inputs if isinstance(x, Tensor)]
+    tensors = {i: x for i, x in enumerate(trial.inputs) if isinstance(x, Tensor)}
     row_size = max(x[0].numel() for x in (*(trial.inputs[i] for i in trial.rowwise), *results))
     # an intermediate result may be as wide as any input is long: logits have an element for each row of the head's weight
-    row_size = max(row_size, *(size for x in tensors if x.dim() for size in x.shape[int(len(x) == rows) :]), 1)
+    row_size = max(row_size, *(n for i, x in tensors.items() for n in x.shape[int(i in trial.rowwise) :]), 1)
     row_size = max(row_size, trial.row_elements)
     step = max(1, CHUNK // row_size)
     for first in range(0, rows, step):
@@ -154,19 +153,29 @@ def milliseconds(trial: Trial, implementations: Mapping[str, Callable], referenc
     return {name: median(samples) for name, samples in times.items()}
 
 
-def times_that_fit(trial: Trial, implementations: Mapping[str, Callable], reference: Callable) -> dict[str, float]:
-    """`milliseconds` by turns, or one implementation after the other where all together do not fit into the GPU's memory. One that
-    does not fit by itself is left out."""
+def times_that_work(
+    trial: Trial, implementations: Mapping[str, Callable], reference: Callable, failures: dict[str, str]
+) -> dict[str, float]:
+    """`milliseconds` by turns, or one implementation after the other where that fails, as where all together do not fit into the GPU's
+    memory. What fails by itself is left out, and added to the failures with the reason."""
     try:
         return milliseconds(trial, implementations, reference)
-    except torch.OutOfMemoryError:
+    except Exception as error:  # whatever a kernel fails with on this machine, the run continues without it
         if len(implementations) == 1:
+            failures |= {name: failures.get(name, reason_of(error)) for name in implementations}
             return {}
     times: dict[str, float] = {}
     for name, function in implementations.items():
-        torch.cuda.empty_cache()
-        times |= times_that_fit(trial, {name: function}, reference)
+        if trial.inputs[0].is_cuda:
+            torch.cuda.empty_cache()
+        times |= times_that_work(trial, {name: function}, reference, failures)
     return times
+
+
+def reason_of(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return OUT_OF_MEMORY
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def as_tuple(results) -> tuple:
@@ -178,91 +187,51 @@ def examine_operation(
 ) -> dict[str, Any]:
     """The choice for one operation: impl, why, milliseconds, and what is wrong ("faults") by implementation.
 
-    Raises GateError where not even one row can be compared in float64, or the inputs at the shape do not fit into the memory.
+    Raises GateError where a trial's inputs, or their comparison in float64, do not fit into the memory: nothing is known then.
     """
-    failures = judged(operation, shape, device, dtype)
-    try:
-        ms = timed(operation, shape, device, dtype, failures)
-    except torch.OutOfMemoryError as error:
-        raise GateError(
-            f"{operation.name} could not be timed at {shape.rows} rows of {shape.tokens} tokens: its inputs do not fit into the "
-            "memory; end other programs that use this device, or ask for fewer rows with: nanochat kernels gate --device-batch-size"
-        ) from error
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        # the same result each time; not the seed of the upstream gradients, which would then equal the inputs
+        torch.manual_seed(1)
+        try:
+            ms, failures = tried(operation, operation.trials(shape, device, dtype))
+        except torch.OutOfMemoryError as error:
+            raise GateError(
+                f"{operation.name} could not be judged at {shape.rows} rows of {shape.tokens} tokens: its inputs and the "
+                "comparison with the reference in float64 do not fit into the memory; end other programs that use this device, "
+                "or judge fewer rows with: nanochat kernels gate --device-batch-size"
+            ) from error
     why = ", ".join(f"{name} {time:.3f} ms" for name, time in sorted(ms.items(), key=lambda item: item[1]))
     why += "".join(f"; {name}: {wrong}" for name, wrong in failures.items())
     return {"impl": min(ms, key=ms.__getitem__, default="reference"), "why": why, "ms": ms, "faults": failures}
 
 
-@contextmanager
-def same_numbers(device: torch.device) -> Iterator[None]:
-    """A block with the same random numbers each time, after which those of others continue."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(1)  # not the seed of the upstream gradients, which would then equal the inputs
-        yield
-
-
-def judged(operation: Operation, shape: RunShape, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """What is wrong with each implementation that is not right, at the shape, or with half of its rows, a quarter … where the
-    comparison with the reference in float64 does not fit into the memory."""
-    rows = shape.rows
-    while True:
-        try:
-            return _faults(operation, replace(shape, rows=rows), device, dtype)
-        except torch.OutOfMemoryError as error:
-            if rows == 1:
-                raise GateError(
-                    f"{operation.name} could not be judged at one row of {shape.tokens} tokens: its inputs and the comparison with "
-                    "the reference in float64 do not fit into the memory; end other programs that use this device"
-                ) from error
-        rows //= 2
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def _faults(operation: Operation, shape: RunShape, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    found: dict[str, str] = {}
-    with same_numbers(device):
-        for trial in operation.trials(shape, device, dtype):
-            for name in operation.implementations if trial.judged else ():
-                wrong = fault_of(trial, partial(operation.function, impl=name), operation.reference)
-                if wrong:
-                    found.setdefault(name, wrong)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-    return found
-
-
-def fault_of(trial: Trial, function: Callable, reference: Callable) -> str | None:
-    """What is wrong with an implementation in a trial, or None."""
-    try:
-        return disagreement(trial, function, reference)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a kernel fails with on this machine, the run continues without it
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-
-
-def timed(
-    operation: Operation, shape: RunShape, device: torch.device, dtype: torch.dtype, failures: dict[str, str]
-) -> dict[str, float]:
-    """The milliseconds over all timed trials of the reference and of the implementations without failures. What does not fit into the
-    memory at the shape becomes a failure."""
+def tried(operation: Operation, trials: Iterable[Trial]) -> tuple[dict[str, float], dict[str, str]]:
+    """(milliseconds over all timed trials of the implementations that are right, what is wrong with the others)."""
     ms: dict[str, float] = {}
-    with same_numbers(device):
-        for trial in operation.trials(shape, device, dtype):
-            if trial.timed:
-                able = {n: partial(operation.function, impl=n) for n in operation.implementations if n not in failures}
-                # the model is compiled, the optimizer is not
-                compiles = device.type == "cuda" and trial.differentiable
-                able["reference"] = (
-                    torch.compile(operation.reference, dynamic=False) if compiles else operation.reference
-                )
-                times = times_that_fit(trial, able, operation.reference)
-                failures |= dict.fromkeys(able.keys() - times.keys(), OUT_OF_MEMORY)
-                ms = {name: ms.get(name, 0.0) + time for name, time in times.items()}
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-    return {name: time for name, time in ms.items() if name not in failures}
+    failures: dict[str, str] = {}
+    for trial in trials:
+        correct = {"reference": operation.reference}
+        for name in operation.implementations:
+            function = partial(operation.function, impl=name)
+            try:
+                wrong = disagreement(trial, function, operation.reference) if trial.judged else failures.get(name)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever a kernel fails with on this machine, the run continues without it
+                wrong = reason_of(error)
+            if wrong:
+                failures.setdefault(name, wrong)
+            else:
+                correct[name] = function
+        on_gpu = trial.inputs[0].is_cuda
+        if trial.timed:
+            if on_gpu and trial.differentiable:  # the model is compiled, the optimizer is not
+                correct["reference"] = torch.compile(operation.reference, dynamic=False)
+            for name, time in times_that_work(trial, correct, operation.reference, failures).items():
+                ms[name] = ms.get(name, 0.0) + time
+        if on_gpu:
+            torch.cuda.empty_cache()
+    return {name: time for name, time in ms.items() if name not in failures}, failures
 
 
 def fastest_fused(choice: dict[str, Any]) -> str:
