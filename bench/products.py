@@ -34,8 +34,8 @@ class ProductsConfig:
     """names of products, as `nanochat kernels inspect` prints them; empty for all"""
     width: tuple[int, ...] = (1280,)
     """widths of the model: 768 for d12, 1280 for d20, 1664 for d26, 2048 for d32"""
-    rows: tuple[int, ...] = (16_384, 65_536)
-    """rows of a micro-batch times its tokens"""
+    rows: tuple[int, ...] = (8_192, 16_384, 65_536)
+    """rows of a micro-batch times its tokens, or of a chunk of the head"""
     seconds: float = 0.4
     """length of a sample, of which the first half is not timed"""
     rounds: int = 5

@@ -7,9 +7,10 @@ bounded, so that E and S need no running maximum. The first product's epilogue s
 replaces one entry of each row. In dweight, where most rows have few targets, the targets' terms are most of an element, and a ⊙ x is
 rounded: they are added in float32 instead, by one program for all rows with the same target, without atomic additions.
 
-The tokens are divided into as few chunks as keep E within CHUNK_BYTES; E is overwritten by the next chunk. The gradients are therefore
-computed in forward, and backward multiplies them by the upstream gradient, if that is one number: for reduction "mean". They are
-float32 sums for the weight, so that they are rounded once. For "none", forward computes only the losses, and backward E again.
+The tokens are divided into chunks that keep E within CHUNK_BYTES (see chunk_rows); E is overwritten by the next chunk. The gradients
+are therefore computed in forward, and backward multiplies them by the upstream gradient, if that is one number: for reduction "mean".
+They are float32 sums for the weight, so that they are rounded once. For "none", forward computes only the losses, and backward E
+again.
 
 This file does not define an operation of the package: it is an implementation of linear_cross_entropy.py.
 """

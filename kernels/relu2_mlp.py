@@ -249,7 +249,9 @@ def run_reference(
     return reference.with_rstd(y if residual is None else residual + y)
 
 
-def unsupported_reason(x: Tensor, *_) -> str | None:
+def unsupported_reason(x: Tensor, w_up: Tensor, *_) -> str | None:
+    if not w_up.numel():
+        return f"a weight without elements, {tuple(w_up.shape)}"
     if x.dtype == torch.float16:
         return "float16 cannot hold relu(z)² for small z, from which the derivative is computed; use bfloat16"
     return matrix_product.unsupported_reason(x)

@@ -165,10 +165,17 @@ def needs_gradient(*tensors: Tensor) -> bool:
     return True  # inside vmap, requires_grad of the tensor outside is not visible
 
 
+MOST_BLOCK_ROWS = 256
+
+
 def as_rows(x: Tensor) -> Tensor:
-    """Return x (…, C) as (rows, C) with stride 1 along a row, as a view unless the strides force a copy."""
+    """Return x (…, C) as (rows, C) with stride 1 along a row, as a view unless the strides force a copy.
+
+    Rows that lie so far apart that the offset of one from another of the same block exceeds 2³¹ are copied too.
+    """
     rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.size(-1))
-    return rows if rows.stride(-1) == 1 or rows.size(-1) <= 1 else rows.contiguous()
+    near = rows.stride(0) * MOST_BLOCK_ROWS < 2**31
+    return rows if near and (rows.stride(-1) == 1 or rows.size(-1) <= 1) else rows.contiguous()
 
 
 def cdiv(a: int, b: int) -> int:

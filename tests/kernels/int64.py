@@ -6,7 +6,8 @@ Reported are
 - a floating-point minimum or maximum that returns the other operand for NaN (minnumf, maxnumf);
 - an int32 offset that depends on the number of the program or on a loop's index;
 - an int32 product of two run-time numbers of which one depends on these.
-In `matrix_product` and `symmetric_product`, whose matrices have less than 2³¹ elements, only the offsets of whole matrices count.
+In `matrix_product` and `symmetric_product` only the offsets of whole matrices and of the first row of a block count: as_rows copies
+views whose rows lie so far apart that those of one block would overflow.
 The kernels of products number rows in int32, so that a vector of int32 is no fault where it is not a product. Attention's maximum
 drops NaN without harm.
 """

@@ -63,10 +63,18 @@ def test_all_operations_have_a_choice(monkeypatch):
     assert found.keys() == operations().keys() and found["linear"]["why"] == "there is no other implementation"
 
 
-def test_the_result_is_the_same_each_time_and_random_numbers_of_others_continue():
-    before = torch.get_rng_state()
-    first, second = (gate.examine_operation(operations()["rms_norm"], SHAPE, *WHERE)["faults"] for _ in range(2))
-    assert first == second == {} and torch.equal(torch.get_rng_state(), before)
+def test_the_inputs_are_the_same_each_time_and_random_numbers_of_others_continue(monkeypatch):
+    before, given = torch.get_rng_state(), []
+    monkeypatch.setattr(gate, "disagreement", lambda trial, *_: given.append(trial.inputs[0]))
+    for _ in range(2):
+        gate.examine_operation(operations()["rms_norm"], SHAPE, *WHERE)
+        torch.rand(1)
+    assert len(given) == 2 and torch.equal(*given)
+    torch.set_rng_state(before)
+    expected = torch.rand(2)
+    torch.set_rng_state(before)
+    gate.examine_operation(operations()["rms_norm"], SHAPE, *WHERE)
+    assert torch.equal(torch.rand(2), expected)
 
 
 @pytest.mark.parametrize(

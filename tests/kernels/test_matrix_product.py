@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import nanochat_kernels as kernels
 from nanochat_kernels import configs, product_configurations
-from nanochat_kernels.triton_helpers import cdiv, tl, triton
+from nanochat_kernels.triton_helpers import as_rows, cdiv, tl, triton
 from tests.kernels import harness
 from tests.kernels.harness import DEVICE, GPU, SMALL_TILES, poisoned, randn
 from tests.kernels.int64 import narrow_offsets
@@ -106,6 +106,9 @@ def in_a_wider_matrix(x, left: int, around: float = float("nan")):
     m=40, n=70, k=40, dtype=torch.bfloat16, transposed=(False, False), parameters=harness.PRODUCTS[0], left=3, seed=1
 )
 @example(m=33, n=48, k=40, dtype=torch.float16, transposed=(True, True), parameters=harness.PRODUCTS[1], left=0, seed=2)
+@example(  # whole tiles, but for K
+    m=32, n=64, k=40, dtype=torch.float16, transposed=(False, True), parameters=harness.SMALL_TILES, left=8, seed=3
+)
 @given(
     m=st.integers(1, 40), n=st.integers(1, 70), k=st.integers(1, 40), dtype=harness.dtypes,
     transposed=st.tuples(st.booleans(), st.booleans()), parameters=harness.products, left=st.integers(0, 16),
@@ -136,6 +139,12 @@ def test_product(m, n, k, dtype, transposed, parameters, left, seed):
     assert float((sums.double().sum(0) - exact.sum(1)).abs().max()) <= n * torch.finfo(dtype).eps * scale
     whole = out.as_strided((m, n + 22), (n + 22, 1), 0)
     assert int(whole.isnan().sum()) == 22 * m, "something beside the result was written"
+
+
+def test_views_whose_rows_lie_far_apart_are_copied():
+    """A block's offsets would overflow."""
+    near, far = (torch.empty_strided((128, 64), (stride, 1), device="meta") for stride in (8_000_000, 17_000_000))
+    assert as_rows(near) is near and as_rows(far).stride() == (64, 1)
 
 
 def test_a_product_of_nothing():

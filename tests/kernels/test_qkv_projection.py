@@ -166,6 +166,8 @@ def test_adjacent_weights_are_not_copied_and_change_nothing():
     x, *weights, cos, sin, _ = inputs(2, 5, 24, 4, 2, torch.bfloat16)
     joined = FILE.joined(*weights)
     assert joined.data_ptr() == weights[0].data_ptr() and torch.equal(joined, torch.cat(weights))
+    turned = randn(3, 24, 128, dtype=torch.bfloat16).unbind()  # one after the other, each as its transpose
+    assert FILE.as_one(*(w.t() for w in turned)) is None
     apart = [
         weights[::-1],  # in one memory, but not in this order
         [w.clone() for w in weights],
@@ -178,6 +180,13 @@ def test_adjacent_weights_are_not_copied_and_change_nothing():
     for others in apart[1:3]:
         found, expected = (harness.evaluate(fused, [x, *w, cos, sin], dy, [0, 1, 2, 3]) for w in (others, weights))
         assert all(map(harness.same, found, expected))
+
+
+@pytest.mark.parametrize("impl", [fused, unfused])
+def test_eps_counts_where_heads_are_small(impl):
+    """Weights of 1e-4 make heads whose norm is as small as eps: without its term a tenth of dx is wrong."""
+    x, *weights, cos, sin, offset = inputs(1, 6, 24, 2, 1, torch.bfloat16)
+    check(impl, plain, [x, *(1e-4 * w for w in weights), cos, sin, offset], [0, 1, 2, 3])
 
 
 def buffers_of(weights, adjacent: bool):

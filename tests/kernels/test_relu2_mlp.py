@@ -351,6 +351,7 @@ def test_bad_input():
     raises(TypeError, "contiguous float32, got .* strides", x, w_up, w_down, x, None, buffer.t())
     halves = (x.half(), w_up.half(), w_down.half())
     raises(kernels.KernelRequestError, "float16 cannot hold relu", *halves, impl="triton")
+    raises(kernels.KernelRequestError, "a weight without elements", x, w_up[:0], w_down[:, :0], impl="triton")
     raises(kernels.KernelRequestError, "float64", x.double(), w_up.double(), w_down.double(), impl="triton")
     many, one = torch.zeros(1, 1, device=DEVICE).expand(2**31, 1), torch.zeros(1, 1, device=DEVICE)
     raises(kernels.KernelRequestError, "rows exceed the 2147483647 of one product", many, one, one, impl="triton")
