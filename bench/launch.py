@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import quantiles
 from typing import Annotated
 
 import torch
@@ -17,16 +17,17 @@ import tyro
 from torch import Tensor
 
 import nanochat_kernels as kernels
-from bench.measure import need_gpu
+from bench.measure import header
 from nanochat.platform.errors import UserError
+from nanochat.platform.files import write_json
 from nanochat_kernels import library
 from nanochat_kernels.architecture import architecture
 from nanochat_kernels.configs import tables_of
 from nanochat_kernels.triton_helpers import recorded_launches
 
 
-def microseconds(call: Callable[[], object], calls: int = 2000) -> float:
-    """Return the median host time of a call in µs; every 100 calls the GPU's queue is drained."""
+def microseconds(call: Callable[[], object], calls: int = 2000) -> dict[str, float]:
+    """Return the median and the quartiles of the host time of a call in µs; every 100 calls the GPU's queue is drained."""
     times = []
     for number in range(calls + 100):
         if number % 100 == 0:
@@ -34,8 +35,9 @@ def microseconds(call: Callable[[], object], calls: int = 2000) -> float:
         started = time.perf_counter()
         call()
         if number >= 100:
-            times.append(time.perf_counter() - started)
-    return 1e6 * median(times)
+            times.append(1e6 * (time.perf_counter() - started))
+    low, middle, high = quantiles(times, n=4)
+    return {"us": middle, "low_us": low, "high_us": high}
 
 
 def bare(function: Callable, arguments: tuple[Tensor, ...]) -> Callable[[], object]:
@@ -62,8 +64,15 @@ def bare(function: Callable, arguments: tuple[Tensor, ...]) -> Callable[[], obje
     return again
 
 
-def main(library_path: Annotated[Path | None, tyro.conf.arg(name="library")] = None) -> None:
-    need_gpu()
+def main(
+    library_path: Annotated[Path | None, tyro.conf.arg(name="library")] = None,
+    json: Path | None = None,
+) -> None:
+    """Time the calls.
+
+    library: libnanochat_kernels.so, or its build folder. json: file for the medians and quartiles.
+    """
+    found = header(f"python -m bench.launch {' '.join(sys.argv[1:])}".strip())
     x, update = (torch.randn(64, 1280, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     q, k = (torch.randn(1, 64, 10, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     tables = [torch.randn(64, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
@@ -76,13 +85,18 @@ def main(library_path: Annotated[Path | None, tyro.conf.arg(name="library")] = N
         with_gradient = (arguments[0].clone().requires_grad_(), *arguments[1:])
         for what, inputs in (("", arguments), (", with a gradient", with_gradient)):
             run = partial(function, *inputs, impl="triton")
-            whole, alone = microseconds(run), microseconds(bare(function, inputs))
-            line = f"{name + what:31} {whole:6.1f} µs, bare launch {alone:6.1f} µs, difference {whole - alone:5.1f} µs"
+            ways = {"function": microseconds(run), "bare launch": microseconds(bare(function, inputs))}
             if library_path:
                 library.use(library_path)
-                line += f", from the library {microseconds(run):6.1f} µs"
+                ways["function, library"] = microseconds(run)
                 library.use(None)
-            print(line)
+            found["rows"].append({"call": name + what} | ways)
+            print(
+                f"{name + what:31} " + ", ".join(f"{way} {times['us']:.1f} µs" for way, times in ways.items()),
+                flush=True,
+            )
+    if json:
+        write_json(json, found)
 
 
 if __name__ == "__main__":
