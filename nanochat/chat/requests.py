@@ -12,6 +12,7 @@ from nanochat.platform.errors import UserError
 from nanochat.tokenizer.bpe import Tokenizer
 from nanochat.tokenizer.chat_format import render_prompt
 
+# the page counts messages and characters too, to leave out the oldest turns. MOST_CHARACTERS: of a message that no model wrote
 MOST_MESSAGES, MOST_CHARACTERS, MOST_TOGETHER = 500, 8_000, 32_000
 MOST_TOKENS, MOST_TOP_K, MOST_TEMPERATURE = 4096, 200, 2.0
 MOST_CHOICES, MOST_STOPS = 16, 4
@@ -116,7 +117,9 @@ def prompt_of(tokenizer: Tokenizer, request: ChatRequest, positions: int, max_to
     messages = [as_conversation(message) for message in request.messages]
     lengths = [sum(len(part["text"]) for part in parts_of(message)) for message in messages]
     for number, length in enumerate(lengths):
-        if length > MOST_CHARACTERS:
+        if (
+            length > MOST_CHARACTERS and messages[number]["role"] != "assistant"
+        ):  # whose answers may be longer, and come back
             raise RequestError(f"message {number} has {length:,} characters; there may be {MOST_CHARACTERS:,}")
     if sum(lengths) > MOST_TOGETHER:
         raise RequestError(f"the messages have {sum(lengths):,} characters together; there may be {MOST_TOGETHER:,}")
