@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
 
 from nanochat.inference.calculator import calculate
 from nanochat.platform.errors import UserError
@@ -62,6 +63,10 @@ class StreamOptions(Strict):
     include_usage: bool = False
 
 
+class TextFormat(Strict):
+    type: Literal["text"]
+
+
 class CompletionRequest(ChatRequest):
     """The body of POST /v1/chat/completions. Fields that would change the answer in a way that is not supported are errors."""
 
@@ -73,11 +78,15 @@ class CompletionRequest(ChatRequest):
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    # accepted with the one value that changes nothing
-    top_p: Literal[1, 1.0] | None = None
-    frequency_penalty: Literal[0, 0.0] | None = None
-    presence_penalty: Literal[0, 0.0] | None = None
+    # accepted with the values that change nothing
+    top_p: Annotated[float, Field(ge=1, le=1)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    response_format: TextFormat | None = None
+    tool_choice: Literal["none", "auto"] | None = None
     # accepted and not used
+    parallel_tool_calls: bool | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
@@ -100,12 +109,36 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
     try:
         return kind.model_validate_json(bytes(body))
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
+        first, where = first_mistake(error.errors(include_url=False, include_context=False), body)
         got = "" if first["type"] in ("missing", "json_invalid") else f", got {first['input']!r:.80}"
         raise RequestError(
             f"{where}: {first['msg']}{got}" if where else f"{first['msg']}{got}", parameter=where or None
         )
+
+
+def first_mistake(errors: list[dict], body: bytes) -> tuple[dict, str]:
+    """Of pydantic's errors about a body the first, and its place there, such as "messages.0.content".
+
+    A value that may be of several types has an error for each type, whose place ends with the name of the type, which is left out. The
+    error that is deepest in the value is of the type that the client meant.
+    """
+
+    whole = None if errors[0]["type"] == "json_invalid" else from_json(body)
+
+    def place(error: dict) -> tuple:
+        found, value = [], whole
+        for part in error["loc"]:
+            known = part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int)
+            if known:
+                value = value[part]
+            if known or (error["type"] == "missing" and part == error["loc"][-1]):
+                found.append(part)
+        return tuple(found)
+
+    places = [place(error) for error in errors]
+    same = [number for number, found in enumerate(places) if found[: len(places[0])] == places[0]]
+    number = max(same, key=lambda number: len(places[number]))  # the first of those that are deepest
+    return errors[number], ".".join(map(str, places[number]))
 
 
 def prompt_of(tokenizer: Tokenizer, request: ChatRequest, positions: int, max_tokens: int) -> tuple[list[int], int]:

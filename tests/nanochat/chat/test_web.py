@@ -78,6 +78,8 @@ BAD = {
     "4,097 tokens": ({"messages": messages("a"), "max_tokens": 4097}, "less than or equal to 4096"),
     "a field of another name": ({"messages": messages("a"), "temprature": 1}, "temprature: Extra inputs are not permitted"),
     "too long for the model": ({"messages": messages("\n" * 1400)}, "leaves none of the model's 640 positions"),
+    "a number of 5,000 digits": (b'{"messages":[{"role":"user","content":"a"}],"seed":1' + b"0" * 5000 + b"}", "number out of range"),
+    "lists in lists": (b"[" * 100_000, "Invalid JSON"),
     "more than a mebibyte": (b" " * (1 << 20) + b"{}", "more than 1,048,576 bytes"),
 }  # fmt: skip
 
