@@ -106,6 +106,30 @@ def test_log_probabilities(client):
     assert client.chat.completions.create(**options).choices[0].logprobs is None
 
 
+def test_tokens_of_the_calculator_have_no_log_probabilities_and_are_used(scripted, tokenizer):
+    """Which the model did not choose."""
+    [choice] = (found := scripted.chat.completions.create(model="tiny", messages=TALK, logprobs=True)).choices
+    chosen = words(tokenizer, "It is ", "[2+3]", ". One two three ✓ END four")
+    assert [entry.bytes for entry in choice.logprobs.content] == [
+        list(tokenizer.decode_bytes([token])) for token in chosen
+    ]
+    result = [tokenizer.special("output_start"), *tokenizer.encode("5"), tokenizer.special("output_end")]
+    assert found.usage.completion_tokens == len(chosen) + len(result)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_usage_has_the_tokens_of_every_choice(model, tokenizer, stream):
+    """However long each is."""
+    lengths = iter((3, 11))
+    options = {"model": "tiny", "messages": TALK, "n": 2, "stream": stream}
+    if stream:
+        options["stream_options"] = {"include_usage": True}
+    with serving(lambda: Says(model, tokenizer, lambda _: words(tokenizer, "x") * next(lengths))) as server:
+        found = client_of(server).chat.completions.create(**options)
+        usage = [chunk.usage for chunk in found][-1] if stream else found.usage
+    assert usage.completion_tokens == 14 and usage.total_tokens == 14 + usage.prompt_tokens
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("stop", "text", "reason"),
