@@ -5,8 +5,7 @@ import re
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import from_json
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from nanochat.inference.calculator import calculate
 from nanochat.platform.errors import UserError
@@ -123,7 +122,7 @@ def first_mistake(errors: list[dict], body: bytes) -> tuple[dict, str]:
     error that is deepest in the value is of the type that the client meant.
     """
 
-    whole = None if errors[0]["type"] == "json_invalid" else from_json(body)
+    whole = None if errors[0]["type"] == "json_invalid" else TypeAdapter(Any).validate_json(body)
 
     def place(error: dict) -> tuple:
         found, value = [], whole
