@@ -171,7 +171,7 @@ def parity(config: ParityConfig, command: str) -> bool:
             for name, chosen in ((config.variant, impl), ("plain", PLAIN)):
                 options = EvaluateBaseOptions(
                     run_name=paths.run_name, tokens=config.eval_tokens, batch_size=config.rows, device=config.device,
-                    core_max_per_task=config.core_items, impl=chosen,
+                    impl=chosen,
                 )  # fmt: skip
                 evaluations[name] = evaluate_base(options, paths, runtime)
         parts = band([losses[name] for name in plain], losses[config.variant])

@@ -10,6 +10,7 @@ import pytest
 
 from nanochat.cli import COMMANDS
 from nanochat.options.ranges import Between
+from nanochat_kernels.dispatch import operations
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -133,6 +134,12 @@ def test_the_tree_of_the_readme_has_every_file():
         str(path.relative_to(ROOT)) for path in files if not {"results", "__pycache__", "configs"} & set(path.parts)
     }
     assert listed == {name for name in there if not name.rpartition("/")[2].startswith("__")}
+
+
+def test_the_readme_names_every_fused_operation():
+    named = re.search(r"So far these are(.*?)\n\n", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)[1]
+    fused = {name for name, operation in operations().items() if "triton" in operation.implementations}
+    assert set(re.findall(r"`(\w+)`", named)) == fused
 
 
 def test_the_options_are_all_there():

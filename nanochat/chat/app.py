@@ -138,11 +138,12 @@ def create_app(service: Service) -> FastAPI:
 
     async def answer_error(request: Request, error: Exception) -> Response:
         status = error.status if isinstance(error, RequestError) else getattr(error, "status_code", 500)
-        message = getattr(error, "detail", None) or str(error) or type(error).__name__
+        known = isinstance(error, (RequestError, HTTPException, WorkerError))
+        message = getattr(error, "detail", str(error)) if known else "the server failed; its log says why"
         headers = {"Retry-After": "5"} if status in (429, 503) else {"Connection": "close"} if status == 408 else {}
         return JSONResponse(error_body(message, status, getattr(error, "parameter", None)), status, headers)
 
-    for kind in (RequestError, HTTPException, WorkerError):
+    for kind in (RequestError, HTTPException, WorkerError, Exception):
         app.add_exception_handler(kind, answer_error)
     return app
 
@@ -216,6 +217,10 @@ def events_response(items: AsyncIterator[dict], last: Iterable[str] = ()) -> Res
     )
 
 
+class ClientGone(Exception):
+    """What is sent to a client does not arrive."""
+
+
 class ClientsThatGo:
     """Makes no error of a client that goes, and lets one go that takes nothing of its answer for SLOWEST_READER seconds."""
 
@@ -226,8 +231,8 @@ class ClientsThatGo:
         async def send_in_time(message: Message) -> None:
             try:
                 await asyncio.wait_for(send(message), SLOWEST_READER)
-            except asyncio.TimeoutError as error:
-                raise OSError("the client takes nothing") from error  # as for one that has gone
+            except (asyncio.TimeoutError, OSError) as error:
+                raise ClientGone from error
 
-        with contextlib.suppress(ClientDisconnect, OSError):
+        with contextlib.suppress(ClientDisconnect, ClientGone):
             await self.app(scope, receive, send_in_time if scope["type"] == "http" else send)

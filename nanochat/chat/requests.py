@@ -5,13 +5,14 @@ import re
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from nanochat.inference.calculator import calculate
 from nanochat.platform.errors import UserError
 from nanochat.tokenizer.bpe import Tokenizer
 from nanochat.tokenizer.chat_format import render_prompt
 
+# the page counts messages and characters too, to leave out the oldest turns. MOST_CHARACTERS: of a message that no model wrote
 MOST_MESSAGES, MOST_CHARACTERS, MOST_TOGETHER = 500, 8_000, 32_000
 MOST_TOKENS, MOST_TOP_K, MOST_TEMPERATURE = 4096, 200, 2.0
 MOST_CHOICES, MOST_STOPS = 16, 4
@@ -61,6 +62,10 @@ class StreamOptions(Strict):
     include_usage: bool = False
 
 
+class TextFormat(Strict):
+    type: Literal["text"]
+
+
 class CompletionRequest(ChatRequest):
     """The body of POST /v1/chat/completions. Fields that would change the answer in a way that is not supported are errors."""
 
@@ -72,11 +77,15 @@ class CompletionRequest(ChatRequest):
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    # accepted with the one value that changes nothing
-    top_p: Literal[1, 1.0] | None = None
-    frequency_penalty: Literal[0, 0.0] | None = None
-    presence_penalty: Literal[0, 0.0] | None = None
+    # accepted with the values that change nothing
+    top_p: Annotated[float, Field(ge=1, le=1)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    response_format: TextFormat | None = None
+    tool_choice: Literal["none", "auto"] | None = None
     # accepted and not used
+    parallel_tool_calls: bool | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
@@ -99,12 +108,36 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
     try:
         return kind.model_validate_json(bytes(body))
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
+        first, where = first_mistake(error.errors(include_url=False, include_context=False), body)
         got = "" if first["type"] in ("missing", "json_invalid") else f", got {first['input']!r:.80}"
         raise RequestError(
             f"{where}: {first['msg']}{got}" if where else f"{first['msg']}{got}", parameter=where or None
         )
+
+
+def first_mistake(errors: list[dict], body: bytes) -> tuple[dict, str]:
+    """Of pydantic's errors about a body the first, and its place there, such as "messages.0.content".
+
+    A value that may be of several types has an error for each type, whose place ends with the name of the type, which is left out. The
+    error that is deepest in the value is of the type that the client meant.
+    """
+
+    whole = None if errors[0]["type"] == "json_invalid" else TypeAdapter(Any).validate_json(body)
+
+    def place(error: dict) -> tuple:
+        found, value = [], whole
+        for part in error["loc"]:
+            known = part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int)
+            if known:
+                value = value[part]
+            if known or (error["type"] == "missing" and part == error["loc"][-1]):
+                found.append(part)
+        return tuple(found)
+
+    places = [place(error) for error in errors]
+    same = [number for number, found in enumerate(places) if found[: len(places[0])] == places[0]]
+    number = max(same, key=lambda number: len(places[number]))  # the first of those that are deepest
+    return errors[number], ".".join(map(str, places[number]))
 
 
 def prompt_of(tokenizer: Tokenizer, request: ChatRequest, positions: int, max_tokens: int) -> tuple[list[int], int]:
@@ -116,7 +149,9 @@ def prompt_of(tokenizer: Tokenizer, request: ChatRequest, positions: int, max_to
     messages = [as_conversation(message) for message in request.messages]
     lengths = [sum(len(part["text"]) for part in parts_of(message)) for message in messages]
     for number, length in enumerate(lengths):
-        if length > MOST_CHARACTERS:
+        if (
+            length > MOST_CHARACTERS and messages[number]["role"] != "assistant"
+        ):  # whose answers may be longer, and come back
             raise RequestError(f"message {number} has {length:,} characters; there may be {MOST_CHARACTERS:,}")
     if sum(lengths) > MOST_TOGETHER:
         raise RequestError(f"the messages have {sum(lengths):,} characters together; there may be {MOST_TOGETHER:,}")

@@ -19,15 +19,12 @@ from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
 from nanochat.platform.signals import handled
 
-CONNECTIONS = 1024  # more are answered by 503
-
 
 def web(options: WebOptions, paths: Paths) -> None:
     """Serve the newest model of a stage. Raises UserError when the address cannot be listened on."""
     try:
-        import uvicorn
-
         from nanochat.chat.app import Service, create_app
+        from nanochat.chat.connections import make_server, most_connections
     except ModuleNotFoundError as error:
         raise UserError(f"nanochat web needs the package {error.name}; install it with: pip install 'nanochat[web]'")
     listener = listen(options.host, options.port)
@@ -40,12 +37,7 @@ def web(options: WebOptions, paths: Paths) -> None:
     name = f"{paths.run_name}-{options.source}"
     hosts = hosts_of(listener.getsockname()[0], options.host)
     service = Service(workers, name, options.temperature, options.top_k, options.max_tokens, hosts)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(service), log_level="warning", limit_concurrency=CONNECTIONS, timeout_keep_alive=30,
-            timeout_graceful_shutdown=options.seconds_to_end,
-        )
-    )  # fmt: skip
+    server = make_server(create_app(service), most_connections(), options.seconds_to_end)
     for worker in workers:
         worker.start()
     # not in the main thread, where uvicorn would end the process by the signal that asked for it

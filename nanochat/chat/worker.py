@@ -184,5 +184,5 @@ class Worker(threading.Thread):
             "tokens": self.tokens,
             "tokens_per_second": sum(count for at, count in recent if at > time.monotonic() - WINDOW)
             / max(seconds, 1e-9),
-            "cached_tokens": engine.cache.pages.count * engine.cache.page if engine else 0,
+            "cache_tokens": engine.cache.pages.count * engine.cache.page if engine else 0,
         }

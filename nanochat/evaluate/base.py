@@ -9,6 +9,7 @@ from nanochat.data.shards import Shards
 from nanochat.evaluate.bits_per_byte import bits_per_byte, unigram_bits_per_byte
 from nanochat.evaluate.chat import not_newest, say_accuracies
 from nanochat.evaluate.core import CoreTask, core_scores, load_bundle
+from nanochat.evaluate.scope import scope_of
 from nanochat.evaluate.scores import as_results, write_csv
 from nanochat.evaluate.transformers_model import load_transformers, slug
 from nanochat.gpt import GPT
@@ -23,8 +24,9 @@ from nanochat.tokenizer.bpe import Tokenizer
 def evaluate_base(options: EvaluateBaseOptions, paths: Paths, runtime: Runtime) -> dict[str, float]:
     """`nanochat evaluate base`: evaluate a checkpoint of pretraining by bits per byte and CORE, or another model by CORE.
 
-    Bits per byte are measured on both splits, with those of a unigram model beside them. Results of an older checkpoint come with the
-    reason why the report does not show them, as NOT_REPORTED. Raises UserError for unknown tasks, and for the step of another model.
+    Bits per byte are measured on both splits, with those of a unigram model beside them. Results of an older checkpoint, and those
+    of less than the report has, come with the reason why it does not show them, as NOT_REPORTED. Raises UserError for unknown tasks,
+    and for the step of another model.
     """
     reason = ""
     if options.hf_path:
@@ -33,21 +35,23 @@ def evaluate_base(options: EvaluateBaseOptions, paths: Paths, runtime: Runtime) 
                 f"--step {options.step} is of a checkpoint, and --hf-path names another model; leave one of them out"
             )
         model, tokenizer = load_transformers(options.hf_path, runtime)
-        file = f"hf-eval_{slug(options.hf_path)}.csv"
+        file = f"hf-eval_{slug(options.hf_path)}"
     else:
         model, tokenizer, meta = load_model(paths, "base", runtime, options.impl, options.checkpoint)
-        file = f"base-eval_{meta['step']:06d}.csv"
+        file = f"base-eval_{meta['step']:06d}"
         reason = not_newest(paths, "base", meta["step"])
     bundle = load_bundle(paths.eval_bundle)
     tasks = _chosen_tasks(options, bundle)
+    scope = scope_of(options, "evaluate base", paths, [task.label for task in bundle])
     results = {} if options.hf_path else _bits_per_byte(model, tokenizer, options, paths, runtime)
     scores = core_scores(model, tokenizer, tasks, runtime, options.core_max_per_task)
-    core = as_results(scores, "CORE" if {task.label for task in tasks} == {task.label for task in bundle} else "")
+    core = as_results(scores, "" if scope.less.keys() & {"core-tasks", "core-max-per-task"} else "CORE")
     if runtime.primary:
         say_accuracies(core, paths)
         if paths.writable:
             mean = {name: value for name, value in core.items() if name == "CORE"}
-            write_csv(paths.report / file, scores, mean | results)
+            write_csv(paths.report / f"{file}{scope.suffix}.csv", scores, mean | results)
+    reason = reason or scope.kept
     return results | core | ({NOT_REPORTED: reason} if reason else {})
 
 

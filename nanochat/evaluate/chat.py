@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 from nanochat.checkpoint import load_model
 from nanochat.evaluate.answers import sample_answers
+from nanochat.evaluate.scope import scope_of
 from nanochat.evaluate.scores import Score, as_results, write_csv
 from nanochat.evaluate.scoring import logits_at
 from nanochat.gpt import GPT
@@ -147,8 +148,8 @@ def judged_answers(engine: Engine, task, indices: range, options: ChatTaskOption
 def evaluate_chat(options: EvaluateChatOptions, paths: Paths, runtime: Runtime) -> dict[str, float | str | list]:
     """`nanochat evaluate chat`: evaluate a checkpoint of a stage; returns accuracies, and on the first rank answers to sample prompts.
 
-    Results that the report does not show, of an older checkpoint or of sampled answers, come with the reason as NOT_REPORTED. Raises
-    UserError for unknown tasks, and for several answers that would all be the same.
+    Results that the report does not show, of an older checkpoint, of sampled answers, or of less than it has, come with the reason as
+    NOT_REPORTED. Raises UserError for unknown tasks, and for several answers that would all be the same.
     """
     unknown = [name for name in options.tasks if name not in TASKS]
     if unknown:
@@ -161,16 +162,23 @@ def evaluate_chat(options: EvaluateChatOptions, paths: Paths, runtime: Runtime) 
     model, tokenizer, meta = load_model(paths, options.stage, runtime, options.impl, options.checkpoint)
     names = tuple(dict.fromkeys(options.tasks or TASKS))
     scores, notes = chat_scores(model, tokenizer, paths, runtime, sampling, names)
-    results = as_results(scores, mean_of(names, sampling))
+    scope = scope_of(options, "evaluate chat", paths, TASKS)
+    mean = "" if scope.less else mean_of(names, sampling)
+    results = as_results(scores, mean)
     if not runtime.primary:
         return results
     say_accuracies(results | notes, paths)
     if paths.writable:
-        mean = {name: results[name] for name in [mean_of(names, sampling)] if name}
-        suffix = f"_{sampling.num_samples}-answers_temperature-{sampling.temperature:g}" if sampling.conditions else ""
-        write_csv(paths.report / f"{options.stage}-eval_{meta['step']:06d}{suffix}.csv", scores, mean)
+        suffix = scope.suffix
+        suffix += f"_{sampling.num_samples}-answers_temperature-{sampling.temperature:g}" if sampling.conditions else ""
+        write_csv(
+            paths.report / f"{options.stage}-eval_{meta['step']:06d}{suffix}.csv",
+            scores,
+            {mean: results[mean]} if mean else {},
+        )
     results |= notes
-    if reason := not_newest(paths, options.stage, meta["step"]) or (sampling.conditions and "the answers were sampled"):
+    older, sampled = not_newest(paths, options.stage, meta["step"]), sampling.conditions and "the answers were sampled"
+    if reason := older or sampled or scope.kept:
         return results | {NOT_REPORTED: reason}
     engine = Engine(model, tokenizer)
     return results | {SAMPLES: [_sample(engine, prompt) for prompt in options.sample_prompts]}

@@ -8,7 +8,8 @@ from nanochat.tasks.rows import RowTask, conversations_in
 class CustomJSON(RowTask):
     """A file of JSON lines: on each line an array of messages, from user and assistant in turn, or an object with one under "messages".
 
-    Raises UserError for a file that cannot be read or has no conversations, and for a bad line, with its number.
+    Raises UserError for a file that cannot be read or has no conversations, and for a line that is malformed or has no message of the
+    assistant, with its number.
     """
 
     def __init__(self, path: str | Path):

@@ -146,7 +146,10 @@ def _read_lines(path: Path) -> list[dict]:
     for number, value in read_json_lines(path):
         row = value if isinstance(value, dict) else {"messages": value}
         with at_place(f"{path}, line {number}"):
-            check_conversation(row)
+            if all(message["role"] == "user" for message in check_conversation(row)):
+                raise UserError(
+                    "no message is from the assistant, so that it teaches nothing; add an answer or remove it"
+                )
         rows.append(row)
     return rows
 

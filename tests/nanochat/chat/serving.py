@@ -10,9 +10,8 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import uvicorn
-
 from nanochat.chat.app import Service, create_app
+from nanochat.chat.connections import make_server
 from nanochat.chat.worker import Worker
 from nanochat.inference.engine import Engine
 from nanochat.tokenizer.bpe import Tokenizer
@@ -91,7 +90,7 @@ class Errors(logging.Handler):
 
 @contextmanager
 def serving(
-    make_engine: Callable[[], Engine], most_waiting: int = 256, workers: int = 1, **defaults
+    make_engine: Callable[[], Engine], most_waiting: int = 256, workers: int = 1, connections: int = 1024, **defaults
 ) -> Iterator[Server]:
     """A server on a free port, until the block ends. It must report no error."""
     found = [Worker(f"worker {number}", make_engine, most_waiting) for number in range(workers)]
@@ -99,7 +98,7 @@ def serving(
     for worker in found:
         worker.start()
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="warning", timeout_graceful_shutdown=1))
+    server = make_server(create_app(service), connections, seconds_to_end=1)
     errors = Errors()
     logging.getLogger("uvicorn.error").addHandler(errors)  # not before uvicorn has configured its loggers
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

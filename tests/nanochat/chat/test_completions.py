@@ -106,6 +106,30 @@ def test_log_probabilities(client):
     assert client.chat.completions.create(**options).choices[0].logprobs is None
 
 
+def test_tokens_of_the_calculator_have_no_log_probabilities_and_are_used(scripted, tokenizer):
+    """Which the model did not choose."""
+    [choice] = (found := scripted.chat.completions.create(model="tiny", messages=TALK, logprobs=True)).choices
+    chosen = words(tokenizer, "It is ", "[2+3]", ". One two three ✓ END four")
+    assert [entry.bytes for entry in choice.logprobs.content] == [
+        list(tokenizer.decode_bytes([token])) for token in chosen
+    ]
+    result = [tokenizer.special("output_start"), *tokenizer.encode("5"), tokenizer.special("output_end")]
+    assert found.usage.completion_tokens == len(chosen) + len(result)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_usage_has_the_tokens_of_every_choice(model, tokenizer, stream):
+    """However long each is."""
+    lengths = iter((3, 11))
+    options = {"model": "tiny", "messages": TALK, "n": 2, "stream": stream}
+    if stream:
+        options["stream_options"] = {"include_usage": True}
+    with serving(lambda: Says(model, tokenizer, lambda _: words(tokenizer, "x") * next(lengths))) as server:
+        found = client_of(server).chat.completions.create(**options)
+        usage = [chunk.usage for chunk in found][-1] if stream else found.usage
+    assert usage.completion_tokens == 14 and usage.total_tokens == 14 + usage.prompt_tokens
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("stop", "text", "reason"),
@@ -144,6 +168,10 @@ def test_what_is_not_supported_is_an_error(client):
         ({"frequency_penalty": 1}, "frequency_penalty"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"top_p": True}, "top_p: Input should be a valid number, got True"),
+        ({"presence_penalty": False}, "presence_penalty: Input should be a valid number, got False"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"tool_choice": "required"}, "tool_choice"),
         ({"stop": ["a"] * 5}, "stop has 5 strings"),
         ({"stop": ""}, "at least 1 character"),
         ({"n": 17}, "less than or equal to 16"),
@@ -153,10 +181,48 @@ def test_what_is_not_supported_is_an_error(client):
     ):
         with pytest.raises(openai.BadRequestError, match=message):
             client.chat.completions.create(model="tiny", messages=TALK, **options)
-    found = client.chat.completions.create(
-        model="tiny", messages=TALK, max_tokens=1, top_p=1, frequency_penalty=0, user="me"
-    )
+    nothing = {
+        "top_p": 1,
+        "frequency_penalty": 0,
+        "presence_penalty": 0.0,
+        "logit_bias": {},
+        "user": "me",
+        "store": True,
+    }
+    nothing |= {
+        "parallel_tool_calls": False,
+        "response_format": {"type": "text"},
+        "tool_choice": "none",
+        "top_logprobs": 0,
+    }
+    found = client.chat.completions.create(model="tiny", messages=TALK, max_tokens=1, **nothing)
     assert found.choices[0].finish_reason in ("length", "stop")
+
+
+@pytest.mark.parametrize(
+    ("body", "place", "reason"),
+    [
+        ({"messages": [*TALK, {"role": "assistant", "content": None}]}, "messages.2.content", "valid string, got None"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "messages.0.content.0.text",
+            "Field required",
+        ),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, "messages.0.content.0", "got 'a'"),
+        ({"messages": TALK, "stop": ["a", ""]}, "stop.1", "at least 1 character, got ''"),
+        ({"messages": TALK, "stop": 5}, "stop", "valid string, got 5"),
+        ({"messages": TALK, "stream_options": {"usage": 1}}, "stream_options.usage", "not permitted, got 1"),
+        ({"messages": TALK, "str": 1}, "str", "not permitted"),
+        ({"messages": "str"}, "messages", "valid array, got 'str'"),
+        ({"messages": TALK, "seed": 10**400}, "seed", "less than or equal to"),
+        ({"n": 0}, "messages", "Field required"),
+    ],
+)
+def test_a_mistake_is_named_by_its_place_in_the_request(client, body, place, reason):
+    with pytest.raises(openai.BadRequestError) as found:
+        client.post("/chat/completions", body=body, cast_to=object)
+    assert found.value.param == place and found.value.body["message"].startswith(f"{place}: ")
+    assert reason in found.value.body["message"]
 
 
 def test_content_in_parts(client):

@@ -272,6 +272,66 @@ def test_broken_storage_does_not_break_the_page(page, kept, shown):
     assert page.locator("article .text").all_text_contents() == shown
 
 
+def turns(count: int, answer: str = "b") -> list[dict]:
+    pair = [{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+    return pair * count
+
+
+@pytest.mark.parametrize(
+    ("kept", "left"),
+    [
+        (turns(4, "b" * 7994), 9),  # 31,993 characters
+        (turns(5, "b" * 7999), 7),
+        (turns(4, "😀" * 7994), 9),  # as the server counts: half of what they are in UTF-16
+        (turns(1, "b" * 9000), 3),
+        (turns(1, "b" * 40_000), 1),
+        (turns(260), 499),
+        (turns(1)[1:], 1),
+        ([*turns(1)[1:], *turns(2)], 5),
+        ([*turns(1)[:1], *turns(1)], 3),
+    ],
+)
+def test_a_long_conversation_goes_on_without_its_oldest_turns(page, kept, left):
+    """Or one whose beginning cannot be sent: each question gets an answer, and what was left out is told."""
+    sent = []
+    page.on("request", lambda request: sent.append(request.post_data_json) if request.url.endswith("/chat") else None)
+    page.evaluate("kept => localStorage.setItem('nanochat.messages', JSON.stringify(kept))", kept)
+    page.reload()
+    until(page, "document.getElementById('model').textContent === 'tiny'")
+    ask(page, "last question")
+    answered(page)
+    assert page.locator("[role=alert]").count() == 0
+    assert texts(page, "assistant")[-1].startswith("You said: last question")
+    assert sent[0]["messages"] == [*kept, {"role": "user", "content": "last question"}][-left:]
+    dropped = -(-(len(kept) + 1 - left) // 2)
+    note = page.locator("article.assistant").last.locator(".note").all_inner_texts()
+    assert bool(dropped) <= len(note) and (not dropped or "forgotten" in note[0])
+    assert len(texts(page, "user")) == len([message for message in kept if message["role"] == "user"]) + 1
+
+
+def test_an_answer_tells_both_that_turns_are_forgotten_and_that_it_was_stopped(page):
+    page.evaluate("kept => localStorage.setItem('nanochat.messages', JSON.stringify(kept))", turns(1, "b" * 40_000))
+    page.reload()
+    until(page, "document.getElementById('model').textContent === 'tiny'")
+    ask(page, "long")
+    until(page, "document.querySelectorAll('article.assistant .text')[1]?.textContent.length > 5")
+    page.keyboard.press("Escape")
+    answered(page)
+    assert page.locator(".note").nth(0).inner_text() == "Stopped. The oldest turn no longer fits and is forgotten."
+
+
+def test_a_setting_that_is_typed_before_the_defaults_come_stays(page):
+    def late(route):
+        typed = page.locator("#top_k")
+        typed.fill("7")
+        route.continue_()
+
+    page.route("**/stats", late)
+    page.reload()
+    until(page, "document.getElementById('model').textContent === 'tiny'")
+    assert page.locator("#top_k").input_value() == "7" and page.locator("#temperature").input_value() == "0.6"
+
+
 def test_an_answer_is_drawn_once_per_frame(page):
     """Frames that do not come: one is asked for, and the whole answer is there at the end."""
     page.evaluate("window.asked = 0; window.requestAnimationFrame = f => f?.name === 'redraw' ? ++window.asked : 0")

@@ -8,6 +8,8 @@ import socket
 import subprocess
 import threading
 import time
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -78,6 +80,8 @@ BAD = {
     "4,097 tokens": ({"messages": messages("a"), "max_tokens": 4097}, "less than or equal to 4096"),
     "a field of another name": ({"messages": messages("a"), "temprature": 1}, "temprature: Extra inputs are not permitted"),
     "too long for the model": ({"messages": messages("\n" * 1400)}, "leaves none of the model's 640 positions"),
+    "a number of 5,000 digits": (b'{"messages":[{"role":"user","content":"a"}],"seed":1' + b"0" * 5000 + b"}", "number out of range"),
+    "lists in lists": (b"[" * 100_000, "Invalid JSON"),
     "more than a mebibyte": (b" " * (1 << 20) + b"{}", "more than 1,048,576 bytes"),
 }  # fmt: skip
 
@@ -94,15 +98,19 @@ def test_the_limits_themselves_are_allowed(server):
     body = {"temperature": 2, "top_k": 200, "max_tokens": 4096, "seed": 2**64 - 1}
     events = server.chat("hi", **body)
     assert events[-1]["finish"] in ("stop", "length") and text_of(events)
-    talk = messages(*["x"] * 499)
-    status, found = server.request("/v1/chat/completions", {"messages": talk, "max_tokens": 1})
-    assert status == 200 and found["choices"][0]["finish_reason"] in ("length", "stop")
+    for talk in (messages(*["x"] * 499), messages("a", "x" * 31_998, "b")):  # what a model wrote may be long
+        status, found = server.request("/v1/chat/completions", {"messages": talk, "max_tokens": 1})
+        assert status == 200 and found["choices"][0]["finish_reason"] in ("length", "stop")
 
 
 def test_other_addresses_and_methods(server):
     assert server.request("/nothing")[0] == 404 and server.request("/chat")[0] == 405
     assert server.request("/health") == (200, {"status": "ok"})
+    server.chat("hi", max_tokens=1)
     status, stats = server.request("/stats")
+    caches = [worker.engine.cache for worker in server.service.workers]
+    assert [worker["cache_tokens"] for worker in stats["workers"]] == [c.pages.count * c.page for c in caches]
+    assert any(worker["cache_tokens"] for worker in stats["workers"])
     assert status == 200 and len(stats["workers"]) == 2 and stats["defaults"]["top_k"] == 50
 
 
@@ -236,6 +244,24 @@ def test_a_reader_that_takes_nothing_is_dropped(model, tokenizer, monkeypatch):
                         raise ConnectionError
 
 
+def test_an_error_of_the_server_is_not_taken_for_a_client_that_goes(monkeypatch, tmp_path):
+    """A file that cannot be read is an OSError too. The client gets 500 without the file's name, and the server's log the error."""
+    monkeypatch.setattr(app, "PAGE", tmp_path / "page.html")
+    scope = {"type": "http", "method": "GET", "path": "/", "query_string": b"", "headers": [(b"host", b"x")]}
+    sent = []
+
+    async def receive() -> dict:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    with pytest.raises(FileNotFoundError):
+        asyncio.run(app.create_app(app.Service([], "tiny"))(scope, receive, send))
+    assert sent[0]["status"] == 500
+    assert json.loads(sent[1]["body"])["error"]["message"] == "the server failed; its log says why"
+
+
 def test_too_many_at_once_get_429(model, tokenizer):
     """With one place and room for one more to wait; the place is free again when its client goes."""
 
@@ -248,6 +274,9 @@ def test_too_many_at_once_get_429(model, tokenizer):
         server.wait_until(lambda: worker.open_rows == 2)
         status, found = server.request("/chat", {"messages": messages("hi")})
         assert status == 429 and "try again later" in found["error"]["message"]
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(server.url + "/chat", json.dumps({"messages": messages("hi")}).encode())
+        assert refused.value.code == 429 and int(refused.value.headers["Retry-After"]) > 0
         assert server.request("/v1/chat/completions", {"messages": messages("hi"), "n": 2})[0] == 429
         status, found = server.request("/v1/chat/completions", {"messages": messages("hi"), "n": 3})
         assert status == 400 and found["error"]["param"] == "n" and "n is 3" in found["error"]["message"]

@@ -142,7 +142,7 @@ def test_the_old_engine_is_free_before_the_new_one_is_made(model, tokenizer):
             failed = pool.submit(server.request, "/v1/chat/completions", HELLO | {"max_tokens": 7})
             assert making.wait(10)
             assert server.request("/v1/chat/completions", HELLO)[0] == 503 and server.request("/health")[0] == 200
-            assert server.request("/stats")[1]["workers"][0]["cached_tokens"] == 0
+            assert server.request("/stats")[1]["workers"][0]["cache_tokens"] == 0
             go.set()
             assert failed.result()[1]["error"]["message"] == "broken"
             server.wait_until(lambda: server.request("/v1/chat/completions", HELLO)[0] == 200)

@@ -11,13 +11,15 @@ from safetensors.torch import load_file, save_file
 from nanochat.evaluate import chat
 from nanochat.evaluate.chat import chat_accuracies
 from nanochat.evaluate.core import load_bundle
+from nanochat.evaluate.scope import scope_of
 from nanochat.evaluate.scores import Score, as_results, write_csv
 from nanochat.evaluate.scoring import logits_at
 from nanochat.evaluate.transformers_model import load_transformers, slug
 from nanochat.inference.engine import Token
-from nanochat.options.evaluate import ChatTaskOptions
+from nanochat.options.evaluate import ChatTaskOptions, EvaluateBaseOptions, EvaluateChatOptions
 from nanochat.options.report import ReportOptions
 from nanochat.platform.errors import UserError
+from nanochat.platform.files import write_json
 from nanochat.platform.paths import Paths, steps_in
 from nanochat.report.build import build_report
 from nanochat.report.sections import read_section
@@ -86,10 +88,11 @@ def test_a_step_and_tasks_are_chosen_and_the_scores_are_beside_the_report(traine
     paths = Paths(shutil.copytree(trained_base, tmp_path / "base"))
     first, last = steps_in(paths.checkpoints("sft"))
     arguments = ["evaluate", "chat", *TINY_EVALUATE_CHAT]
+    less = "_tasks-ARC-Easy+SpellingBee_max-per-task-4_max-tokens-8"
     for step, options in ((last, []), (first, ["--step", str(first)])):
         done = nanochat(paths.base, *arguments, *options)
         assert done.returncode == 0 and ("the report keeps" in done.stdout) == (step == first), done.stderr
-        found = table(paths.report / f"sft-eval_{step:06d}.csv")
+        found = table(paths.report / f"sft-eval_{step:06d}{less}.csv")
         assert found.keys() == {"ARC-Easy", "SpellingBee"}
         if step == last:
             section = paths.section("sft-eval").read_bytes()
@@ -100,16 +103,20 @@ def test_a_step_and_tasks_are_chosen_and_the_scores_are_beside_the_report(traine
     )
     sampled = nanochat(paths.base, *arguments, "--num-samples", "3")
     assert_fails_with(sampled, "--num-samples 3 at --temperature 0", "give a temperature")
-    scores = (paths.report / f"sft-eval_{last:06d}.csv").read_bytes()
+    scores = (paths.report / f"sft-eval_{last:06d}{less}.csv").read_bytes()
     assert nanochat(paths.base, *arguments, "--num-samples", "3", "--temperature", "0.5").returncode == 0
-    sampled = table(paths.report / f"sft-eval_{last:06d}_3-answers_temperature-0.5.csv")
+    sampled = table(paths.report / f"sft-eval_{last:06d}{less}_3-answers_temperature-0.5.csv")
     assert sampled.keys() == {"ARC-Easy", "SpellingBee, any of 3"}
     # the report has the newest checkpoint's most likely answers
-    assert (paths.report / f"sft-eval_{last:06d}.csv").read_bytes() == scores
+    assert (paths.report / f"sft-eval_{last:06d}{less}.csv").read_bytes() == scores
     assert paths.section("sft-eval").read_bytes() == section
-    base = ["evaluate", "base", *TINY_EVALUATE_BASE]
+
+
+def test_core_of_a_step_and_of_some_tasks(trained_base, tmp_path):
+    paths = Paths(shutil.copytree(trained_base, tmp_path / "base"))
+    base = ["evaluate", "base", *"--tokens 512 --batch-size 4 --device cpu".split()]
     assert nanochat(paths.base, *base).returncode == 0
-    [newest] = paths.report.glob("base-eval_*.csv")
+    [newest] = paths.report.glob("base-eval_*_tokens-512.csv")
     assert table(newest).keys() == {
         *(task.label for task in load_bundle(paths.eval_bundle)), "CORE", "val_bpb", "train_bpb", "unigram_bpb",
     }  # fmt: skip
@@ -117,7 +124,7 @@ def test_a_step_and_tasks_are_chosen_and_the_scores_are_beside_the_report(traine
     chosen = nanochat(paths.base, *base, "--core-tasks", "world_choice", "--step", str(step))
     assert chosen.returncode == 0, chosen.stderr
     assert read_section(paths, "base-eval")["results"]["CORE"] and "the report keeps" in chosen.stdout
-    found = table(paths.report / f"base-eval_{step:06d}.csv")
+    found = table(paths.report / f"base-eval_{step:06d}_core-tasks-world_choice_tokens-512.csv")
     assert "world_choice" in found and not {"CORE", "world_schema"} & found.keys()
     assert_fails_with(
         nanochat(paths.base, *base, "--hf-path", "x", "--step", "4"), "--step 4", "--hf-path", "leave one"
@@ -128,6 +135,59 @@ def test_a_step_and_tasks_are_chosen_and_the_scores_are_beside_the_report(traine
     assert_fails_with(
         nanochat(paths.base, *base, "--core-tasks", "nothing"), "unknown task 'nothing' of CORE", "world_choice"
     )
+
+
+def column(paths: Paths, stage: str) -> dict[str, str]:
+    """A stage's cells in the table of results of the report, by the name of the metric; without those that have none."""
+    build_report(ReportOptions(), paths)
+    text = (paths.report / "report.md").read_text("utf-8").partition("## Results\n")[2].partition("\n## ")[0]
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.split("\n") if "|" in line]
+    return {row[0]: row[head.index(stage)] for row in rows if row[head.index(stage)] != "–"}
+
+
+def test_a_smaller_evaluation_does_not_replace_a_larger_one(trained_base, tmp_path):
+    """Neither in the report nor in the table; and the mean of a part is no ChatCORE and no CORE."""
+    paths = Paths(shutil.copytree(trained_base, tmp_path / "base"))
+    [*_, last] = steps_in(paths.checkpoints("sft"))
+    chat = ["evaluate", "chat", *"--preset tiny --run-name default --device cpu --max-tokens 4".split()]
+    assert nanochat(paths.base, *chat, "--max-per-task", "3").returncode == 0  # there is no other: the report takes it
+    assert len(column(paths, "sft")) == 6
+    assert nanochat(paths.base, *chat, "--max-tokens", "16", "--max-per-task", "20").returncode == 0
+    section, shown = paths.section("sft-eval").read_bytes(), column(paths, "sft")
+    assert len(shown) == 7 and "ChatCORE stand-in" in shown
+    whole = (paths.report / f"sft-eval_{last:06d}.csv").read_bytes()
+    for options, suffix, told in (
+        ("--max-per-task 4 --max-tokens 16", "_max-per-task-4", "more than --max-per-task 4"),
+        ("--tasks GSM8K --max-tokens 16", "_tasks-GSM8K", "more than --tasks GSM8K"),
+        ("--tasks GSM8K MMLU", "_tasks-GSM8K+MMLU_max-tokens-4", "more than --tasks GSM8K MMLU and --max-tokens 4"),
+    ):
+        done = nanochat(paths.base, *chat, *options.split())
+        assert "the report keeps the results that it has" in done.stdout and told in " ".join(done.stdout.split())
+        assert "ChatCORE" not in done.stdout
+        assert table(paths.report / f"sft-eval_{last:06d}{suffix}.csv").keys() - {"ChatCORE"}
+        assert paths.section("sft-eval").read_bytes() == section and column(paths, "sft") == shown
+    assert (paths.report / f"sft-eval_{last:06d}.csv").read_bytes() == whole
+    base = ["evaluate", "base", *"--preset tiny --run-name default --device cpu".split()]
+    assert nanochat(paths.base, *base).returncode == 0
+    section = paths.section("base-eval").read_bytes()
+    for options in (["--core-max-per-task", "4"], ["--core-tasks", "world_choice"], ["--tokens", "512"]):
+        done = nanochat(paths.base, *base, *options)
+        assert f"more than {' '.join(options)}" in " ".join(done.stdout.split()), done.stdout + done.stderr
+        assert ("CORE" in done.stdout) == ("--tokens" in options) and paths.section("base-eval").read_bytes() == section
+    [whole] = [path for path in paths.report.glob("base-eval_*.csv") if "-" not in path.stem.partition("_")[2]]
+    assert "CORE" in table(whole)
+    larger = nanochat(paths.base, *base, "--core-max-per-task", "-1")
+    assert larger.returncode == 0 and paths.section("base-eval").read_bytes() != section
+
+
+def test_a_damaged_section_is_no_larger_evaluation(tmp_path):
+    paths, options = Paths(tmp_path), EvaluateChatOptions()
+    for settings in ({}, {"tasks": 5, "task_options": 3}, {"tasks": [None], "task_options": {"max_per_task": "x"}}):
+        write_json(paths.section("sft-eval"), {"settings": settings})
+        assert scope_of(options, "evaluate chat", paths, chat.TASKS).kept == ""
+    many = EvaluateBaseOptions(core_tasks=tuple(f"task_{number}" for number in range(22)))
+    suffix = scope_of(many, "evaluate base", paths, [*many.core_tasks, "another"]).suffix
+    assert suffix == "_core-tasks-22-of-them"
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +230,8 @@ def test_a_model_of_the_transformers_library_is_evaluated_beside_the_run(gpt2, t
     assert result.returncode == 0, result.stderr
     assert paths.section("base-eval").read_bytes() == before
     results = read_section(paths, "hf-eval")["results"]
-    found = table(paths.report / f"hf-eval_{slug(str(gpt2))}.csv")
-    assert found["CORE"][0] == f"{results['CORE']:.6f}" and "val_bpb" not in results
+    found = table(paths.report / f"hf-eval_{slug(str(gpt2))}_core-max-per-task-4_tokens-512.csv")
+    assert found["world_choice"][0] == f"{results['world_choice']:.6f}" and "val_bpb" not in results
     build_report(ReportOptions(), paths)
     assert "| base | mid | sft | hf |" in (paths.report / "report.md").read_text("utf-8")
     empty = tmp_path / "empty"

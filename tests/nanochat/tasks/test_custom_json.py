@@ -41,7 +41,9 @@ def test_both_forms_of_a_line_are_conversations(tmp_path):
     [
         ("", "has no conversations; write one on each line"),
         ("[\n", "line 1 is no JSON"),
-        ('[{"role": "user", "content": "x"}]\n[]', "line 2: malformed conversation"),
+        ('[{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]\n[]', "line 2: malformed conversation"),
+        ('[{"role": "user", "content": "x"}]', "line 1: no message is from the assistant, so that it teaches nothing; add an answer"),
+        ('{"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]}', "line 1: no message is from the"),
         ('[{"role": "assistant", "content": "x"}]', "line 1: malformed conversation: message 0 is from 'assistant', wanted 'user'"),
         ('[{"role": "user", "content": 7}]', r"line 1: malformed conversation: message 0 \(user\) must be text, got int"),
         ('[{"role": "user"}]', "message 0 needs the keys role and content"),
