@@ -9,7 +9,7 @@ from torch import Tensor
 
 import nanochat_kernels as kernels
 from nanochat.gpt import GPT
-from nanochat.inference.cache import CacheRows, KVCache, Mirror
+from nanochat.inference.cache import CacheRows, KVCache
 from nanochat.platform.cuda_graphs import Replayed
 
 # the columns of what a step is given about each row; the row's pages follow
@@ -24,12 +24,11 @@ def prefill(model: GPT, keys: Tensor, values: Tensor, given: Tensor, chunk: int)
 
 
 def decode(
-    model: GPT, keys: Tensor, values: Tensor, given: Tensor, mirror: Mirror | None, candidates: int, any_all: bool,
-    alternatives: int,
+    model: GPT, keys: Tensor, values: Tensor, given: Tensor, candidates: int, any_all: bool, alternatives: int
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """For each row of `given` the next token and the most likely ones (R, 1 + alternatives), and the natural logarithms of their
     probabilities at temperature 1."""
-    rows = CacheRows(keys, values, given[:, PAGES:], given[:, LENGTH], mirror)
+    rows = CacheRows(keys, values, given[:, PAGES:], given[:, LENGTH])
     logits = model.logits(model.hidden(given[:, TOKEN, None], rows)[:, -1])
     temperature = given[:, TEMPERATURE, None].view(torch.float32)[:, 0]  # of the 64 bits the lower 32, which come first
     return kernels.sample_tokens(
@@ -93,7 +92,6 @@ class Decoder:
         """Drop the passes, after the cache has moved."""
         on_gpu = self.model.device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if self.replay and on_gpu else None
-        self.mirrors: dict[int, Mirror] = {}  # by the size of a pass; on a CPU alone
         self.passes: dict[tuple, tuple[Replayed, Tensor, Tensor]] = {}
 
     def prefill(self, chunks: list[tuple[list[int], int, list[int]]]) -> None:
@@ -123,16 +121,11 @@ class Decoder:
         rows = self.size_for(len(given), "rows")
         padded = np.zeros((rows, PAGES + width), np.int64)
         padded[:, TEMPERATURE], padded[:, TOP_K] = as_bits(1.0), 1
-        mirror, places = None, list(range(len(given)))
-        if self.model.device.type == "cpu":
-            mirror = self.mirrors[rows] = self.mirrors.get(rows) or Mirror(self.cache, rows)
-        if mirror is not None:
-            places = mirror.places([(row, int(row[LENGTH]), row[PAGES : PAGES + pages].tolist()) for row in given])
-        padded[places] = np.stack(given)[:, : PAGES + width]
-        work = partial(decode, mirror=mirror, candidates=candidates, any_all=any_all, alternatives=alternatives)
+        padded[: len(given)] = np.stack(given)[:, : PAGES + width]
+        work = partial(decode, candidates=candidates, any_all=any_all, alternatives=alternatives)
         found = self._run(("decode", rows, width, candidates, any_all, alternatives), padded, work)
-        tokens, logarithms = (x.tolist() for x in found)
-        return [tokens[place] for place in places], [logarithms[place] for place in places]
+        tokens, logarithms = (x[: len(given)].tolist() for x in found)
+        return tokens, logarithms
 
     def _run(self, key: tuple, given: np.ndarray, work: partial) -> tuple[Tensor, ...] | None:
         if key not in self.passes:

@@ -156,6 +156,25 @@ def test_a_library_with_other_products_for_many_rows_is_noticed(wide_model, toke
     assert Engine(wide_model, tokenizer).decoder.size_for(60, "rows") == 16
 
 
+def bytes_of_tensors() -> int:
+    storages = [x.untyped_storage() for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    return sum({x.data_ptr(): x.nbytes() for x in storages}.values())
+
+
+def test_an_engine_has_no_keys_beside_its_cache(model, tokenizer):
+    """However long one of the rows is: memory is what pages take."""
+    before = bytes_of_tensors()
+    engine = Engine(model, tokenizer, frozen=True)
+    engine.stops = set()
+    rows = [engine.row([n + 1] * 5, 8) for n in range(20)] + [engine.row([9] * 600, 8)]
+    engine.add(rows)
+    while not rows[-1].output:
+        engine.step()
+    assert engine.cache.pages.count <= 2 * (20 + 10)
+    cache = engine.cache.keys.nbytes + engine.cache.values.nbytes
+    assert bytes_of_tensors() - before < 1.1 * cache
+
+
 def test_log_probabilities_are_those_of_the_model(model, tokenizer):
     engine = Engine(model, tokenizer)
     row = engine.row([1, 2, 3], 12, 0.8, 30, seed=5, alternatives=4)

@@ -5,6 +5,7 @@ import torch
 
 from nanochat.gpt import GPTConfig
 from nanochat.inference import engine as module
+from nanochat.inference.cache import KVCache
 from nanochat.inference.engine import Engine
 from nanochat.options.model import Implementations
 from tests.nanochat.models import perturbed
@@ -12,13 +13,14 @@ from tests.nanochat.models import perturbed
 PROMPTS = [[*range(40), 3], [5], [*range(40), 7, 8]]
 
 
-@pytest.mark.parametrize("mirrored", [True, False])
-def test_triton_reads_pages_where_they_lie(tokenizer, monkeypatch, mirrored):
-    """Also those of a mirror; a row is what it is alone, and begins as with plain PyTorch's attention."""
+@pytest.mark.parametrize("heads_first", [True, False])
+def test_triton_reads_pages_where_they_lie(tokenizer, monkeypatch, heads_first):
+    """In a CPU's order and in a GPU's; a row is what it is alone, and begins as with plain PyTorch's attention."""
     for name, value in (("PAGE", 16), ("STEP_ROWS", (4,)), ("CHUNKS_AT_ONCE", (2,))):
         monkeypatch.setattr(module, name, dict.fromkeys(("cpu", "cuda"), value))
-    if not mirrored:
-        monkeypatch.setattr("nanochat.inference.decoder.Mirror", lambda *_: None)
+    monkeypatch.setattr(
+        KVCache, "heads_first", property(lambda _: heads_first, lambda *_: None), raising=False
+    )  # whatever the device
     found = {}
     for impl in ("triton", "reference"):
         model = perturbed(GPTConfig(1, 64, 2, 1, tokenizer.vocab_size, 64, impl=Implementations(attention=impl)))
