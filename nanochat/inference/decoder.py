@@ -11,6 +11,7 @@ import nanochat_kernels as kernels
 from nanochat.gpt import GPT
 from nanochat.inference.cache import CacheRows, KVCache
 from nanochat.platform.cuda_graphs import Replayed
+from nanochat.platform.errors import is_out_of_memory
 
 # the columns of what a step is given about each row; the row's pages follow
 TOKEN, LENGTH, STEP, KEY, TOP_K, TEMPERATURE, PAGES = 0, 1, 2, slice(3, 5), 5, 6, 7
@@ -60,7 +61,8 @@ def same_results(model: GPT, few: int, many: int, tokens: int, page: int) -> boo
 
 class Decoder:
     """Runs the passes. rows, chunks: the numbers of rows of a step, and of chunks of prompts that are computed together; those that are
-    not needed are padded. A row's results do not depend on the others: a size beside the first serves only if `same_results` says so.
+    not needed are padded. A row's results do not depend on the others: a size beside the first serves only if `same_results` says so,
+    and not where there is no memory to compare.
 
     replay: each kind of pass is captured in a CUDA graph and replayed, with pages for a power of two of them. The host then copies
     what is given to the device, launches one graph and waits for the result.
@@ -85,7 +87,13 @@ class Decoder:
         if (kind, size) not in self.serving:
             tokens = 1 if kind == "rows" else self.cache.page
             few, many = sorted((first, size))
-            self.serving[kind, size] = few == many or same_results(self.model, few, many, tokens, self.cache.page)
+            try:
+                serves = few == many or same_results(self.model, few, many, tokens, self.cache.page)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                serves = False
+            self.serving[kind, size] = serves
         return self.serving[kind, size]
 
     def forget(self) -> None:

@@ -22,7 +22,7 @@ from nanochat.inference.calculator import calculate
 from nanochat.inference.decoder import KEY, LENGTH, PAGES, STEP, TEMPERATURE, TOKEN, TOP_K, Decoder, as_bits
 from nanochat.inference.pages import ROOT
 from nanochat.inference.sampling import ALL, check_sampling, random_key
-from nanochat.platform.errors import UserError
+from nanochat.platform.errors import UserError, is_out_of_memory
 from nanochat.tokenizer.bpe import Tokenizer
 
 CHUNKS = {"cuda": 8, "cpu": 4}  # of prompts in a step: few, so that decoded rows do not wait long for their next token
@@ -199,7 +199,9 @@ class Engine:
         """Whether the device had memory for so many more pages."""
         try:
             self.cache.extend(count)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             return False
         return True
 
