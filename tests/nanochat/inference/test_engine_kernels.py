@@ -8,6 +8,8 @@ from nanochat.inference import engine as module
 from nanochat.inference.cache import KVCache
 from nanochat.inference.engine import Engine
 from nanochat.options.model import Implementations
+from nanochat_kernels import dispatch
+from nanochat_kernels.sample_tokens import MOST_CANDIDATES
 from tests.nanochat.models import perturbed
 
 PROMPTS = [[*range(40), 3], [5], [*range(40), 7, 8]]
@@ -39,3 +41,37 @@ def test_triton_reads_pages_where_they_lie(tokenizer, monkeypatch, heads_first):
         found[impl] = [row.output[0] for row in rows]
     for by_kernel, plain in zip(found["triton"], found["reference"], strict=True):
         assert by_kernel.token == plain.token and by_kernel.logprob == pytest.approx(plain.logprob, abs=0.05)
+
+
+def test_a_row_with_more_candidates_than_a_kernel_takes_changes_no_other(tokenizer, monkeypatch):
+    """Rows are drawn by one implementation alone and in company: by the kernels, or by the reference for a top-k above theirs."""
+    drawn_by = []
+
+    def as_on_a_gpu(operation, *arguments):
+        if operation.name != "sample_tokens":
+            return automatic(operation, *arguments)
+        reason = operation.implementations["triton"].unsupported_reason(*arguments)
+        drawn_by.append("reference" if reason else "triton")
+        return drawn_by[-1], ""
+
+    automatic = dispatch.automatic
+    monkeypatch.setattr(dispatch, "automatic", as_on_a_gpu)
+    model = perturbed(GPTConfig(1, 64, 2, 1, tokenizer.vocab_size, 64)).to(
+        "cuda" if torch.cuda.is_available() else "cpu"
+    )
+    settings = [(5, 2), (MOST_CANDIDATES + 1, 2), (None, 0)]
+
+    def generated(chosen: list) -> list:
+        engine = Engine(model, tokenizer)
+        rows = [engine.row([n + 1], 2, 0.9, k, alternatives=likely) for n, (k, likely) in chosen]
+        engine.add(rows)
+        while engine.busy:
+            engine.step()
+        return [list(row.output) for row in rows]
+
+    together = generated(list(enumerate(settings)))
+    assert set(drawn_by) == {"triton", "reference"}
+    for n, setting in enumerate(settings):
+        drawn_by.clear()
+        assert generated([(n, setting)]) == [together[n]], setting
+        assert set(drawn_by) == {"reference" if (setting[0] or 0) > MOST_CANDIDATES else "triton"}
