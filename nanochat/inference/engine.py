@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
+import nanochat_kernels as kernels
 from nanochat.gpt import GPT
 from nanochat.inference.cache import KVCache
 from nanochat.inference.calculator import calculate
@@ -24,7 +25,6 @@ from nanochat.inference.pages import ROOT
 from nanochat.inference.sampling import ALL, check_sampling, random_key
 from nanochat.platform.errors import UserError, is_out_of_memory
 from nanochat.tokenizer.bpe import Tokenizer
-from nanochat_kernels.sample_tokens import MOST_CANDIDATES
 
 CHUNKS = {"cuda": 8, "cpu": 4}  # of prompts in a step: few, so that decoded rows do not wait long for their next token
 # sizes of a pass over chunks and over rows; more of them take several passes in a step
@@ -172,7 +172,7 @@ class Engine:
         self.decoder.prefill(chunks)
         # a pass has one implementation of sample_tokens: rows that the kernels do not take have passes of their own
         for beyond in (False, True):
-            rows = [row for row in self.running if (row.numbers[TOP_K] > MOST_CANDIDATES) == beyond]
+            rows = [row for row in self.running if (row.numbers[TOP_K] > kernels.MOST_CANDIDATES) == beyond]
             size = self.decoder.size_for(len(rows), "rows")
             for first in range(0, len(rows), size):
                 self._decode(rows[first : first + size])

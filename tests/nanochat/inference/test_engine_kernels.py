@@ -8,8 +8,7 @@ from nanochat.inference import engine as module
 from nanochat.inference.cache import KVCache
 from nanochat.inference.engine import Engine
 from nanochat.options.model import Implementations
-from nanochat_kernels import dispatch
-from nanochat_kernels.sample_tokens import MOST_CANDIDATES
+from nanochat_kernels import MOST_CANDIDATES, dispatch
 from tests.nanochat.models import perturbed
 
 PROMPTS = [[*range(40), 3], [5], [*range(40), 7, 8]]
