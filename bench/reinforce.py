@@ -59,7 +59,7 @@ class ReinforceConfig:
 
 
 def steps_of(paths: Paths, options: TrainRlOptions, count: int, runtime: Runtime) -> list[dict]:
-    """Return of each step the seconds of its sampling and of all of it, its samples and their mean tokens."""
+    """Return of each step after the first one the seconds of its sampling and of all of it, its samples and their mean tokens."""
     path, tokenizer, meta = find_checkpoint(paths, options.source, runtime)
     shape, micro_step_ms = take_gate(
         paths, GPTConfig(**meta["config"], impl=options.impl), options.device_batch_size, runtime
@@ -84,6 +84,7 @@ def steps_of(paths: Paths, options: TrainRlOptions, count: int, runtime: Runtime
         samples = len(rollouts.rewards)
         found.append(
             {
+                "step": step,
                 "samples": samples,
                 "sampling_s": rollouts.seconds,
                 "step_s": time.perf_counter() - started,

@@ -91,6 +91,7 @@ def attention(
 
 
 PAGES_AT_ONCE = 8  # of each row: enough that a chat of a small model is one block, few enough to keep copies small
+PRODUCTS_AT_ONCE = 8  # on a CPU: the copies of so many pages stay in its cache
 
 
 def paged_attention(q: Tensor, keys: Tensor, values: Tensor, pages: Tensor, lengths: Tensor) -> Tensor:
@@ -111,33 +112,44 @@ def paged_attention(q: Tensor, keys: Tensor, values: Tensor, pages: Tensor, leng
     highest = q.new_full((*q.shape[:3], 1), -torch.inf)
     total, sums = torch.zeros_like(highest), torch.zeros_like(q)
     for first in range(0, pages.size(1), PAGES_AT_ONCE):
-        # by page and key head (B, P, D)
-        k, v = (
-            [part.to(wide).unbind(2) for part in rows_by_page(x, pages[:, first : first + PAGES_AT_ONCE])]
-            for x in (keys, values)
-        )
-        scores = torch.stack([torch.stack([torch.bmm(q[:, g], x.mT) for g, x in enumerate(part)], 1) for part in k], 3)
-        key = torch.arange(first * page, (first + len(k)) * page, device=q.device).view(len(k), page)
-        scores = scores.masked_fill(key > last[..., None], -torch.inf)  # (B, G, T·share, pages, P)
+        block, left = pages[:, first : first + PAGES_AT_ONCE], lengths - first * page
+        queries = q[:, :, :, None].expand(-1, -1, -1, block.size(1), -1)
+        scores = page_products(queries, keys, block, left, by_keys=True)  # (B, G, T·share, pages, P)
+        key = torch.arange(first * page, (first + block.size(1)) * page, device=q.device).view(-1, page)
+        scores = scores.masked_fill(key > last[..., None], -torch.inf)
         higher = torch.maximum(highest, scores.amax((3, 4))[..., None])
         base = higher.nan_to_num(neginf=0.0)  # before the first key that is seen
         p, factor = (scores - base[..., None]).exp(), (highest - base).exp()
         total, sums, highest = total * factor, sums * factor, higher
-        for part, ps, p_sums in zip(v, p.unbind(3), p.sum(-1).unbind(3), strict=True):
-            total = total + p_sums[..., None]
-            sums = sums + torch.stack([torch.bmm(ps[:, g], x) for g, x in enumerate(part)], 1)
+        of_pages = page_products(p, values, block, left, by_keys=False)
+        for p_sums, page_sums in zip(p.sum(-1).unbind(3), of_pages.unbind(3), strict=True):
+            total, sums = total + p_sums[..., None], sums + page_sums
     out = (sums / total).masked_fill(total == 0, 0.0).to(values.dtype)
     return out.unflatten(2, (tokens, -1)).transpose(1, 2).flatten(2, 3)
 
 
-def rows_by_page(x: Tensor, pages: Tensor) -> list[Tensor]:
-    """x[pages[:, i]] for each i; on a CPU without a copy where the pages of a row follow each other, and rows at equal distances."""
-    if x.is_cpu and len(pages) > 1:
-        start, step = int(pages[0, 0]), int(pages[1, 0] - pages[0, 0])
-        rows = torch.arange(start, start + max(step, 1) * len(pages), max(step, 1), dtype=pages.dtype)
-        if torch.equal(pages, rows[:, None] + torch.arange(pages.size(1), dtype=pages.dtype)):
-            return [x[start + i : start + i + step * (len(pages) - 1) + 1 : step] for i in range(pages.size(1))]
-    return [x.index_select(0, column) for column in pages.unbind(1)]
+def page_products(x: Tensor, paged: Tensor, pages: Tensor, lengths: Tensor, by_keys: bool) -> Tensor:
+    """x (B, G, M, n, ·) times the keys, or else the values, (pages, P, G, D) of the pages (B, n), as (B, G, M, n, ·).
+
+    On a CPU the products with pages behind a row's length are left out, as zeros, and the others are computed PRODUCTS_AT_ONCE at a
+    time, so that the shapes of all calls are the same.
+    """
+    (_, groups, _, count, _), page = x.shape, paged.size(1)
+    if not x.is_cpu:
+        chosen = [paged.index_select(0, column).to(x.dtype).unbind(2) for column in pages.unbind(1)]
+        by_head = [[part.mT if by_keys else part for part in parts] for parts in chosen]
+        return torch.stack(
+            [torch.stack([torch.bmm(x[:, g, :, i], by_head[i][g]) for g in range(groups)], 1) for i in range(count)], 3
+        )
+    out = x.new_zeros(*x.shape[:4], page if by_keys else paged.size(3))
+    used = (torch.arange(count) * page < lengths[:, None]).nonzero()
+    used = torch.cat([used, used[-1:].expand(-len(used) % PRODUCTS_AT_ONCE, 2)])
+    for part in used.split(PRODUCTS_AT_ONCE):
+        row, i = part.unbind(1)
+        chosen = paged.transpose(1, 2).index_select(0, pages[row, i]).to(x.dtype).flatten(0, 1)
+        found = torch.bmm(x[row, :, :, i].flatten(0, 1), chosen.mT if by_keys else chosen)
+        out[row, :, :, i] = found.unflatten(0, (-1, groups))
+    return out
 
 
 def attention_lse(q: Tensor, k: Tensor, lengths: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:

@@ -180,7 +180,7 @@ def token_choice_kernel(
     keys = largest(logits_ptr, vocabulary, index_of(keys), GROUP, CANDIDATES)
     value, ranked = number(order_of(keys)), index_of(keys)
     rank = tl.arange(0, CANDIDATES)
-    drawn = (rank == 0) | ((rank < top_k) & (rank < candidates))
+    drawn = (rank < top_k) & (rank < candidates)
     choice = index_of(tl.max(packed(ordered(scores(value, highest, temperature, random, ranked), drawn), rank), 0))
     chosen = tl.sum(tl.where(rank == choice, ranked, 0), 0)
     if ANY_ALL:

@@ -25,7 +25,7 @@ from nanochat.options.evaluate import NOT_REPORTED
 from nanochat.options.presets import PRESETS, NamedRun, NewestRun, PresetOptions, with_preset
 from nanochat.options.ranges import check_ranges
 from nanochat.platform.console import console, output, say
-from nanochat.platform.errors import NO_SPACE, UserError, remedy_for
+from nanochat.platform.errors import NO_SPACE, UserError, is_out_of_memory, remedy_for
 from nanochat.platform.lock import locked
 from nanochat.platform.paths import DEFAULT_RUN, Paths, base_paths
 
@@ -221,7 +221,7 @@ def main(arguments: list[str] | None = None) -> None:
         remedy = f"; {remedy_for(error)}" if path or error.errno in NO_SPACE else ""
         _fail(f"{error.strerror}{path}{remedy}", 1)
     except (MemoryError, RuntimeError) as error:
-        if not _is_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0] or "the system gives no more"
         _fail(f"not enough memory ({reason}); take fewer rows at a time, shorter ones, or a smaller model", 1)
@@ -230,13 +230,6 @@ def main(arguments: list[str] | None = None) -> None:
         if kernels is None or not isinstance(error, kernels.KernelRequestError):
             raise
         _fail(f"{error} (options --impl.<operation>)", 1)
-
-
-def _is_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory is used up; torch has a class of its own for GPUs alone."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    texts = ("DefaultCPUAllocator", "Storage size calculation overflowed")
-    return bool(names & {"MemoryError", "OutOfMemoryError"}) or any(text in str(error) for text in texts)
 
 
 def _dispatch(arguments: list[str]) -> None:

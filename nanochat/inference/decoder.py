@@ -9,8 +9,9 @@ from torch import Tensor
 
 import nanochat_kernels as kernels
 from nanochat.gpt import GPT
-from nanochat.inference.cache import CacheRows, KVCache, Mirror
+from nanochat.inference.cache import CacheRows, KVCache
 from nanochat.platform.cuda_graphs import Replayed
+from nanochat.platform.errors import is_out_of_memory
 
 # the columns of what a step is given about each row; the row's pages follow
 TOKEN, LENGTH, STEP, KEY, TOP_K, TEMPERATURE, PAGES = 0, 1, 2, slice(3, 5), 5, 6, 7
@@ -24,12 +25,11 @@ def prefill(model: GPT, keys: Tensor, values: Tensor, given: Tensor, chunk: int)
 
 
 def decode(
-    model: GPT, keys: Tensor, values: Tensor, given: Tensor, mirror: Mirror | None, candidates: int, any_all: bool,
-    alternatives: int,
+    model: GPT, keys: Tensor, values: Tensor, given: Tensor, candidates: int, any_all: bool, alternatives: int
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """For each row of `given` the next token and the most likely ones (R, 1 + alternatives), and the natural logarithms of their
     probabilities at temperature 1."""
-    rows = CacheRows(keys, values, given[:, PAGES:], given[:, LENGTH], mirror)
+    rows = CacheRows(keys, values, given[:, PAGES:], given[:, LENGTH])
     logits = model.logits(model.hidden(given[:, TOKEN, None], rows)[:, -1])
     temperature = given[:, TEMPERATURE, None].view(torch.float32)[:, 0]  # of the 64 bits the lower 32, which come first
     return kernels.sample_tokens(
@@ -61,7 +61,8 @@ def same_results(model: GPT, few: int, many: int, tokens: int, page: int) -> boo
 
 class Decoder:
     """Runs the passes. rows, chunks: the numbers of rows of a step, and of chunks of prompts that are computed together; those that are
-    not needed are padded. A row's results do not depend on the others: a size beside the first serves only if `same_results` says so.
+    not needed are padded. A row's results do not depend on the others: a size beside the first serves only if `same_results` says so,
+    and not where there is no memory to compare.
 
     replay: each kind of pass is captured in a CUDA graph and replayed, with pages for a power of two of them. The host then copies
     what is given to the device, launches one graph and waits for the result.
@@ -86,14 +87,19 @@ class Decoder:
         if (kind, size) not in self.serving:
             tokens = 1 if kind == "rows" else self.cache.page
             few, many = sorted((first, size))
-            self.serving[kind, size] = few == many or same_results(self.model, few, many, tokens, self.cache.page)
+            try:
+                serves = few == many or same_results(self.model, few, many, tokens, self.cache.page)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                serves = False
+            self.serving[kind, size] = serves
         return self.serving[kind, size]
 
     def forget(self) -> None:
         """Drop the passes, after the cache has moved."""
         on_gpu = self.model.device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if self.replay and on_gpu else None
-        self.mirrors: dict[int, Mirror] = {}  # by the size of a pass; on a CPU alone
         self.passes: dict[tuple, tuple[Replayed, Tensor, Tensor]] = {}
 
     def prefill(self, chunks: list[tuple[list[int], int, list[int]]]) -> None:
@@ -123,16 +129,11 @@ class Decoder:
         rows = self.size_for(len(given), "rows")
         padded = np.zeros((rows, PAGES + width), np.int64)
         padded[:, TEMPERATURE], padded[:, TOP_K] = as_bits(1.0), 1
-        mirror, places = None, list(range(len(given)))
-        if self.model.device.type == "cpu":
-            mirror = self.mirrors[rows] = self.mirrors.get(rows) or Mirror(self.cache, rows)
-        if mirror is not None:
-            places = mirror.places([(row, int(row[LENGTH]), row[PAGES : PAGES + pages].tolist()) for row in given])
-        padded[places] = np.stack(given)[:, : PAGES + width]
-        work = partial(decode, mirror=mirror, candidates=candidates, any_all=any_all, alternatives=alternatives)
+        padded[: len(given)] = np.stack(given)[:, : PAGES + width]
+        work = partial(decode, candidates=candidates, any_all=any_all, alternatives=alternatives)
         found = self._run(("decode", rows, width, candidates, any_all, alternatives), padded, work)
-        tokens, logarithms = (x.tolist() for x in found)
-        return [tokens[place] for place in places], [logarithms[place] for place in places]
+        tokens, logarithms = (x[: len(given)].tolist() for x in found)
+        return tokens, logarithms
 
     def _run(self, key: tuple, given: np.ndarray, work: partial) -> tuple[Tensor, ...] | None:
         if key not in self.passes:

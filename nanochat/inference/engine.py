@@ -16,13 +16,14 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
+import nanochat_kernels as kernels
 from nanochat.gpt import GPT
 from nanochat.inference.cache import KVCache
 from nanochat.inference.calculator import calculate
 from nanochat.inference.decoder import KEY, LENGTH, PAGES, STEP, TEMPERATURE, TOKEN, TOP_K, Decoder, as_bits
 from nanochat.inference.pages import ROOT
 from nanochat.inference.sampling import ALL, check_sampling, random_key
-from nanochat.platform.errors import UserError
+from nanochat.platform.errors import UserError, is_out_of_memory
 from nanochat.tokenizer.bpe import Tokenizer
 
 CHUNKS = {"cuda": 8, "cpu": 4}  # of prompts in a step: few, so that decoded rows do not wait long for their next token
@@ -169,9 +170,12 @@ class Engine:
                 row.numbers[TOKEN] = row.prompt[-1]
                 self.running.append(self.filling.popleft())
         self.decoder.prefill(chunks)
-        size = self.decoder.size_for(len(self.running), "rows")
-        for first in range(0, len(self.running), size):
-            self._decode(self.running[first : first + size])
+        # a pass has one implementation of sample_tokens: rows that the kernels do not take have passes of their own
+        for beyond in (False, True):
+            rows = [row for row in self.running if (row.numbers[TOP_K] > kernels.MOST_CANDIDATES) == beyond]
+            size = self.decoder.size_for(len(rows), "rows")
+            for first in range(0, len(rows), size):
+                self._decode(rows[first : first + size])
         for row in self.running:
             if row.done:
                 self._release(row)
@@ -199,7 +203,9 @@ class Engine:
         """Whether the device had memory for so many more pages."""
         try:
             self.cache.extend(count)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             return False
         return True
 

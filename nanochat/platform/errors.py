@@ -30,3 +30,10 @@ def remedy_for(error: OSError) -> str:
     if error.errno in (errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP):
         return "check the path"
     return "check the path and its disk"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory is used up; torch has a class of its own for GPUs alone."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    texts = ("DefaultCPUAllocator", "Storage size calculation overflowed")
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or any(text in str(error) for text in texts)

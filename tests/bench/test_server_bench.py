@@ -1,11 +1,14 @@
 """bench.server and bench.reinforce on a CPU: what they run is what users and training run, and their numbers count what they say."""
 
 import asyncio
+import gc
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.table import Table
 
 from bench import server
 from bench.random_run import random_run
@@ -57,11 +60,41 @@ def test_a_run_is_served_and_trained(trained_base, tmp_path):
     before = sorted(trained_base.rglob("*"))
     found, printed = bench("reinforce", "--run-name default --preset tiny --steps 2", trained_base, tmp_path / "b.json")
     assert sorted(trained_base.rglob("*")) == before
-    assert len(found["rows"]) == 2
+    assert [row["step"] for row in found["rows"]] == [1, 2]  # step 0 compiles
     for row in found["rows"]:
         assert row["samples"] == 8 * 4 and 0 < row["answer_tokens"] <= 32 and 0 < row["sampling_s"] < row["step_s"], row
     rates = found["samples_per_second"]
     assert 0 < rates["step"] < rates["sampling"] and "samples/s while sampling" in printed
+
+
+def test_the_first_round_is_not_counted(monkeypatch):
+    counted = []
+
+    def ask(texts: list[str]) -> list[server.Answer]:
+        return [server.Answer(0.0, [1.0], text, 1, 1) for text in texts]
+
+    async def ask_server(port, texts, config):
+        return ask(texts)
+
+    def numbers_of(rounds, *_):
+        counted.append([answer.text for answers in rounds for answer in answers])
+        return {}
+
+    fakes = {
+        "running_server": lambda *_: nullcontext(0),
+        "ask_server": ask_server,
+        "ask_engine": lambda engine, texts, config: ask(texts),
+        "questions": lambda tokenizer, seed, users, tokens: [seed] * users,
+        "numbers_of": numbers_of,
+        "table_of": lambda rows: Table(),
+        "peaks": lambda device: (1e9, 1e12),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(server, name, fake)
+    monkeypatch.setattr(gc, "freeze", lambda: None)
+    with random_run(1, 320) as paths:
+        server.measure(paths, server.ServerConfig(users=(1,), turns=2, device="cpu"), {"rows": []})
+    assert counted == [["1 1", "1 2"]] * 2  # of the server and of the engine, without "1 0"
 
 
 def test_answers_of_random_weights_have_all_their_tokens():

@@ -93,20 +93,31 @@ def test_a_row_does_not_depend_on_others(impl, tokens):
         assert torch.equal(found, alone), (impl, others)
 
 
-def test_pages_that_lie_at_equal_distances_are_not_copied():
-    """And give the bits of the same pages elsewhere."""
-    q, k, v, _, lengths = inputs(3, 1, 4, 2, 2, torch.float32, 6)
-    for table in (torch.arange(12).view(3, 4), 2 + torch.arange(12).view(3, 4)[:, :3]):
-        lengths = lengths.clamp(max=table.size(1) * PAGE)
-        table = table.to(DEVICE)
-        order = torch.randperm(len(k), generator=torch.Generator().manual_seed(1)).to(DEVICE)
-        elsewhere = [torch.empty_like(x).index_copy_(0, order, x) for x in (k, v)]
-        found = paged("reference", q, k, v, table, lengths)
-        assert torch.equal(found, paged("reference", q, *elsewhere, order[table], lengths))
-        if not GPU:
-            parts = reference.rows_by_page(k, table)
-            assert all(part.untyped_storage().data_ptr() == k.untyped_storage().data_ptr() for part in parts)
-            assert all(torch.equal(part, k[table[:, i]]) for i, part in enumerate(parts))
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_the_reference_has_the_same_bits_wherever_pages_lie(tokens):
+    """In any order, with the tokens of a head together, and beside more rows than are multiplied at once."""
+    q, k, v, table, lengths = inputs(5, tokens, 4, 2, 2, torch.float32, 6)
+    found = paged("reference", q, k, v, table, lengths)
+    order = torch.randperm(len(k), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    elsewhere = [torch.empty_like(x).index_copy_(0, order, x) for x in (k, v)]
+    assert torch.equal(found, paged("reference", q, *elsewhere, order[table], lengths))
+    together = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]
+    many = [x.repeat(13, *[1] * (x.dim() - 1)) for x in (q, table, lengths)]
+    if not GPU:  # where a library may have other products for other strides and more rows
+        assert torch.equal(found, paged("reference", q, *together, table, lengths))
+        assert torch.equal(found.repeat(13, 1, 1, 1), paged("reference", many[0], *together, *many[1:]))
+
+
+@pytest.mark.skipif(GPU, reason="a GPU does not know the lengths on the host")
+def test_the_reference_multiplies_no_pages_behind_a_row(monkeypatch):
+    """One long row among short ones costs its own pages."""
+    q, k, v, table, lengths = inputs(5, 1, 20, 1, 1, torch.float32, 7)
+    lengths[:] = torch.tensor([20 * PAGE, 1, PAGE, PAGE + 1, 0])
+    products, plain = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda x, y: products.append(x.size(0)) or plain(x, y))
+    paged("reference", q, k, v, table, lengths)
+    # pages of the blocks of 8: 8 + 1 + 1 + 2, 8 and 4, each rounded up
+    assert products == [reference.PRODUCTS_AT_ONCE] * 2 * (2 + 1 + 1)
 
 
 def test_a_query_without_keys_has_the_result_0():

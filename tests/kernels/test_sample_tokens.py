@@ -49,6 +49,9 @@ def random_logits(kind, rows, vocabulary, seed):
 
 @harness.property_test
 @example(rows=2, vocabulary=2100, kind="normal", candidates=8, any_all=True, temperature=1.0, seed=1)
+@example(
+    rows=1, vocabulary=300, kind="mostly -inf", candidates=3, any_all=True, temperature=1.0, seed=6
+)  # a group of -inf
 @example(rows=1, vocabulary=1030, kind="ties", candidates=3, any_all=True, temperature=1.0, seed=2)
 @given(
     rows=st.integers(1, 4),

@@ -38,6 +38,12 @@ def test_of_equal_logits_the_smaller_token_comes_first():
         torch.testing.assert_close(logprobs, logits.log_softmax(1).gather(1, found))
 
 
+def test_a_key_is_of_seed_sample_and_all_tokens():
+    given = [(1, 0, [1, 2]), (1, 0, [1, 3]), (1, 0, [2, 1]), (1, 0, [1]), (1, 0, [12]), (1, 1, [1, 2]), (2, 0, [1, 2])]
+    assert len({random_key(*arguments) for arguments in given}) == len(given)
+    assert random_key(1, 0, [1, 2]) == random_key(1, 0, [1, 2])
+
+
 def test_random_numbers_of_rows_are_independent():
     """Of another seed, sample, prompt or step; over many of them each of four equal tokens is drawn as often."""
     keys = torch.tensor([random_key(seed, sample, [seed % 3]) for seed in range(-40, 40) for sample in range(25)])

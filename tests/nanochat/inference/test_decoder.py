@@ -1,0 +1,88 @@
+"""Passes: which sizes serve, how many pages a replayed one has, and that they keep no keys of their own."""
+
+import gc
+
+import pytest
+import torch
+
+import nanochat_kernels as kernels
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.inference.engine import CHUNKS_AT_ONCE, STEP_ROWS, Engine
+from tests.nanochat.models import perturbed
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer) -> GPT:
+    return perturbed(GPTConfig(2, 64, 4, 2, tokenizer.vocab_size, 64))
+
+
+def other_for_many(monkeypatch, many: int, place: str) -> None:
+    """Let something be computed otherwise where a pass has as many rows or more."""
+    name = "attention" if place == "cached values" else "softcapped_logits"
+    plain = getattr(kernels, name)
+
+    def attention(q, k, v, lengths, **options):
+        if len(q) >= many:
+            v = v.clone()
+            v[options["pages"][lengths > v.size(1), 0].long()] *= 1.001
+        return plain(q, k, v, lengths, **options)
+
+    def head(x, *rest, **options):
+        return plain(x, *rest, **options) * (1.001 if len(x) >= many else 1.0)
+
+    monkeypatch.setattr(kernels, name, attention if place == "cached values" else head)
+
+
+@pytest.mark.parametrize("place", ["cached values", "head"])
+def test_a_difference_of_any_part_is_noticed(model, tokenizer, monkeypatch, place):
+    other_for_many(monkeypatch, 64, place)
+    assert Engine(model, tokenizer).decoder.size_for(60, "rows") == STEP_ROWS[model.device.type][0]
+
+
+def test_sizes_of_chunks_are_compared(model, tokenizer, monkeypatch):
+    first, *_, last = CHUNKS_AT_ONCE[model.device.type]
+    other_for_many(monkeypatch, last, "cached values")
+    decoder = Engine(model, tokenizer).decoder
+    assert first < decoder.size_for(last, "chunks") < last
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError("other")],
+)  # fmt: skip
+def test_a_size_that_there_is_no_memory_to_compare_does_not_serve(model, tokenizer, monkeypatch, error):
+    """A step that needs another size for the first time goes on."""
+    wanted = Engine(model, tokenizer).generate([[1], [2]] * 10, 3, temperature=0.0)
+    monkeypatch.setattr("nanochat.inference.decoder.same_results", lambda *_: (_ for _ in ()).throw(error))
+    engine = Engine(model, tokenizer)
+    if "other" in str(error):
+        with pytest.raises(RuntimeError, match="other"):
+            engine.generate([[1], [2]] * 10, 3, temperature=0.0)
+        return
+    assert engine.generate([[1], [2]] * 10, 3, temperature=0.0) == wanted
+    assert engine.decoder.size_for(60, "rows") == STEP_ROWS[model.device.type][0]
+
+
+def test_a_replayed_pass_has_a_power_of_two_of_pages_and_no_more_than_the_model(model, tokenizer):
+    decoder = Engine(model, tokenizer, replay=True).decoder
+    decoder.most_pages = 10
+    assert [decoder._width(pages) for pages in (0, 1, 2, 3, 5, 8, 9, 10)] == [1, 1, 2, 4, 8, 8, 10, 10]
+
+
+def bytes_of_tensors() -> int:
+    storages = [x.untyped_storage() for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    return sum({x.data_ptr(): x.nbytes() for x in storages}.values())
+
+
+def test_an_engine_has_no_keys_beside_its_cache(model, tokenizer):
+    """However long one of the rows is: memory is what pages take."""
+    before = bytes_of_tensors()
+    engine = Engine(model, tokenizer, frozen=True)
+    engine.stops = set()
+    rows = [engine.row([n + 1] * 5, 8) for n in range(20)] + [engine.row([9] * 600, 8)]
+    engine.add(rows)
+    while not rows[-1].output:
+        engine.step()
+    assert engine.cache.pages.count <= 2 * (20 + 10)
+    cache = engine.cache.keys.nbytes + engine.cache.values.nbytes
+    assert bytes_of_tensors() - before < 1.1 * cache
