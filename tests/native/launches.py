@@ -117,24 +117,6 @@ def uncovered(architecture: str) -> list[str]:
     return found
 
 
-def architectures_of(found: library.Library) -> list[str]:
-    """The architectures that a library has code for."""
-    first, count = ctypes.POINTER(Entry)(), ctypes.c_size_t()
-    assert found.dll.nk_entries(ctypes.byref(first), ctypes.byref(count)) == library.OK
-    return sorted({f"sm{first[i].architecture}" for i in range(count.value)})
-
-
-class Entry(ctypes.Structure):
-    """nk_entry"""
-
-    _fields_ = (
-        *[(name, ctypes.c_char_p) for name in ("kernel", "dtype", "shape", "flags")],
-        ("launch", ctypes.c_int),
-        ("architecture", ctypes.c_int),
-        ("found", ctypes.c_void_p),
-    )
-
-
 def main(what: str, path: str = "") -> None:
     if what == "uncovered":
         lines = [line for architecture in ARCHITECTURES for line in uncovered(architecture)]
@@ -148,7 +130,7 @@ def main(what: str, path: str = "") -> None:
     warnings.simplefilter("ignore")
     found = library.Library(Path(path))
     total, missing = 0, []
-    for architecture in architectures_of(found):
+    for architecture in sorted(found.architectures):
         found.kernels.clear()
         library.architecture = lambda index, architecture=architecture: architecture
         if what == "entries":
