@@ -129,7 +129,7 @@ def qkv_projection(dtype: torch.dtype) -> Iterator[tuple[str, Runs]]:
     def run(offset: int, offsets: Tensor | None):
         return lambda _: qkv.heads_of(x, weight, rstd, cos, sin, offset, offsets, 2, 2, parameters)
 
-    yield "512x768x256", {"forward": run(0, None), "offsets": run(0, offsets)}
+    yield "512x768x256", {"forward": run(3, None), "offsets": run(3, offsets)}
 
 
 def qkv_backward(dtype: torch.dtype) -> Iterator[tuple[str, Runs]]:
@@ -290,7 +290,14 @@ def target_rows(dtype: torch.dtype) -> Iterator[tuple[str, Runs]]:
 
 
 def append(dtype: torch.dtype) -> Iterator[tuple[str, Runs]]:
-    yield "", {"one token": partial(cache_append.run, *cache_append.inputs(3, 1, 10, 128, 32, dtype, META))}
+    runs = {"one token": 1, "a prompt": 5}
+    yield (
+        "",
+        {
+            name: partial(cache_append.run, *cache_append.inputs(3, tokens, 10, 128, 32, dtype, META))
+            for name, tokens in runs.items()
+        },
+    )
 
 
 def scaled(symmetric: bool, _: torch.dtype) -> Iterator[tuple[str, Runs]]:
