@@ -19,13 +19,27 @@ ARCHITECTURES = ("sm80", "sm90")
 without_device: ContextVar[str] = ContextVar("architecture without a device", default=ARCHITECTURES[0])
 
 
+_of_library: frozenset[str] | None = None
+
+
+def take_code_of_library(architectures: frozenset[str] | None) -> None:
+    """Choose from now on among the architectures that a library has code for, or for None among all, whose code Triton compiles."""
+    global _of_library
+    _of_library = architectures
+    architecture.cache_clear()
+
+
 @lru_cache
 def architecture(device_index: int | None) -> str:
-    """Return the nearest architecture with launch tables for a CUDA device. None stands for no CUDA device, as in the interpreter."""
+    """Return the nearest architecture with launch tables for a CUDA device. None stands for no CUDA device, as in the interpreter.
+
+    From a library an H100 or H200 takes sm80's code if there is none for sm90, and so does every newer GPU, which runs its PTX.
+    """
     if device_index is None:
         return without_device.get()
     major, _ = torch.cuda.get_device_capability(device_index)
-    return forced_architecture() or ("sm90" if major >= 9 else "sm80")
+    has_code = major >= 9 if _of_library is None else major == 9 and "sm90" in _of_library
+    return forced_architecture() or ("sm90" if has_code else "sm80")
 
 
 def forced_architecture() -> str | None:

@@ -297,20 +297,19 @@ def decode_launches(key, dtype: torch.dtype, device: torch.device):
 def backward_launches(which: str, key, dtype: torch.dtype, device: torch.device):
     q, k, v, dout = given_heads(key, dtype, device)
     lengths, starts, ends = limits(q)
-    heads, rows = q.size(2), q.size(0) * q.size(1)
+    heads = q.size(2)
     # of normalised heads: log T at most, and near log(t) + ½ for random ones
     lse = torch.arange(1, q.size(1) + 1, device=device).log().add(0.5).expand(q.size(0), heads, -1).contiguous()
     delta = torch.empty_like(lse).normal_().mul_(0.1)
-    results = torch.empty(*q.shape[:2], 3 * heads, key[0], dtype=dtype, device=device)
-    rstd = torch.ones(rows, device=device)
-    head_rstd, sums = (torch.ones(n, rows, device=device) for n in (2 * heads, 3 * heads))
-    projection = (rstd, head_rstd, *tables(q.size(1), key[0], dtype, device), sums, 0)
 
-    def run(lengths=None, starts=None, ends=None, dlse=None, projection=projection, tokens=2048):
+    def run(lengths=None, starts=None, ends=None, dlse=None, joint=True, tokens=2048):
         given = [x[:, :tokens] for x in (q, k, v)]
         statistics = [x[..., :tokens].contiguous() for x in (lse, delta)]
-        if projection:
-            dq = dk = dv = results
+        rows, projection = q.size(0) * tokens, None
+        if joint:  # with the gradient of the projection
+            dq = dk = dv = torch.empty(q.size(0), tokens, 3 * heads, key[0], dtype=dtype, device=device)
+            rstd, head_rstd, sums = (torch.ones(*n, rows, device=device) for n in ((), (2 * heads,), (3 * heads,)))
+            projection = (rstd, head_rstd, *tables(tokens, key[0], dtype, device), sums, 0)
         else:
             dq, dk, dv = (torch.empty(x.shape, dtype=dtype, device=device) for x in given)
         if which == "query":
@@ -319,12 +318,13 @@ def backward_launches(which: str, key, dtype: torch.dtype, device: torch.device)
         return partial(key_gradients, *given, dout[:, :tokens], *statistics, lengths, ends, dk, dv, projection)
 
     if key[1] == "whole":
-        return {"training": run(), "alone": run(projection=None, dlse=delta)}
+        return {"training": run(), "alone": run(joint=False, dlse=delta)}
     return {
         "documents": run(starts=starts, ends=ends),
-        "documents, alone": run(starts=starts, ends=ends, projection=None),
-        "ragged": run(projection=None, tokens=2047),
-        "lengths": run(lengths, projection=None),
+        "documents, alone": run(starts=starts, ends=ends, joint=False),
+        "ragged": run(tokens=2047),
+        "ragged, alone": run(joint=False, tokens=2047),
+        "lengths": run(lengths, joint=False),
     }
 
 

@@ -110,8 +110,11 @@ def inputs(
 
 
 def launches(key, dtype: torch.dtype, device: torch.device):
-    given = inputs(64, 1, 1280 // key[0], key[0], 256, dtype, device)
-    return {"one token": lambda parameters: run(*given, parameters)}
+    given = {
+        name: inputs(64, tokens, 1280 // key[0], key[0], 256, dtype, device)
+        for name, tokens in (("one token", 1), ("a prompt", 128))
+    }
+    return {name: lambda parameters, x=x: run(*x, parameters) for name, x in given.items()}
 
 
 SPACE = tuple({"ROWS": rows, "num_warps": 4} for rows in (4, 8, 16))

@@ -188,13 +188,18 @@ def launch_at(place: Place, architecture: str) -> Launch:
 
 
 def for_any_batch(launch: Launch) -> Launch:
-    """Return a launch whose code does not rely on sizes that depend on the batch being multiples of 16."""
-    names = launch.kernel.arg_names
-    arguments = [
-        x + 1 if name in BATCH_SIZES and isinstance(x, int) and x % 16 == 0 else x
-        for name, x in zip(names, launch.arguments, strict=False)
-    ]
-    return launch._replace(arguments=tuple(arguments))
+    """Return a launch whose code does not rely on sizes that depend on the batch being multiples of 16.
+
+    They are the integers called as in BATCH_SIZES, and those that a product gives its epilogue.
+    """
+
+    def general(x, depends: bool):
+        if isinstance(x, tuple):
+            return tuple(general(part, True) for part in x)
+        return x + 8 if depends and isinstance(x, int) and x % 16 == 0 else x  # 8, because 1 would be compiled in
+
+    arguments = zip(launch.kernel.arg_names, launch.arguments, strict=False)
+    return launch._replace(arguments=tuple(general(x, name in BATCH_SIZES) for name, x in arguments))
 
 
 def inspect_place(architecture: str, place: Place) -> Compiled:

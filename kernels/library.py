@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat_kernels.architecture import architecture, triton
+from nanochat_kernels.architecture import architecture, take_code_of_library, triton
 
 OK, BAD_ARGUMENT, UNKNOWN_KERNEL, NO_CONTEXT, NO_CODE = 0, 1, 2, 5, 6  # nk_status
 NONE, POINTER, INTEGER, NUMBER, MATRIX = range(5)  # nk_kind
@@ -29,6 +29,17 @@ DTYPES = {
 
 class LibraryError(RuntimeError):
     """The library cannot be loaded, or the driver cannot launch its code; the message says why."""
+
+
+class Entry(ctypes.Structure):
+    """nk_entry"""
+
+    _fields_ = (
+        *[(name, ctypes.c_char_p) for name in ("kernel", "dtype", "shape", "flags")],
+        ("launch", ctypes.c_int),
+        ("architecture", ctypes.c_int),
+        ("found", ctypes.c_void_p),
+    )
 
 
 class Matrix(ctypes.Structure):
@@ -134,6 +145,10 @@ class Library:
             ctypes.c_size_t,
         )
         self.last_error.restype = ctypes.c_char_p
+        first, count = ctypes.POINTER(Entry)(), ctypes.c_size_t()
+        self.dll.nk_entries(ctypes.byref(first), ctypes.byref(count))
+        self.architectures = frozenset(f"sm{first[i].architecture}" for i in range(count.value))
+        """those that it has code for"""
         self.kernels: dict[tuple, int | None] = {}
         self.served = 0
         """launches from the library"""
@@ -236,6 +251,7 @@ def use(path: Path | None) -> None:
         folders = (path, path / "lib", path / "lib64")
         path = next((folder / name for folder in folders if (folder / name).is_file()), path / name)
     _library = Library(path) if path else None
+    take_code_of_library(_library and _library.architectures)
 
 
 def run(kernel, grid: tuple[int, ...], device: torch.device, arguments: tuple, constants: dict[str, Any]) -> bool:

@@ -41,7 +41,7 @@ from nanochat_kernels.operation import (
     Operation,
     Trial,
 )
-from nanochat_kernels.product_configurations import SPACE
+from nanochat_kernels.product_configurations import RAGGED_ROWS, SPACE
 from nanochat_kernels.reference import SOFTCAP
 from nanochat_kernels.softcap_cross_entropy import factor_of, random_logits, reduced, unsupported_reason_for
 from nanochat_kernels.triton_helpers import DTYPES, KernelFunction, derivative, differentiable, needs_gradient
@@ -199,7 +199,8 @@ def input_gradient_launches(key, dtype: torch.dtype, device: torch.device):
 
 ROWS, VOCABULARY = (1024, 16_384), 65_536
 LOGITS, MORE_LOGITS = (
-    tuple((rows, VOCABULARY, width) for width in widths for rows in ROWS) for widths in (TUNED_WIDTHS, MORE_WIDTHS)
+    tuple((rows, VOCABULARY, width) for width in widths for rows in all_rows)
+    for widths, all_rows in ((TUNED_WIDTHS, ROWS), ((*MORE_WIDTHS, *MODEL_WIDTHS.values()), (*ROWS, *RAGGED_ROWS)))
 )
 KERNELS = (
     Kernel(

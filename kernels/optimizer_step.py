@@ -30,7 +30,7 @@ from nanochat_kernels.triton_helpers import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["clip_ptr", "mu_ptr"])  # scalars, which may lie side by side in a tensor
 def momentum_kernel(
     gradient_ptr, momentum_ptr, direction_ptr, squares_ptr, clip_ptr, mu_ptr, size, BLOCK: tl.constexpr
 ):
@@ -52,7 +52,7 @@ def momentum_kernel(
     tl.store(squares_ptr + (matrix * tl.num_programs(0) + tl.program_id(0)), tl.sum(total))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rate_ptr"])
 def update_kernel(weight_ptr, update_ptr, copy_ptr, rate_ptr, size, factor, COPY: tl.constexpr, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < size
@@ -64,7 +64,7 @@ def update_kernel(weight_ptr, update_ptr, copy_ptr, rate_ptr, size, factor, COPY
         tl.store(copy_ptr + offsets, cast(w, copy_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["clip_ptr", "rate_ptr", "biases_ptr"])
 def adamw_kernel(
     weight_ptr, gradient_ptr, mean_ptr, variance_ptr, copy_ptr, clip_ptr, rate_ptr, biases_ptr, biases_stride,
     size, factor, new1, new2, eps, COPY: tl.constexpr, BLOCK: tl.constexpr,

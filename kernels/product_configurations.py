@@ -2,10 +2,11 @@
 
 import torch
 
-from nanochat_kernels.operation import MORE_WIDTHS, TUNED_WIDTHS, Kernel, Key
+from nanochat_kernels.operation import MODEL_WIDTHS, MORE_WIDTHS, TUNED_WIDTHS, Kernel, Key
 from nanochat_kernels.triton_helpers import DTYPES
 
 ROWS = (1024, 16_384, 65_536)
+RAGGED_ROWS = (200, 1001, 16_317, 65_501)  # no multiples of a tile, as in evaluation: a few, and near each class
 
 
 def product_keys(
@@ -16,8 +17,8 @@ def product_keys(
 
 
 def more_product_keys(n: int, k: int) -> tuple[Key, ...]:
-    """Return product_keys for the widths without entries in the launch tables."""
-    return product_keys(n, k, widths=MORE_WIDTHS)
+    """Return product_keys for the widths without entries in the launch tables, and for ragged rows at the widths of models."""
+    return product_keys(n, k, widths=MORE_WIDTHS) + product_keys(n, k, RAGGED_ROWS, tuple(MODEL_WIDTHS.values()))
 
 
 def configuration(
@@ -30,6 +31,7 @@ def configuration(
 
 
 FEW_ROWS = (16, 64)  # classes of decoding: one token for each row of a batch
+RAGGED_FEW_ROWS = (15, 77)  # near each class
 
 
 def few_rows_kernel(
@@ -40,7 +42,9 @@ def few_rows_kernel(
     slices: the epilogue needs parts that are wider than a tile, and is applied in a pass over the products of slices of K.
     """
     more = ((16, n * 384, k * 384), (9, n * 64, k * 40), (1, n * 384, k * 384))
-    more += product_keys(n, k, FEW_ROWS, MORE_WIDTHS)
+    more += product_keys(n, k, FEW_ROWS, MORE_WIDTHS) + product_keys(
+        n, k, RAGGED_FEW_ROWS, tuple(MODEL_WIDTHS.values())
+    )
     space = (*(SLICES_SPACE if slices else FEW_ROWS_SPACE), BY_TORCH)
     return Kernel(f"{name}_few_rows", dtypes, product_keys(n, k, FEW_ROWS), space, launches, more, few_rows=True)
 

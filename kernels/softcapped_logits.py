@@ -20,7 +20,7 @@ from nanochat_kernels.operation import (
     Operation,
     Trial,
 )
-from nanochat_kernels.product_configurations import FEW_ROWS_SPACE, FEWEST_ROWS
+from nanochat_kernels.product_configurations import FEW_ROWS_SPACE, FEWEST_ROWS, RAGGED_FEW_ROWS
 from nanochat_kernels.reference import SOFTCAP
 from nanochat_kernels.tracing import opaque
 from nanochat_kernels.triton_helpers import DTYPES, as_rows, exp2, needs_gradient, tl, triton
@@ -111,7 +111,11 @@ KERNELS = (
     Kernel(
         "softcapped_logits_few_rows", DTYPES[:2],
         tuple((rows, VOCABULARY, width) for width in TUNED_WIDTHS for rows in (16, 64)),
-        FEW_ROWS_SPACE, launches, ((9, 1001, 40), (1, 4096, 768), *((16, VOCABULARY, width) for width in MORE_WIDTHS)), few_rows=True,
+        FEW_ROWS_SPACE, launches,
+        (
+            (9, 1001, 40), (1, 4096, 768), *((16, VOCABULARY, width) for width in MORE_WIDTHS),
+            *((rows, VOCABULARY, width) for rows in RAGGED_FEW_ROWS for width in MODEL_WIDTHS.values()),
+        ), few_rows=True,
     ),
 )  # fmt: skip
 

@@ -1,4 +1,5 @@
 // The functions of nanochat_kernels.h.
+#include <algorithm>
 #include <cstring>
 #include <exception>
 #include <new>
@@ -43,11 +44,14 @@ T& needed(T* pointer, const char* name) {
     return *pointer;
 }
 
-// Returns the architecture whose table suits the GPU of the current context.
+// Returns the architecture whose code suits the GPU of the current context: sm_90's runs on 9.0 only, sm_80's PTX on all newer
+// ones.
 int current_architecture() {
     const auto& driver = nanochat::driver();
-    const int capability = compute_capability(driver, current_context(driver).device);
-    return capability == 90 ? 90 : 80;
+    const bool is_hopper = compute_capability(driver, current_context(driver).device) == 90;
+    const bool has_90 = std::any_of(table.entries, table.entries + table.entry_count,
+                                    [](const nk_entry& entry) { return entry.architecture == 90; });
+    return is_hopper && has_90 ? 90 : 80;
 }
 
 // Says which of the words of a search is the first that no entry has, with the words that there are.

@@ -12,7 +12,7 @@ import torch
 
 from nanochat.platform.distributed import use_kernel_library
 from nanochat.platform.errors import UserError
-from nanochat_kernels import dispatch, export, library
+from nanochat_kernels import architecture, dispatch, export, library
 from nanochat_kernels.triton_helpers import triton
 from tests import forked
 from tests.conftest import environment
@@ -47,11 +47,52 @@ def test_three_kernels_with_sanitizers():
 
 
 @needs_cmake
+@pytest.mark.parametrize("number", ["80", "90"])
+def test_one_architecture(tmp_path, number):
+    """As in the presets a100 and hopper: what the tests check of the other one is skipped."""
+    options = f"-DNANOCHAT_CUDA_ARCHS={number}", "-DNANOCHAT_KERNELS=row_rstd", "-DNANOCHAT_SANITIZE="
+    for command in (
+        ["cmake", "--preset", "cpu", "-B", tmp_path, *options, f"-DPython3_EXECUTABLE={sys.executable}"],
+        ["cmake", "--build", tmp_path],
+        ["ctest", "--test-dir", tmp_path, "--label-exclude", "gpu|python", "--output-on-failure"],
+    ):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(None))
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "100% tests passed" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("major", "of_library", "wanted"),
+    [
+        (8, None, "sm80"), (9, None, "sm90"), (10, None, "sm90"), (9, {"sm80", "sm90"}, "sm90"), (9, {"sm80"}, "sm80"),
+        (10, {"sm80", "sm90"}, "sm80"), (8, {"sm90"}, "sm80"),
+    ],
+)  # fmt: skip
+def test_a_gpu_takes_the_code_that_the_library_has(monkeypatch, major, of_library, wanted):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (major, 0))
+    try:
+        architecture.take_code_of_library(of_library)
+        assert architecture.architecture(0) == wanted
+    finally:
+        architecture.take_code_of_library(None)
+
+
+@needs_cmake
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_all_kernels():
-    """Also that a training step of d12, d20, d26 and d32 needs no other code than the library has."""
+    """Also that training and evaluation of d12, d20, d26 and d32 need no other code than the library has."""
     assert "100% tests passed" in build_and_test("all", "--label-exclude", "python")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
+def test_models_need_no_other_code_than_the_library_has():
+    """Training and evaluation, also with tokens that are no multiples of 16, and with rows that do not fill a tile."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.native.launches", "uncovered"],
+        cwd=ROOT, capture_output=True, text=True, env=environment(None),
+    )  # fmt: skip
+    assert done.returncode == 0 and "all launches are covered" in done.stdout, done.stdout[:2000] + done.stderr[-2000:]
 
 
 @needs_cmake
@@ -69,8 +110,8 @@ def test_a_python_without_triton_is_named(tmp_path):
 def test_every_kernel_has_cases_and_a_reference_in_cpp():
     """The test of the whole library checks this too, and the numbers; this one notices a forgotten kernel without CMake."""
     names = {kernel.name for kernel in dispatch.tunable_kernels()}
-    for architecture in ("sm80", "sm90"):
-        assert {case.kernel for case in references.cases(architecture)} == names
+    for name in architecture.ARCHITECTURES:
+        assert {case.kernel for case in references.cases(name)} == names
     text = (ROOT / "tests" / "native" / "reference_test.cpp").read_text("utf-8")
     assert set(re.findall(r'^    \{"(\w+)", ', text, re.MULTILINE)) == names
 

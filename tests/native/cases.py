@@ -129,7 +129,7 @@ def qkv_projection(dtype: torch.dtype) -> Iterator[tuple[str, Runs]]:
     def run(offset: int, offsets: Tensor | None):
         return lambda _: qkv.heads_of(x, weight, rstd, cos, sin, offset, offsets, 2, 2, parameters)
 
-    yield "512x768x256", {"forward": run(0, None), "offsets": run(0, offsets)}
+    yield "512x768x256", {"forward": run(3, None), "offsets": run(3, offsets)}
 
 
 def qkv_backward(dtype: torch.dtype) -> Iterator[tuple[str, Runs]]:
@@ -196,26 +196,26 @@ def attention_gradient(dtype: torch.dtype, of_query: bool) -> Iterator[tuple[str
     for width in (128, 64):
         q, k, v, dout = heads_of(dtype, width, 384)
         lse, delta, dlse = (empty(2, 3, 384) for _ in range(3))
-        results, rows = empty(2, 384, 9, width, dtype=dtype), 2 * 384
-        tables = (empty(400, width // 2, dtype=dtype) for _ in range(2))
-        projection = empty(rows), empty(6, rows), *tables, empty(9, rows), 16  # the library has multiples of 16
+        tables = [empty(400, width // 2, dtype=dtype) for _ in range(2)]
         starts, ends, lengths = *(empty(2, 384, dtype=torch.int32) for _ in range(2)), empty(2, dtype=torch.int64)
 
         def run(
             limit=None,
             lengths=None,
             dlse=None,
-            projection=projection,
+            joint=True,
             tokens=384,
             given=(q, k, v, dout, lse, delta),
-            results=results,
+            width=width,
+            tables=tables,
         ):
             x, statistics = [x[:, :tokens] for x in given[:4]], [x[..., :tokens].contiguous() for x in given[4:]]
-            to = (
-                [results] * 3
-                if projection
-                else [torch.empty_like(x, memory_format=torch.contiguous_format) for x in x[:3]]
-            )
+            rows, projection = 2 * tokens, None
+            if joint:  # with the gradient of the projection
+                to = [empty(2, tokens, 9, width, dtype=dtype)] * 3
+                projection = empty(rows), empty(6, rows), *tables, empty(9, rows), 16  # the library has multiples of 16
+            else:
+                to = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in x[:3]]
             if of_query:
                 more = torch.empty_like(x[3]), x[3], statistics[0], dlse, lengths, limit and limit[0], to[0], projection
                 return partial(attention_launches.query_gradient, *x[:3], *more)
@@ -224,9 +224,9 @@ def attention_gradient(dtype: torch.dtype, of_query: bool) -> Iterator[tuple[str
             )
 
         yield f"{width}", {
-            "training": run(), "alone": run(projection=None, dlse=dlse), "documents": run((starts, ends)),
-            "documents, alone": run((starts, ends), projection=None), "ragged": run(projection=None, tokens=333),
-            "lengths": run(lengths=lengths, projection=None),
+            "training": run(), "alone": run(joint=False, dlse=dlse), "documents": run((starts, ends)),
+            "documents, alone": run((starts, ends), joint=False), "ragged": run(tokens=333),
+            "ragged, alone": run(joint=False, tokens=333), "lengths": run(lengths=lengths, joint=False),
         }  # fmt: skip
 
 
@@ -290,7 +290,14 @@ def target_rows(dtype: torch.dtype) -> Iterator[tuple[str, Runs]]:
 
 
 def append(dtype: torch.dtype) -> Iterator[tuple[str, Runs]]:
-    yield "", {"one token": partial(cache_append.run, *cache_append.inputs(3, 1, 10, 128, 32, dtype, META))}
+    runs = {"one token": 1, "a prompt": 5}
+    yield (
+        "",
+        {
+            name: partial(cache_append.run, *cache_append.inputs(3, tokens, 10, 128, 32, dtype, META))
+            for name, tokens in runs.items()
+        },
+    )
 
 
 def scaled(symmetric: bool, _: torch.dtype) -> Iterator[tuple[str, Runs]]:

@@ -179,6 +179,7 @@ public:
     // Launches.
     void run() { is_computed = run_launches(*this); }
     bool is_computed = false;
+    int checked = 0;  // results that were computed and compared
 
     // Checks what a launch has stored in an argument, each row of it by itself, or all of it if it has one axis. See
     // kernels.md: the error may be 1.5 times that of the rounded result, and epsilon times the result besides, for what the
@@ -335,6 +336,7 @@ inline void Case::check(const std::string& what, int dtype, const Numbers& found
     if (!is_computed) {
         return;
     }
+    ++checked;
     double worst = 0;
     size_t at = 0;
     for (size_t start = 0; start < wanted.size(); start += width) {

@@ -110,12 +110,14 @@ void check_cases(const char* path, int most, const Run& run) {
         throw std::runtime_error(std::string(path) + " cannot be read; python -m tests.native.references writes it");
     }
     std::set<std::pair<std::string, int>> covered;
+    std::set<std::string> known, checked;
     for (Case c; c.read(file); c = Case()) {
         if (c.architecture > most) {
             continue;
         }
         c.run_launches = run;
         covered.emplace(c.kernel, c.architecture);
+        known.insert(c.kernel);
         const auto reference = kReferences.find(c.kernel);
         try {
             if (reference == kReferences.end()) {
@@ -126,9 +128,18 @@ void check_cases(const char* path, int most, const Run& run) {
             if (failed_checks == failed_before) {
                 reference->second(c);
             }
+            if (c.checked > 0) {
+                checked.insert(c.kernel);
+            }
         } catch (const std::exception& error) {
             ++failed_checks;
             std::fprintf(stderr, "%s%s: %s\n", c.kernel.c_str(), c.flags.c_str(), error.what());
+        }
+    }
+    for (const std::string& kernel : known) {
+        if (checked.count(kernel) == 0) {
+            ++failed_checks;
+            std::fprintf(stderr, "%s: no case was computed and compared\n", kernel.c_str());
         }
     }
     const nk_entry* entries = nullptr;

@@ -170,8 +170,9 @@ def interpret_another(case: Case, other: Case, memories: list[int]) -> None:
     for role in shared:
         to[role].copy_(results[role].reshape(to[role].shape))
     if case.kernel == "qkv_projection" and (0, "arguments.2") not in results:  # cos and sin are one matrix
+        first = dict(flat(other.launches[0]))["arguments.6"]  # the position of the first token
         for role, half in zip(("arguments.2", "arguments.3"), results[0, "first"].chunk(2, 1), strict=True):
-            to[0, role][: len(half)] = half
+            to[0, role][first : first + len(half)] = half
     interpret(other, others)
     for role in shared:
         results[role].copy_(to[role].reshape(results[role].shape))

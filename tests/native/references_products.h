@@ -131,8 +131,10 @@ inline void qkv_projection(Case& c) {
     const bool together = given(2).kind == "none";  // cos and sin are one matrix, of the positions from 0 on
     const Tables tables = together ? Tables(c, c.argument("first", at)) : Tables(c, given(2), given(3));
     const bool has_offsets = given(5).kind != "none";
-    const Numbers offsets = has_offsets ? c.integers(given(4), 0, 1) : Numbers(product.m);
     const int64_t tokens = given(7).integer, normed = given(9).integer, width = 2 * tables.half;
+    // the tables of the small shapes of the launch tables end with the last token
+    const auto offsets_in_table = [&] { return std::min<int64_t>(10, given(2).shape[0] - tokens - given(6).integer + 1); };
+    const Numbers offsets = has_offsets ? c.integers(given(4), 0, offsets_in_table()) : Numbers(product.m);
     c.run();
     Numbers out = product.sums, head_rstd(normed / width * product.m);
     for (int64_t row = 0; row < product.m; ++row) {
