@@ -8,16 +8,12 @@ from typing import Any, NamedTuple
 from nanochat.options.evaluate import EvaluateBaseOptions, EvaluateChatOptions
 from nanochat.options.presets import with_preset
 from nanochat.platform.files import read_json
-from nanochat.platform.paths import Paths
+from nanochat.platform.paths import Paths, steps_in
 from nanochat.platform.shapes import is_number
 
 TASKS = ("tasks", "core_tasks")  # options with names of tasks; none stands for all
-AMOUNTS = (
-    "max_per_task",
-    "core_max_per_task",
-    "max_tokens",
-    "tokens",
-)  # options with a number; a negative one stands for all
+# options with a number, of which a negative one stands for all
+AMOUNTS = ("max_per_task", "core_max_per_task", "max_tokens", "tokens")
 LONGEST = 100  # characters of the names of tasks in the name of a file
 
 
@@ -42,14 +38,21 @@ def scope_of(
     options: EvaluateBaseOptions | EvaluateChatOptions, command: str, paths: Paths, every: Collection[str]
 ) -> Scope:
     """The scope of an evaluation by `command`, such as "evaluate base". every: the names of all tasks."""
-    section = read_json(paths.section(f"{options.stage}-eval"), {"settings": {str: object}})
-    chosen, reported = _flat(asdict(options)), _flat(section["settings"]) if section else {}
-    if reported.get("hf_path") != chosen.get("hf_path"):
-        reported = {}  # those of another model
-    kept = _less(chosen, reported, every)
+    chosen = _flat(asdict(options))
+    kept = _less(chosen, _reported(options, paths), every)
     less = _less(chosen, _flat(asdict(with_preset(type(options)(), command, options.preset))), every) | kept
     told = " and ".join(f"--{name} {value}" for name, value in kept.items())
     return Scope(less, f"they are of more than {told}" if kept else "")
+
+
+def _reported(options: EvaluateBaseOptions | EvaluateChatOptions, paths: Paths) -> dict[str, Any]:
+    """The settings of the results in the report; empty if it has none, or those of another model or an earlier checkpoint."""
+    file = paths.section(f"{options.stage}-eval")
+    section = read_json(file, {"settings": {str: object}})
+    if section is None or section["settings"].get("hf_path") != asdict(options).get("hf_path"):
+        return {}
+    written = max((path.stat().st_mtime for path in steps_in(paths.checkpoints(options.stage)).values()), default=0.0)
+    return _flat(section["settings"]) if written <= file.stat().st_mtime else {}
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 
 import pytest
@@ -167,6 +168,9 @@ def test_a_smaller_evaluation_does_not_replace_a_larger_one(trained_base, tmp_pa
         assert table(paths.report / f"sft-eval_{last:06d}{suffix}.csv").keys() - {"ChatCORE"}
         assert paths.section("sft-eval").read_bytes() == section and column(paths, "sft") == shown
     assert (paths.report / f"sft-eval_{last:06d}.csv").read_bytes() == whole
+    os.utime(steps_in(paths.checkpoints("sft"))[last])  # trained again: what the report has is of another model
+    assert nanochat(paths.base, *chat, "--max-per-task", "4").returncode == 0
+    assert paths.section("sft-eval").read_bytes() != section
     base = ["evaluate", "base", *"--preset tiny --run-name default --device cpu".split()]
     assert nanochat(paths.base, *base).returncode == 0
     section = paths.section("base-eval").read_bytes()
