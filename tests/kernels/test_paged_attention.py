@@ -108,6 +108,16 @@ def test_the_reference_has_the_same_bits_wherever_pages_lie(tokens):
         assert torch.equal(found.repeat(13, 1, 1, 1), paged("reference", many[0], *together, *many[1:]))
 
 
+@pytest.mark.skipif(GPU, reason="compares with what a CPU computes")
+@pytest.mark.parametrize(("tokens", "pages"), [(1, 3), (9, 19)])
+def test_the_reference_of_other_devices_gives_the_same(monkeypatch, tokens, pages):
+    """They multiply whole columns of pages, because the host does not know the lengths."""
+    q, k, v, table, lengths = inputs(5, tokens, pages, 2, 2, torch.float32, 8)
+    found = paged("reference", q, k, v, table, lengths)
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False, raising=False)
+    torch.testing.assert_close(reference.paged_attention(q, k, v, table, lengths), found, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.skipif(GPU, reason="a GPU does not know the lengths on the host")
 def test_the_reference_multiplies_no_pages_behind_a_row(monkeypatch):
     """One long row among short ones costs its own pages."""
