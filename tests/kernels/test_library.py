@@ -111,9 +111,16 @@ def test_every_kernel_has_cases_and_a_reference_in_cpp():
     """The test of the whole library checks this too, and the numbers; this one notices a forgotten kernel without CMake."""
     names = {kernel.name for kernel in dispatch.tunable_kernels()}
     for name in architecture.ARCHITECTURES:
-        assert {case.kernel for case in references.cases(name)} == names
+        without = names - {case.kernel for case in references.cases(name)}
+        assert not without, (
+            f"add small shapes of {', '.join(sorted(without))} to OWN in tests/native/cases.py, for {name}"
+        )
     text = (ROOT / "tests" / "native" / "reference_test.cpp").read_text("utf-8")
-    assert set(re.findall(r'^    \{"(\w+)", ', text, re.MULTILINE)) == names
+    known = set(re.findall(r'^    \{"(\w+)", ', text, re.MULTILINE))
+    assert known == names, (
+        f"{', '.join(sorted(known ^ names))}: each kernel of the launch tables, and no other name, needs a reference in one of "
+        "tests/native/references_*.h and its line in kReferences of tests/native/reference_test.cpp"
+    )
 
 
 def test_what_is_not_the_library_is_rejected(tmp_path):
