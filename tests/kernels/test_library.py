@@ -25,7 +25,7 @@ if "cmake" not in MISSING:
     MISSING += ["cmake 3.24"] if not found or tuple(map(int, found.groups())) < (3, 24) else []
 needs_cmake = pytest.mark.skipif(
     bool(MISSING) or sys.platform != "linux",
-    reason=f"needs Linux and {', '.join(MISSING)}: apt-get install cmake ninja-build g++ clang-format",
+    reason=f"needs Linux and {', '.join(MISSING)}: apt-get install cmake ninja-build g++ clang-format-14",
 )
 
 
