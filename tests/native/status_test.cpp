@@ -213,7 +213,9 @@ void test_bad_arguments_of_a_launch() {
     CHECK_STATUS(launch(nullptr, norm_arguments()), NK_BAD_ARGUMENT, "kernel must not be null");
     CHECK_STATUS(nk_launch(kernel, 8, 1, 1, nullptr, nullptr, 4), NK_BAD_ARGUMENT, "arguments must not be null");
     CHECK_STATUS(launch(kernel, norm_arguments(), 0), NK_BAD_ARGUMENT, "got 0 by 1 by 1");
-    CHECK_STATUS(nk_launch(kernel, 8, 70000, 1, nullptr, norm_arguments().data(), 4), NK_BAD_ARGUMENT, "8 by 70000 by 1");
+    CHECK_STATUS(nk_launch(kernel, 8, 65536, 1, nullptr, norm_arguments().data(), 4), NK_BAD_ARGUMENT, "8 by 65536 by 1");
+    CHECK_STATUS(nk_launch(kernel, 8, 1, 65536, nullptr, norm_arguments().data(), 4), NK_BAD_ARGUMENT, "8 by 1 by 65536");
+    CHECK_STATUS(launch(kernel, norm_arguments(), 1U << 31), NK_BAD_ARGUMENT, "got 2147483648 by 1 by 1");
     CHECK_STATUS(launch(kernel, {}), NK_BAD_ARGUMENT, "row_rstd_kernel takes 4 arguments, got 0");
     CHECK_STATUS(launch_with(kernel, 0, nk_integer(5)), NK_BAD_ARGUMENT,
                  "argument 0, x_ptr, must be NK_POINTER, got NK_INTEGER");
@@ -223,10 +225,12 @@ void test_bad_arguments_of_a_launch() {
                  "rstd_ptr, must be at a multiple of 16 bytes");
     CHECK_STATUS(launch_with(kernel, 2, nk_integer(1LL << 40)), NK_BAD_ARGUMENT,
                  "rows, must fit in 32 bits, got 1099511627776");
+    CHECK_STATUS(launch_with(kernel, 2, nk_integer(-(1LL << 40))), NK_BAD_ARGUMENT, "must fit in 32 bits, got -1099511627776");
     CHECK_STATUS(launch_with(kernel, 3, nk_integer(1283)), NK_BAD_ARGUMENT, "x_stride, must be a multiple of 16, got 1283");
     CHECK_STATUS(launch_with(kernel, 3, nk_number(2.5)), NK_BAD_ARGUMENT, "must be NK_INTEGER, got NK_NUMBER");
     CHECK(driver->launches == 0 && driver->loads == 0);
     CHECK_STATUS(launch(kernel, norm_arguments()), NK_OK, "");
+    CHECK_STATUS(nk_launch(kernel, (1U << 31) - 1, 65535, 65535, nullptr, norm_arguments().data(), 4), NK_OK, "");
 }
 
 void test_a_launch_passes_its_arguments() {
@@ -240,7 +244,8 @@ void test_a_launch_passes_its_arguments() {
     }
     driver->on_launch = [](const FakeLaunch& launch) {
         CHECK(launch.grid[0] == 8 && launch.grid[1] == 2 && launch.grid[2] == 3 && launch.stream == kRstd);
-        CHECK(launch.block[0] % 32 == 0 && launch.block[0] > 0 && launch.block[1] == 1);
+        // 4 warps, which is what Triton takes where a launch gives no num_warps
+        CHECK(launch.block[0] == 4 * 32 && launch.block[1] == 1 && launch.block[2] == 1);
         CHECK(launch.symbol == "row_rstd_kernel" && launch.module->code == "cubin");
         CHECK(value_of<void*>(launch, 0) == kX && value_of<void*>(launch, 1) == kRstd);
         CHECK(value_of<int32_t>(launch, 2) == 64 && value_of<int32_t>(launch, 3) == 1280);
@@ -271,6 +276,7 @@ void test_a_launch_describes_its_matrices() {
         CHECK(value_of<int64_t>(launch, 3) == 1312 && value_of<int64_t>(launch, 4) == 1);
         CHECK(reinterpret_cast<uintptr_t>(launch.parameters[0]) % 64 == 0);  // as the driver demands of a descriptor
         CHECK(value_of<uint64_t>(launch, 0) == UINT64_MAX);
+        CHECK(static_cast<int>(launch.shared) == driver->requested_shared);
     };
     CHECK_STATUS(launch(kernel, arguments), NK_OK, "");
     CHECK(driver->launches == 1 && driver->maps.size() == 5 && driver->requested_shared > 48 * 1024);
@@ -278,6 +284,8 @@ void test_a_launch_describes_its_matrices() {
         const FakeMap& map = driver->maps[0];
         CHECK(map.type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 && map.rank == 2 && map.data == kX);
         CHECK(map.sizes[0] == 1280 && map.sizes[1] == 4096 && map.strides[0] == 2624);
+        CHECK(map.interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && map.fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+        CHECK(map.promotion == CU_TENSOR_MAP_L2_PROMOTION_L2_128B && map.steps[0] == 1 && map.steps[1] == 1);
         CHECK(map.swizzle == CU_TENSOR_MAP_SWIZZLE_128B && map.block[0] == 64 && map.block[1] >= 64);
     }
     // a driver of version 13.0 sets a bit for small tensors that must not be there
@@ -344,11 +352,14 @@ void test_code_for_a_device() {
         }
     }
     if (const nk_kernel* kernel = find(kNorm, 80)) {
-        reset(80);
-        driver->rejects_cubins = true;
         wanted = "ptx";
-        driver->on_launch = [](const FakeLaunch& launch) { CHECK(launch.module->code == wanted); };
-        CHECK_STATUS(launch(kernel, norm_arguments()), NK_OK, "");
+        for (const CUresult rejection : {CUDA_ERROR_NO_BINARY_FOR_GPU, CUDA_ERROR_INVALID_IMAGE}) {
+            reset(80);
+            driver->rejects_cubins = true;
+            driver->rejection = rejection;
+            driver->on_launch = [](const FakeLaunch& launch) { CHECK(launch.module->code == wanted); };
+            CHECK_STATUS(launch(kernel, norm_arguments()), NK_OK, "");
+        }
         reset(75);
         CHECK_STATUS(launch(kernel, norm_arguments()), NK_NO_CODE, "compute capability 7.5 cannot run");
     }
