@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,6 +152,34 @@ def test_arguments_are_packed():
     pointer, half = x.data_ptr(), 0x3FE0000000000000
     wanted = [(1, 1, pointer), (2, 0, 7), (0, 0, 0), (3, 0, half), (1, 1, pointer + 2), (2, 0, -1)]
     assert packed == b"".join(library.struct.pack("iiq", *words) for words in wanted)
+
+
+def test_constants_among_the_arguments_and_devices_have_kernels_of_their_own(monkeypatch):
+    asked, found = [], object.__new__(library.Library)
+    found.kernels, found.find = {}, lambda name, number, to: asked.append((name.decode(), number)) or library.OK
+    monkeypatch.setattr(library, "identity", lambda kernel, constants, fixed: str(fixed))
+    monkeypatch.setattr(library, "architecture", lambda index: architecture.ARCHITECTURES[index])
+    for fixed, index in (((15.0,), 0), ((30.0,), 0), ((15.0,), 1), ((15.0,), 0)):
+        found.kernel(library, {"BLOCK": 1}, fixed, torch.device("cuda", index))
+    assert asked == [("(15.0,)", 80), ("(30.0,)", 80), ("(15.0,)", 90)]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"global_scratch_size": 8}, "f of name needs global_scratch_size"),
+        ({"profile_scratch_size": 8}, "f of name needs profile_scratch_size"),
+        ({"launch_cooperative_grid": True}, "f of name needs launch_cooperative_grid"),
+        ({"launch_pdl": True}, "f of name needs launch_pdl"),
+        ({"num_ctas": 2}, "f of name runs in clusters of 2 blocks"),
+    ],
+)
+def test_code_that_the_launcher_cannot_launch_is_rejected(monkeypatch, tmp_path, metadata, message):
+    compiled = SimpleNamespace(metadata=SimpleNamespace(**{"name": "f", "num_ctas": 1, **metadata}))
+    monkeypatch.setattr(export.inspect, "launch_at", lambda place, architecture: None)
+    monkeypatch.setattr(export.inspect, "compile_launch", lambda launch, architecture: compiled)
+    with pytest.raises(export.CannotExport, match=message):
+        export.export_launch(export.Place("name", torch.bfloat16, (64,), "", 0), "sm80", tmp_path)
 
 
 NAMES = """
