@@ -108,6 +108,23 @@ def test_a_python_without_triton_is_named(tmp_path):
     )
 
 
+@needs_cmake
+def test_an_unknown_architecture_is_named(tmp_path):
+    command = [
+        "cmake",
+        "-S",
+        ROOT,
+        "-B",
+        tmp_path,
+        "-DNANOCHAT_CUDA_ARCHS=75;80",
+        f"-DPython3_EXECUTABLE={sys.executable}",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(None))
+    assert done.returncode != 0 and 'NANOCHAT_CUDA_ARCHS is "75;80", wanted 80, 90 or both' in " ".join(
+        done.stderr.split()
+    )
+
+
 def test_every_kernel_has_cases_and_a_reference_in_cpp():
     """The test of the whole library checks this too, and the numbers; this one notices a forgotten kernel without CMake."""
     names = {kernel.name for kernel in dispatch.tunable_kernels()}
