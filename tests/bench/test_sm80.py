@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench import sm80
+from nanochat_kernels import dispatch
 from tests.conftest import environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,6 +41,15 @@ def test_what_is_expected_comes_from_the_copy_or_from_flash_attention():
     assert sm80.expected([row(10**9, 0.0)], {"ms": 2.0, "copy_ms": 1.5}) == pytest.approx(0.75)
     measured = {"ms": 1.0, "copy_ms": 0.1, "tflops": 450.0, "flash_tflops": 400.0}
     assert sm80.expected([row(1000, 1e12)], measured) == pytest.approx(180 / 312 * 450 / 400)
+
+
+def test_the_table_of_the_repository_has_every_kernel():
+    text = (ROOT / "bench" / "results" / "simulation" / "a100_kernels.md").read_text("utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    found, wanted = {line.split(" | ")[0].lstrip("| ") for line in rows}, {k.name for k in dispatch.tunable_kernels()}
+    assert found == wanted, (
+        f"the table differs by {', '.join(sorted(found ^ wanted))}; its second paragraph has the command that writes it again"
+    )
 
 
 def test_the_table_of_three_kernels(tmp_path):

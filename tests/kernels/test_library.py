@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ if "cmake" not in MISSING:
     MISSING += ["cmake 3.24"] if not found or tuple(map(int, found.groups())) < (3, 24) else []
 needs_cmake = pytest.mark.skipif(
     bool(MISSING) or sys.platform != "linux",
-    reason=f"needs Linux and {', '.join(MISSING)}: apt-get install cmake ninja-build g++ clang-format",
+    reason=f"needs Linux and {', '.join(MISSING)}: apt-get install cmake ninja-build g++ clang-format-14",
 )
 
 
@@ -107,13 +108,37 @@ def test_a_python_without_triton_is_named(tmp_path):
     )
 
 
+@needs_cmake
+def test_an_unknown_architecture_is_named(tmp_path):
+    command = [
+        "cmake",
+        "-S",
+        ROOT,
+        "-B",
+        tmp_path,
+        "-DNANOCHAT_CUDA_ARCHS=75;80",
+        f"-DPython3_EXECUTABLE={sys.executable}",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(None))
+    assert done.returncode != 0 and 'NANOCHAT_CUDA_ARCHS is "75;80", wanted 80, 90 or both' in " ".join(
+        done.stderr.split()
+    )
+
+
 def test_every_kernel_has_cases_and_a_reference_in_cpp():
     """The test of the whole library checks this too, and the numbers; this one notices a forgotten kernel without CMake."""
     names = {kernel.name for kernel in dispatch.tunable_kernels()}
     for name in architecture.ARCHITECTURES:
-        assert {case.kernel for case in references.cases(name)} == names
+        without = names - {case.kernel for case in references.cases(name)}
+        assert not without, (
+            f"add small shapes of {', '.join(sorted(without))} to OWN in tests/native/cases.py, for {name}"
+        )
     text = (ROOT / "tests" / "native" / "reference_test.cpp").read_text("utf-8")
-    assert set(re.findall(r'^    \{"(\w+)", ', text, re.MULTILINE)) == names
+    known = set(re.findall(r'^    \{"(\w+)", ', text, re.MULTILINE))
+    assert known == names, (
+        f"{', '.join(sorted(known ^ names))}: each kernel of the launch tables, and no other name, needs a reference in one of "
+        "tests/native/references_*.h and its line in kReferences of tests/native/reference_test.cpp"
+    )
 
 
 def test_what_is_not_the_library_is_rejected(tmp_path):
@@ -144,6 +169,34 @@ def test_arguments_are_packed():
     pointer, half = x.data_ptr(), 0x3FE0000000000000
     wanted = [(1, 1, pointer), (2, 0, 7), (0, 0, 0), (3, 0, half), (1, 1, pointer + 2), (2, 0, -1)]
     assert packed == b"".join(library.struct.pack("iiq", *words) for words in wanted)
+
+
+def test_constants_among_the_arguments_and_devices_have_kernels_of_their_own(monkeypatch):
+    asked, found = [], object.__new__(library.Library)
+    found.kernels, found.find = {}, lambda name, number, to: asked.append((name.decode(), number)) or library.OK
+    monkeypatch.setattr(library, "identity", lambda kernel, constants, fixed: str(fixed))
+    monkeypatch.setattr(library, "architecture", lambda index: architecture.ARCHITECTURES[index])
+    for fixed, index in (((15.0,), 0), ((30.0,), 0), ((15.0,), 1), ((15.0,), 0)):
+        found.kernel(library, {"BLOCK": 1}, fixed, torch.device("cuda", index))
+    assert asked == [("(15.0,)", 80), ("(30.0,)", 80), ("(15.0,)", 90)]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"global_scratch_size": 8}, "f of name needs global_scratch_size"),
+        ({"profile_scratch_size": 8}, "f of name needs profile_scratch_size"),
+        ({"launch_cooperative_grid": True}, "f of name needs launch_cooperative_grid"),
+        ({"launch_pdl": True}, "f of name needs launch_pdl"),
+        ({"num_ctas": 2}, "f of name runs in clusters of 2 blocks"),
+    ],
+)
+def test_code_that_the_launcher_cannot_launch_is_rejected(monkeypatch, tmp_path, metadata, message):
+    compiled = SimpleNamespace(metadata=SimpleNamespace(**{"name": "f", "num_ctas": 1, **metadata}))
+    monkeypatch.setattr(export.inspect, "launch_at", lambda place, architecture: None)
+    monkeypatch.setattr(export.inspect, "compile_launch", lambda launch, architecture: compiled)
+    with pytest.raises(export.CannotExport, match=message):
+        export.export_launch(export.Place("name", torch.bfloat16, (64,), "", 0), "sm80", tmp_path)
 
 
 NAMES = """

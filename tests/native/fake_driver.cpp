@@ -9,6 +9,8 @@ FakeDriver state;
 std::mutex guard;
 thread_local unsigned long long context = 0;
 thread_local std::string last_symbol;
+thread_local unsigned last_sizes[6];
+thread_local void* last_stream = nullptr;
 
 struct Function {
     FakeModule module;
@@ -36,6 +38,12 @@ FakeDriver* fake_driver() {
 }
 const char* fake_last_symbol() {
     return last_symbol.c_str();
+}
+const unsigned* fake_last_sizes() {
+    return last_sizes;
+}
+void* fake_last_stream() {
+    return last_stream;
 }
 void fake_set_context(unsigned long long id) {
     context = id;
@@ -103,7 +111,7 @@ CUresult cuModuleLoadDataEx(CUmodule* module, const void* data, unsigned count, 
         return CUDA_ERROR_INVALID_IMAGE;
     }
     if (is_cubin && state.rejects_cubins) {
-        return CUDA_ERROR_NO_BINARY_FOR_GPU;
+        return state.rejection;
     }
     if (fails("cuModuleLoadDataEx")) {
         for (unsigned i = 0; i < count; ++i) {
@@ -151,6 +159,9 @@ CUresult cuLaunchKernel(CUfunction given, unsigned x, unsigned y, unsigned z, un
     }
     ++state.launches;
     last_symbol = function->symbol;
+    const unsigned sizes[] = {x, y, z, block_x, block_y, block_z};
+    std::memcpy(last_sizes, sizes, sizeof sizes);
+    last_stream = stream;
     if (state.on_launch != nullptr) {
         const std::lock_guard lock(guard);
         state.on_launch(
@@ -160,14 +171,15 @@ CUresult cuLaunchKernel(CUfunction given, unsigned x, unsigned y, unsigned z, un
 }
 
 CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* data,
-                                const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* block, const cuuint32_t*,
-                                CUtensorMapInterleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
-                                CUtensorMapFloatOOBfill) {
+                                const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* block,
+                                const cuuint32_t* steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                                CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
     FAIL_IF_WANTED("cuTensorMapEncodeTiled")
-    FakeMap found{type, static_cast<int>(rank), swizzle, data, {}, {}, {}};
+    FakeMap found{type, static_cast<int>(rank), swizzle, interleave, promotion, fill, data, {}, {}, {}, {}};
     std::memcpy(found.sizes, sizes, rank * sizeof *sizes);
     std::memcpy(found.strides, strides, (rank - 1) * sizeof *strides);
     std::memcpy(found.block, block, rank * sizeof *block);
+    std::memcpy(found.steps, steps, rank * sizeof *steps);
     std::memset(map, 0xff, sizeof *map);
     const std::lock_guard lock(guard);
     if (state.maps.size() < 64) {

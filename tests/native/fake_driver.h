@@ -22,10 +22,10 @@ struct FakeLaunch {
 };
 
 struct FakeMap {
-    int type, rank, swizzle;
+    int type, rank, swizzle, interleave, promotion, fill;
     void* data;
     cuuint64_t sizes[5], strides[5];
-    cuuint32_t block[5];
+    cuuint32_t block[5], steps[5];
 };
 
 struct FakeDriver {
@@ -35,6 +35,7 @@ struct FakeDriver {
     std::string failing;  // the function that returns `failure`
     CUresult failure = CUDA_SUCCESS;
     bool rejects_cubins = false;
+    CUresult rejection = CUDA_ERROR_NO_BINARY_FOR_GPU;
     std::atomic<int> loads{0}, unloads{0}, launches{0};
     int requested_shared = 0;
     void (*on_launch)(const FakeLaunch&) = nullptr;
@@ -43,4 +44,7 @@ struct FakeDriver {
 
 extern "C" FakeDriver* fake_driver();
 extern "C" void fake_set_context(unsigned long long id);  // of the calling thread; 0 for none
-extern "C" const char* fake_last_symbol();                // the function that this thread launched last
+// What this thread launched last: the function, its grid and the threads of a block (x, y, z each), and its stream.
+extern "C" const char* fake_last_symbol();
+extern "C" const unsigned* fake_last_sizes();
+extern "C" void* fake_last_stream();

@@ -14,15 +14,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from nanochat_kernels import ahead, configs, export, inspect, library
 from nanochat_kernels.architecture import ARCHITECTURES
-from nanochat_kernels.triton_helpers import Launch
+from nanochat_kernels.triton_helpers import Launch, triton
 
 DEVICE = torch.device("cuda", 0)
+STREAM = 0x7000
 
 
 def with_memory(x):
@@ -42,8 +44,23 @@ def serves(found: library.Library, driver: ctypes.CDLL, launch: Launch) -> bool:
     """Whether the library launches, and the right function."""
     arguments = with_memory(launch.arguments)
     served = found.run(launch.kernel, launch.grid, DEVICE, arguments, launch.constants)
-    assert not served or driver.fake_last_symbol().decode() == launch.kernel.__name__, launch.kernel.__name__
+    if served:
+        found = driver.fake_last_symbol().decode(), tuple(driver.fake_last_sizes()[:3]), driver.fake_last_stream()
+        wanted = launch.kernel.__name__, (*launch.grid, 1, 1)[:3], STREAM
+        assert found == wanted, f"the driver was asked for {found}, wanted {wanted}"
     return served
+
+
+def check_constants(found: library.Library, launch: Launch) -> None:
+    """Check that the value of a constant among the arguments chooses the kernel: the library has none for another one."""
+
+    def changed(x):
+        if isinstance(x, tuple):
+            return tuple(map(changed, x))
+        return triton.language.constexpr(x.value + 1) if isinstance(x, triton.language.constexpr) else x
+
+    other = with_memory(changed(launch.arguments))
+    assert not found.run(launch.kernel, launch.grid, DEVICE, other, launch.constants), launch.kernel.__name__
 
 
 # (rows, tokens), and for evaluation, which pads rows to the longest only
@@ -124,9 +141,11 @@ def main(what: str, path: str = "") -> None:
         sys.exit(bool(lines))
     driver = ctypes.CDLL("libcuda.so.1")
     driver.fake_set_context.argtypes = (ctypes.c_ulonglong,)
-    driver.fake_last_symbol.restype = ctypes.c_char_p
-    driver.fake_set_context(1)
-    torch._C._cuda_getCurrentRawStream = lambda index: 0
+    driver.fake_last_symbol.restype, driver.fake_last_stream.restype = ctypes.c_char_p, ctypes.c_void_p
+    driver.fake_last_sizes.restype = ctypes.POINTER(ctypes.c_uint)
+    torch._C._cuda_getCurrentRawStream = lambda index: STREAM
+    # the first call into CUDA of a thread makes the context
+    torch.cuda.cudart = lambda: SimpleNamespace(cudaMemGetInfo=lambda index: driver.fake_set_context(1))
     warnings.simplefilter("ignore")
     found = library.Library(Path(path))
     total, missing = 0, []
@@ -139,6 +158,8 @@ def main(what: str, path: str = "") -> None:
             launches = list(model_launches(architecture))
         total += len(launches)
         missing += [f"{architecture} {x.kernel.__name__}" for x in launches if not serves(found, driver, x)]
+        for launch in [x for x in launches if export.fixed_of(x)][:1]:
+            check_constants(found, launch)
     for line in sorted(set(missing)):
         print(f"not served: {line}: {found.compiled.get(line.split()[1])}")
     print(f"served {total - len(missing)} of {total} launches")

@@ -1,111 +1,15 @@
 // Every status code, and what is launched how, with the driver of fake_driver.cpp in place of libcuda.so.1.
 #include <dlfcn.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <set>
 #include <thread>
 #include <vector>
 
-#include "check.h"
-#include "fake_driver.h"
-#include "nanochat_kernels.h"
+#include "launcher.h"
 
 namespace {
-
-FakeDriver* driver;
-void (*set_context)(unsigned long long);
-
-void* const kX = reinterpret_cast<void*>(0x10000);
-void* const kRstd = reinterpret_cast<void*>(0x20000);
-const char* const kNorm[] = {"row_rstd", "bfloat16", "1280", "rstd"};
-const char* const kProduct[] = {"relu2_mlp_input_gradient", "bfloat16", "65536x1280x5120", "residual"};
-
-// Whether the library has an entry for an architecture, with these words if they are given.
-bool has(int architecture, const char* const* words = nullptr) {
-    const nk_entry* entries = nullptr;
-    size_t count = 0;
-    CHECK_STATUS(nk_entries(&entries, &count), NK_OK, "");
-    return std::any_of(entries, entries + count, [=](const nk_entry& e) {
-        const std::string given[] = {e.kernel, e.dtype, e.shape, e.flags};
-        return e.architecture == architecture && (words == nullptr || std::equal(given, given + 4, words));
-    });
-}
-
-// Returns a kernel, or nullptr after a line that says that the library was built without it.
-const nk_kernel* find(const char* const (&words)[4], int architecture) {
-    const nk_kernel* found = nullptr;
-    if (has(architecture, words)) {
-        CHECK_STATUS(nk_find(words[0], words[1], words[2], words[3], 0, architecture, &found), NK_OK, "");
-    } else {
-        std::printf("skipped: the library was built without %s for sm_%d\n", words[0], architecture);
-    }
-    return found;
-}
-
-// An architecture that the library was built for.
-int any_architecture() {
-    return has(80) ? 80 : 90;
-}
-
-std::vector<nk_argument> norm_arguments(int64_t rows = 64, int64_t stride = 1280) {
-    return {nk_pointer(kX, NK_BFLOAT16), nk_pointer(kRstd, NK_FLOAT32), nk_integer(rows), nk_integer(stride)};
-}
-
-nk_status launch(const nk_kernel* kernel, const std::vector<nk_argument>& arguments, unsigned grid = 8) {
-    return nk_launch(kernel, grid, 1, 1, nullptr, arguments.data(), arguments.size());
-}
-
-nk_status launch_with(const nk_kernel* kernel, size_t position, nk_argument argument) {
-    std::vector<nk_argument> arguments = norm_arguments();
-    arguments[position] = argument;
-    return launch(kernel, arguments);
-}
-
-// Arguments that the first variant takes, with the same matrix for all of its matrices.
-std::vector<nk_argument> product_arguments(const nk_kernel* kernel, const nk_matrix* matrix) {
-    nk_parameter parameters[32];
-    size_t count = 0;
-    CHECK_STATUS(nk_parameters(kernel, 0, parameters, 32, &count), NK_OK, "");
-    std::vector<nk_argument> arguments;
-    for (size_t i = 0; i < count; ++i) {
-        const nk_parameter& parameter = parameters[i];
-        switch (parameter.kind) {
-            case NK_MATRIX:
-                arguments.push_back(nk_matrix_argument(matrix));
-                break;
-            case NK_POINTER:
-                arguments.push_back(nk_pointer(kRstd, static_cast<nk_dtype>(parameter.dtype)));
-                break;
-            case NK_INTEGER:
-                arguments.push_back(nk_integer(parameter.value != 0 ? parameter.value : 16));
-                break;
-            default:
-                arguments.push_back(nk_none());
-        }
-    }
-    return arguments;
-}
-
-template <class T>
-T value_of(const FakeLaunch& launch, size_t position) {
-    T value;
-    std::memcpy(&value, launch.parameters[position], sizeof value);
-    return value;
-}
-
-void reset(int capability = 90) {
-    driver->capability = capability;
-    driver->shared = 227 * 1024;
-    driver->failing.clear();
-    driver->rejects_cubins = false;
-    driver->on_launch = nullptr;
-    driver->maps.clear();
-    driver->loads = driver->unloads = driver->launches = 0;
-    static unsigned long long next = 100;
-    set_context(next += 1);  // nothing is loaded in a new context
-}
 
 void test_statuses_have_names() {
     std::set<std::string> names;
@@ -213,7 +117,9 @@ void test_bad_arguments_of_a_launch() {
     CHECK_STATUS(launch(nullptr, norm_arguments()), NK_BAD_ARGUMENT, "kernel must not be null");
     CHECK_STATUS(nk_launch(kernel, 8, 1, 1, nullptr, nullptr, 4), NK_BAD_ARGUMENT, "arguments must not be null");
     CHECK_STATUS(launch(kernel, norm_arguments(), 0), NK_BAD_ARGUMENT, "got 0 by 1 by 1");
-    CHECK_STATUS(nk_launch(kernel, 8, 70000, 1, nullptr, norm_arguments().data(), 4), NK_BAD_ARGUMENT, "8 by 70000 by 1");
+    CHECK_STATUS(nk_launch(kernel, 8, 65536, 1, nullptr, norm_arguments().data(), 4), NK_BAD_ARGUMENT, "8 by 65536 by 1");
+    CHECK_STATUS(nk_launch(kernel, 8, 1, 65536, nullptr, norm_arguments().data(), 4), NK_BAD_ARGUMENT, "8 by 1 by 65536");
+    CHECK_STATUS(launch(kernel, norm_arguments(), 1U << 31), NK_BAD_ARGUMENT, "got 2147483648 by 1 by 1");
     CHECK_STATUS(launch(kernel, {}), NK_BAD_ARGUMENT, "row_rstd_kernel takes 4 arguments, got 0");
     CHECK_STATUS(launch_with(kernel, 0, nk_integer(5)), NK_BAD_ARGUMENT,
                  "argument 0, x_ptr, must be NK_POINTER, got NK_INTEGER");
@@ -223,10 +129,12 @@ void test_bad_arguments_of_a_launch() {
                  "rstd_ptr, must be at a multiple of 16 bytes");
     CHECK_STATUS(launch_with(kernel, 2, nk_integer(1LL << 40)), NK_BAD_ARGUMENT,
                  "rows, must fit in 32 bits, got 1099511627776");
+    CHECK_STATUS(launch_with(kernel, 2, nk_integer(-(1LL << 40))), NK_BAD_ARGUMENT, "must fit in 32 bits, got -1099511627776");
     CHECK_STATUS(launch_with(kernel, 3, nk_integer(1283)), NK_BAD_ARGUMENT, "x_stride, must be a multiple of 16, got 1283");
     CHECK_STATUS(launch_with(kernel, 3, nk_number(2.5)), NK_BAD_ARGUMENT, "must be NK_INTEGER, got NK_NUMBER");
     CHECK(driver->launches == 0 && driver->loads == 0);
     CHECK_STATUS(launch(kernel, norm_arguments()), NK_OK, "");
+    CHECK_STATUS(nk_launch(kernel, (1U << 31) - 1, 65535, 65535, nullptr, norm_arguments().data(), 4), NK_OK, "");
 }
 
 void test_a_launch_passes_its_arguments() {
@@ -240,7 +148,8 @@ void test_a_launch_passes_its_arguments() {
     }
     driver->on_launch = [](const FakeLaunch& launch) {
         CHECK(launch.grid[0] == 8 && launch.grid[1] == 2 && launch.grid[2] == 3 && launch.stream == kRstd);
-        CHECK(launch.block[0] % 32 == 0 && launch.block[0] > 0 && launch.block[1] == 1);
+        // 4 warps, which is what Triton takes where a launch gives no num_warps
+        CHECK(launch.block[0] == 4 * 32 && launch.block[1] == 1 && launch.block[2] == 1);
         CHECK(launch.symbol == "row_rstd_kernel" && launch.module->code == "cubin");
         CHECK(value_of<void*>(launch, 0) == kX && value_of<void*>(launch, 1) == kRstd);
         CHECK(value_of<int32_t>(launch, 2) == 64 && value_of<int32_t>(launch, 3) == 1280);
@@ -271,6 +180,7 @@ void test_a_launch_describes_its_matrices() {
         CHECK(value_of<int64_t>(launch, 3) == 1312 && value_of<int64_t>(launch, 4) == 1);
         CHECK(reinterpret_cast<uintptr_t>(launch.parameters[0]) % 64 == 0);  // as the driver demands of a descriptor
         CHECK(value_of<uint64_t>(launch, 0) == UINT64_MAX);
+        CHECK(static_cast<int>(launch.shared) == driver->requested_shared);
     };
     CHECK_STATUS(launch(kernel, arguments), NK_OK, "");
     CHECK(driver->launches == 1 && driver->maps.size() == 5 && driver->requested_shared > 48 * 1024);
@@ -278,6 +188,8 @@ void test_a_launch_describes_its_matrices() {
         const FakeMap& map = driver->maps[0];
         CHECK(map.type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 && map.rank == 2 && map.data == kX);
         CHECK(map.sizes[0] == 1280 && map.sizes[1] == 4096 && map.strides[0] == 2624);
+        CHECK(map.interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && map.fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+        CHECK(map.promotion == CU_TENSOR_MAP_L2_PROMOTION_L2_128B && map.steps[0] == 1 && map.steps[1] == 1);
         CHECK(map.swizzle == CU_TENSOR_MAP_SWIZZLE_128B && map.block[0] == 64 && map.block[1] >= 64);
     }
     // a driver of version 13.0 sets a bit for small tensors that must not be there
@@ -344,11 +256,14 @@ void test_code_for_a_device() {
         }
     }
     if (const nk_kernel* kernel = find(kNorm, 80)) {
-        reset(80);
-        driver->rejects_cubins = true;
         wanted = "ptx";
-        driver->on_launch = [](const FakeLaunch& launch) { CHECK(launch.module->code == wanted); };
-        CHECK_STATUS(launch(kernel, norm_arguments()), NK_OK, "");
+        for (const CUresult rejection : {CUDA_ERROR_NO_BINARY_FOR_GPU, CUDA_ERROR_INVALID_IMAGE}) {
+            reset(80);
+            driver->rejects_cubins = true;
+            driver->rejection = rejection;
+            driver->on_launch = [](const FakeLaunch& launch) { CHECK(launch.module->code == wanted); };
+            CHECK_STATUS(launch(kernel, norm_arguments()), NK_OK, "");
+        }
         reset(75);
         CHECK_STATUS(launch(kernel, norm_arguments()), NK_NO_CODE, "compute capability 7.5 cannot run");
     }
