@@ -48,6 +48,7 @@ def test_three_kernels_with_sanitizers():
 
 
 @needs_cmake
+@pytest.mark.long
 @pytest.mark.parametrize("number", ["80", "90"])
 def test_one_architecture(tmp_path, number):
     """As in the presets a100 and hopper: what the tests check of the other one is skipped."""
@@ -87,6 +88,7 @@ def test_all_kernels():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
+@pytest.mark.long
 def test_models_need_no_other_code_than_the_library_has():
     """Training and evaluation, also with tokens that are no multiples of 16, and with rows that do not fill a tile."""
     done = subprocess.run(

@@ -169,7 +169,7 @@ PLANTED_FAULTS = {
         "test_pages_give_what_one_piece_gives",
     ),
     "the reference adds pages by their number in memory": (
-        "reference", "x.index_select(0, column) for column", "x.index_select(0, column * 0 + 1) for column",
+        "reference", "index_select(0, pages[row, i])", "index_select(0, 0 * i + 1)",
         "test_pages_give_what_one_piece_gives",
     ),
 }  # fmt: skip

@@ -48,10 +48,11 @@ def test_files_of_conversations_are_read_and_named_for_the_job(tmp_path, monkeyp
     [_, *words] = shlex.split(dry_run("--custom-json", path.name, "--rl"))
     [exported] = [word for word in words if word.startswith("--export=")]
     assert shlex.split(exported.partition("NANOCHAT_STAGES=")[2]) == ["--rl", "--custom-json", str(path)]
+    content = path.read_text()
     path.write_text("hello\n")
     submit = ["cluster", "submit", "speedrun", "--dry-run", "--custom-json"]
     assert_fails_with(nanochat(tmp_path, *submit, path.name), f"{path.name}")
-    path.rename(tmp_path / "a,b.jsonl").write_text('[{"role": "user", "content": "a"}]\n')
+    path.rename(tmp_path / "a,b.jsonl").write_text(content)
     assert_fails_with(
         nanochat(tmp_path, *submit, "a,b.jsonl"), "a comma or a backslash", "rename the directory or the file"
     )
