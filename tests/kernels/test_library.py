@@ -88,7 +88,6 @@ def test_all_kernels():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
-@pytest.mark.long
 def test_models_need_no_other_code_than_the_library_has():
     """Training and evaluation, also with tokens that are no multiples of 16, and with rows that do not fill a tile."""
     done = subprocess.run(

@@ -182,7 +182,7 @@ async def misbehave(port: int, kind: int) -> None:
     """A client that goes in the middle of its answer, or of its request, or reads slowly."""
     body = json.dumps({"messages": messages("hello"), "max_tokens": 200}).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=64)
-    writer.write(f"POST /chat HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode())
+    writer.write(f"POST /chat HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode())
     writer.write(body if kind % 3 else body[:-4])
     await writer.drain()
     for _ in range(40 if kind % 3 == 1 else 3 * (kind % 3 > 0)):
