@@ -21,6 +21,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -32,8 +33,8 @@ from nanochat.checkpoint import load_model
 from nanochat.evaluate.chat import TASKS
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.inference.cache import KVCache
-from nanochat.inference.decoder import LENGTH, PAGES, TEMPERATURE, TOKEN, TOP_K, Decoder, as_bits
-from nanochat.inference.engine import CHUNKS_AT_ONCE, PAGE, STEP_ROWS, Engine
+from nanochat.inference.decoder import PAGES, TOKEN
+from nanochat.inference.engine import PAGE, Engine
 from nanochat.options.model import Implementations
 from nanochat.platform.distributed import start_runtime
 from nanochat.platform.errors import UserError
@@ -89,36 +90,30 @@ class Run:
             raise UserError(f"{variant}: the way is replay or eager, and then an implementation of attention")
         self.model, self.rows, self.config, self.impl = model, rows, config, impl
         self.use()
-        self.decoder = Decoder(model, cache, STEP_ROWS["cuda"], CHUNKS_AT_ONCE["cuda"], way == "replay")
-        self.pages = -(-(config.cached + max(config.steps, 4) + 1) // cache.page)
-        self.numbers = [np.zeros(PAGES + self.decoder.most_pages, np.int64) for _ in range(rows)]
-        for row, numbers in enumerate(self.numbers):
-            numbers[PAGES : PAGES + self.pages] = range(1 + row * self.pages, 1 + (row + 1) * self.pages)
-            numbers[TEMPERATURE], numbers[TOP_K] = as_bits(1.0), config.top_k or 1
+        no_tokenizer = SimpleNamespace(special=lambda _: -1, bos=-1)  # answers do not end, and call no calculator
+        self.engine = Engine(model, no_tokenizer, way == "replay")
+        self.decoder = self.engine.decoder
+        self.engine.cache = self.decoder.cache = cache
+        self.pages = -(-(config.cached + max(config.steps, 4) + 2) // cache.page)
         self.prompts = torch.randint(config.vocab_size, (rows, config.cached)).tolist()
 
     def prefill(self) -> float:
         """Return the milliseconds to the first token."""
         self.use()
         torch.cuda.synchronize()
-        started, page, chunks = time.perf_counter(), self.decoder.cache.page, []
-        for prompt, numbers in zip(self.prompts, self.numbers, strict=True):
-            pages = numbers[PAGES : PAGES + self.pages].tolist()
+        started, page, chunks, rows = time.perf_counter(), self.decoder.cache.page, [], []
+        for number, prompt in enumerate(self.prompts):
+            row = self.engine.row(prompt, self.engine.positions, top_k=self.config.top_k or 1)
+            row.pages = list(range(1 + number * self.pages, 1 + (number + 1) * self.pages))
+            row.numbers[PAGES : PAGES + self.pages] = row.pages
             starts = range(0, len(prompt) - 1, page)
-            chunks += [(prompt[s : min(s + page, len(prompt) - 1)], s, pages) for s in starts]
-            numbers[TOKEN], numbers[LENGTH] = prompt[-1], len(prompt) - 1
+            chunks += [(prompt[s : min(s + page, len(prompt) - 1)], s, row.pages) for s in starts]
+            row.numbers[TOKEN], row.length = prompt[-1], len(prompt) - 1
+            rows.append(row)
         self.decoder.prefill(chunks)
-        self.step()
+        self.engine.running, self.engine.ahead = rows, None
+        self.engine.step()
         return 1e3 * (time.perf_counter() - started)
-
-    def step(self) -> None:
-        """Decode a token of every row."""
-        size = self.decoder.size_for(self.rows, "rows")
-        for first in range(0, self.rows, size):
-            part = self.numbers[first : first + size]
-            tokens, _ = self.decoder.decode(part, self.pages, max(self.config.top_k, 1), False, 0)
-            for numbers, [token] in zip(part, tokens, strict=True):
-                numbers[TOKEN], numbers[LENGTH] = token, numbers[LENGTH] + 1
 
     def decode(self, steps: int) -> list[float]:
         """Return the milliseconds of each token."""
@@ -127,7 +122,7 @@ class Run:
         found = []
         for _ in range(steps):
             started = time.perf_counter()
-            self.step()  # waits for the GPU
+            self.engine.step()  # waits for the tokens
             found.append(1e3 * (time.perf_counter() - started))
         return found
 
@@ -162,7 +157,7 @@ def bytes_of_token(model: GPT, rows: int, filled: int) -> float:
 def measure(model: GPT, rows: int, config: EngineConfig, copy_rate: float) -> list[dict]:
     """Return a row of results for each variant, or one that says why it has none."""
     runs, found = {}, {name: {"variant": name, "rows": rows} for name in config.variants}
-    cache = KVCache(model.config, PAGE["cuda"], model.device, model.compute_dtype)
+    cache = KVCache(model.config, PAGE[model.device.type], model.device, model.compute_dtype)
     for name in config.variants:
         gc.collect()
         torch.cuda.empty_cache()

@@ -1,5 +1,6 @@
 """The forward passes of the engine, each of one shape: a chunk of a prompt, and a step of decoding for a fixed number of rows."""
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -59,13 +60,29 @@ def same_results(model: GPT, few: int, many: int, tokens: int, page: int) -> boo
     return torch.equal(results(given, pages, lengths), torch.cat([results(*part) for part in parts]))
 
 
+@dataclass
+class Step:
+    """A step of decoding that the device may still compute: the results of `decode`, and their copies on the host."""
+
+    on_device: tuple[Tensor, Tensor]  # valid until the next pass
+    on_host: tuple[Tensor, Tensor]
+    copied: torch.cuda.Event | None  # None where the results were there at once
+
+    def wait(self) -> tuple[list[list[int]], list[list[float]]]:
+        """Wait for the results: of each row the tokens and their log-probabilities."""
+        if self.copied:
+            self.copied.synchronize()
+        tokens, logarithms = (x.tolist() for x in self.on_host)
+        return tokens, logarithms
+
+
 class Decoder:
     """Runs the passes. rows, chunks: the numbers of rows of a step, and of chunks of prompts that are computed together; those that are
     not needed are padded. A row's results do not depend on the others: a size beside the first serves only if `same_results` says so,
     and not where there is no memory to compare.
 
     replay: each kind of pass is captured in a CUDA graph and replayed, with pages for a power of two of them. The host then copies
-    what is given to the device, launches one graph and waits for the result.
+    what is given to the device and launches one graph.
     """
 
     def __init__(self, model: GPT, cache: KVCache, rows: tuple[int, ...], chunks: tuple[int, ...], replay: bool):
@@ -99,8 +116,10 @@ class Decoder:
     def forget(self) -> None:
         """Drop the passes, after the cache has moved."""
         on_gpu = self.model.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.synchronize(self.model.device)  # a graph that is dropped may still run
         self.pool = torch.cuda.graph_pool_handle() if self.replay and on_gpu else None
-        self.passes: dict[tuple, tuple[Replayed, Tensor, Tensor]] = {}
+        self.passes: dict[tuple, tuple[Replayed, Tensor]] = {}
 
     def prefill(self, chunks: list[tuple[list[int], int, list[int]]]) -> None:
         """Store keys and values of chunks: tokens, a page or less, behind the number of tokens that their row has, and the row's pages.
@@ -118,9 +137,18 @@ class Decoder:
             self._run(("prefill", size, width), given, partial(prefill, chunk=page))
 
     def decode(
-        self, given: list[np.ndarray], pages: int, candidates: int, any_all: bool, alternatives: int
-    ) -> tuple[list[list[int]], list[list[float]]]:
-        """What `decode` returns, for at most as many rows as the largest size, of which none has more than `pages` pages."""
+        self,
+        given: list[np.ndarray],
+        pages: int,
+        candidates: int,
+        any_all: bool,
+        alternatives: int,
+        after: Step | None = None,
+    ) -> Step:
+        """Begin what `decode` does, for at most as many rows as the largest size, of which none has more than `pages` pages.
+
+        after: the pass before, which may still be computed; the TOKEN of each row is then its place there, whose token it continues.
+        """
         width, vocabulary = self._width(pages), self.model.config.vocab_size
         candidates = max(candidates, alternatives)
         if candidates > 1:  # few sizes, because each is compiled for seconds and captured
@@ -131,21 +159,29 @@ class Decoder:
         padded[:, TEMPERATURE], padded[:, TOP_K] = as_bits(1.0), 1
         padded[: len(given)] = np.stack(given)[:, : PAGES + width]
         work = partial(decode, candidates=candidates, any_all=any_all, alternatives=alternatives)
-        found = self._run(("decode", rows, width, candidates, any_all, alternatives), padded, work)
-        tokens, logarithms = (x[: len(given)].tolist() for x in found)
-        return tokens, logarithms
+        key = "decode", rows, width, candidates, any_all, alternatives
+        found = self._run(key, padded, work, after)
+        copied = torch.cuda.Event() if self.model.device.type == "cuda" else None
+        on_host = tuple(x[: len(given)].to("cpu", non_blocking=copied is not None) for x in found)
+        if copied:
+            copied.record()
+        return Step(found, on_host, copied)
 
-    def _run(self, key: tuple, given: np.ndarray, work: partial) -> tuple[Tensor, ...] | None:
+    def _run(
+        self, key: tuple, given: np.ndarray, work: partial, after: Step | None = None
+    ) -> tuple[Tensor, ...] | None:
         if key not in self.passes:
-            on_host = torch.zeros(given.shape, dtype=torch.int64, pin_memory=self.model.device.type == "cuda")
             on_device = torch.zeros(given.shape, dtype=torch.int64, device=self.model.device)
             # not a method, which would refer to the decoder: dropping that frees the cache at once
             bound = partial(work, self.model, self.cache.keys, self.cache.values, on_device)
-            self.passes[key] = Replayed(bound, self.pool), on_host, on_device
-        step, on_host, on_device = self.passes[key]
-        on_host.copy_(torch.from_numpy(given))
-        # the host waits for the results of a step, and only then writes on_host again
-        on_device.copy_(on_host, non_blocking=key[0] == "decode")
+            self.passes[key] = Replayed(bound, self.pool), on_device
+        step, on_device = self.passes[key]
+        on_host = torch.from_numpy(given)
+        if on_device.is_cuda:
+            on_host = on_host.pin_memory()  # so that the host need not wait for the copy
+        on_device.copy_(on_host, non_blocking=on_device.is_cuda)
+        if after:
+            on_device[:, TOKEN] = after.on_device[0][:, 0][on_device[:, TOKEN]]
         return step()
 
     def _width(self, pages: int) -> int:

@@ -20,7 +20,7 @@ import nanochat_kernels as kernels
 from nanochat.gpt import GPT
 from nanochat.inference.cache import KVCache
 from nanochat.inference.calculator import calculate
-from nanochat.inference.decoder import KEY, LENGTH, PAGES, STEP, TEMPERATURE, TOKEN, TOP_K, Decoder, as_bits
+from nanochat.inference.decoder import KEY, LENGTH, PAGES, STEP, TEMPERATURE, TOKEN, TOP_K, Decoder, Step, as_bits
 from nanochat.inference.pages import ROOT
 from nanochat.inference.sampling import ALL, check_sampling, random_key
 from nanochat.platform.errors import UserError, is_out_of_memory
@@ -100,6 +100,7 @@ class Engine:
         self.running: list[Row] = []
         self.reserved = 0  # pages that the rows which are not waiting may need
         self.full = False  # the device had no memory for more pages, and no row has ended since
+        self.ahead: tuple[list[Row], Step] | None = None  # rows whose next token is computed already, see _run_ahead
 
     def row(
         self,
@@ -170,16 +171,42 @@ class Engine:
                 row.numbers[TOKEN] = row.prompt[-1]
                 self.running.append(self.filling.popleft())
         self.decoder.prefill(chunks)
-        # a pass has one implementation of sample_tokens: rows that the kernels do not take have passes of their own
-        for beyond in (False, True):
-            rows = [row for row in self.running if (row.numbers[TOP_K] > kernels.MOST_CANDIDATES) == beyond]
-            size = self.decoder.size_for(len(rows), "rows")
-            for first in range(0, len(rows), size):
-                self._decode(rows[first : first + size])
+        if self.ahead and not all(row.done for row in self.ahead[0]):
+            passes = [self.ahead]
+        else:
+            passes = [(rows, self._decode(rows)) for rows in self._groups()]
+        self.ahead = self._run_ahead(*passes[0]) if len(passes) == 1 else None
+        for rows, step in passes:
+            self._receive(rows, step)
         for row in self.running:
             if row.done:
                 self._release(row)
         self.running = [row for row in self.running if not row.done]
+
+    def _groups(self) -> Iterator[list[Row]]:
+        """The rows of each pass of a step. A pass has one implementation of sample_tokens: rows that the kernels do not take have
+        passes of their own."""
+        for beyond in (False, True):
+            rows = [row for row in self.running if (row.numbers[TOP_K] > kernels.MOST_CANDIDATES) == beyond]
+            size = self.decoder.size_for(len(rows), "rows")
+            yield from (rows[first : first + size] for first in range(0, len(rows), size))
+
+    def _run_ahead(self, rows: list[Row], step: Step) -> tuple[list[Row], Step] | None:
+        """Begin the step after the one that is computed now, whose tokens only the device knows, so that it need not wait for the host.
+
+        What is computed for a row that ends now is not used, and rows that join meanwhile wait for a step. Nothing is begun where
+        other rows need passes before, which take the place of this step's results, or where the calculator decides on a token.
+        """
+        left = [(place, row) for place, row in enumerate(rows) if not row.done]
+        if not self.replay or self.filling or len(left) < len(self.running):
+            return None
+        left = [(place, row) for place, row in left if row.step + 1 < row.room]
+        if not left or any(row.forced for _, row in left):
+            return None
+        for place, row in left:
+            row.numbers[TOKEN] = place
+        rows = [row for _, row in left]
+        return rows, self._decode(rows, step)
 
     def _reserve(self, row: Row) -> bool:
         """Whether the cache has as many pages as the row and those before it may need; it grows for that."""
@@ -233,17 +260,26 @@ class Engine:
         row.numbers[PAGES + len(row.pages)] = page
         row.pages.append(page)
 
-    def _decode(self, rows: list[Row]) -> None:
-        """The next token of each of at most as many rows as a pass has."""
+    def _decode(self, rows: list[Row], after: Step | None = None) -> Step:
+        """Begin to compute the next token of each of at most as many rows as a pass has, or after a step the one that follows."""
+        ahead = after is not None
         for row in rows:
-            if row.length == len(row.pages) * self.cache.page:
+            length = row.length + ahead
+            if length == len(row.pages) * self.cache.page:
                 self._append(row, self.cache.pages.take())
-            row.numbers[LENGTH], row.numbers[STEP] = row.length, row.step
+            row.numbers[LENGTH], row.numbers[STEP] = length, row.step + ahead
         top_k = [int(row.numbers[TOP_K]) for row in rows]
         alternatives = ALTERNATIVES if any(row.alternatives for row in rows) else 0
         pages = max(len(row.pages) for row in rows)
-        found = self.decoder.decode([row.numbers for row in rows], pages, max(*top_k, 1), ALL in top_k, alternatives)
-        for row, (sampled, *likely), (logprob, *others) in zip(rows, *found, strict=True):
+        return self.decoder.decode(
+            [row.numbers for row in rows], pages, max(*top_k, 1), ALL in top_k, alternatives, after
+        )
+
+    def _receive(self, rows: list[Row], step: Step) -> None:
+        """Give the rows their tokens, when they are there."""
+        for row, (sampled, *likely), (logprob, *others) in zip(rows, *step.wait(), strict=True):
+            if row.done:  # since the step began
+                continue
             token, forced = self._next(row, sampled)
             row.length, row.step = row.length + 1, row.step + 1
             if row.done:

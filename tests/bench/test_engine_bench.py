@@ -9,6 +9,7 @@ import torch
 
 from bench import engine
 from nanochat.gpt import GPTConfig
+from nanochat.inference.decoder import Decoder
 from nanochat.train.timing import trained_model
 from tests import forked
 from tests.conftest import environment
@@ -19,7 +20,7 @@ CLOCK_MS = 2.0  # of a step, by the stand-in of an event
 @pytest.fixture
 def results(monkeypatch):
     """Rows of results of two variants, and the runs that made them. The host sleeps 5 ms before each token."""
-    runs, made, decode = [], engine.Run.__init__, engine.Decoder.decode
+    runs, made, decode = [], engine.Run.__init__, Decoder.decode
 
     def watched(run, *arguments):
         made(run, *arguments)
@@ -30,7 +31,7 @@ def results(monkeypatch):
         return decode(decoder, *arguments)
 
     monkeypatch.setattr(engine.Run, "__init__", watched)
-    monkeypatch.setattr(engine.Decoder, "decode", slow)
+    monkeypatch.setattr(Decoder, "decode", slow)
     monkeypatch.setattr(engine, "Graph", lambda run: run, raising=False)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)

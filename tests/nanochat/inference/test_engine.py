@@ -111,18 +111,18 @@ def on_gpu(config: GPTConfig) -> GPT:
         st.tuples(st.integers(0, 3), st.integers(0, 150), st.integers(1, 70), st.sampled_from(SAMPLINGS)),
         min_size=1, max_size=24,
     ),
-    joining=st.integers(1, 24), most=st.sampled_from((1, 5, 64)), frozen=st.booleans(),
+    joining=st.integers(1, 24), most=st.sampled_from((1, 5, 64)), frozen=st.booleans(), replay=st.booleans(),
 )  # fmt: skip
-def test_a_row_is_what_it_is_alone(wide_model, tokenizer, requests, joining, most, frozen):
+def test_a_row_is_what_it_is_alone(wide_model, tokenizer, requests, joining, most, frozen, replay):
     """Bit for bit: its tokens and log-probabilities, whoever shares its steps, its pages and the beginning of its prompt."""
     common = [5 + number % 90 for number in range(150)]
     prompts = [[*common[:shared], 7 + kind] for kind, shared, _, _ in requests]
     made = [(p, room, sampling) for p, (_, _, room, sampling) in zip(prompts, requests, strict=True)]
     alone = []
     for prompt, room, sampling in made[:6]:
-        engine = Engine(wide_model, tokenizer)
+        engine = Engine(wide_model, tokenizer, False)
         alone += finished(engine, [engine.row(prompt, room, **sampling)])
-    engine = Engine(wide_model, tokenizer, rows=most, frozen=frozen)
+    engine = Engine(wide_model, tokenizer, replay, rows=most, frozen=frozen)
     together = finished(engine, [engine.row(prompt, room, **sampling) for prompt, room, sampling in made], joining)
     assert together[:6] == alone
     free = engine.cache.pages
