@@ -26,8 +26,7 @@ from nanochat.inference.sampling import ALL, check_sampling, random_key
 from nanochat.platform.errors import UserError, is_out_of_memory
 from nanochat.tokenizer.bpe import Tokenizer
 
-CHUNKS = {"cuda": 8, "cpu": 4}  # of prompts in a step: few, so that decoded rows do not wait long for their next token
-# sizes of a pass over chunks and over rows; more of them take several passes in a step
+# sizes of a pass over chunks, of which the largest is a step's, and over rows, of which a step may have several
 CHUNKS_AT_ONCE = {"cuda": (2, 8, 16, 32), "cpu": (1, 2, 4)}
 STEP_ROWS = {"cuda": (64,), "cpu": (16, 64)}
 MOST_ROWS = {"cuda": 256, "cpu": 64}
@@ -92,7 +91,6 @@ class Engine:
         self.cache = KVCache(model.config, PAGE[kind], model.device, model.compute_dtype, keep=frozen)
         self.decoder = Decoder(model, self.cache, STEP_ROWS[kind], CHUNKS_AT_ONCE[kind], self.replay)
         self.rows = MOST_ROWS[kind] if rows is None else rows
-        self.chunks = CHUNKS[kind]
         self.stops = {tokenizer.special("assistant_end"), tokenizer.bos}
         self.positions = model.cos.size(0)
         self.waiting: deque[Row] = deque()
@@ -162,8 +160,8 @@ class Engine:
         while self.waiting and len(self.filling) + len(self.running) < self.rows and self._reserve(self.waiting[0]):
             self.filling.append(self.waiting.popleft())
         chunks: list[tuple] = []
-        computed, most = 0, self.chunks if self.running else max(self.decoder.sizes["chunks"])
-        while self.filling and computed < most:
+        computed = 0
+        while self.filling and computed < max(self.decoder.sizes["chunks"]):
             row = self.filling[0]
             if row.length < len(row.prompt) - 1:
                 computed += self._fill(row, chunks)
