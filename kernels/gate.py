@@ -285,8 +285,9 @@ def write(path: Path, valid_for: dict[str, Any], operations: dict[str, dict[str,
     configs.replace_file(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def read(path: Path, valid_for: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
-    """The implementation that the gate chose, by operation, and what the caller of `write` keeps in the file besides.
+def read(path: Path, valid_for: dict[str, Any]) -> tuple[dict[str, str], dict[str, dict], dict[str, Any]]:
+    """The implementation that the gate chose, by operation; what is wrong with others, by operation and implementation; and what
+    the caller of `write` keeps in the file besides.
 
     Raises GateError when the file cannot be read, was made for another device, version, shape or set of kernels (naming both), or
     names an operation or an implementation that does not exist.
@@ -294,6 +295,7 @@ def read(path: Path, valid_for: dict[str, Any]) -> tuple[dict[str, str], dict[st
     try:
         found = json.loads(path.read_text("utf-8"))
         choices = {name: str(entry["impl"]) for name, entry in found["operations"].items()}
+        faults = {name: dict(entry.get("faults", {})) for name, entry in found["operations"].items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise GateError(f"{path} is not a gate file ({error!r}); {REMEDY}") from error
     for name, wanted in valid_for.items():
@@ -307,4 +309,5 @@ def read(path: Path, valid_for: dict[str, Any]) -> tuple[dict[str, str], dict[st
         operation = dispatch.operations().get(name)
         if operation is None or impl not in ("reference", *operation.implementations):
             raise GateError(f"{path} chooses {impl} for {name}, which does not exist here; {REMEDY}")
-    return choices, {name: value for name, value in found.items() if name not in valid_for and name != "operations"}
+    more = {name: value for name, value in found.items() if name not in valid_for and name != "operations"}
+    return choices, faults, more

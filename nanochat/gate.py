@@ -20,20 +20,32 @@ def run_shape(model: GPTConfig, rows: int) -> gate.RunShape:
     )  # fmt: skip
 
 
-def take_gate(paths: Paths, model: GPTConfig, rows: int, runtime: Runtime) -> tuple[GPTConfig, dict[str, float] | None]:
+def take_gate(
+    paths: Paths, model: GPTConfig, rows: int, runtime: Runtime, deterministic: bool = False
+) -> tuple[GPTConfig, dict[str, float] | None]:
     """Replace every "auto" in a model's implementations by the gate's choice, if there is a gate file, and print the choice.
+
+    deterministic: on CUDA take attention that repeats bit for bit, whatever the gate chose.
 
     Returns the new configuration and the gate's times of its micro-step, in milliseconds by execution; None if the gate has not
     timed these implementations. Raises UserError when the file was made on another device, with other versions or kernels, or for
-    another shape.
+    another shape, and when no attention repeats: another is named, or the gate found Triton's wrong.
     """
+    deterministic = deterministic and runtime.device.type == "cuda"
+    if deterministic:
+        model = replace(model, impl=model.impl.repeatable())
     if not paths.gate.exists():
         return model, None
     valid_for = gate.identity(run_shape(model, rows), runtime.device, runtime.compute_dtype)
     try:
-        choices, more = gate.read(paths.gate, valid_for)
+        choices, faults, more = gate.read(paths.gate, valid_for)
     except gate.GateError as error:
         raise UserError(str(error)) from error
+    wrong = faults.get("attention", {}).get("triton")
+    if deterministic and wrong:
+        raise UserError(
+            f"--deterministic needs Triton's attention, which {paths.gate} rejects: {wrong}; leave --deterministic out"
+        )
     chosen = chosen_implementations(choices)
     if runtime.primary:
         # the parts of an operation are chosen on their own

@@ -36,6 +36,10 @@ class KVCache:
         self.keys, self.values = [self._extended(x, count) for x in (self.keys, self.values)]
         self.pages.extend(count)
 
+    def clear(self) -> None:
+        """Forget what every page holds and who uses it."""
+        self.pages = Pages(PADDING + 1, self.pages.count, self.pages.keep)
+
     def copy(self, source: int, target: int) -> None:
         """Copy the content of a page."""
         for x in (self.keys, self.values):

@@ -94,11 +94,7 @@ class Engine:
         self.stops = {tokenizer.special("assistant_end"), tokenizer.bos}
         self.positions = model.cos.size(0)
         self.waiting: deque[Row] = deque()
-        self.filling: deque[Row] = deque()  # with a part of their prompt
-        self.running: list[Row] = []
-        self.reserved = 0  # pages that the rows which are not waiting may need
-        self.full = False  # the device had no memory for more pages, and no row has ended since
-        self.ahead: tuple[list[Row], Step] | None = None  # rows whose next token is computed already, see _run_ahead
+        self._begin()
 
     def row(
         self,
@@ -156,7 +152,30 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Let waiting rows join, compute chunks of their prompts, and decode one token of every row that has its prompt."""
+        """Let waiting rows join, compute chunks of their prompts, and decode one token of every row that has its prompt.
+
+        After an error or an interrupt the rows that had joined have ended, and of what was computed nothing is kept: a page may have a
+        name and no content yet.
+        """
+        try:
+            self._step()
+        except BaseException:
+            for row in (*self.filling, *self.running):
+                row.done, row.pages = True, []
+            self._begin()
+            self.cache.clear()
+            self.decoder.forget()
+            raise
+
+    def _begin(self) -> None:
+        """Begin without rows that have joined."""
+        self.filling: deque[Row] = deque()  # with a part of their prompt
+        self.running: list[Row] = []
+        self.ahead: tuple[list[Row], Step] | None = None  # rows whose next token is computed already, see _run_ahead
+        self.reserved = 0  # pages that the rows which are not waiting may need
+        self.full = False  # the device had no memory for more pages, and no row has ended since
+
+    def _step(self) -> None:
         while self.waiting and len(self.filling) + len(self.running) < self.rows and self._reserve(self.waiting[0]):
             self.filling.append(self.waiting.popleft())
         chunks: list[tuple] = []

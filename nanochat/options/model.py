@@ -1,8 +1,10 @@
 """The choice of an implementation for each fused operation of a model and its optimizer, what backward may compute again, and the
 longest context."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
+
+from nanochat.platform.errors import UserError
 
 LONGEST_CONTEXT = 1_000_000  # tokens; the tables of positions cover ten times as many
 Recompute = Literal["attention", "mlp"]  # parts of a block
@@ -33,6 +35,21 @@ class Implementations:
     OPERATIONS: ClassVar[dict[str, tuple[str, ...]]] = {
         "optimizer": ("newton_schulz", "nesterov_momentum", "apply_update", "adamw"),
     }
+
+    def repeatable(self) -> "Implementations":
+        """These with attention that repeats bit for bit on CUDA: Triton's, because the backward of torch's adds in any order.
+
+        Raises UserError where another one is named.
+        """
+        for name in ("self_attention", "attention"):
+            impl = getattr(self, name)
+            if impl not in ("auto", "triton", "parts"):
+                raise UserError(
+                    f"--impl.{name} {impl} is torch's attention, whose gradients do not repeat bit for bit on CUDA; leave it out, "
+                    "name triton, or leave out --deterministic"
+                )
+        parts = {self.attention, self.qkv_projection} != {"auto"} or self.self_attention == "parts"
+        return replace(self, attention="triton", self_attention="parts" if parts else "triton")
 
     @classmethod
     def operations(cls, option: str) -> tuple[str, ...]:

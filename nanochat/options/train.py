@@ -54,7 +54,7 @@ class RunOptions:
     keep_checkpoints: Annotated[int, AtLeast(1)] = 2
     """number of newest checkpoints to keep"""
     deterministic: bool = False
-    """on CUDA, use only operations that repeat bit for bit, which is slower; a CPU always repeats"""
+    """on CUDA, use only operations that repeat bit for bit, Triton's attention among them, which may be slower; a CPU always repeats"""
     loader_threads: Annotated[int, Between(1, 1024)] = 4
     """threads that tokenise"""
     nvtx: bool = False

@@ -43,7 +43,7 @@ def finetune(options: TrainSftOptions, paths: Paths, runtime: Runtime) -> dict:
     path, tokenizer, source_meta = find_checkpoint(paths, options.source, runtime)
     shape = GPTConfig(**source_meta["config"], impl=options.impl, recompute=options.run.recompute)
     rows, accumulation, total = step_size(options, "sft", 1, CheckpointStore(paths.checkpoints("sft"), runtime))
-    shape, micro_step_ms = take_gate(paths, shape, rows, runtime)
+    shape, micro_step_ms = take_gate(paths, shape, rows, runtime, options.run.deterministic)
     model = create_model(path, shape, runtime, source_meta)
     length = shape.context_length
     mixture, held_out = sft_mixture(options, paths), Mixture([Limited(SmolTalk(paths, "test"), options.eval_rows)])

@@ -105,7 +105,7 @@ def gated_step_size(
     The rows of a micro-batch are chosen for these implementations, and are no more than the gate was made for. Raises UserError as
     take_gate, rows_that_fit, step_size and check_gate_rows do.
     """
-    shape, micro_step_ms = take_gate(paths, shape, 1, store.runtime)
+    shape, micro_step_ms = take_gate(paths, shape, 1, store.runtime, options.run.deterministic)
     fitting = partial(
         rows_that_fit,
         shape,

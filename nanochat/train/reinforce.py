@@ -128,7 +128,7 @@ def reinforce(options: TrainRlOptions, paths: Paths, runtime: Runtime) -> dict:
     shape = GPTConfig(**source_meta["config"], impl=options.impl, recompute=options.run.recompute)
     store = CheckpointStore(paths.checkpoints("rl"), runtime)
     questions, total = step_size(options, "rl", 1, store)[1:]
-    shape, micro_step_ms = take_gate(paths, shape, options.device_batch_size, runtime)
+    shape, micro_step_ms = take_gate(paths, shape, options.device_batch_size, runtime, options.run.deterministic)
     task, tests = GSM8K(paths, "train"), GSM8K(paths, "test")
     model = create_model(path, shape, runtime, source_meta)
     optimizer = MuonAdamW(model, options.optimizer)

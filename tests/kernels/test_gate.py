@@ -269,7 +269,7 @@ def written(tmp_path, choices=None, **changes):
 
 def test_the_choice_is_read(tmp_path):
     path, valid = written(tmp_path)
-    assert gate.read(path, valid) == ({"rms_norm": "triton", "adamw": "reference"}, {})
+    assert gate.read(path, valid)[::2] == ({"rms_norm": "triton", "adamw": "reference"}, {})
     fewer = gate.identity(replace(SHAPE, rows=1), *WHERE)
     assert gate.read(path, fewer) == gate.read(path, valid)
 

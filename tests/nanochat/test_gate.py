@@ -91,6 +91,34 @@ def test_only_what_was_left_to_auto_is_replaced(world, tmp_path, cpu):
     assert taken.impl == fused and model.impl.rms_norm == "auto"
 
 
+def test_attention_repeats_where_that_is_asked_for(world, tmp_path, monkeypatch):
+    """On CUDA, whatever the gate chose: of torch's attention the backward adds in any order."""
+    paths, runtime = replace(world, base=tmp_path), on_card(monkeypatch, "A100 40 GB")
+    model = GPTConfig.from_depth(1, 512, 32)
+
+    def taken(deterministic=True, **named):
+        impl = take_gate(paths, replace(model, impl=Implementations(**named)), 4, runtime, deterministic)[0].impl
+        return impl.self_attention, impl.attention
+
+    assert taken(False) == ("auto", "auto") and taken() == ("triton", "triton")
+    for named in ({"attention": "triton"}, {"qkv_projection": "reference"}, {"self_attention": "parts"}):
+        assert taken(**named) == ("parts", "triton")
+    for named in ({"attention": "flash"}, {"self_attention": "reference"}):
+        with pytest.raises(UserError, match="do not repeat bit for bit .* leave out --deterministic"):
+            taken(**named)
+    valid_for = {"device": "A100"}
+    monkeypatch.setattr(gate, "identity", lambda *_: valid_for)
+    chosen = {"self_attention": {"impl": "parts"}, "attention": {"impl": "flash"}, "rms_norm": {"impl": "triton"}}
+    gate.write(paths.gate, valid_for, chosen)
+    assert taken(False) == ("parts", "flash") and taken() == ("triton", "triton")
+    gate.write(
+        paths.gate, valid_for, chosen | {"attention": {"impl": "flash", "faults": {"triton": "3.1 × the error"}}}
+    )
+    assert taken(False) == ("parts", "flash")
+    with pytest.raises(UserError, match="rejects: 3.1 × the error; leave --deterministic out"):
+        taken()
+
+
 def test_the_times_of_micro_steps_are_of_the_same_implementations(world, tmp_path, cpu):
     paths = replace(world, base=tmp_path)
     fused, times = (

@@ -267,6 +267,30 @@ def test_memory_is_asked_for_again_after_a_row_has_ended(model, tokenizer, monke
     assert small.finish == large.finish == "length"
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ArithmeticError])
+@pytest.mark.parametrize("at", [1, 2, 3, 6])
+@pytest.mark.parametrize("replay", [True, False])
+def test_after_a_step_that_did_not_end_answers_are_right(model, tokenizer, monkeypatch, error, at, replay):
+    """As after Ctrl-C in a chat: a page that has a name but was not computed, or results that nobody received."""
+    engine, fresh = Engine(model, tokenizer, replay, frozen=True), Engine(model, tokenizer)
+    engine.stops = fresh.stops = set()
+    plain, calls = model.hidden, []
+
+    def hidden(*arguments):
+        calls.append(None)
+        if len(calls) == at:
+            raise error
+        return plain(*arguments)
+
+    prompts = [[9] * 150, [9] * 300, [5, 6]]
+    wanted = fresh.generate(prompts, 8, temperature=0.0)
+    with monkeypatch.context() as patch, pytest.raises(error):
+        patch.setattr(model, "hidden", hidden)
+        engine.generate(prompts, 8, temperature=0.0)
+    assert not engine.busy and engine.reserved == 0 and not engine.cache.pages.users
+    assert engine.generate(prompts, 8, temperature=0.0) == wanted
+
+
 def test_a_pass_that_is_kept_changes_nothing(model, tokenizer):
     """On a CPU a pass is not replayed from a graph, but it has the pages of a graph."""
     kept, plain = (Engine(model, tokenizer, replay) for replay in (True, False))
