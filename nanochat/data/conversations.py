@@ -106,12 +106,30 @@ def padded_batches(
     """
     for used in range(position[0], len(mixture) // world_size - rows + 1, rows):
         numbers = range(used, used + rows)
-        rendered = [render(tokenizer, mixture[number * world_size + rank], length + 1) for number in numbers]
-        width = max(len(ids) for ids, _ in rendered) - 1
-        inputs = torch.full((rows, width), tokenizer.special("assistant_end"))
-        targets = torch.full((rows, width), -1)
-        for row, (ids, mask) in enumerate(rendered):
-            ids, mask = torch.tensor(ids), torch.tensor(mask)
-            inputs[row, : len(ids) - 1] = ids[:-1]
-            targets[row, : len(ids) - 1] = torch.where(mask[1:] == 1, ids[1:], -1)
-        yield Batch(inputs, targets, (numbers.stop,), numbers.stop * world_size / len(mixture))
+        conversations = [mixture[number * world_size + rank] for number in numbers]
+        progress = numbers.stop * world_size / len(mixture)
+        yield _padded(conversations, tokenizer, length, (numbers.stop,), progress)
+
+
+def measured_batches(
+    mixture: Mixture, tokenizer: Tokenizer, rows: int, length: int, rank: int, world_size: int
+) -> Iterator[Batch]:
+    """Every conversation of this rank, as padded_batches makes them; the last batch may have fewer rows."""
+    mine = range(rank, len(mixture), world_size)
+    for first in range(0, len(mine), rows):
+        numbers = mine[first : first + rows]
+        yield _padded([mixture[number] for number in numbers], tokenizer, length)
+
+
+def _padded(
+    conversations: list[dict], tokenizer: Tokenizer, length: int, position: tuple = (), progress: float = 0.0
+) -> Batch:
+    rendered = [render(tokenizer, conversation, length + 1) for conversation in conversations]
+    width = max(len(ids) for ids, _ in rendered) - 1
+    inputs = torch.full((len(rendered), width), tokenizer.special("assistant_end"))
+    targets = torch.full((len(rendered), width), -1)
+    for row, (ids, mask) in enumerate(rendered):
+        ids, mask = torch.tensor(ids), torch.tensor(mask)
+        inputs[row, : len(ids) - 1] = ids[:-1]
+        targets[row, : len(ids) - 1] = torch.where(mask[1:] == 1, ids[1:], -1)
+    return Batch(inputs, targets, position, progress)

@@ -8,6 +8,7 @@ stream. A batch is B rows of T + 1 tokens of the stream, and each row begins wit
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import numpy as np
 import torch
@@ -19,6 +20,24 @@ from nanochat.platform.errors import UserError
 from nanochat.tokenizer.bpe import Tokenizer
 
 DOCUMENTS_AT_ONCE = 64  # given to the threads together
+
+
+def measured_batches(
+    shards: Shards,
+    tokenizer: Tokenizer,
+    rank: int,
+    world_size: int,
+    pool: ThreadPoolExecutor,
+    rows: int,
+    length: int,
+    tokens: int,
+) -> list[Batch]:
+    """A rank's share of the first `tokens` tokens, in batches of (rows, length) as far as they fill some, and at least one.
+
+    Every rank reads all of them, so that what is measured on them does not depend on the number of ranks.
+    """
+    batches = TokenStream(shards, tokenizer, 0, 1, pool).batches(rows, length)
+    return list(islice(batches, rank, max(1, tokens // (rows * length)), world_size))
 
 
 class TokenStream:

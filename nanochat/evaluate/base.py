@@ -1,10 +1,9 @@
 """`nanochat evaluate base`: bits per byte and CORE of a pretrained model, or CORE of one of the transformers library."""
 
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 
 from nanochat.checkpoint import load_model
-from nanochat.data.pretraining import TokenStream
+from nanochat.data.pretraining import measured_batches
 from nanochat.data.shards import Shards
 from nanochat.evaluate.bits_per_byte import bits_per_byte, unigram_bits_per_byte
 from nanochat.evaluate.chat import not_newest, say_accuracies
@@ -67,15 +66,13 @@ def _chosen_tasks(options: EvaluateBaseOptions, bundle: list[CoreTask]) -> list[
 def _bits_per_byte(
     model: GPT, tokenizer: Tokenizer, options: EvaluateBaseOptions, paths: Paths, runtime: Runtime
 ) -> dict[str, float]:
-    rows, length = options.batch_size, model.config.context_length
-    count = max(1, options.tokens // (rows * length * runtime.world_size))
+    size = options.batch_size, model.config.context_length, options.tokens
     results = {}
     with ThreadPoolExecutor(4) as pool:
-        streams = {
-            split: TokenStream(Shards.of(paths, split), tokenizer, runtime.rank, runtime.world_size, pool)
+        batches = {
+            split: measured_batches(Shards.of(paths, split), tokenizer, runtime.rank, runtime.world_size, pool, *size)
             for split in ("train", "val")
         }
-        batches = {split: list(islice(stream.batches(rows, length), count)) for split, stream in streams.items()}
     for split, part in batches.items():
         results[f"{split}_bpb"] = bits_per_byte(model, part, tokenizer.token_bytes, runtime)
     results["unigram_bpb"] = unigram_bits_per_byte(batches["train"], batches["val"], tokenizer.token_bytes, runtime)

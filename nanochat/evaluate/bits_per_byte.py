@@ -31,8 +31,8 @@ def bits_per_byte(model: GPT, batches: Iterable[Batch], token_bytes: np.ndarray,
     nats, count = runtime.sum([nats, float(count)])
     if not count:
         raise UserError(
-            f"there is no text to measure bits per byte on: the data do not fill a row of tokens on any of {runtime.world_size} "
-            "process(es); take more data, fewer processes or shorter rows, or train with --eval-every -1"
+            "there is no text to measure bits per byte on: the data do not fill a row of tokens; take more data or shorter rows, or "
+            "train with --eval-every -1"
         )
     if not math.isfinite(nats):
         raise UserError(
@@ -53,8 +53,8 @@ def mean_loss(model: GPT, batches: Iterable[Batch], runtime: Runtime) -> float:
     nats, count = runtime.sum([nats, float(count)])
     if not count:
         raise UserError(
-            f"there is nothing to measure the loss on: none of {runtime.world_size} process(es) has a held-out conversation with an "
-            "answer; take more of them (--eval-rows), or train with --eval-every -1"
+            "there is nothing to measure the loss on: no held-out conversation has an answer; take more of them (--eval-rows), or "
+            "train with --eval-every -1"
         )
     return nats / count
 

@@ -184,7 +184,7 @@ def _run(stage: Stage, command: list[str], processes: int, stop: Stop) -> float:
             with suppress(OSError):  # of a closed terminal or a full disk, which must not end the stage
                 sys.stderr.write(line)
                 sys.stderr.flush()
-            last = line.strip() or last
+            last = line.strip() if any(map(str.isalnum, line)) else last  # torchrun ends with a ruler
             if not error and line.startswith(ERROR):
                 error = last.removeprefix(ERROR)
         status = process.wait()

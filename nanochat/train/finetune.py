@@ -1,7 +1,7 @@
 """Fine-tuning: one conversation per row, with loss only on the assistant's own tokens."""
 
 from nanochat.checkpoint import CheckpointStore, create_model, find_checkpoint, weights_hash
-from nanochat.data.conversations import Limited, Mixture, padded_batches
+from nanochat.data.conversations import Limited, Mixture, measured_batches, padded_batches
 from nanochat.data.fingerprint import fingerprint
 from nanochat.data.positions import conversation_position
 from nanochat.evaluate.bits_per_byte import mean_loss
@@ -60,8 +60,7 @@ def finetune(options: TrainSftOptions, paths: Paths, runtime: Runtime) -> dict:
         return padded_batches(mixture, tokenizer, rows, length, runtime.rank, runtime.world_size, position)
 
     def measure_loss() -> dict:
-        at_once = max(1, min(rows, len(held_out) // runtime.world_size))
-        measured = padded_batches(held_out, tokenizer, at_once, length, runtime.rank, runtime.world_size)
+        measured = measured_batches(held_out, tokenizer, rows, length, runtime.rank, runtime.world_size)
         return {"val_loss": mean_loss(model, measured, runtime)}
 
     def measure_accuracy() -> dict:

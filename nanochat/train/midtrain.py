@@ -1,6 +1,10 @@
 """Midtraining: teaches the format of conversations, tools and multiple choice, in one epoch of a mixture packed into a stream."""
 
+from functools import cache
+from itertools import islice
+
 from nanochat.checkpoint import CheckpointStore, create_model, find_checkpoint, weights_hash
+from nanochat.data.batches import Batch
 from nanochat.data.conversations import Limited, Mixture, packed_batches
 from nanochat.data.fingerprint import fingerprint
 from nanochat.data.positions import conversation_position
@@ -57,10 +61,13 @@ def midtrain(options: TrainMidOptions, paths: Paths, runtime: Runtime) -> dict:
         position = conversation_position(positions, runtime.rank, runtime.world_size) if positions else (0, 0)
         return packed_batches(mixture, tokenizer, rows, length, runtime.rank, runtime.world_size, position)
 
+    @cache
+    def measured() -> list[Batch]:
+        # every world_size-th batch of all, so that the number of ranks changes nothing; of one row, so that little is dropped
+        return list(islice(packed_batches(held_out, tokenizer, 1, length), runtime.rank, None, runtime.world_size))
+
     def measure_bpb() -> dict:
-        # one row at a time, so that a small held-out set fills whole batches on every rank
-        measured = packed_batches(held_out, tokenizer, 1, length, runtime.rank, runtime.world_size)
-        return {"val_bpb": bits_per_byte(model, measured, tokenizer.token_bytes, runtime)}
+        return {"val_bpb": bits_per_byte(model, measured(), tokenizer.token_bytes, runtime)}
 
     schedule = trapezoid(0.0, options.warmdown_ratio)
     plan = Plan(

@@ -2,12 +2,12 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import islice
+from functools import cache, partial
 
 from nanochat.checkpoint import CheckpointStore
 from nanochat.data.fingerprint import fingerprint
 from nanochat.data.positions import START, TextPosition, text_position
-from nanochat.data.pretraining import TokenStream
+from nanochat.data.pretraining import TokenStream, measured_batches
 from nanochat.data.shards import Shards
 from nanochat.evaluate.bits_per_byte import bits_per_byte
 from nanochat.evaluate.core import evaluate_core, load_bundle
@@ -45,17 +45,27 @@ def pretrain(options: TrainBaseOptions, paths: Paths, runtime: Runtime) -> dict:
             f"{shape.flops_per_token:.4e} FLOPs per token, {steps:,} steps of {total:,} tokens = "
             f"{steps * total:,} tokens, {steps * total * shape.flops_per_token:.3e} FLOPs"
         )
-    eval_batches = max(1, options.eval_tokens // (rows * length * runtime.world_size))
     with ThreadPoolExecutor(options.run.loader_threads) as pool:
         stream = TokenStream(train, tokenizer, runtime.rank, runtime.world_size, pool)
-        held_out = TokenStream(val, tokenizer, runtime.rank, runtime.world_size, pool)
+        held_out = cache(
+            partial(
+                measured_batches,
+                val,
+                tokenizer,
+                runtime.rank,
+                runtime.world_size,
+                pool,
+                rows,
+                length,
+                options.eval_tokens,
+            )
+        )
 
         def batches(positions: list | None):
             return stream.batches(rows, length, _position(positions, runtime, train))
 
         def measure_bpb() -> dict:
-            measured = islice(held_out.batches(rows, length), eval_batches)
-            return {"val_bpb": bits_per_byte(model, measured, tokenizer.token_bytes, runtime)}
+            return {"val_bpb": bits_per_byte(model, held_out(), tokenizer.token_bytes, runtime)}
 
         def measure_core() -> dict:
             limit = options.core_metric_max_per_task

@@ -129,7 +129,8 @@ class Trainer:
         self.state, self.pace = TrainState(), Pace()
         self.started_at = 0  # the step that this start begins with; each start trains a step, so that many of them end
         self.saved_step = -1  # of the newest checkpoint; −1: there is none
-        self.taking = 0.0  # seconds that it took to get the micro-batches of the next step
+        self.taking = 0.0  # seconds until all ranks had the micro-batches of the next step
+        self.logging = 0.0  # seconds of the newest step's record and line
         self.results: dict = {}  # the newest result of each evaluation
         self.interrupt = Interrupt()
         self.metrics = Metrics(paths.metrics(plan.stage))
@@ -198,8 +199,11 @@ class Trainer:
 
     def _loop(self, batches: Iterator[Batch], advance: Callable) -> dict:
         while True:
-            micro_batches = self._take(batches) if self.state.step != self.plan.steps else []
+            started = time.perf_counter()
+            more = self.state.step != self.plan.steps
+            micro_batches = list(islice(batches, self.plan.accumulation)) if more else []  # fewer when the data end
             agreement = self._agree(micro_batches)
+            self.taking = time.perf_counter() - started
             if agreement.ended and self.state.step == 0:
                 raise UserError(
                     f"the data of {self.plan.stage} do not fill one step of {self.plan.accumulation} micro-batches on each of "
@@ -222,13 +226,6 @@ class Trainer:
                     "has to produce; check that the conversations have answers, and that these begin within the context length"
                 )
             self._step(micro_batches, agreement, advance)
-
-    def _take(self, batches: Iterator[Batch]) -> list[Batch]:
-        """The micro-batches of the next step; fewer than a step needs when the data end."""
-        started = time.perf_counter()
-        micro_batches = list(islice(batches, self.plan.accumulation))
-        self.taking = time.perf_counter() - started
-        return micro_batches
 
     def _agree(self, micro_batches: list[Batch]) -> Agreement:
         """Exchange what each rank knows about the next step."""
@@ -268,16 +265,20 @@ class Trainer:
         """Save and evaluate if due. It saves first, so that a failing evaluation costs no training."""
         step, every = self.state.step, self.options.save_every
         due = [evaluation for evaluation in self.plan.evaluations if evaluation.due(step, last)]
+        started, seconds, results = time.perf_counter(), {}, {}
         if last or (step > 0 and ((every > 0 and step % every == 0) or due)):
             self._save()
-        if not due:
+            seconds["save_s"] = time.perf_counter() - started
+        if due:
+            started = time.perf_counter()
+            with self.interrupt.ending_at_once(self._stopped), ranges.span("evaluate"):
+                for evaluation in due:
+                    results |= evaluation.measure()
+            seconds["evaluate_s"] = time.perf_counter() - started
+        if not seconds:
             return
-        results = {}
-        with self.interrupt.ending_at_once(self._stopped), ranges.span("evaluate"):
-            for evaluation in due:
-                results |= evaluation.measure()
         self.results |= results
-        self.metrics.write({"step": step, **results})
+        self.metrics.write({"step": step, **results, **seconds})
         embedded = self.paths.reads_embedded
         shown = [
             f"{shown_name(name, embedded)} {value:.4f}" for name, value in results.items() if isinstance(value, float)
@@ -321,7 +322,9 @@ class Trainer:
         done = self.state.step / steps if steps else agreement.data_progress
         more = self.plan.measured()
         if self.runtime.primary:
+            started = time.perf_counter()
             advance(completed=done, state=self._report(grad_norm, multiplier, tokens, seconds, done, more))
+            self.logging = time.perf_counter() - started
 
     def _report(
         self, grad_norm: float, multiplier: float, tokens: int, seconds: float, done: float, more: dict[str, float]
@@ -337,6 +340,8 @@ class Trainer:
                 "grad_norm": grad_norm,
                 "lr_multiplier": multiplier,
                 "dt": seconds,
+                "data_s": self.taking,  # of dt
+                "log_s": self.logging,  # of the record before
                 "tokens_per_second": rate,
                 "mfu": mfu,
                 "tokens": self.state.tokens,

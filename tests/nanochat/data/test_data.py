@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from nanochat.data.batches import prefetched
 from nanochat.data.conversations import Limited, Mixture, packed_batches, padded_batches
+from nanochat.data.conversations import measured_batches as conversation_batches
 from nanochat.data.positions import conversation_position, text_position
-from nanochat.data.pretraining import TokenStream
+from nanochat.data.pretraining import TokenStream, measured_batches
 from nanochat.data.shards import Shards
 from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
@@ -247,6 +248,30 @@ def test_padded_batches_learn_only_what_the_assistant_says(mixture, tokenizer):
         assert where.sum() == len(said)
     resumed = list(padded_batches(mixture, tokenizer, 4, 96, 1, 2, batches[5].position))
     assert torch.equal(resumed[0].inputs, batches[6].inputs) and len(resumed) == len(batches) - 6
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_what_is_measured_does_not_depend_on_the_number_of_ranks(world, mixture, tokenizer, pool, world_size):
+    def shares(make, many):
+        """The batches of all ranks, in the order of one rank's; some ranks may have one less."""
+        each = [list(make(rank, many)) for rank in range(many)]
+        return [batches[n] for n in range(len(each[0])) for batches in each if n < len(batches)]
+
+    def stream(rank, many):
+        return measured_batches(Shards.of(world, "val"), tokenizer, rank, many, pool, 2, 16, 165)
+
+    def conversations(rank, many):
+        return conversation_batches(mixture, tokenizer, 3, 32, rank, many)
+
+    texts = shares(stream, 1)
+    assert len(texts) == 5
+    for found, wanted in zip(shares(stream, world_size), texts, strict=True):
+        assert torch.equal(found.inputs, wanted.inputs) and torch.equal(found.targets, wanted.targets)
+
+    def learned(many):
+        return sorted(t[t >= 0].tolist() for batch in shares(conversations, many) for t in batch.targets)
+
+    assert learned(world_size) == learned(1) and len(learned(1)) == len(mixture)
 
 
 def test_conversations_resume_with_another_number_of_ranks():

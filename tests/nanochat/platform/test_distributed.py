@@ -43,8 +43,10 @@ def test_the_others_report_it_and_the_run_resumes(base, number, device):
     assert process.returncode != 0 and time.monotonic() - started < 90
     again = nanochat(base, *arguments, processes=2)
     assert again.returncode == 0 and "resuming base at step" in again.stdout, again.stderr
-    steps = [m["step"] for m in read_metrics(paths.metrics("base")) if "loss" in m]
-    assert steps == list(range(24))
+    steps = read_metrics(paths.metrics("base"), "loss")
+    assert [m["step"] for m in steps] == list(range(24))
+    for m in steps:  # of both processes
+        assert m["tokens"] == 256 * (m["step"] + 1) and m["tokens_per_second"] * m["dt"] == pytest.approx(256)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from nanochat.checkpoint import CheckpointStore
 from nanochat.cli import main
 from nanochat.platform.paths import Paths
 from nanochat.platform.signals import handled
@@ -219,3 +221,32 @@ def test_training_that_can_write_nothing_saves_and_ends(base, trained_base, monk
     assert told[0] == "nanochat: cannot write the output (No space left on device); the work goes on"
     assert "stopped at step 5 by output that cannot be written" in told[1] and "everything is saved in" in told[1]
     assert nanochat(base, "train", "base", *TINY_BASE).returncode == 0 and weights(base) == weights(trained_base)
+
+
+@pytest.mark.parametrize(("stops", "shorts"), [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (2.0, 2.0)])
+def test_one_of_two_ranks_stops_or_ends_both(stops, shorts):
+    """And the progress in the data is the mean of theirs."""
+    runtime = SimpleNamespace(primary=False, world_size=2, sum=lambda _: [stops, shorts, 12.0, 0.5])
+    trainer = SimpleNamespace(
+        runtime=runtime, plan=SimpleNamespace(accumulation=1), interrupt=SimpleNamespace(received=None)
+    )
+    assert Trainer._agree(trainer, []) == (stops > 0, shorts > 0, 12.0, 0.25)
+
+
+def test_waiting_for_data_and_for_other_ranks_is_part_of_a_step(base, monkeypatch):
+    """And what is not, is told beside it."""
+    agree, save = Trainer._agree, CheckpointStore.save
+    monkeypatch.setattr(Trainer, "_agree", lambda *given: time.sleep(0.05) or agree(*given))
+    monkeypatch.setattr(CheckpointStore, "save", lambda *given: time.sleep(0.1) or save(*given))
+    monkeypatch.setattr("nanochat.train.pretrain.bits_per_byte", lambda *_: time.sleep(0.2) or 1.0)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    main(["train", "base", *TINY_BASE, "--num-iterations", "3", "--save-every", "2", "--eval-every", "100"])
+    records = read_metrics(Paths(base).metrics("base"))
+    steps, others = [r for r in records if "dt" in r], [r for r in records if "dt" not in r]
+    assert all(0.05 <= r["data_s"] < r["dt"] for r in steps) and steps[0]["log_s"] == 0 < steps[1]["log_s"]
+    assert [(r["step"], r.keys() - {"step"}) for r in others] == [
+        (0, {"val_bpb", "evaluate_s"}),
+        (2, {"save_s"}),
+        (3, {"val_bpb", "evaluate_s", "save_s"}),
+    ]
+    assert all(r.get("save_s", 0.1) >= 0.1 and r.get("evaluate_s", 0.2) >= 0.2 for r in others)
