@@ -4,6 +4,7 @@ This file is long because the operation is five kernels, each with and without a
 """
 
 import importlib
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from tests.kernels.int64 import narrow_offsets
 
 FILE = importlib.import_module("nanochat_kernels.attention")
 LAUNCHES = importlib.import_module("nanochat_kernels.attention_launches")
+HOPPER = importlib.import_module("nanochat_kernels.hopper_attention")
 HALVES = (torch.bfloat16, torch.float16)
 # several blocks of queries and keys in a short sequence, because an interpreted program is slow
 SMALL = {
@@ -30,6 +32,8 @@ SMALL = {
     "attention_key_gradients": {"BLOCK_M": 32, "BLOCK_N": 16, "GROUP": 2, "num_warps": 1, "num_stages": 1},
 }
 SMALL_BLOCKS = {"BLOCK_M": 32, "BLOCK_N": 16, "GROUP": 2, "num_warps": 1, "num_stages": 1}
+# tokens and head width of whole sequences, which the Gluon kernels take on sm_90; nothing shorter reaches them
+WHOLE = [(256, 64), (256, 128)] if GPU else []
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -113,6 +117,12 @@ def inputs(batch, tokens, keys, groups, share, width, dtype, seed=0):
     return [x.to(dtype) for x in (q, k, v)]
 
 
+def assert_taken(q, k, v):
+    """Check that on sm_90 the Gluon kernels take the call if it has whole tiles, as tests of WHOLE sizes mean it."""
+    if GPU and torch.cuda.get_device_capability()[0] == 9 and q.size(1) % HOPPER.TILE == 0:
+        assert HOPPER.takes(q, k, v)
+
+
 # The errors of a row with few keys are few numbers, so that a norm over few rows is luck. Random draws need many rows, and so a GPU.
 few_examples = settings(harness.property_test, max_examples=60, phases=harness.PHASES if GPU else (Phase.explicit,))
 bounds = st.sampled_from((None, 1.0))  # in units of √D
@@ -126,11 +136,16 @@ def bound_of(bound, width):
     return bound and bound * math.sqrt(width)
 
 
-def cancellation(seen, dtype):
+def narrow_bound(width, dtype):
+    """√D, or the widest round bound with which float16 needs no maximum."""
+    return min(math.sqrt(width), 10.0) if dtype == torch.float16 else math.sqrt(width)
+
+
+def cancellation(seen, dtype, others=1e-5):
     """The error that dq of a query may have besides that sees few keys (B, T): the number that multiplies all of its channels is a
-    difference, so that the largest of these errors is luck."""
-    few = torch.where(seen <= 3, torch.finfo(dtype).eps, 1e-5).to(DEVICE)
-    return few[:, :, None, None], 1e-5, 1e-5
+    difference, so that the largest of these errors is luck. others: that of all other gradients."""
+    few = torch.where(seen <= 3, torch.finfo(dtype).eps, others).to(DEVICE)
+    return few[:, :, None, None], others, others
 
 
 @few_examples
@@ -214,44 +229,57 @@ def test_long_sequences(bound):
     torch.testing.assert_close(lse[..., -64:].double(), exact_lse, rtol=0, atol=1e-5)
 
 
-def test_a_later_token_changes_nothing_before_it():
-    q, k, v = inputs(1, 50, 50, 1, 2, 32, torch.bfloat16)
-    before = fused(q, k, v, bound=math.sqrt(32))
+@pytest.mark.parametrize(("tokens", "width"), [(50, 32), *WHOLE])
+def test_a_later_token_changes_nothing_before_it(tokens, width):
+    q, k, v = inputs(1, tokens, tokens, 1, 2, width, torch.bfloat16)
+    assert_taken(q, k, v)
+    before = fused(q, k, v, bound=math.sqrt(width))
+    changed = 2 * tokens // 3
     for x in (q, k, v):
-        x[:, 33] = -x[:, 33]
-    after = fused(q, k, v, bound=math.sqrt(32))
-    assert torch.equal(before[:, :33], after[:, :33]) and not torch.equal(before[:, 33], after[:, 33])
+        x[:, changed] = -x[:, changed]
+    after = fused(q, k, v, bound=math.sqrt(width))
+    assert torch.equal(before[:, :changed], after[:, :changed])
+    assert not torch.equal(before[:, changed], after[:, changed])
 
 
-@pytest.mark.parametrize("bound", [None, 1.0])
+@pytest.mark.parametrize("is_bounded", [False, True])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_extremes_within_the_bound(dtype, bound):
-    """All scores at √D; all at −√D; one key at √D among keys at −√D, and one at −√D alone at the start."""
-    width, tokens = 32, 50
+@pytest.mark.parametrize(("tokens", "width"), [(50, 32), *WHOLE])
+def test_extremes_within_the_bound(tokens, width, dtype, is_bounded):
+    """All scores at the bound; all at its negative; one key at it among keys at its negative, and one of these alone at the start.
+
+    The bound is √D, but 10 in float16 with D = 128, where √D is too wide.
+    """
+    bound = narrow_bound(width, dtype)
     unit = torch.zeros(1, tokens, 1, width, device=DEVICE, dtype=dtype)
-    unit[..., 0] = math.sqrt(width)
+    unit[..., 0] = math.sqrt(bound * math.sqrt(width))
     mixed = -unit
     mixed[:, 20] *= -1
     v = randn(1, tokens, 1, width, dtype=dtype)
+    # where one key has all of the probability, ds is a difference of two sums of D terms, and dk of that key a sum of T such ones
+    more = cancellation(torch.arange(1, tokens + 1)[None], dtype, 1e-5 * (tokens / 50) * (width / 32))
     for k in (unit, -unit, mixed):
-        check(with_bound(bound_of(bound, width)), plain, [unit, k, v], [0, 1, 2])
+        assert_taken(unit, k, v)
+        check(with_bound(bound if is_bounded else None), plain, [unit, k, v], [0, 1, 2], cancellation=more)
 
 
-def test_the_first_query_gets_exactly_its_value():
-    q, k, v = inputs(2, 20, 20, 1, 1, 64, torch.bfloat16)
-    assert torch.equal(fused(q, k, v, bound=8.0)[:, 0], v[:, 0])
+@pytest.mark.parametrize(("tokens", "width"), [(20, 64), *WHOLE])
+def test_the_first_query_gets_exactly_its_value(tokens, width):
+    q, k, v = inputs(2, tokens, tokens, 1, 1, width, torch.bfloat16)
+    assert_taken(q, k, v)
+    assert torch.equal(fused(q, k, v, bound=math.sqrt(width))[:, 0], v[:, 0])
 
 
-@pytest.mark.parametrize("tokens", [1, 50])
+@pytest.mark.parametrize(("tokens", "width"), [(1, 32), (50, 32), *WHOLE])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_scores_beyond_the_bound_are_right_or_nan(dtype, tokens):
-    width = 32
-    q, k, v = inputs(1, tokens, 50, 1, 1, width, dtype)
+def test_scores_beyond_the_bound_are_right_or_nan(dtype, tokens, width):
+    q, k, v = inputs(1, tokens, max(tokens, 50), 1, 1, width, dtype)
     alike = (q[:, -1:] + 0.1 * k).to(dtype)  # the scores of the last query are all low, and differ
     nans = 0
     for factor in (-20.0, -6.0, -3.0, -2.5, 1.2, 2.5, 6.0, 20.0, 100.0):
         scaled = q * factor, k if factor > 0 else alike, v
-        found, lse = fused(*scaled, bound=math.sqrt(width), return_lse=True)
+        assert_taken(*scaled)
+        found, lse = fused(*scaled, bound=narrow_bound(width, dtype), return_lse=True)
         expected, exact = plain(*(x.double() for x in scaled))
         wrong = found.isnan().any(-1, keepdim=True)
         nans += int(wrong.sum())
@@ -265,16 +293,19 @@ def test_scores_beyond_the_bound_are_right_or_nan(dtype, tokens):
     assert nans, "no score was beyond what the sums can hold"
 
 
-@pytest.mark.parametrize("tokens", [4, 50])
-@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(("tokens", "width"), [*itertools.product((4, 50), (64, 128)), *WHOLE])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_queries_whose_scores_are_all_low(dtype, width, tokens):
+def test_queries_whose_scores_are_all_low(dtype, tokens, width):
     """All scores near −√D, and different: p of float16 must not lose bits there."""
-    q, k = torch.zeros(1, tokens, 1, width), torch.zeros(1, 50, 1, width)
+    keys = max(tokens, 50)
+    q, k = torch.zeros(1, tokens, 1, width), torch.zeros(1, keys, 1, width)
     q[..., 0], k[..., 0] = 1.0, -1.0
     k += 0.1 * randn(*k.shape, dtype=torch.float32).cpu() / math.sqrt(width)
     q, k = (reference.rms_norm(x).to(DEVICE, dtype) for x in (q, k))
-    check(with_bound(math.sqrt(width)), plain, [q, k, randn(1, 50, 1, width, dtype=dtype)], [0, 1, 2])
+    v = randn(1, keys, 1, width, dtype=dtype)
+    assert_taken(q, k, v)
+    more = cancellation(torch.arange(1, tokens + 1)[None] + keys - tokens, dtype)
+    check(with_bound(math.sqrt(width)), plain, [q, k, v], [0, 1, 2], cancellation=more)
 
 
 def test_the_shift_of_float16():
@@ -298,21 +329,22 @@ def test_a_bound_that_is_too_wide_keeps_the_maximum():
 
 
 @pytest.mark.parametrize("bound", [None, 1.0])
-@pytest.mark.parametrize("tokens", [1, 40])
-def test_nan_and_infinity_reach_every_query_that_sees_them(bound, tokens):
-    given_ = inputs(1, tokens, 60, 1, 2, 32, torch.bfloat16)
-    run = with_bound(bound_of(bound, 32))
-    seen = torch.arange(tokens, device=DEVICE) + 60 - tokens >= 50
+@pytest.mark.parametrize(("tokens", "width"), [(1, 32), (40, 32), *WHOLE])
+def test_nan_and_infinity_reach_every_query_that_sees_them(bound, tokens, width):
+    keys, query = max(tokens, 60), 5 * tokens // 8
+    given_ = inputs(1, tokens, keys, 1, 2, width, torch.bfloat16)
+    assert_taken(*given_)
+    run = with_bound(bound_of(bound, width))
+    seen = torch.arange(tokens, device=DEVICE) + keys - tokens >= 50
     clean = run(*given_)[0]
     for value in (math.nan, math.inf):
         for i in range(3):
             changed = [x.clone() for x in given_]
-            changed[i][0, tokens // 2 if i == 0 else 50, 0, 3] = value
-            hit = run(*changed)[0].isfinite().logical_not().any(-1)[0, :, 0]
+            changed[i][0, query if i == 0 else 50, 0, 3] = value
+            found = run(*changed)[0]
+            hit = found.isfinite().logical_not().any(-1)[0, :, 0]
             if i == 0:
-                assert bool(hit[tokens // 2]) and torch.equal(
-                    run(*changed)[0][0, : tokens // 2], clean[0, : tokens // 2]
-                )
+                assert bool(hit[query]) and torch.equal(found[0, :query], clean[0, :query])
             elif value != math.inf or i == 2:  # a score of −inf is one that counts for nothing
                 assert bool(hit[seen].all())
 
@@ -339,6 +371,31 @@ def test_strides():
     assert columns.stride(-1) == 2
     for given_ in ([q, k, v, lengths], [harness.in_layout(q, "transposed"), k, v, lengths], [columns, k, v, lengths]):
         check(with_bound(math.sqrt(32)), plain, given_, [0, 1, 2])
+
+
+@pytest.mark.skipif(not GPU, reason="a whole tile of queries is too long for the interpreter")
+@pytest.mark.parametrize(("tokens", "width"), WHOLE)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_strides_of_whole_sequences(tokens, width, dtype):
+    """Each of q, k and v in layouts that the Gluon kernels of sm_90 read, and in those for which others must take their place."""
+    given_ = inputs(2, tokens, tokens, 2, 1, width, dtype)
+    bound = narrow_bound(width, dtype)
+    more = cancellation(torch.arange(1, tokens + 1)[None], dtype)
+    layouts = {
+        "contiguous": torch.clone,
+        "wide rows": lambda x: torch.nn.functional.pad(x.flatten(2), (8, 8))[..., 8:-8].unflatten(2, (-1, width)),
+        "odd rows": lambda x: torch.nn.functional.pad(x.flatten(2), (0, 4))[..., :-4].unflatten(2, (-1, width)),
+        "unaligned": lambda x: torch.nn.functional.pad(x.flatten(), (1, 0))[1:].view(x.shape),
+        "heads first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        "columns": lambda x: torch.stack([x, x + 1], -1)[..., 0],
+    }
+    for number in range(3):
+        for name, laid_out in layouts.items():
+            changed = [laid_out(x) if i == number else x for i, x in enumerate(given_)]
+            assert torch.equal(changed[number], given_[number])
+            if name in ("contiguous", "wide rows"):
+                assert_taken(*changed)
+            check(with_bound(bound), plain, changed, [0, 1, 2], cancellation=more)
 
 
 def test_upstream_of_one_result_and_of_any_layout():

@@ -5,8 +5,12 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional
 
+import nanochat_kernels as kernels
+from nanochat_kernels import configs
 from nanochat_kernels.oracle import over_budget
+from nanochat_kernels.triton_helpers import recorded_launches
 from tests.kernels.harness import GPU, poisoned, randn, without_interpreter
 from tests.kernels.test_attention import inputs, plain
 
@@ -46,6 +50,13 @@ def test_they_compile_to_the_instructions_of_sm_90():
     }  # fmt: skip
 
 
+def padded(q, before: int, after: int):
+    """Return q in memory with so many elements in front of each row of its heads and behind it."""
+    return functional.pad(q.flatten(2), (before, after))[..., before : before + q[0, 0].numel()].unflatten(
+        2, q.shape[2:]
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "taken"),
     [
@@ -59,11 +70,34 @@ def test_they_compile_to_the_instructions_of_sm_90():
         (lambda q: q[:0], False),
         (lambda q: q[:, :0], False),
         (lambda q: torch.cat([q, q], 2)[:, :, 1:3], True),
+        (lambda q: padded(q, 0, 8), True),
+        (lambda q: padded(q, 0, 4), False),  # rows begin at 8 bytes past a multiple of 16
+        (lambda q: padded(q, 8, 8), True),
+        (lambda q: padded(q, 4, 4), False),  # the first row does
     ],
 )
 def test_which_calls_they_take(change, taken):
     q = change(torch.zeros(2, 256, 2, 64, dtype=torch.bfloat16))
     assert HOPPER.takes(q, q) == taken
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_forward_kernel_needs_a_bound_that_is_narrow_enough(dtype, width):
+    """It has no maximum to fall back on. The gradients need none: they take any call of whole sequences."""
+    root = math.sqrt(width)
+    for bound, is_narrow in (
+        (None, False),
+        (root, dtype == torch.bfloat16 or width == 64),
+        (root - 2, True),
+        (40.0, False),
+    ):
+        with configs.tables_of("sm90"), recorded_launches() as launches:
+            q, k, v = (x.requires_grad_() for x in LAUNCHES.inputs(2, 256, 2, 2, width, dtype, torch.device("meta")))
+            kernels.attention(q, k, v, bound=bound, impl="triton").sum().backward()
+        names = [launch.kernel.fn.__name__ for launch in launches]
+        assert names[0] == ("hopper_attention_kernel" if is_narrow else "forward_kernel"), (bound, names)
+        assert names[2] == "key_gradients_on_hopper"
 
 
 def test_parameters_for_whole_sequences_are_refused_for_others():
@@ -144,3 +178,14 @@ def test_gradients(shape, width, dtype, projected, number):
     for expected, found, again in zip(*results, strict=True):
         assert torch.equal(found, again) and found.isfinite().all()
         assert (found.float() - expected.float()).norm() <= 0.01 * expected.float().norm()
+
+
+# faults that a test must catch without a GPU: see test_planted_faults.py
+H = "hopper_attention"
+PLANTED_FAULTS = {
+    "rows at any stride": (H, "and x.stride(1) % 8 == 0 and", "and", "test_which_calls_they_take"),
+    "rows that begin anywhere": (H, "and x.data_ptr() % 16 == 0", "", "test_which_calls_they_take"),
+    "gaps between rows of the batch": (H, "x.stride(0) == tokens * x.stride(1)", "True", "test_which_calls_they_take"),
+    "no maximum without a bound": ("attention_launches", 'constants["BOUNDED"] and hopper_attention', "hopper_attention",
+     "test_the_forward_kernel_needs_a_bound_that_is_narrow_enough"),
+}  # fmt: skip
