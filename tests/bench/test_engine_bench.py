@@ -69,6 +69,38 @@ def test_the_slowest_tokens_are_told(results, capsys):
         assert f"p99 {row['token_ms_p99']:.3f})" in printed
 
 
+def test_headline_numbers(results):
+    """Tokens of all rows per second, and the part of the copy's 1e9 bytes per second at which float32 weights, keys and values are read.
+
+    The model has one block, 32 channels, one head and 64 tokens of vocabulary; 2 rows have 20 tokens cached, and 22 on average.
+    """
+    rows, _ = results
+    matrices = 12 * 32 * 32 + 64 * 32  # of the block, and the head; the embedding is not read
+    keys_and_values = 2 * (2 * 22 * 32)
+    for row in rows:
+        seconds = row["token_ms_p50"] / 1000
+        assert row["tokens_per_second"] == pytest.approx(2 / seconds)
+        assert row["mbu"] == pytest.approx(4 * (matrices + keys_and_values) / seconds / 1e9)
+
+
+def test_bytes_of_a_token_with_shared_heads():
+    """Two key heads of 16 channels serve four query heads, in bfloat16."""
+    config = GPTConfig(3, 64, 4, 2, 128)
+    model = SimpleNamespace(config=config, compute_dtype=torch.bfloat16)
+    block = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 2 * 4 * 64 * 64
+    assert engine.bytes_of_token(model, 5, 100) == 2 * (3 * block + 128 * 64 + 3 * 2 * (5 * 100 * 2 * 16))
+
+
+def test_more_rows_than_a_pass_has_take_several(results):
+    """The kernels of a step are those of all its passes."""
+    _, runs = results
+    run, most = runs[0], runs[0].decoder.size_for(1000, "rows")
+    for rows, passes in ((most, 1), (most + 1, 2), (3 * most, 3)):
+        run.rows = rows
+        with torch.inference_mode():
+            assert run.gpu() == passes * CLOCK_MS
+
+
 def test_variants_share_one_cache(results):
     """At 256 rows of d20 one takes 55 GB."""
     _, runs = results
