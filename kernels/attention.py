@@ -130,7 +130,10 @@ def unsupported_reason(q, k, v, lengths, cu_seqlens, bound, pages, return_lse) -
         return f"the kernel takes bfloat16 or float16, got {q.dtype}"
     keys = k.size(1) if pages is None else pages.size(1) * k.size(1)
     if q.size(0) * q.size(2) * cdiv(keys, 16) > GRID_LIMIT:
-        return f"{q.size(0)} rows of {q.size(2)} heads and {keys} keys exceed the programs of one launch"
+        return (
+            f"{q.size(0)} rows of {q.size(2)} heads and {keys} keys may need {q.size(0) * q.size(2) * cdiv(keys, 16)} programs, "
+            f"more than the {GRID_LIMIT} of one launch; split the batch"
+        )
     if pages is not None and (k.size(1) < 16 or k.size(1) & (k.size(1) - 1)):
         return f"pages of {k.size(1)} keys; the kernel takes powers of two from 16 on"
     if pages is not None and needs_gradient(q, k, v):
@@ -209,13 +212,13 @@ def attention(
 
     The queries are the last T tokens of each row's keys. lengths (B,) int32 or int64: the number of valid keys in each row of a
     key/value cache, from 0 to S; None means all S. A query without keys gets 0. cu_seqlens (documents + 1,) int32 or int64: where
-    packed documents begin among the B·T tokens of all rows, 0 first and B·T last; a token attends to no other document. The values
-    of both are not checked.
+    packed documents begin among the B·T tokens of all rows, 0 first and B·T last; a token attends to no other document.
     bound: a promise that |q·k|/√D never exceeds it, as √D for queries and keys normalised over the head; the kernels then do
-    without a maximum. Scores beyond it give the right result or NaN. return_lse: return also the logarithm (B, H, T) of each
-    query's sum of exponentials, in float32, −inf without keys.
+    without a maximum, unless it is above 34.6, or in float16 above 10.05, as √128 is. Scores beyond it give the right result or NaN.
+    return_lse: return also the logarithm (B, H, T) of each query's sum of exponentials, in float32, −inf without keys.
     pages (B, n) int32 or int64: k and v are (pages, P, G, D), and the key s of row b is k[pages[b, s // P], s % P]. Lengths must be
     given too, and there is neither a gradient nor lse. A row's result depends on nothing but its own n pages up to its length.
+    The values of lengths, cu_seqlens and pages are not checked.
     Strided q, k, v and gradients are read as they lie if their last stride is 1. Forward and backward are bitwise repeatable with
     impl="triton", and a row's result does not depend on other rows; torch's backends add dq in any order.
     Raises ValueError for mismatched shapes or devices, TypeError for mismatched dtypes, which autocast may mix, and

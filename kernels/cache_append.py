@@ -75,7 +75,7 @@ def unsupported_reason(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lengt
     if keys.stride(3) != 1 or values.stride(3) != 1:
         return "the channels of a head must lie next to each other in the cache"
     if k.size(0) > 65_535:
-        return f"it takes at most 65,535 rows, got {k.size(0)}"
+        return f"{k.size(0):,} rows exceed the 65,535 of one launch; split them"
     return triton_unsupported_reason(k)
 
 

@@ -259,7 +259,7 @@ def unsupported_reason(
     if logits.size(1) > LARGEST_VOCABULARY:
         return f"it takes a vocabulary of at most {LARGEST_VOCABULARY:,} tokens, got {logits.size(1):,}"
     if len(logits) > 65_535:
-        return f"it takes at most 65,535 rows, got {len(logits)}"
+        return f"{len(logits):,} rows exceed the 65,535 of one launch; split them"
     return triton_unsupported_reason(logits)
 
 

@@ -13,19 +13,21 @@ class Pages:
     """
 
     def __init__(self, first: int, count: int, keep: bool):
-        self.end, self.count, self.keep = first + count, count, keep
-        self.free = list(range(first + count - 1, first - 1, -1))
+        self.first, self.count, self.keep = first, 0, keep
+        self.free: list[int] = []
         self.users: dict[int, int] = {}  # how many rows use a page
         self.names: dict[int, tuple] = {}
         self.named: dict[tuple, int] = {}
         self.idle: OrderedDict[int, None] = (
             OrderedDict()
         )  # kept without a user; those that were given back first are first
+        self.extend(count)
 
     def extend(self, count: int) -> None:
         """Add `count` pages, with the numbers that follow."""
-        self.free = [*range(self.end + count - 1, self.end - 1, -1), *self.free]
-        self.end, self.count = self.end + count, self.count + count
+        end = self.first + self.count
+        self.free = [*range(end + count - 1, end - 1, -1), *self.free]
+        self.count += count
 
     def take(self) -> int:
         """A page for one row, whose content may be overwritten. The caller makes sure that not all pages are in use."""

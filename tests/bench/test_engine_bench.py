@@ -70,9 +70,9 @@ def test_the_slowest_tokens_are_told(results, capsys):
 
 
 def test_headline_numbers(results):
-    """Tokens of all rows per second, and the part of the copy's 1e9 bytes per second at which float32 weights, keys and values are read.
+    """Tokens of all rows per second; and the bytes of weights, keys and values per second, as a part of the 1e9 of a copy.
 
-    The model has one block, 32 channels, one head and 64 tokens of vocabulary; 2 rows have 20 tokens cached, and 22 on average.
+    They are float32. The model has a block, 32 channels, a head and a vocabulary of 64; 2 rows have 22 tokens cached on average.
     """
     rows, _ = results
     matrices = 12 * 32 * 32 + 64 * 32  # of the block, and the head; the embedding is not read

@@ -436,6 +436,17 @@ def test_upstream_of_one_result_and_of_any_layout():
         assert all(map(torch.equal, found, expected))
 
 
+def test_a_gradient_of_lse_that_is_not_finite_reaches_only_keys_that_are_seen():
+    given_ = inputs(1, 20, 20, 1, 2, 32, torch.bfloat16)
+    dlse = torch.zeros(1, 2, 20, device=DEVICE)
+    dlse[..., 5] = math.nan
+    dq, dk, dv = harness.evaluate(with_bound(math.sqrt(32)), given_, [torch.zeros_like(given_[0]), dlse], [0, 1, 2])[2:]
+    query = torch.arange(20, device=DEVICE)
+    assert torch.equal(dq.isnan().all(-1)[0, :, 0], query == 5) and torch.equal(dq.isnan().any(-1)[0, :, 0], query == 5)
+    assert torch.equal(dk.isnan().all(-1)[0, :, 0], query <= 5) and torch.equal(dk.isnan().any(-1)[0, :, 0], query <= 5)
+    assert dv.isfinite().all()
+
+
 @pytest.mark.parametrize("shape", [(0, 5, 5), (2, 0, 0), (2, 0, 5)])
 def test_empty(shape):
     given_ = inputs(*shape, 1, 2, 32, torch.bfloat16)
@@ -671,6 +682,11 @@ def test_bad_input():
         rejected(ValueError, "bound must be positive", q, k, v, bound=bound)
     wide = q.repeat(1, 1, 1, 8)
     rejected(kernels.KernelRequestError, "a head of 256 channels", wide, wide, wide, impl="triton")
+    many = (x[:1, :1, :1].expand(2**20, 1, heads, 32) for x, heads in ((q, 2**12), (k, 1), (v, 1)))
+    too_many = (
+        "4096 heads and 1 keys may need 4294967296 programs, more than the 2147483647 of one launch; split the batch"
+    )
+    rejected(kernels.KernelRequestError, too_many, *many, impl="triton")
     rejected(kernels.KernelRequestError, "bfloat16 or float16", *(x.float() for x in (q, k, v)), impl="triton")
     if not GPU:
         rejected(kernels.KernelRequestError, "for CUDA tensors", q, k, v, impl="cudnn")
@@ -719,6 +735,8 @@ PLANTED_FAULTS = {
     "keys start one block of queries late": (G, "begin = tl.maximum(first_key - queries_before, 0)",
      "begin = tl.maximum(first_key - queries_before + BLOCK_M, 0)", "test_attention"),
     "a key of the diagonal for all queries": (G, "p = tl.where(seen, p, 0.0)", "p = tl.where(seen, p, p)", "test_attention"),
+    "ds of a key that is not seen": (G, "ds = tl.where(seen, ds, 0.0)  # also", "ds = tl.where(seen, ds, ds)  # also",
+     "test_a_gradient_of_lse_that_is_not_finite_reaches_only_keys_that_are_seen"),
     "offset of a token in int32": (K, "tl.cast(start, tl.int64) * token_stride", "start * token_stride", "test_offsets_are_int64"),
     "row of the result in int32": (K, "batch = tl.cast(head // heads, tl.int64)\n    row", "batch = head // heads\n    row",
      "test_offsets_are_int64"),

@@ -81,6 +81,10 @@ def test_wrong_arguments():
         kernels.cache_append(keys, values, k, k, lengths.float())
     with pytest.raises(kernels.KernelRequestError, match="no gradient"):
         kernels.cache_append(keys, values, k.clone().requires_grad_(), k, lengths, impl="triton")
+    with pytest.raises(kernels.KernelRequestError, match="65,536 rows exceed the 65,535 of one launch; split them"):
+        kernels.cache_append(
+            keys[:1], values[:1], *[k[:1].expand(2**16, 2, 1, 8)] * 2, lengths[:1].expand(2**16), impl="triton"
+        )
     with pytest.raises(kernels.KernelRequestError, match="next to each other"):
         kernels.cache_append(keys.repeat(1, 1, 1, 2)[..., ::2], values, k, k, lengths, impl="triton")
 

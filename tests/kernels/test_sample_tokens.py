@@ -196,6 +196,11 @@ def test_calls_that_the_kernels_do_not_take():
     given_ = arguments(torch.zeros(1, 2**17 + 1), 1)
     with pytest.raises(kernels.KernelRequestError, match="at most 131,072 tokens, got 131,073"):
         sampled(*given_)
+    rows = (
+        x[:1].expand(2**16, *x.shape[1:]) if isinstance(x, torch.Tensor) else x for x in arguments(torch.zeros(1, 8), 1)
+    )
+    with pytest.raises(kernels.KernelRequestError, match="65,536 rows exceed the 65,535 of one launch; split them"):
+        sampled(*rows)
     with pytest.raises(kernels.KernelRequestError, match="no gradient"):
         sampled(given_[0].requires_grad_(), *given_[1:])
 

@@ -79,6 +79,16 @@ def test_forward_is_bitwise_that_of_the_two_operations():
     assert torch.equal(found, parts)
 
 
+def test_strided_tables():
+    """cos and sin as every second column of one table, and side by side in one."""
+    *given_, cos, sin, _ = inputs(2, 40, 40, 4, 2, torch.bfloat16)
+    upstream = [randn(2, 40, 4, 32, dtype=torch.bfloat16, seed=4), torch.zeros_like(given_[0])]
+    expected = harness.evaluate(fused, [*given_, cos, sin], upstream, [0, 1, 2, 3])
+    for tables in (torch.stack([cos, sin], -1).unbind(-1), torch.cat([cos, sin], 1).split(cos.size(1), 1)):
+        found = harness.evaluate(fused, [*given_, *tables], upstream, [0, 1, 2, 3])
+        assert not tables[0].is_contiguous() and all(map(torch.equal, found, expected))
+
+
 def test_naming_a_part_takes_the_parts(monkeypatch):
     x, *weights, cos, sin, _ = inputs(1, 20, 40, 2, 1, torch.bfloat16)
     taken = []
@@ -220,6 +230,7 @@ PLANTED_FAULTS = {
     "norm's derivative without the values": (G, "tl.store(sums_ptr + tl.cast(head, tl.int64) * all_rows + row, product, mask=mask)",
      "tl.store(sums_ptr + tl.cast(head, tl.int64) * all_rows + row, product * 0, mask=mask)", "test_self_attention"),
     "the residual's gradient forgotten": (S, "None if dx is None else as_rows(dx)", "None", "test_results_that_are_not_used"),
+    "strided tables read as if they were not": (S, "cos, sin = cos.contiguous(), sin.contiguous()", "pass", "test_strided_tables"),
     "no bound": (S, "None, starts, math.sqrt(qkv.size(3)), keep_lse)", "None, starts, None, keep_lse)",
      "test_forward_is_bitwise_that_of_the_two_operations"),
 }  # fmt: skip
