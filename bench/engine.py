@@ -1,7 +1,8 @@
 """Time the engine: python -m bench.engine --measure steps users evaluation
 
     steps       on this GPU, with random weights and tokens that are not zero. A variant is WAY:IMPL: replay runs passes from a CUDA
-                graph, eager launches every kernel; IMPL is the implementation of attention, of which reference is plain PyTorch's.
+                graph, eager launches every kernel; IMPL is the implementation of attention, of which reference is a product of
+                plain PyTorch for each page (reference.paged_attention), not torch's attention.
                 For each batch the variants take turns in one process, with one cache, because several would not fit.
                 first   from the call to the first token of all rows, whose prompts fill the cache
                 token   from one token of all rows to the next (p50, with quartiles, and p99), of which host is what the passes'
