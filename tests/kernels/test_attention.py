@@ -136,6 +136,10 @@ def bound_of(bound, width):
     return bound and bound * math.sqrt(width)
 
 
+ALIKE = 2**-18
+"""The error that lse may have besides where all scores are alike: those of the queries, a few steps of float32 near 24, are too."""
+
+
 def narrow_bound(width, dtype):
     """√D, or the widest round bound with which float16 needs no maximum."""
     return min(math.sqrt(width), 10.0) if dtype == torch.float16 else math.sqrt(width)
@@ -282,7 +286,8 @@ def test_extremes_within_the_bound(tokens, width, dtype, is_bounded):
     more = cancellation(torch.arange(1, tokens + 1)[None], dtype, 1e-5 * (tokens / 50) * (width / 32))
     for k in (unit, -unit, mixed):
         assert_taken(unit, k, v)
-        check(with_bound(bound if is_bounded else None), plain, [unit, k, v], [0, 1, 2], cancellation=more)
+        run = with_bound(bound if is_bounded else None)
+        check(run, plain, [unit, k, v], [0, 1, 2], cancellation=more, epsilon=ALIKE)
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(20, 64), *WHOLE])
@@ -327,7 +332,7 @@ def test_queries_whose_scores_are_all_low(dtype, tokens, width):
     v = randn(1, keys, 1, width, dtype=dtype)
     assert_taken(q, k, v)
     more = cancellation(torch.arange(1, tokens + 1)[None] + keys - tokens, dtype)
-    check(with_bound(math.sqrt(width)), plain, [q, k, v], [0, 1, 2], cancellation=more)
+    check(with_bound(math.sqrt(width)), plain, [q, k, v], [0, 1, 2], cancellation=more, epsilon=ALIKE)
 
 
 def test_the_shift_of_float16():
