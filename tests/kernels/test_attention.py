@@ -137,7 +137,8 @@ def bound_of(bound, width):
 
 
 ALIKE = 2**-18
-"""The error that lse may have besides where all scores are alike: those of the queries, a few steps of float32 near 24, are too."""
+"""The error that lse may have besides where all scores are alike: all queries then make the same roundings, of numbers up to 24,
+where float32 has steps of 2⁻¹⁹, and their errors do not average out."""
 
 
 def narrow_bound(width, dtype):
