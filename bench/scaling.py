@@ -1,49 +1,45 @@
 """Time training steps on several GPUs of this machine: python -m bench scaling --depth 20 --gpus 1 2 4 8
 
-For each number of processes torchrun starts them; each computes as many rows as one alone, so that perfect scaling keeps the time of a
-step. Tokens and weights are random, not zero, and steps follow each other as in training, which waits for the loss of each. The
-slowest process counts. Of a step:
+Each process computes as many rows as one alone, so that perfect scaling keeps the time of a step. Tokens and weights are random,
+not zero, and steps follow each other as in training, which waits for the loss of each. The slowest process counts. Of a step:
     micro      the micro-steps alone, without any exchange
     exchange   the gradients' exchange alone, with nothing beside it
-    update     the exchange of the norm, the update of the owned parameters, and the gathering of all
+    update     all that follows the exchange: the norm, the update of the owned parameters, and the gathering of all
     late       a step that exchanges the gradients after its last micro-step, in place of during it
+Efficiency is the rate of a GPU over its rate with the fewest GPUs that were measured.
 """
 
-import json
 import subprocess
-import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
-import torch.distributed as dist
-import tyro
 from rich.table import Table
 
 from bench.measure import header
-from bench.variants import Training
+from bench.ranks import Ranks, call
+from bench.variants import Training, parse
 from nanochat.gpt import GPTConfig
+from nanochat.optim import MuonAdamW
 from nanochat.platform.console import say, show_table
-from nanochat.platform.distributed import Runtime, start_runtime
+from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import UserError
-from nanochat.platform.files import write_json
-from nanochat.train.timing import random_batch, synchronize
+from nanochat.platform.files import read_shape, write_json
+from nanochat.train.timing import milliseconds, random_batch
 
-ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 4  # steps before the first sample: graphs are captured in the second to fourth
 COLUMNS = (
     "depth", "variant", "gpus", "step_ms", "late_ms", "micro_ms", "exchange_ms", "update_ms", "tokens_per_second", "mfu",
     "efficiency", "peak_gb",
 )  # fmt: skip
-OPTIONS = ("rows", "tokens", "micro_steps", "rounds", "steps", "vocab_size", "layers", "device")  # of each process
 
 
 @dataclass(frozen=True)
 class ScalingConfig:
-    """Time steps on several GPUs, against one."""
+    """Time steps on several GPUs, against those on the fewest."""
 
     depth: tuple[int, ...] = (20,)
     """blocks of the models"""
@@ -56,7 +52,7 @@ class ScalingConfig:
     micro_steps: int = 1
     """micro-steps of a step"""
     variants: tuple[str, ...] = ("fused",)
-    """variants to time, as in python -m bench train"""
+    """variants to time, as in python -m bench train; for several GPUs compile:reference is the compiled plain model"""
     rounds: int = 5
     """samples"""
     steps: int = 6
@@ -65,75 +61,166 @@ class ScalingConfig:
     """size of the vocabulary"""
     layers: int = 0
     """number of blocks, if it differs from --depth, which still sets the width; 0: as many as --depth"""
+    together: bool = False
+    """measure at the same time what fits on different GPUs, such as 4, 2 and 1 of eight"""
+    limit: float = 300
+    """seconds for the processes of one row of the result"""
     device: str = "cuda"
     """cuda, or cpu to try the command out"""
     json: Path | None = None
-    """file for every sample"""
+    """file for every sample; rows that it has from an earlier call with the same options are kept and not measured again"""
 
 
 @dataclass(frozen=True)
-class ProcessConfig:
-    """Time the steps of one variant in this process, one of those of torchrun; the first one prints the result as JSON."""
+class Case:
+    """What is measured in one row of the result: a variant at a shape, on a number of GPUs."""
 
-    variant: str
     depth: int
-    rows: int
+    variant: str
+    gpus: int
+    rows: int  # of a micro-batch on each GPU
     tokens: int
     micro_steps: int
     rounds: int
     steps: int
     vocab_size: int
     layers: int
-    device: str
 
 
 def scaling(config: ScalingConfig, command: str) -> None:
-    """Start the processes of every depth, variant and number of GPUs, and print and write what they measure."""
-    found = header(command, config.device == "cuda")
-    for depth in config.depth:
-        for variant in config.variants:
-            alone = None
-            for gpus in config.gpus:
-                row = {"depth": depth, "variant": variant, "gpus": gpus, "rows_per_gpu": config.rows} | started(
-                    config, depth, variant, gpus
-                )
-                if "note" not in row:
-                    alone = alone or (gpus, row["tokens_per_second"])
-                    row["efficiency"] = row["tokens_per_second"] / gpus / (alone[1] / alone[0])
-                said = row.get("note") or f"{row['step_ms']:.2f} ms a step"
-                say(f"d{depth} {variant} on {gpus}: {said}")
-                found["rows"].append(row)
-                if config.json:  # after each row, so that an interrupted run keeps its results
-                    write_json(config.json, found)
-    table = Table(*COLUMNS, box=None)
-    for row in found["rows"]:
-        table.add_row(*(shown(row.get(column, "")) for column in COLUMNS))
-    show_table(table)
+    """Measure every depth, variant and number of GPUs, and print and write what was found. Raises UserError for options that cannot
+    be measured, and for a file of another machine."""
+    for variant in config.variants:
+        parse(variant)
+    same = {
+        name: getattr(config, name)
+        for name in ("rows", "tokens", "micro_steps", "rounds", "steps", "vocab_size", "layers")
+    }
+    cases = [
+        Case(depth, variant, gpus, **same) for depth in config.depth for variant in config.variants for gpus in config.gpus
+    ]  # fmt: skip
+    found = call(describe, command, device=config.device)
+    if "note" in found:
+        raise UserError(f"this machine cannot be described: {found['note']}")
+    available = found["gpus"] or max(config.gpus)
+    if max(config.gpus) > available:
+        raise UserError(f"--gpus {max(config.gpus)}: this machine has {available}; give at most so many")
+    if config.json and config.json.exists():
+        found["rows"] = earlier(config.json, found)
+    cases = [
+        case
+        for case in cases
+        if not any(asdict(case) == {k: row.get(k) for k in asdict(case)} for row in found["rows"])
+    ]
+    for batch in batches(cases, available if config.together and config.device == "cuda" else 0):
+        running = [
+            Ranks(measure, case, processes=case.gpus, device=config.device, limit=config.limit, first=first)
+            for case, first in batch
+        ]
+        for (case, _), ranks in zip(batch, running, strict=True):
+            row = asdict(case) | ranks.results()[0]
+            said = row.get("note") or f"{row['step_ms']:.2f} ms a step"
+            say(f"d{case.depth} {case.variant} on {case.gpus}: {said}")
+            found["rows"] = with_efficiency([*found["rows"], row])
+            if config.json:  # after each row, so that an interrupted run keeps its results
+                write_json(config.json, found)
+    show_table(table(found["rows"]))
 
 
-def shown(value: object) -> str:
+def describe(runtime: Runtime, command: str) -> dict:
+    """The header of the result, with the number of GPUs and how they are joined: NV18 stands for 18 NVLinks, SYS for the processor's
+    bus, as nvidia-smi says."""
+    on_gpu = runtime.device.type == "cuda"
+    gpus = torch.cuda.device_count() if on_gpu else 0
+    peers = on_gpu and all(torch.cuda.can_device_access_peer(0, other) for other in range(1, gpus))
+    return header(command, on_gpu) | {"gpus": gpus, "peer_access": peers, "links": links() if gpus > 1 else []}
+
+
+def links() -> list[str]:
+    """The kinds of links between GPUs in nvidia-smi's table of them; none where this program is missing."""
+    try:
+        shown = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return link_kinds(shown)
+
+
+def link_kinds(shown: str) -> list[str]:
+    """The kinds of links in the table that nvidia-smi topo -m printed: its lines GPU0, GPU1, … have a column for each of these."""
+    lines = [line.split() for line in shown.splitlines()]
+    rows = [words for words in lines if words and words[0].startswith("GPU") and "X" in words]
+    return sorted({kind for words in rows for kind in words[1 : 1 + len(rows)]} - {"X"})
+
+
+def earlier(path: Path, found: dict) -> list[dict]:
+    """The rows that an earlier call measured. Raises UserError if the file is not of this machine and commit."""
+    before = read_shape(path, {"device": str, "gpus": int, "commit": str, "rows": [{"depth": int, "gpus": int}]})
+    for key in ("device", "gpus", "commit"):
+        if before[key] != found[key]:
+            raise UserError(
+                f"{path} was measured with {key} {before[key]}, and this is {found[key]}; give another --json, or move it away"
+            )
+    return [row for row in before["rows"] if "note" not in row]
+
+
+def batches(cases: Iterable[Case], gpus: int) -> Iterator[list[tuple[Case, int]]]:
+    """Cases that are measured at the same time, each with its first GPU: those that fit on so many GPUs, or with 0 one after
+    another."""
+    batch, used = [], 0
+    for case in sorted(cases, key=lambda case: -case.gpus) if gpus else cases:
+        if batch and used + case.gpus > gpus:
+            yield batch
+            batch, used = [], 0
+        batch.append((case, used))
+        used += case.gpus
+    if batch:
+        yield batch
+
+
+def with_efficiency(rows: list[dict]) -> list[dict]:
+    """The rows, those that were measured with `efficiency` against the fewest GPUs of their depth and variant, `against`."""
+    found = []
+    for row in rows:
+        alike = [other for other in rows if "note" not in other and _alike(other) == _alike(row)]
+        if "note" not in row:
+            least = min(alike, key=lambda other: other["gpus"])
+            rate, of_least = (r["tokens_per_second"] / r["gpus"] for r in (row, least))
+            row = row | {"efficiency": rate / of_least, "against": least["gpus"]}
+        found.append(row)
+    return found
+
+
+def _alike(row: dict) -> tuple:
+    return tuple(
+        row.get(name) for name in ("depth", "variant", "rows", "tokens", "micro_steps", "vocab_size", "layers")
+    )
+
+
+def table(rows: list[dict]) -> Table:
+    shown = Table(*COLUMNS, box=None)
+    for row in rows:
+        cells = {column: _cell(row.get(column)) for column in COLUMNS}
+        if "note" in row:
+            cells["step_ms"] = "none"  # the reason was said when it failed, and is in the file
+        else:
+            cells["efficiency"] += f" of {row['against']}"
+        shown.add_row(*cells.values())
+    return shown
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
     return f"{value:,.3f}" if isinstance(value, float) else str(value)
 
 
-def started(config: ScalingConfig, depth: int, variant: str, gpus: int) -> dict:
-    """Return what `gpus` processes measure, or a note that says why they measured nothing."""
-    options = {name: getattr(config, name) for name in OPTIONS} | {"variant": variant, "depth": depth}
-    arguments = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
-    done = subprocess.run([*torchrun, "-m", "bench.scaling", *arguments], capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "Error" in line or "error:" in line]
-        return {"note": (lines or done.stderr.splitlines() or ["no message"])[0][:300]}
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def measure(config: ProcessConfig, runtime: Runtime) -> dict:
+def measure(runtime: Runtime, case: Case) -> dict:
     """Return the medians of what this process and the others measure, and every sample of a step."""
-    shape = GPTConfig.from_depth(config.depth, config.vocab_size, config.tokens)
-    if config.layers:
-        shape = GPTConfig(**shape.to_dict() | {"depth": config.layers})
-    batch, micro_steps = random_batch(shape, config.rows), config.micro_steps
-    training = Training(config.variant, shape, runtime.device, runtime.compute_dtype)
+    shape = GPTConfig.from_depth(case.depth, case.vocab_size, case.tokens)
+    if case.layers:
+        shape = GPTConfig(**shape.to_dict() | {"depth": case.layers})
+    batch, micro_steps = random_batch(shape, case.rows), case.micro_steps
+    training = Training(case.variant, shape, runtime.device, runtime.compute_dtype)
     exchanges = training.micro_step.exchanges
 
     def step(overlap: bool) -> None:
@@ -144,38 +231,31 @@ def measure(config: ProcessConfig, runtime: Runtime) -> dict:
         for _ in range(micro_steps):
             training.micro_step(batch, 1 / micro_steps)
 
-    def exchange() -> None:
-        if runtime.world_size > 1:
-            training.optimizer.synchronize()
-
     def update() -> None:
         training.optimizer.exchanged = True
         training.update()
 
-    parts: dict[str, Callable[[], None]] = {
-        "step": lambda: step(True), "late": lambda: step(False), "micro": micro, "exchange": exchange, "update": update,
-    }  # fmt: skip
+    parts: dict[
+        str, tuple[Callable[[], None], Callable[[], None] | None]
+    ] = {  # each with what comes before it, untimed
+        "step": (partial(step, True), None),
+        "late": (partial(step, False), None),
+        "micro": (micro, None),
+        "exchange": (partial(exchange, training.optimizer), training.fill_gradients),
+        "update": (update, training.fill_gradients),
+    }
     for _ in range(WARM_UP):
-        for part in parts.values():
-            training.fill_gradients()
+        for part, prepare in parts.values():
+            (prepare or training.fill_gradients)()
             part()
-    synchronize(runtime.device)
     samples: dict[str, list[float]] = {name: [] for name in parts}
-    for _ in range(config.rounds):
-        for name, part in parts.items():
+    for _ in range(case.rounds):
+        for name, (part, prepare) in parts.items():
             training.fill_gradients()
-            synchronize(runtime.device)
-            if runtime.world_size > 1:
-                dist.barrier()
-            synchronize(runtime.device)
-            start = time.perf_counter()
-            for _ in range(config.steps):
-                part()
-            synchronize(runtime.device)
-            seconds = (time.perf_counter() - start) / config.steps
-            samples[name].append(1e3 * max(runtime.gather(seconds)))
+            runtime.barrier()
+            samples[name].append(max(runtime.gather(milliseconds(part, case.steps, runtime.device, prepare))))
     found = {f"{name}_ms": median(values) for name, values in samples.items()}
-    tokens = config.rows * config.tokens * micro_steps * runtime.world_size
+    tokens = case.rows * case.tokens * micro_steps * runtime.world_size
     rate = 1e3 * tokens / found["step_ms"]
     peak = runtime.peak_flops
     return found | {
@@ -186,15 +266,9 @@ def measure(config: ProcessConfig, runtime: Runtime) -> dict:
     }
 
 
-def main(config: ProcessConfig) -> None:
-    with start_runtime(config.device) as runtime:
-        found = measure(config, runtime)
-        if runtime.primary:
-            print(json.dumps(found), flush=True)
-
-
-if __name__ == "__main__":
-    try:
-        main(tyro.cli(ProcessConfig))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+def exchange(optimizer: MuonAdamW) -> None:
+    """Exchange the gradients, and nothing else of `synchronize`. With one process there is nothing to exchange."""
+    if optimizer.world_size > 1:
+        optimizer._exchange_rest()
+        for group in optimizer.groups:
+            group.arrive()

@@ -138,6 +138,11 @@ class Training:
         variant = parse(text)
         self.model = trained_model(replace(shape, impl=variant.impl), device, dtype)
         self.optimizer = MuonAdamW(self.model, graphs=replay)
+        if variant.compiled_optimizer and self.optimizer.world_size > 1:
+            raise UserError(
+                f"{text}: optimizer=compiled is for one process, and there are {self.optimizer.world_size}; name compile:reference, "
+                "whose optimizer shares its work among processes"
+            )
         own = variant.execution in EXECUTIONS
         execution = variant.execution if own and not variant.liger_loss else "eager"
         self.micro_step = MicroStep(self.model, self.optimizer, execution, one_length=True)
