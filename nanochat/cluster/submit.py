@@ -13,7 +13,7 @@ from pathlib import Path
 from nanochat.cluster.site import ROOT, Site, base_directory, load_site
 from nanochat.cluster.slurm import Job, reduced, sbatch_command, seconds_of
 from nanochat.options.cluster import SubmitOptions
-from nanochat.options.presets import EMBEDDED, EMBEDDED_NEEDS
+from nanochat.options.presets import ON_CPU, ON_CPU_NEEDS
 from nanochat.platform import environment
 from nanochat.platform.console import say
 from nanochat.platform.errors import UserError, remedy_for
@@ -62,7 +62,7 @@ def _jobs(options: SubmitOptions, site: Site) -> list[Job]:
     """The jobs that the options ask for, in order. Raises UserError for options that do not fit together."""
     gpus = options.gpus
     if gpus < 0:
-        gpus = 0 if options.preset in EMBEDDED else int(site.gpus or 8)
+        gpus = 0 if options.preset in ON_CPU else int(site.gpus or 8)
     if gpus and options.tasks_per_node > 1:
         raise UserError("one task per node serves all of its GPUs; --tasks-per-node is for runs without GPUs")
     if not gpus and (options.job != "speedrun" or options.after_gate):
@@ -96,8 +96,8 @@ def _jobs(options: SubmitOptions, site: Site) -> list[Job]:
 
 
 def _asked_of(site: Site, job: Job) -> Site:
-    """The site with what a job asks of it: less than a node for a run with embedded data."""
-    return reduced(site, EMBEDDED_NEEDS) if job.name == "speedrun" and job.preset in EMBEDDED else site
+    """The site with what a job asks of it: less than a node for a run on CPUs."""
+    return reduced(site, ON_CPU_NEEDS) if job.name == "speedrun" and job.preset in ON_CPU else site
 
 
 def _check_limit(limit: str, signal_seconds: int) -> None:

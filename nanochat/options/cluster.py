@@ -20,7 +20,7 @@ class SubmitOptions(NamedRun):
     site: str = ""
     """site profile: slurm/<site>.env, or the path of such a file; by default NANOCHAT_SITE, or else generic"""
     preset: PresetName = "d20"
-    """cpu, tiny, d20, d26 or d32"""
+    """cpu, tiny, gpu, d20, d26 or d32"""
     first: Annotated[str, tyro.conf.arg(name="from")] = ""
     """stage of the speedrun to begin with; earlier ones must have finished"""
     last: Annotated[str, tyro.conf.arg(name="to")] = ""

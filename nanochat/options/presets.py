@@ -1,4 +1,5 @@
-"""Presets: the values of each command's options for a laptop, and for models of depth 20, 26 and 32 on a GPU node.
+"""Presets: the values of each command's options for a laptop, for a GPU without internet, and for models of depth 20, 26 and 32 on a
+GPU node.
 
 A preset lists only values that differ from a command's defaults. An option on the command line overrides both.
 """
@@ -6,7 +7,7 @@ A preset lists only values that differ from a command's defaults. An option on t
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
-PresetName = Literal["tiny", "cpu", "d20", "d26", "d32"]
+PresetName = Literal["tiny", "cpu", "gpu", "d20", "d26", "d32"]
 Changed = Literal["refuse", "keep", "replace"]
 T = TypeVar("T")
 
@@ -32,7 +33,8 @@ class PresetOptions(NamedRun):
     """The options that all commands with presets share."""
 
     preset: PresetName | Literal[""] = ""
-    """values for all options below: tiny (embedded data, a minute), cpu (minutes), d20, d26 or d32; other options override it"""
+    """values for all options below: tiny (embedded data, a minute), cpu (minutes), gpu (embedded data, 91M parameters), d20, d26 or
+    d32; other options override it"""
 
 
 _QUESTIONS = (
@@ -41,8 +43,10 @@ _QUESTIONS = (
     "Clara has 17 shells and buys 4 bags with 6 shells each. How many shells are there now?",
     "How many 'o' are in 'bloodool'?",
 )
+_BEGINNINGS = ("Tilda lives in", "The pet of Bram is", "Question: Where does Mora live?\nAnswer:", "7*8 =")
 _CPU_RUN = {"save_every": 100, "loader_threads": 1}
 _TINY_RUN = {"save_every": 20, "loader_threads": 1}
+_GPU_RUN = {"save_every": 40}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {  # to try out a machine or a cluster: all stages take a minute, and the model learns little
         "tokenizer train": {"vocab_size": 512},
@@ -108,12 +112,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "eval_tokens": 16384,
             "core_metric_every": -1,
             "sample_every": 0,
-            "sample_prompts": (
-                "Tilda lives in",
-                "The pet of Bram is",
-                "Question: Where does Mora live?\nAnswer:",
-                "7*8 =",
-            ),
+            "sample_prompts": _BEGINNINGS,
             "run": _CPU_RUN,
         },
         "train mid": {
@@ -157,13 +156,63 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "task_options": {"max_tokens": 96, "max_per_task": 200},
         },
     },
+    "gpu": {  # steps that eight GPUs share as one whole micro-batch each, and that one GPU accumulates from eight
+        "tokenizer train": {"vocab_size": 4096},
+        "train base": {
+            "depth": 12,
+            "context_length": 1024,
+            "num_iterations": 200,
+            "device_batch_size": 16,
+            "total_batch_size": 131072,
+            "eval_every": 100,
+            "eval_tokens": 131072,
+            "core_metric_every": -1,
+            "sample_every": 0,
+            "sample_prompts": _BEGINNINGS,
+            "run": _GPU_RUN,
+        },
+        "train mid": {
+            "device_batch_size": 4,
+            "total_batch_size": 32768,
+            "simple_spelling": 8000,
+            "spelling_bee": 24000,
+            "eval_every": 0,
+            "eval_rows": 200,
+            "run": _GPU_RUN,
+        },
+        "train sft": {
+            "device_batch_size": 8,
+            "examples_per_step": 64,
+            "mmlu": 500,
+            "gsm8k": 1500,
+            "smoltalk": 2000,
+            "identity": 300,
+            "simple_spelling": 300,
+            "spelling_bee": 2000,
+            "init_lr_fraction": 0.5,
+            "eval_rows": 200,
+            "chat_metric_every": -1,
+            "run": _GPU_RUN,
+        },
+        "train rl": {
+            "device_batch_size": 32,
+            "gsm8k": 640,
+            "max_tokens": 64,
+            "eval_every": 30,
+            "eval_examples": 100,
+            "run": _GPU_RUN,
+        },
+        "evaluate base": {"tokens": 262144},
+        "evaluate chat": {"sample_prompts": _QUESTIONS, "task_options": {"max_tokens": 128}},
+    },
     "d20": {"train base": {"depth": 20}},
     "d26": {"train base": {"depth": 26}},
     "d32": {"train base": {"depth": 32}},
 }
-EMBEDDED = ("tiny", "cpu")  # presets that generate their data
+EMBEDDED = ("tiny", "cpu", "gpu")  # presets that generate their data
+ON_CPU = ("tiny", "cpu")  # those that need no GPU
 # what a job for one of them asks of a site that has more
-EMBEDDED_NEEDS = {"cpus": "2", "memory": "8G", "time": "1:00:00"}
+ON_CPU_NEEDS = {"cpus": "2", "memory": "8G", "time": "1:00:00"}
 SHARDS = {"d20": 240, "d26": 450, "d32": 800}  # of pretraining text, at 20 tokens per parameter and 4.8 bytes per token
 
 

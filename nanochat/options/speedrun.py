@@ -14,7 +14,8 @@ class SpeedrunOptions(NamedRun):
     """Run the whole pipeline, from text to chat. Repeating the command continues where the last run stopped."""
 
     preset: PresetName = "cpu"
-    """cpu (embedded data, minutes on two cores), tiny (a minute, to try out a machine), d20, d26 or d32"""
+    """cpu (embedded data, minutes on two cores), tiny (a minute, to try out a machine), gpu (embedded data, 91M
+    parameters, minutes on a GPU), d20, d26 or d32"""
     first: Annotated[str, tyro.conf.arg(name="from")] = "data"
     """stage to begin with; earlier ones must have finished"""
     last: Annotated[str, tyro.conf.arg(name="to")] = "report"
@@ -52,7 +53,7 @@ class PreflightOptions(NamedRun):
     """Check data, GPUs, disk space, time and gate file before a run. Names every problem, the stages it affects and the remedy."""
 
     preset: PresetName = "d20"
-    """tiny, cpu, d20, d26 or d32"""
+    """tiny, cpu, gpu, d20, d26 or d32"""
     shards: Annotated[int, AtLeast(0)] = 0
     """shards of pretraining text; 0: the preset's number"""
     rl: bool = False

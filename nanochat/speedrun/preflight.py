@@ -10,7 +10,7 @@ import torch
 from nanochat.checkpoint import leftovers
 from nanochat.gate import check_gate_rows, gate_rows, take_gate
 from nanochat.gpt import GPTConfig
-from nanochat.options.presets import EMBEDDED, with_preset
+from nanochat.options.presets import EMBEDDED, ON_CPU, with_preset
 from nanochat.options.speedrun import PreflightOptions
 from nanochat.options.train import TrainBaseOptions, TrainMidOptions, TrainRlOptions, TrainSftOptions
 from nanochat.platform.console import say
@@ -61,7 +61,7 @@ def _check_machine(options: PreflightOptions, paths: Paths) -> list[str]:
     """Check GPUs, disk, time and gate file; returns the failures."""
     failures = []
     device = pick_device("auto")
-    if options.preset not in EMBEDDED and device != "cuda":
+    if options.preset not in ON_CPU and device != "cuda":
         failures.append(
             "there is no GPU here, and the preset needs one; request GPUs with: nanochat cluster submit --gpus"
         )

@@ -132,7 +132,7 @@ def test_help_text_has_defaults_and_units(capsys):
         (["train", "base", "--target-flops", "inf"], ("--target-flops must be a finite number, got inf",)),
         (["train", "base", "--matrix-lr", "nan"], ("--matrix-lr must be a finite number, got nan",)),
         (["train", "base", "--keep-checkpoints", "0"], ("--keep-checkpoints must be at least 1, got 0",)),
-        (["train", "base", "--preset", "d21"], ("unknown preset 'd21'", "tiny, cpu, d20, d26, d32")),
+        (["train", "base", "--preset", "d21"], ("unknown preset 'd21'", "tiny, cpu, gpu, d20, d26, d32")),
         (["evaluate", "chat", "--rows", "-1"], ("--rows must be between 1 and 1000000, got -1",)),
         (
             ["evaluate", "chat", "--max-per-task", "0"],

@@ -49,6 +49,12 @@ def test_sites_and_gpus(name, gpus):
     assert not any(word.startswith(("--account", "--mail", "--dependency")) or word.endswith("=") for word in call)
 
 
+@pytest.mark.parametrize(("preset", "gres"), [("cpu", None), ("tiny", None), ("gpu", "--gres=gpu:a100:8")])
+def test_presets_with_embedded_data_ask_for_what_they_train_on(tmp_path, preset, gres):
+    call = nanochat(tmp_path, *f"cluster submit --site ptolemy --account a --preset {preset} --dry-run".split()).stdout
+    assert (gres is None) == ("--gres" not in call) and (gres or "--cpus-per-task=2 ") in call
+
+
 def test_a_dry_run_calls_nothing(tmp_path):
     shown = nanochat(
         tmp_path / "new", *"cluster submit speedrun --site ptolemy --after-gate --dry-run".split(),

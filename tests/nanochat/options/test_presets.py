@@ -14,7 +14,7 @@ from nanochat.options.presets import PRESETS, PresetOptions
 from nanochat.options.ranges import Between
 from nanochat.options.train import TrainBaseOptions, TrainMidOptions, TrainRlOptions, TrainSftOptions
 from nanochat.platform.errors import UserError
-from nanochat.train.plan import horizon
+from nanochat.train.plan import horizon, shared
 
 
 def test_d20_has_the_numbers_of_the_original_model():
@@ -56,6 +56,19 @@ def test_gpu_presets_leave_the_rows_to_the_gpu(preset):
         assert config.device_batch_size == 0 and config.total_batch_size == 524_288
 
 
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+def test_up_to_eight_gpus_share_the_steps_of_the_preset_gpu_in_whole_micro_batches(processes):
+    for stage, kind, unit in (
+        ("base", TrainBaseOptions, 1024),
+        ("mid", TrainMidOptions, 1024),
+        ("sft", TrainSftOptions, 1),
+    ):
+        config = parse(kind, f"train {stage}", ["--preset", "gpu"])
+        total = config.examples_per_step if stage == "sft" else config.total_batch_size
+        size = shared(total, config.device_batch_size, unit, processes)
+        assert size.total == total and size.rows == config.device_batch_size and size.accumulation * processes == 8
+
+
 def test_presets_fit_their_commands_and_options_win_over_them():
     for preset, commands in PRESETS.items():
         for name in commands:
@@ -65,7 +78,7 @@ def test_presets_fit_their_commands_and_options_win_over_them():
     config = parse(TrainBaseOptions, "train base", ["--depth", "7", "--preset=cpu", "--save-every", "9"])
     assert (config.depth, config.run.save_every) == (7, 9)
     assert config.total_batch_size == PRESETS["cpu"]["train base"]["total_batch_size"]
-    with pytest.raises(UserError, match="unknown preset 'd99'; there are: tiny, cpu, d20, d26, d32"):
+    with pytest.raises(UserError, match="unknown preset 'd99'; there are: tiny, cpu, gpu, d20, d26, d32"):
         parse(TrainBaseOptions, "train base", ["--preset", "d99"])
 
 
