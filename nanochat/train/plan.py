@@ -221,7 +221,7 @@ def learning_settings(options: TrainOptions) -> dict:
     that are sampled at a time: they only decide which random numbers an answer gets.
     """
     # files may move; what is in them is in the fingerprint of the data
-    may_change = ("preset", "impl", "run", "device_batch_size", "sample_rows", "custom_json", *MEASUREMENTS)
+    may_change = ("preset", "run_name", "impl", "run", "device_batch_size", "sample_rows", "custom_json", *MEASUREMENTS)
     return {key: value for key, value in _as_json(asdict(options)).items() if key not in may_change}
 
 

@@ -165,6 +165,15 @@ def test_other_settings_are_not_resumed(base):
     assert_fails_with(result, "other settings (optimizer)", "move")
 
 
+def test_a_run_is_resumed_whatever_names_it(base):
+    """By its name, by its preset, or after it was moved: the name of a run is not among what is learned."""
+    train = ["train", "base", *TINY_BASE, "--eval-every", "-1"]
+    nanochat(base, *train, "--num-iterations", "2")
+    (base / "runs" / "default").rename(base / "runs" / "moved")
+    again = nanochat(base, *train, "--num-iterations", "2", "--run-name", "moved")
+    assert again.returncode == 0 and "resuming base at step 2" in again.stdout
+
+
 def test_other_data_are_not_resumed(base, trained_base):
     """Texts changed in place, one shard more; and conversations changed in place, which midtraining has read."""
     shutil.copytree(Paths(trained_base).run / "checkpoints", Paths(base).run / "checkpoints")
