@@ -5,6 +5,7 @@ picture: draw what train measured.
 parity and gradients: does fused training learn what plain training learns, and are the gradients of a step precise enough?
 scaling: time steps on several GPUs. profile: one page about where the time and the memory of a step go.
 memory: the largest micro-batch that fits on a card. simulate: predict the step of training on eight A100s.
+eight: what several GPUs of one machine do together, from steps to the whole speedrun with processes that are killed.
 
 python -m bench --list
 python -m bench --op rms_norm --shape d20 --mode both --json build/rms_norm.json
@@ -18,6 +19,7 @@ python -m bench gradients --depth 20
 python -m bench profile --depth 20 --out build/profile
 python -m bench memory
 python -m bench simulate
+python -m bench eight --parts loader evaluate
 """
 
 import csv
@@ -38,7 +40,19 @@ from nanochat.platform.errors import UserError
 from nanochat.platform.files import write_json
 
 DESCRIPTION = "\n\n".join(line for line in __doc__.splitlines() if line)  # the help joins the lines of a paragraph
-VERBS = ("report", "compare", "train", "picture", "scaling", "parity", "gradients", "profile", "memory", "simulate")
+VERBS = (
+    "report",
+    "compare",
+    "train",
+    "picture",
+    "scaling",
+    "parity",
+    "gradients",
+    "profile",
+    "memory",
+    "simulate",
+    "eight",
+)
 COLUMNS = (
     "op",
     "shape",
