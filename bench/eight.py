@@ -63,8 +63,8 @@ class EightConfig:
     """speedrun, fewer: a preset with embedded data"""
     kill: tuple[str, ...] = KILLED
     """speedrun: stages in which a process is killed; a training stage between two saves, an evaluation after --evaluation-seconds"""
-    evaluation_seconds: float = 20
-    """speedrun: seconds after the start of an evaluation's processes at which one is killed"""
+    evaluation_seconds: float = 8
+    """speedrun: seconds of a processor that a process of an evaluation has taken when it is killed"""
     last: str = "report"
     """speedrun: stage to end with"""
     evaluated_depth: int = 20

@@ -84,7 +84,7 @@ class KilledRun:
         ]
         command += ["--processes", str(self.gpus), "--to", last, "--device", self.device]
         say(f"speedrun{f': a process of {stage} will be killed' if stage else ''}")
-        started, killed, seen = time.monotonic(), None, None
+        started, killed = time.monotonic(), None
         with log.open("a", encoding="utf-8") as output:
             before = output.tell()
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=variables(self.paths))
@@ -94,8 +94,7 @@ class KilledRun:
                     if not stage or killed or not runs(log, before, stage):
                         continue
                     ranks = ranks_of(process.pid, self.gpus)
-                    seen = seen or (time.monotonic() if ranks else None)
-                    if ranks and self.due(stage, time.monotonic() - seen, evaluation_seconds):
+                    if ranks and self.due(stage, processor_seconds(ranks[-1]), evaluation_seconds):
                         os.kill(ranks[-1], signal.SIGKILL)
                         killed = time.monotonic()
                 interrupted = end(process)
@@ -115,8 +114,8 @@ class KilledRun:
         }
 
     def due(self, stage: str, seconds: float, evaluation_seconds: float) -> bool:
-        """Whether to kill a process of a stage that has run for so long: half-way from the first save to the second, or so long into
-        an evaluation."""
+        """Whether to kill a process of a stage that has taken so many seconds of a processor: half-way from the first save to the
+        second, or so long into an evaluation."""
         if stage not in TRAINING:
             return seconds >= evaluation_seconds
         run = PRESETS[self.preset].get(f"train {stage}", {}).get("run", {})
@@ -227,6 +226,15 @@ def children(parent: int) -> list[int]:
         if after.split()[1] == str(parent):
             found.append(int(before.partition(" ")[0]))
     return sorted(found)
+
+
+def processor_seconds(process: int) -> float:
+    """The seconds of processors that a process has taken; 0 for one that has ended."""
+    try:
+        user, system = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].split()[11:13]
+    except OSError:
+        return 0.0
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def steps_of(paths: Paths, stage: str, first: int = 0) -> dict:

@@ -11,7 +11,7 @@ import torch
 
 from bench import eight
 from bench.__main__ import main
-from bench.killed_run import KilledRun, children, end, ranks_of, runs, steps_of
+from bench.killed_run import KilledRun, children, end, processor_seconds, ranks_of, runs, steps_of
 from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
 
@@ -121,12 +121,14 @@ def test_processes_of_a_launcher_of_a_launcher():
     finally:
         process.stdin.close()
     process.wait(30)
-    assert children(process.pid) == [] and not end(process)
+    assert children(process.pid) == [] and not end(process) and processor_seconds(process.pid) == 0
+    taken, mine = processor_seconds(os.getpid()), time.process_time()
+    assert taken == pytest.approx(mine, abs=1)
 
 
 @pytest.mark.long
 def test_a_speedrun_in_which_processes_are_killed_and_its_checkpoint_with_fewer(tmp_path):
-    options = ["eight", *ON_CPU, "--preset", "tiny", "--out", str(tmp_path), "--evaluation-seconds", "3"]
+    options = ["eight", *ON_CPU, "--preset", "tiny", "--out", str(tmp_path), "--evaluation-seconds", "1.5"]
     main([*options, "--parts", "speedrun", "--kill", "base", "base-eval", "--last", "base-eval"])
     main([*options, "--parts", "speedrun", "fewer", "--kill", "base", "mid"])  # the call before has killed one of base
     found = json.loads((tmp_path / "speedrun.json").read_text())
