@@ -127,6 +127,12 @@ class SimulateConfig:
     """blocks of the model"""
     gpus: int = 8
     """A100s in one machine"""
+    measured: Path | None = None
+    """file of `python -m bench scaling` with d20 on 1 and more GPUs: adds hours and dollars of the speedrun there and on A100s"""
+    price_per_hour: float = 0.0
+    """dollars for an hour of the machine that was measured; 0: not known"""
+    a100_price_per_hour: float = 0.0
+    """dollars for an hour of eight A100s; 0: not known"""
     json: Path | None = None
     """file for the inputs, the comparison with what was measured, and the predictions"""
 
@@ -206,10 +212,10 @@ def fit(variant: str) -> Efficiency:
     return Efficiency(products, memory, float(np.sqrt(np.mean(errors**2))), float(np.abs(errors).max()), rows)
 
 
-def draw(count: int = DRAWS) -> dict[str, np.ndarray]:
+def draw(count: int = DRAWS, inputs: dict[str, Input] = INPUTS) -> dict[str, np.ndarray]:
     """`count` random values of each input, and of the relative error of the model for each variant."""
     generator = np.random.default_rng(SEED)
-    drawn = {name: generator.uniform(given.low, given.high, count) for name, given in INPUTS.items()}
+    drawn = {name: generator.uniform(given.low, given.high, count) for name, given in inputs.items()}
     return drawn | {f"error of {variant}": generator.standard_normal(count) for variant in VARIANTS}
 
 
@@ -281,14 +287,14 @@ def closeness(tokens_per_second: np.ndarray) -> np.ndarray:
     return np.exp(-0.5 * ((tokens_per_second / wanted - 1) / PUBLISHED["deviation"]) ** 2)
 
 
-def predict(depth: int, gpus: int) -> dict:
+def predict(depth: int, gpus: int, inputs: dict[str, Input] = INPUTS) -> dict:
     """Everything that the command prints: fits, agreement with the published step, predictions and what they depend on."""
-    fits, given = {variant: fit(variant) for variant in VARIANTS}, draw()
+    fits, given = {variant: fit(variant) for variant in VARIANTS}, draw(inputs=inputs)
 
-    def parts_of(variant: str, depth: int, card: str, gpus: int, inputs: dict, traffic=None) -> dict[str, np.ndarray]:
+    def parts_of(variant: str, depth: int, card: str, gpus: int, given: dict, traffic=None) -> dict[str, np.ndarray]:
         model = GPTConfig.from_depth(depth, VOCABULARY, CONTEXT)
         share = shares(depth, gpus)[card, variant]
-        return step_parts(variant, model, CARDS[card], share, gpus, fits[variant], inputs, traffic)
+        return step_parts(variant, model, CARDS[card], share, gpus, fits[variant], given, traffic)
 
     plain = STEP_TOKENS / total(parts_of("plain", 20, "A100 80 GB", 8, given))
     equal, weights = np.ones_like(plain), closeness(plain)
@@ -313,14 +319,14 @@ def predict(depth: int, gpus: int) -> dict:
     middles = {name: np.array([quantiles(values, weights)[1]]) for name, values in given.items()}
 
     def fused(changes: dict[str, float], traffic=None) -> float:
-        inputs = middles | {name: np.array([value]) for name, value in changes.items()}
-        return STEP_TOKENS / float(total(parts_of("fused", depth, "A100 80 GB", gpus, inputs, traffic))[0])
+        known = middles | {name: np.array([value]) for name, value in changes.items()}
+        return STEP_TOKENS / float(total(parts_of("fused", depth, "A100 80 GB", gpus, known, traffic))[0])
 
-    depends = {name: [fused({name: end}) for end in (input_.low, input_.high)] for name, input_ in INPUTS.items()}
+    depends = {name: [fused({name: end}) for end in (input_.low, input_.high)] for name, input_ in inputs.items()}
     ideas = {"nothing changed": fused({})} | {name: fused(known, traffic) for name, (traffic, known) in IDEAS.items()}
     return {
         "aim_tokens_per_second": AIM,
-        "inputs": {name: asdict(input_) for name, input_ in INPUTS.items()},
+        "inputs": {name: asdict(input_) for name, input_ in inputs.items()},
         "fits": {variant: asdict(found) for variant, found in fits.items()},
         "published": PUBLISHED | {
             "predicted_without_it": quantiles(plain, equal), "predicted_with_it": quantiles(plain, weights)
@@ -377,7 +383,18 @@ def show(found: dict) -> None:
 
 
 def simulate(config: SimulateConfig, command: str) -> None:
-    found = {"command": command, "what": " ".join((__doc__ or "").split())} | predict(config.depth, config.gpus)
+    from bench import cost  # which takes Input from here
+
+    rows = cost.measured_rows(config.measured) if config.measured else []
+    found = {"command": command, "what": " ".join((__doc__ or "").split())}
+    found |= predict(config.depth, config.gpus, INPUTS | (cost.narrowed(rows) if rows else {}))
     show(found)
+    if rows:
+        simulated = [row for row in found["predictions"] if row["variant"] == "fused"]
+        machines = [cost.machine(rows[-1], config.price_per_hour)]
+        machines += [cost.simulated(row, config.a100_price_per_hour) for row in simulated]
+        found["runs"] = [cost.run_of(one) for one in machines]
+        found["assumed"] = {name: asdict(given) for name, given in cost.ASSUMED.items()}
+        show_table(cost.show_cost(found["runs"]))
     if config.json:
         write_json(config.json, found)
