@@ -10,9 +10,11 @@ Efficiency is the rate of a GPU over its rate with the fewest GPUs that were mea
 """
 
 import subprocess
+import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -30,6 +32,7 @@ from nanochat.platform.errors import UserError
 from nanochat.platform.files import read_shape, write_json
 from nanochat.train.timing import milliseconds, random_batch
 
+ROW_LIMIT = 240  # seconds for the processes of a row of the result
 WARM_UP = 4  # steps before the first sample: graphs are captured in the second to fourth
 COLUMNS = (
     "depth", "variant", "gpus", "step_ms", "late_ms", "micro_ms", "exchange_ms", "update_ms", "tokens_per_second", "mfu",
@@ -62,9 +65,9 @@ class ScalingConfig:
     layers: int = 0
     """number of blocks, if it differs from --depth, which still sets the width; 0: as many as --depth"""
     together: bool = False
-    """measure at the same time what fits on different GPUs, such as 4, 2 and 1 of eight"""
-    limit: float = 300
-    """seconds for the processes of one row of the result"""
+    """measure the numbers of a depth and variant at the same time where they fit on different GPUs, such as 4, 2 and 1 of eight"""
+    limit: float = 540
+    """seconds for all rows; what there is no time for, another call with the same file measures"""
     device: str = "cuda"
     """cuda, or cpu to try the command out"""
     json: Path | None = None
@@ -92,13 +95,7 @@ def scaling(config: ScalingConfig, command: str) -> None:
     be measured, and for a file of another machine."""
     for variant in config.variants:
         parse(variant)
-    same = {
-        name: getattr(config, name)
-        for name in ("rows", "tokens", "micro_steps", "rounds", "steps", "vocab_size", "layers")
-    }
-    cases = [
-        Case(depth, variant, gpus, **same) for depth in config.depth for variant in config.variants for gpus in config.gpus
-    ]  # fmt: skip
+    ends = time.monotonic() + config.limit
     found = call(describe, command, device=config.device)
     if "note" in found:
         raise UserError(f"this machine cannot be described: {found['note']}")
@@ -107,23 +104,24 @@ def scaling(config: ScalingConfig, command: str) -> None:
         raise UserError(f"--gpus {max(config.gpus)}: this machine has {available}; give at most so many")
     if config.json and config.json.exists():
         found["rows"] = earlier(config.json, found)
-    cases = [
-        case
-        for case in cases
-        if not any(asdict(case) == {k: row.get(k) for k in asdict(case)} for row in found["rows"])
-    ]
-    for batch in batches(cases, available if config.together and config.device == "cuda" else 0):
-        running = [
-            Ranks(measure, case, processes=case.gpus, device=config.device, limit=config.limit, first=first)
-            for case, first in batch
-        ]
-        for (case, _), ranks in zip(batch, running, strict=True):
-            row = asdict(case) | ranks.results()[0]
-            said = row.get("note") or f"{row['step_ms']:.2f} ms a step"
-            say(f"d{case.depth} {case.variant} on {case.gpus}: {said}")
-            found["rows"] = with_efficiency([*found["rows"], row])
-            if config.json:  # after each row, so that an interrupted run keeps its results
-                write_json(config.json, found)
+    shared = {field.name: getattr(config, field.name) for field in fields(Case)[3:]}
+    for depth, variant in product(config.depth, config.variants):
+        cases = [Case(depth, variant, gpus, **shared) for gpus in config.gpus]
+        missing = [case for case in cases if not any(asdict(case).items() <= row.items() for row in found["rows"])]
+        for batch in batches(missing, available if config.together else 0):
+            if (left := min(ROW_LIMIT, ends - time.monotonic())) < 0:
+                say(f"no time is left for d{depth} {variant} on {' and '.join(str(case.gpus) for case, _ in batch)}")
+                continue
+            running = [
+                Ranks(measure, case, processes=case.gpus, device=config.device, limit=left, first=first) for case, first in batch
+            ]  # fmt: skip
+            for (case, _), ranks in zip(batch, running, strict=True):
+                row = asdict(case) | ranks.results()[0]
+                said = row.get("note") or f"{row['step_ms']:.2f} ms a step"
+                say(f"d{depth} {variant} on {case.gpus}: {said}")
+                found["rows"] = with_efficiency([*found["rows"], row])
+                if config.json:  # after each row, so that an interrupted run keeps its results
+                    write_json(config.json, found)
     show_table(table(found["rows"]))
 
 

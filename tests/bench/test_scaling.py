@@ -44,6 +44,13 @@ def test_the_command(tmp_path):
         main(["scaling", *OPTIONS, "--json", str(path)])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="times a CPU")
+def test_what_there_is_no_time_for_is_left_for_another_call(tmp_path, capsys):
+    path = tmp_path / "scaling.json"
+    main(["scaling", *OPTIONS, "--json", str(path), "--limit", "0"])
+    assert "no time is left for d1 eager:reference on 2" in capsys.readouterr().out and not path.exists()
+
+
 def test_a_mistake_in_a_variant_is_found_before_anything_starts(monkeypatch):
     monkeypatch.setattr(scaling, "call", lambda *a, **k: pytest.fail("a process was started"))
     with pytest.raises(UserError, match="fast is no variant"):
@@ -69,9 +76,9 @@ def test_efficiency_is_against_the_fewest_gpus_that_were_measured():
 
 
 def test_what_is_measured_at_the_same_time_has_gpus_of_its_own():
-    cases = [replace(CASE, variant=v, gpus=n) for v in ("fused", "plain") for n in (1, 2, 4, 8)]
+    cases = [replace(CASE, gpus=n) for n in (1, 2, 4, 8)]
     found = [[(case.gpus, first) for case, first in batch] for batch in batches(cases, 8)]
-    assert found == [[(8, 0)], [(8, 0)], [(4, 0), (4, 4)], [(2, 0), (2, 2), (1, 4), (1, 5)]]
+    assert found == [[(8, 0)], [(4, 0), (2, 4), (1, 6)]]
     assert [[(case, 0)] for case in cases] == list(batches(cases, 0))
 
 
@@ -96,6 +103,19 @@ def sleeps(runtime) -> dict:
 
 def dies(runtime) -> dict:
     os._exit(3)
+
+
+def place(runtime) -> dict:
+    runtime.barrier()
+    return {"rank": runtime.rank, "of": runtime.world_size, "gpu": int(os.environ["LOCAL_RANK"])}
+
+
+def test_groups_of_processes_at_the_same_time_have_gpus_of_their_own():
+    groups = [Ranks(place, processes=n, device="cpu", limit=60, first=first) for n, first in ((2, 0), (1, 2))]
+    two, one = (group.results() for group in groups)
+    assert two == [{"rank": 0, "of": 2, "gpu": 0}, {"rank": 1, "of": 2, "gpu": 1}] and one == [
+        {"rank": 0, "of": 1, "gpu": 2}
+    ]
 
 
 @pytest.mark.parametrize(
