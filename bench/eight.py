@@ -14,13 +14,14 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal, get_args
 
 from bench.killed_run import KILLED, KilledRun
-from bench.random_run import prose_run, random_run
+from bench.random_run import DATA, prose_run, random_run
 from bench.ranks import Ranks, call
 from bench.scaling import ScalingConfig, describe, scaling
 from nanochat.checkpoint import load_model
@@ -28,7 +29,6 @@ from nanochat.data.pretraining import TokenStream
 from nanochat.data.shards import Shards
 from nanochat.evaluate.chat import TASKS, chat_scores
 from nanochat.evaluate.core import core_scores, load_bundle
-from nanochat.options.data import GenerateOptions
 from nanochat.options.evaluate import ChatTaskOptions
 from nanochat.options.presets import PresetName
 from nanochat.options.train import RunOptions
@@ -68,7 +68,7 @@ class EightConfig:
     last: str = "report"
     """speedrun: stage to end with"""
     evaluated_depth: int = 20
-    """evaluate: blocks of a model with random weights"""
+    """evaluate: blocks of a model with random weights; 0: the model of the speedrun"""
     items: int = 200
     """evaluate: most items of each task"""
     max_tokens: int = 128
@@ -163,23 +163,16 @@ def fewer(bench: Bench) -> dict:
 
 
 def evaluate(bench: Bench) -> dict:
-    """CORE and chat tasks of a model with random weights, by all GPUs and by one."""
+    """CORE and chat tasks of a fine-tuned model, by all GPUs and by one."""
     config, rows = bench.config, []
-    data = GenerateOptions(
-        shards=1,
-        documents=1024,
-        chats=1,
-        questions=4 * config.items,
-        problems=1024,
-        identity=1,
-        words=300,
-        tests=config.items,
-    )
-    with random_run(config.evaluated_depth, config.vocab_size, data) as paths:
+    data = replace(DATA, questions=4 * config.items, tests=config.items)
+    depth = config.evaluated_depth
+    run = random_run(depth, config.vocab_size, data) if depth else nullcontext(killed_run(bench).paths)
+    with run as paths:
         for count in sorted({bench.gpus, 1}, reverse=True):
             limits = config.items, config.max_tokens
             found = bench.ranks(evaluate_rank, paths, *limits, processes=count, device=config.device)[0]
-            rows.append({"gpus": count, "depth": config.evaluated_depth} | found)
+            rows.append({"gpus": count, "depth": depth} | found)
             said = found.get("note") or f"CORE {found['core_s']:.1f} s, chat {found['chat_s']:.1f} s"
             say(f"evaluation on {count}: {said}")
     if any("note" in row for row in rows) or len(rows) == 1:

@@ -72,17 +72,8 @@ class KilledRun:
         """Start the command, kill a process in a stage, or with "" none, and wait for the end; returns what happened."""
         log = self.out / "speedrun.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        command = [
-            sys.executable,
-            "-m",
-            "nanochat",
-            "speedrun",
-            "--preset",
-            self.preset,
-            "--run-name",
-            self.paths.run_name,
-        ]
-        command += ["--processes", str(self.gpus), "--to", last, "--device", self.device]
+        options = f"--preset {self.preset} --run-name {self.paths.run_name} --processes {self.gpus} --to {last} --device {self.device}"
+        command = [sys.executable, "-m", "nanochat", "speedrun", *options.split()]
         say(f"speedrun{f': a process of {stage} will be killed' if stage else ''}")
         started, killed = time.monotonic(), None
         with log.open("a", encoding="utf-8") as output:
@@ -119,9 +110,8 @@ class KilledRun:
         if stage not in TRAINING:
             return seconds >= evaluation_seconds
         run = PRESETS[self.preset].get(f"train {stage}", {}).get("run", {})
-        return len(read_metrics(self.paths.metrics(stage), "loss")) >= 1.5 * run.get(
-            "save_every", RunOptions().save_every
-        )
+        every = run.get("save_every", RunOptions().save_every)
+        return len(read_metrics(self.paths.metrics(stage), "loss")) >= 1.5 * every
 
     def fewer(self, counts: Sequence[int]) -> dict:
         """Resume the checkpoint before the last one of pretraining with so many processes, all at once, each in a copy of the run.
@@ -142,13 +132,11 @@ class KilledRun:
                 shutil.copytree(part, copy.run / part.relative_to(self.paths.run))
             copy.metrics("base").parent.mkdir()
             shutil.copy(self.paths.metrics("base"), copy.metrics("base"))
-            command = [*distributed_launcher(count), "-m", "nanochat", "train", "base", "--preset", self.preset]
-            command += ["--run-name", copy.run_name, "--device", self.device]
-            cards = (
-                {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(first, first + count)))}
-                if self.device == "cuda"
-                else {}
-            )
+            options = f"--preset {self.preset} --run-name {copy.run_name} --device {self.device}"
+            command = [*distributed_launcher(count), "-m", "nanochat", "train", "base", *options.split()]
+            cards = {}
+            if self.device == "cuda":
+                cards["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(first, first + count)))
             first += count
             with (self.out / f"fewer-{count}.log").open("w", encoding="utf-8") as log:
                 process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=variables(copy, **cards))
@@ -251,7 +239,5 @@ def steps_of(paths: Paths, stage: str, first: int = 0) -> dict:
         "tokens_per_second": median(record["tokens_per_second"] for record in steps) if steps else None,
         "step_s": median(record["dt"] for record in steps) if steps else None,
         "seconds_of_1000_steps": {key: 1000 * sum(s) / len(steps) if s and steps else None for key, s in lost.items()},
-        "newest_results": next(
-            (record for record in reversed(records) if "val_bpb" in record or "val_loss" in record), None
-        ),
+        "newest_results": ([record for record in records if "val_bpb" in record or "val_loss" in record] or [None])[-1],
     }
