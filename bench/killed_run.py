@@ -106,12 +106,13 @@ class KilledRun:
 
     def due(self, stage: str, seconds: float, evaluation_seconds: float) -> bool:
         """Whether to kill a process of a stage that has taken so many seconds of a processor: half-way from the first save to the
-        second, or so long into an evaluation."""
+        second or when more than half is done, or so long into an evaluation."""
         if stage not in TRAINING:
             return seconds >= evaluation_seconds
         run = PRESETS[self.preset].get(f"train {stage}", {}).get("run", {})
         every = run.get("save_every", RunOptions().save_every)
-        return len(read_metrics(self.paths.metrics(stage), "loss")) >= 1.5 * every
+        steps = read_metrics(self.paths.metrics(stage), "loss", "progress")
+        return bool(steps) and (len(steps) >= 1.5 * every or steps[-1]["progress"] > 0.6)
 
     def fewer(self, counts: Sequence[int]) -> dict:
         """Resume the checkpoint before the last one of pretraining with so many processes, all at once, each in a copy of the run.

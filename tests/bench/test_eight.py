@@ -25,7 +25,7 @@ def write_records(paths: Paths, stage: str, records: list[dict]) -> None:
 
 
 def step(number: int, **more: float) -> dict:
-    return {"step": number, "loss": 1.0, "dt": 0.5, "tokens_per_second": 100.0} | more
+    return {"step": number, "loss": 1.0, "dt": 0.5, "tokens_per_second": 100.0, "progress": 0.1} | more
 
 
 def test_evaluation_and_loaders_of_two_processes(tmp_path):
@@ -95,6 +95,8 @@ def test_a_training_process_is_killed_between_two_saves_and_an_evaluation_after_
     assert not run.due("mid", 100.0, 5.0)
     write_records(run.paths, "mid", [step(number) for number in range(30)])
     assert run.due("mid", 0.0, 5.0)
+    write_records(run.paths, "sft", [step(0), step(1, progress=0.7)])  # it may end before the second save
+    assert run.due("sft", 0.0, 5.0) and not run.due("base", 100.0, 5.0)
     assert run.due("mid-eval", 5.0, 5.0) and not run.due("mid-eval", 4.9, 5.0)
 
 
@@ -130,10 +132,10 @@ def test_processes_of_a_launcher_of_a_launcher():
 def test_a_speedrun_in_which_processes_are_killed_and_its_checkpoint_with_fewer(tmp_path):
     options = ["eight", *ON_CPU, "--preset", "tiny", "--out", str(tmp_path), "--evaluation-seconds", "1.5"]
     main([*options, "--parts", "speedrun", "--kill", "base", "base-eval", "--last", "base-eval"])
-    main([*options, "--parts", "speedrun", "fewer", "--kill", "base", "mid"])  # the call before has killed one of base
+    main([*options, "--parts", "speedrun", "fewer", "--kill", "base", "sft"])  # the call before has killed one of base
     found = json.loads((tmp_path / "speedrun.json").read_text())
     assert [(s["stage"], s["killed"]) for s in found["starts"]] == [
-        ("base", True), ("base-eval", True), ("", False), ("mid", True), ("", False),
+        ("base", True), ("base-eval", True), ("", False), ("sft", True), ("", False),
     ]  # fmt: skip
     assert [s["status"] for s in found["starts"]] == [1, 1, 0, 1, 0] and found["done"]
     assert found["training"].keys() == {"base", "mid", "sft"}
