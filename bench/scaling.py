@@ -130,7 +130,7 @@ def describe(runtime: Runtime, command: str) -> dict:
     bus, as nvidia-smi says."""
     on_gpu = runtime.device.type == "cuda"
     gpus = torch.cuda.device_count() if on_gpu else 0
-    peers = on_gpu and all(torch.cuda.can_device_access_peer(0, other) for other in range(1, gpus))
+    peers = gpus > 1 and all(torch.cuda.can_device_access_peer(0, other) for other in range(1, gpus))
     return header(command, on_gpu) | {"gpus": gpus, "peer_access": peers, "links": links() if gpus > 1 else []}
 
 

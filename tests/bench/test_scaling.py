@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -103,6 +105,22 @@ def sleeps(runtime) -> dict:
 
 def dies(runtime) -> dict:
     os._exit(3)
+
+
+def test_what_the_processes_are_forks_of_has_not_touched_a_gpu():
+    """CUDA does not work in a fork of a process that has used it."""
+    code = """
+import torch
+def used(*_, **__): raise SystemExit("used a GPU")
+for name in ("is_available", "device_count", "init", "_lazy_init", "get_device_properties", "current_device"):
+    setattr(torch.cuda, name, used)
+torch._C._cuda_getDeviceCount = used
+import bench.eight
+from triton.runtime.driver import driver
+assert getattr(driver, "_active", None) is None
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def place(runtime) -> dict:
