@@ -12,6 +12,7 @@ does not depend on the batch. Milakov & Gimelshein 2018 (online softmax), Dao et
 """
 
 import math
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -44,6 +45,7 @@ from nanochat_kernels.triton_helpers import (
     derivative,
     differentiable,
     needs_gradient,
+    recording,
     triton_unsupported_reason,
 )
 
@@ -158,8 +160,8 @@ def aligned(x: Tensor) -> Tensor:
 
 
 def run_torch(backend: SDPBackend, q, k, v, lengths, cu_seqlens, bound, pages, return_lse):
-    """torch's attention by one of its backends."""
-    with sdpa_kernel(backend):
+    """torch's attention by one of its backends; on the meta device, which has none, only the result's shape is made."""
+    with nullcontext() if q.is_meta else sdpa_kernel(backend):
         out = F.scaled_dot_product_attention(
             *(aligned(x).transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=q.size(2) != k.size(2)
         )
@@ -171,7 +173,7 @@ def run_torch(backend: SDPBackend, q, k, v, lengths, cu_seqlens, bound, pages, r
 def torch_unsupported_reason(
     backend: SDPBackend, q, k, v, lengths, cu_seqlens, bound=None, pages=None, return_lse=False
 ) -> str | None:
-    if q.device.type != "cuda":
+    if q.device.type != "cuda" and not (q.is_meta and recording()):
         return f"torch's backends are for CUDA tensors, got one on {q.device}; impl='reference' is torch's attention on any"
     if lengths is not None or cu_seqlens is not None or return_lse or pages is not None:
         return "torch's backends take no lengths, no cu_seqlens and no pages and return no lse"

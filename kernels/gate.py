@@ -1,7 +1,8 @@
 """The gate: on the GPU where training will run, at its shapes, every operation is validated and timed, and the choice kept.
 
 An implementation that fails, or is further from the oracle than kernels/oracle.py allows, is not chosen. Of the others the
-fastest is; the model's references are compiled as they are in training. Every row of every result and gradient is compared,
+fastest is; the model's references are compiled as they are in training. Where one implementation serves only some calls, "auto" is
+judged too, which takes another for the rest. Every row of every result and gradient is compared,
 a chunk of rows at a time. `read` rejects a file of another machine, of other versions, or of other kernels.
 """
 
@@ -28,6 +29,7 @@ from nanochat_kernels.oracle import evaluate, over_budget
 
 CHUNK = 2**26  # elements of the largest tensor that a chunk of rows makes in float64
 ROUNDS = 15
+AUTO_TOLERANCE = 1.05  # two measurements of the same work differ by less
 REMEDY = "make it again with: nanochat kernels gate, and the --preset of the run, or remove it"
 OUT_OF_MEMORY = "out of memory at these shapes"
 
@@ -193,7 +195,10 @@ def examine_operation(
         # the same result each time; not the seed of the upstream gradients, which would then equal the inputs
         torch.manual_seed(1)
         try:
-            ms, failures = tried(operation, operation.trials(shape, device, dtype))
+            ms, failures, partial_support = tried(operation, operation.trials(shape, device, dtype))
+            if partial_support:
+                by_auto, wrong, _ = tried(operation, operation.trials(shape, device, dtype), ("auto",))
+                ms, failures = by_auto | ms, failures | wrong
         except torch.OutOfMemoryError as error:
             raise GateError(
                 f"{operation.name} could not be judged at {shape.rows} rows of {shape.tokens} tokens: its inputs and the "
@@ -202,16 +207,26 @@ def examine_operation(
             ) from error
     why = ", ".join(f"{name} {time:.3f} ms" for name, time in sorted(ms.items(), key=lambda item: item[1]))
     why += "".join(f"; {name}: {wrong}" for name, wrong in failures.items())
-    return {"impl": min(ms, key=ms.__getitem__, default="reference"), "why": why, "ms": ms, "faults": failures}
+    return {"impl": fastest(ms), "why": why, "ms": ms, "faults": failures}
 
 
-def tried(operation: Operation, trials: Iterable[Trial]) -> tuple[dict[str, float], dict[str, str]]:
-    """(milliseconds over all timed trials of the implementations that are right, what is wrong with the others)."""
+def fastest(ms: dict[str, float]) -> str:
+    """The implementation with the shortest time; "auto" also where it is hardly slower, because it serves every call as it should."""
+    best = min(ms, key=ms.__getitem__, default="reference")
+    return "auto" if "auto" in ms and ms["auto"] <= AUTO_TOLERANCE * ms[best] else best
+
+
+def tried(
+    operation: Operation, trials: Iterable[Trial], names: Iterable[str] = ()
+) -> tuple[dict[str, float], dict[str, str], bool]:
+    """(milliseconds over all timed trials of the implementations that are right, what is wrong with the others, whether one of these
+    serves only some of the trials). names: the implementations, by default all."""
     ms: dict[str, float] = {}
     failures: dict[str, str] = {}
+    right, refused = set(), set()
     for trial in trials:
         correct = {"reference": operation.reference}
-        for name in operation.implementations:
+        for name in names or operation.implementations:
             function = partial(operation.function, impl=name)
             try:
                 wrong = disagreement(trial, function, operation.reference) if trial.judged else failures.get(name)
@@ -219,10 +234,13 @@ def tried(operation: Operation, trials: Iterable[Trial]) -> tuple[dict[str, floa
                 raise
             except Exception as error:  # whatever a kernel fails with on this machine, the run continues without it
                 wrong = reason_of(error)
+                if isinstance(error, dispatch.KernelRequestError):
+                    refused.add(name)
             if wrong:
                 failures.setdefault(name, wrong)
             else:
                 correct[name] = function
+                right.add(name)
         on_gpu = trial.inputs[0].is_cuda
         if trial.timed:
             if on_gpu and trial.differentiable:  # the model is compiled, the optimizer is not
@@ -231,13 +249,13 @@ def tried(operation: Operation, trials: Iterable[Trial]) -> tuple[dict[str, floa
                 ms[name] = ms.get(name, 0.0) + time
         if on_gpu:
             torch.cuda.empty_cache()
-    return {name: time for name, time in ms.items() if name not in failures}, failures
+    ms = {name: time for name, time in ms.items() if name not in failures}
+    return ms, failures, not right.isdisjoint(refused)
 
 
 def fastest_fused(choice: dict[str, Any]) -> str:
     """The fastest implementation of an operation's choice that is not its reference, where one is right."""
-    fused = {name: time for name, time in choice["ms"].items() if name != "reference"}
-    return min(fused, key=fused.__getitem__, default="reference")
+    return fastest({name: time for name, time in choice["ms"].items() if name != "reference"})
 
 
 def examine(shape: RunShape, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -307,7 +325,7 @@ def read(path: Path, valid_for: dict[str, Any]) -> tuple[dict[str, str], dict[st
             raise GateError(f"{path} was made for another {name}: {found.get(name)}, here it is {wanted}; {REMEDY}")
     for name, impl in choices.items():
         operation = dispatch.operations().get(name)
-        if operation is None or impl not in ("reference", *operation.implementations):
+        if operation is None or impl not in ("auto", "reference", *operation.implementations):
             raise GateError(f"{path} chooses {impl} for {name}, which does not exist here; {REMEDY}")
     more = {name: value for name, value in found.items() if name not in valid_for and name != "operations"}
     return choices, faults, more

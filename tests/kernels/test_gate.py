@@ -181,6 +181,34 @@ def test_the_fastest_is_chosen(monkeypatch):
     assert choice["impl"] == "triton" and "triton 1.000 ms, reference 2.000 ms" in choice["why"]
 
 
+@pytest.mark.parametrize(
+    ("auto_ms", "auto_is_right", "chosen"), [(1.02, True, "auto"), (1.02, False, "whole"), (1.6, True, "whole")]
+)
+def test_auto_is_chosen_where_the_fastest_serves_only_some_calls(monkeypatch, auto_ms, auto_is_right, chosen):
+    """As flash serves training and refuses the pages of decoding: on an A100 auto takes flash for one, Triton's for the other."""
+
+    def function(x, impl):
+        if impl == "partial" and len(x) == 4:
+            raise dispatch.KernelRequestError("no so few rows")
+        return (1.0 if impl != "auto" or auto_is_right else 2.0) * reference.rms_norm(x)
+
+    [given, *_] = operations()["rms_norm"].trials(SHAPE, *WHERE)
+    trials = given, replace(given, inputs=(given.inputs[0].flatten(0, -2)[:4],), timed=False)
+    times = {"partial": 1.0, "whole": 1.5, "auto": auto_ms, "reference": 2.0}
+    monkeypatch.setattr(gate, "milliseconds", lambda trial, able, _: {name: times[name] for name in able})
+    operation = replace(
+        operations()["rms_norm"], function=function, trials=lambda *_: trials,
+        implementations=dict.fromkeys(("partial", "whole"), Implementation(reference.rms_norm)),
+    )  # fmt: skip
+    choice = gate.examine_operation(operation, SHAPE, *WHERE)
+    assert choice["impl"] == gate.fastest_fused(choice) == chosen
+    assert ("auto" in choice["faults"]) != auto_is_right and "partial" in choice["faults"]
+
+
+def test_auto_is_not_judged_where_the_fastest_serves_all_calls(monkeypatch):
+    assert examined(monkeypatch, "rms_norm", reference.rms_norm)["ms"].keys() == {"triton", "reference"}
+
+
 class Doubled(torch.autograd.Function):
     """The identity, with a gradient that is too large by a factor of two."""
 

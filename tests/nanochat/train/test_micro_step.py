@@ -323,15 +323,32 @@ print(len(before), sorted(set(os.listdir(os.environ["TRITON_CACHE_DIR"])) - befo
 
 
 def test_what_a_step_without_data_cannot_do_is_said(monkeypatch, capsys):
-    """Such as torch's attention by its name, which runs on a GPU only: training goes on, and compiles one kernel after the other."""
+    """Training goes on, and compiles one kernel after the other."""
 
     def compile_launches_of(step, device, processes):
         with ahead.configs.tables_of("sm90"):
             ahead.launches_of(step)
 
     monkeypatch.setattr(micro_step.ahead, "compile_launches_of", compile_launches_of)
-    for attention in ("auto", "cudnn"):
-        config = GPTConfig.from_depth(2, 301, 256, impl=Implementations(self_attention=attention, rms_norm="reference"))
+    for norm in ("auto", "nonsense"):
+        config = GPTConfig.from_depth(2, 301, 256, impl=Implementations(rms_norm=norm))
         model = SimpleNamespace(device=torch.device("cuda"), config=config, compute_dtype=torch.bfloat16)
         micro_step.compile_ahead(model, 2, 256, False)
-        assert ("one after the other" in capsys.readouterr().out) == (attention == "cudnn")
+        assert ("one after the other" in capsys.readouterr().out) == (norm == "nonsense")
+
+
+@pytest.mark.parametrize(
+    ("named", "by_triton"),
+    [({"self_attention": "flash"}, False), ({"self_attention": "parts", "attention": "auto"}, False),
+     ({"self_attention": "parts", "attention": "cudnn"}, False), ({"self_attention": "parts", "attention": "triton"}, True)],
+)  # fmt: skip
+def test_a_recorded_step_has_the_attention_that_an_a100_takes(named, by_triton):
+    """torch's by name too, which runs on a GPU only; auto takes flash where the gate chose the parts of self_attention."""
+    names = without_interpreter(
+        "from nanochat.options.model import Implementations\n"
+        + STEP
+        + f"config = replace(config, impl=Implementations(**{named}))\n"
+        + "with configs.tables_of('sm80'): found = ahead.launches_of(lambda: step_on_meta(config, torch.bfloat16, 4, 512))\n"
+        + "print(*sorted({launch.kernel.__name__ for launch in found}))"
+    ).split()
+    assert ("key_gradients_kernel" in names) == by_triton and "adamw_kernel" in names, names
