@@ -225,7 +225,7 @@ def tried(
     failures: dict[str, str] = {}
     right, refused = set(), set()
     for trial in trials:
-        correct = {"reference": operation.reference}
+        correct = {"reference": trial.timed_reference or operation.reference}
         for name in names or operation.implementations:
             function = partial(operation.function, impl=name)
             try:
@@ -303,17 +303,23 @@ def write(path: Path, valid_for: dict[str, Any], operations: dict[str, dict[str,
     configs.replace_file(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def read(path: Path, valid_for: dict[str, Any]) -> tuple[dict[str, str], dict[str, dict], dict[str, Any]]:
-    """The implementation that the gate chose, by operation; what is wrong with others, by operation and implementation; and what
-    the caller of `write` keeps in the file besides.
+def read(path: Path, valid_for: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """The choice for each operation, as examine_operation makes it, and what the caller of `write` keeps in the file besides.
 
     Raises GateError when the file cannot be read, was made for another device, version, shape or set of kernels (naming both), or
     names an operation or an implementation that does not exist.
     """
     try:
         found = json.loads(path.read_text("utf-8"))
-        choices = {name: str(entry["impl"]) for name, entry in found["operations"].items()}
-        faults = {name: dict(entry.get("faults", {})) for name, entry in found["operations"].items()}
+        operations = {
+            name: {
+                "impl": str(entry["impl"]),
+                "why": str(entry.get("why", "")),
+                "ms": {impl: float(ms) for impl, ms in dict(entry.get("ms", {})).items()},
+                "faults": dict(entry.get("faults", {})),
+            }
+            for name, entry in found["operations"].items()
+        }
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise GateError(f"{path} is not a gate file ({error!r}); {REMEDY}") from error
     for name, wanted in valid_for.items():
@@ -323,9 +329,8 @@ def read(path: Path, valid_for: dict[str, Any]) -> tuple[dict[str, str], dict[st
             made = made | {"rows": wanted["rows"]}  # fewer rows are served by what serves more
         if made != wanted:
             raise GateError(f"{path} was made for another {name}: {found.get(name)}, here it is {wanted}; {REMEDY}")
-    for name, impl in choices.items():
+    for name, entry in operations.items():
         operation = dispatch.operations().get(name)
-        if operation is None or impl not in ("auto", "reference", *operation.implementations):
-            raise GateError(f"{path} chooses {impl} for {name}, which does not exist here; {REMEDY}")
-    more = {name: value for name, value in found.items() if name not in valid_for and name != "operations"}
-    return choices, faults, more
+        if operation is None or entry["impl"] not in ("auto", "reference", *operation.implementations):
+            raise GateError(f"{path} chooses {entry['impl']} for {name}, which does not exist here; {REMEDY}")
+    return operations, {name: value for name, value in found.items() if name not in valid_for and name != "operations"}

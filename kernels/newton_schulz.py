@@ -283,12 +283,17 @@ def judge(gradients: Tensor, results: tuple[Tensor, ...]) -> str | None:
     return None
 
 
+def one_by_one(gradients: Tensor, *_) -> Tensor:
+    """The reference of each matrix (m, n) of gradients (B, m, n), one after the other, as the plain optimizer computes it."""
+    return torch.stack([reference.newton_schulz(matrix) for matrix in gradients])
+
+
 def trials(shape, device: torch.device, dtype: torch.dtype):
     """All matrices of the model: four square ones in each layer, one four times as high and one four times as wide."""
     half, w = dtype if dtype in DTYPES[:2] else torch.bfloat16, shape.width
     for count, m, n in ((4 * shape.depth, w, w), (shape.depth, 4 * w, w), (shape.depth, w, 4 * w)):
         gradients = torch.empty(count, m, n, device=device, dtype=half).normal_()
-        yield Trial((gradients,), (0,), judge=partial(judge, gradients))
+        yield Trial((gradients,), (0,), judge=partial(judge, gradients), timed_reference=one_by_one)
 
 
 def model_matrices(shape: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:

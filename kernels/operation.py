@@ -114,6 +114,8 @@ class Trial:
     the gradient of the target's logit. A key is the number of a result or, counting on, of the gradient of a rowwise input."""
     judge: Callable[[tuple[Tensor, ...]], str | None] | None = None
     """(all results) → what is wrong, or None; replaces the comparison with the reference in float64"""
+    timed_reference: Callable | None = None
+    """the reference as training calls it, where that is another way, for its time"""
 
 
 @dataclass(frozen=True)

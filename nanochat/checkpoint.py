@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nanochat.gate import without_rejected
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.options.model import Implementations
@@ -286,11 +287,12 @@ def load_model(
 ) -> tuple[GPT, Tokenizer, dict]:
     """Load the model of a stage, without the state of its training; returns it with its tokenizer and the content of meta.json.
 
-    step: the step of the checkpoint, by default the newest. Raises UserError, with the stages that have checkpoints, when there
-    is none.
+    impl: the implementations; what is left to "auto" does not take what the run's gate found wrong. step: the step of the
+    checkpoint, by default the newest. Raises UserError, with the stages that have checkpoints, when there is none.
     """
     path, tokenizer, meta = find_checkpoint(paths, stage, runtime, step)
     config = GPTConfig(**meta["config"], impl=impl or Implementations())
+    config = without_rejected(paths, config, runtime)
     return create_model(path, config, runtime, meta), tokenizer, meta
 
 

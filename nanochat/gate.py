@@ -1,7 +1,9 @@
-"""How training uses the implementations that `nanochat kernels gate` has chosen."""
+"""How training, evaluation and chat use the implementations that `nanochat kernels gate` has chosen."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
+from typing import NamedTuple
 
 from nanochat.gpt import GPTConfig
 from nanochat.options.model import Implementations
@@ -11,6 +13,13 @@ from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
 from nanochat.platform.shapes import check_shape
 from nanochat_kernels import gate
+
+
+class Choice(NamedTuple):
+    """An implementation, and the times and faults that it was chosen by."""
+
+    impl: str
+    why: str
 
 
 def run_shape(model: GPTConfig, rows: int) -> gate.RunShape:
@@ -36,28 +45,54 @@ def take_gate(
         model = replace(model, impl=model.impl.repeatable())
     if not paths.gate.exists():
         return model, None
-    valid_for = gate.identity(run_shape(model, rows), runtime.device, runtime.compute_dtype)
     try:
-        choices, faults, more = gate.read(paths.gate, valid_for)
+        operations, more = gate.read(paths.gate, _identity(model, rows, runtime))
     except gate.GateError as error:
         raise UserError(str(error)) from error
-    wrong = faults.get("attention", {}).get("triton")
+    wrong = operations.get("attention", {"faults": {}})["faults"].get("triton")
     if deterministic and wrong:
         raise UserError(
             f"--deterministic needs Triton's attention, which {paths.gate} rejects: {wrong}; leave --deterministic out"
         )
-    chosen = chosen_implementations(choices)
+    choices = choose_implementations(operations)
     if runtime.primary:
-        # the parts of an operation are chosen on their own
-        fused = [name for name, impl in chosen.items() if impl not in ("reference", "parts")]
-        say(f"kernels: the gate of {paths.gate} chose fused {', '.join(fused) or 'nothing'}")
-    model = with_choices(model, chosen)
+        say(f"kernels: the gate of {paths.gate} chose {described(choices)}")
+    model = with_choices(model, choices)
     timed = more.get("micro_step", {"impl": None, "ms": {}})
     try:
         check_shape(timed, {"impl": object, "ms": {str: float}}, "micro_step")
     except UserError as error:
         raise UserError(f"{paths.gate} is not a gate file ({error}); {gate.REMEDY}") from error
     return model, dict(timed["ms"]) if timed["impl"] == asdict(model.impl) else None
+
+
+def without_rejected(paths: Paths, model: GPTConfig, runtime: Runtime) -> GPTConfig:
+    """Replace every "auto" that might take what the gate found wrong by the gate's choice, for a model that is evaluated or chats.
+
+    What was right and only slower in training than its compiled reference stays, because nothing is compiled here. A file of another
+    device or version, as with a run that was copied from a cluster, is not taken, and the log says so.
+    """
+    if not paths.gate.exists():
+        return model
+    try:
+        operations, _ = gate.read(paths.gate, _identity(model, 1, runtime))
+    except gate.GateError as error:
+        if runtime.primary:
+            say(f"kernels: chosen without the gate: {str(error).removesuffix(f'; {gate.REMEDY}')}")
+        return model
+
+    def rejected(operation: str) -> bool:
+        return bool(operations[operation]["faults"]) and "auto" not in operations[operation]["ms"]
+
+    choices = choose_implementations(operations)
+    return with_choices(
+        model,
+        {name: choice for name, choice in choices.items() if any(map(rejected, Implementations.operations(name)))},
+    )
+
+
+def _identity(model: GPTConfig, rows: int, runtime: Runtime) -> dict:
+    return gate.identity(run_shape(model, rows), runtime.device, runtime.compute_dtype)
 
 
 def gate_rows(paths: Paths) -> int | None:
@@ -75,21 +110,42 @@ def check_gate_rows(paths: Paths, rows: int) -> None:
         )
 
 
-def with_choices(model: GPTConfig, chosen: dict[str, str]) -> GPTConfig:
+def with_choices(model: GPTConfig, choices: Mapping[str, Choice]) -> GPTConfig:
     """Replace every "auto" in a model's implementations by the choice for it."""
-    automatic = {name: impl for name, impl in chosen.items() if getattr(model.impl, name) == "auto"}
+    automatic = {name: choice.impl for name, choice in choices.items() if getattr(model.impl, name) == "auto"}
     return replace(model, impl=replace(model.impl, **automatic))
 
 
-def chosen_implementations(choices: dict[str, str]) -> dict[str, str]:
+def choose_implementations(operations: Mapping[str, Mapping]) -> dict[str, Choice]:
     """The gate's choices by operation, as choices for the fields of Implementations.
 
-    A field that stands for several operations gets a fused implementation only when the gate chose the same one for all of them,
-    else the reference. A field with an operation that the gate did not judge is left out.
+    A field that stands for several operations gets what is right for all of them and takes the shortest time for all together, which
+    is their reference where nothing else is. A field with an operation that the gate did not judge is left out.
     """
     chosen = {}
     for field in fields(Implementations):
-        names = {choices.get(operation) for operation in Implementations.operations(field.name)}
-        if None not in names:
-            chosen[field.name] = names.pop() if len(names) == 1 else "reference"
+        entries = {name: operations.get(name) for name in Implementations.operations(field.name)}
+        if None not in entries.values():
+            chosen[field.name] = _choice_for_all(entries)
     return chosen
+
+
+def _choice_for_all(entries: dict[str, Mapping]) -> Choice:
+    if len(entries) == 1:
+        [entry] = entries.values()
+        return Choice(entry["impl"], entry["why"])
+    able = set.intersection(*(set(entry["ms"]) for entry in entries.values()))
+    ms = {impl: sum(entry["ms"][impl] for entry in entries.values()) for impl in sorted(able)}
+    faults = [f"{name}, {impl}: {wrong}" for name, entry in entries.items() for impl, wrong in entry["faults"].items()]
+    times = ", ".join(f"{impl} {time:.3f} ms" for impl, time in sorted(ms.items(), key=lambda item: item[1]))
+    best = min(ms, key=lambda impl: (ms[impl], impl == "reference"), default="reference")
+    return Choice(best, "; ".join(filter(None, (times, *faults))))
+
+
+def described(choices: Mapping[str, Choice]) -> str:
+    """The fused operations, and why others are not."""
+    # the parts of an operation are chosen on their own
+    fused = [name for name, choice in choices.items() if choice.impl not in ("reference", "parts")]
+    plain = [f"{name} ({choice.why})" for name, choice in choices.items() if choice.impl == "reference"]
+    text = f"fused {', '.join(fused)}" if fused else "no fused operation"
+    return text + (f"; as their reference: {', '.join(plain)}" if plain else "")

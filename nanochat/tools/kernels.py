@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from rich.table import Table
 
-from nanochat.gate import chosen_implementations, run_shape, with_choices
+from nanochat.gate import choose_implementations, run_shape, with_choices
 from nanochat.gpt import GPTConfig
 from nanochat.options.model import Implementations
 from nanochat.options.presets import with_preset
@@ -137,21 +137,21 @@ def choose_by_micro_step(operations: dict[str, dict], model: GPTConfig, rows: in
 
     On its own an operation is compared with its compiled reference; in a graph the reference would run uncompiled.
     """
-    fastest = {name: choice["impl"] for name, choice in operations.items()}
     in_model = {name for name in vars(model.impl) if name != "optimizer"}
     executed = {operation for name in in_model for operation in Implementations.operations(name)}
     fused = {
-        name: gate.fastest_fused(choice) if name in executed else choice["impl"] for name, choice in operations.items()
+        name: choice | {"impl": gate.fastest_fused(choice)} if name in executed else choice
+        for name, choice in operations.items()
     }
     models = {
-        execution: with_choices(model, chosen_implementations(choices))
-        for execution, choices in (("graph", fused), ("compile", fastest))
+        execution: with_choices(model, choose_implementations(choices))
+        for execution, choices in (("graph", fused), ("compile", operations))
     }
     times = time_executions(models, rows, runtime.device, runtime.compute_dtype)
     winner = min(times, key=times.__getitem__, default="graph")
     if winner == "graph":
         for name, choice in operations.items():
-            choice["impl"] = fused[name]
+            choice["impl"] = fused[name]["impl"]
     return {"impl": asdict(models[winner].impl), "ms": times}
 
 

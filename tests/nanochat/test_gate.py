@@ -1,14 +1,16 @@
 """Training takes the gate's choice, says so, and refuses one that was made for something else."""
 
 import json
+import shutil
 from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 import nanochat.tools.kernels as tools
+from nanochat.checkpoint import load_model
 from nanochat.cli import COMMANDS, parse
-from nanochat.gate import chosen_implementations, run_shape, take_gate
+from nanochat.gate import choose_implementations, described, run_shape, take_gate
 from nanochat.gpt import GPTConfig
 from nanochat.options.model import Implementations
 from nanochat.platform.errors import UserError
@@ -32,7 +34,8 @@ def test_training_takes_the_gate(base):
     assert "CUDA tensors" in found["operations"]["rms_norm"]["faults"]["triton"]
     run = nanochat(base, "train", "base", *TINY_BASE, "--num-iterations", "2")
     assert run.returncode == 0 and "kernels: the gate of" in run.stdout, run.stderr + run.stdout
-    assert "chose fused nothing" in run.stdout
+    assert "chose no fused operation; as their reference: rms_norm (reference " in run.stdout
+    assert "; triton: KernelRequestError: rms_norm: impl='triton' does not support this call" in run.stdout
     other = nanochat(base, "train", "base", *TINY_BASE, "--device-batch-size", "8", "--total-batch-size", "256")
     assert_fails_with(
         other, "micro-batches of up to 4 rows, and here they have 8", "nanochat kernels gate --device-batch-size 8"
@@ -72,11 +75,65 @@ def test_without_a_gpu_the_gate_is_measured_only_when_asked_for(base):
     assert not (Paths(base).run / "gate.json").exists()
 
 
-def test_a_field_of_several_operations_is_fused_only_where_all_of_them_are():
-    assert chosen_implementations({"rms_norm": "triton", "adamw": "triton"}) == {"rms_norm": "triton"}
-    optimizer = dict.fromkeys(("newton_schulz", "nesterov_momentum", "apply_update", "adamw"), "triton")
-    assert chosen_implementations(optimizer) == {"optimizer": "triton"}
-    assert chosen_implementations({**optimizer, "adamw": "reference"}) == {"optimizer": "reference"}
+def judged(triton: float | None, reference: float, fault: str = "") -> dict:
+    """What the gate says of an operation; None: Triton's is wrong."""
+    ms = {"reference": reference} | ({} if triton is None else {"triton": triton})
+    why = ", ".join(f"{impl} {time}" for impl, time in ms.items()) + fault
+    return {"impl": min(ms, key=ms.__getitem__), "why": why, "ms": ms, "faults": {"triton": fault} if fault else {}}
+
+
+@pytest.mark.parametrize(
+    ("adamw", "chosen", "why"),
+    [
+        (judged(1.0, 2.0), "triton", "triton 19.000 ms, reference 71.000 ms"),
+        (judged(2.1, 2.0), "triton", "triton 20.100 ms, reference 71.000 ms"),
+        (judged(53.0, 2.0), "triton", "triton 71.000 ms, reference 71.000 ms"),
+        (judged(60.0, 2.0), "reference", "reference 71.000 ms, triton 78.000 ms"),
+        (judged(None, 2.0, "3 × the error"), "reference", "reference 71.000 ms; adamw, triton: 3 × the error"),
+    ],
+)
+def test_a_field_of_several_operations_takes_the_shortest_time_of_all_together(adamw, chosen, why):
+    """A tie of one operation must not switch the optimizer to the plain loop over matrices."""
+    fast = judged(6.0, 23.0)
+    optimizer = dict.fromkeys(("newton_schulz", "nesterov_momentum", "apply_update"), fast) | {"adamw": adamw}
+    found = choose_implementations(optimizer)["optimizer"]
+    assert found.impl == chosen and sorted(found.why.split("; ")[1:]) == why.split("; ")[1:]
+    assert set(found.why.split("; ")[0].split(", ")) == set(why.split("; ")[0].split(", "))
+
+
+def test_a_field_with_an_operation_that_was_not_judged_is_left_out():
+    assert choose_implementations({"rms_norm": judged(1.0, 2.0), "adamw": judged(1.0, 2.0)}).keys() == {"rms_norm"}
+
+
+def test_the_log_says_what_is_not_used_and_why():
+    choices = choose_implementations(
+        {"rms_norm": judged(1.0, 2.0), "relu2_mlp": judged(3.0, 2.0), "attention": judged(None, 2.0, "; triton: NaN")}
+    )
+    text = "fused rms_norm; as their reference: attention (reference 2.0; triton: NaN), relu2_mlp (reference 2.0, triton 3.0)"
+    assert described(choices) == text
+    assert described({"rms_norm": choices["rms_norm"]}) == "fused rms_norm"
+    assert described({}) == "no fused operation"
+
+
+def test_evaluation_and_chat_do_not_use_what_the_gate_rejected(trained_base, tmp_path, cpu, capsys):
+    """And take no heed of a file of another machine, as on a laptop with a run that was copied from a cluster."""
+    shutil.copytree(trained_base, tmp_path / "base")
+    paths = Paths(tmp_path / "base")
+    model, _, _ = load_model(paths, "sft", cpu)
+    assert model.config.impl == Implementations()
+    valid_for = gate.identity(run_shape(model.config, 16), cpu.device, cpu.compute_dtype)
+    right_by_auto = judged(None, 2.0, "too few rows") | {"ms": {"auto": 2.5, "reference": 2.0}}
+    judgements = {"rms_norm": judged(None, 2.0, "NaN"), "relu2_mlp": judged(3.0, 2.0), "attention": right_by_auto}
+    gate.write(paths.gate, valid_for, judgements)
+    capsys.readouterr()
+    assert load_model(paths, "sft", cpu)[0].config.impl == Implementations(rms_norm="reference")
+    assert load_model(paths, "sft", cpu, Implementations(rms_norm="triton"))[0].config.impl.rms_norm == "triton"
+    assert "gate" not in capsys.readouterr().out
+    for content in (valid_for | {"device": "NVIDIA A100-SXM4-80GB"}, {}):
+        gate.write(paths.gate, content, judgements)
+        assert load_model(paths, "sft", cpu)[0].config.impl == Implementations()
+        said = capsys.readouterr().out
+        assert "kernels: chosen without the gate: " in said and "made for another device" in said, said
 
 
 def test_only_what_was_left_to_auto_is_replaced(world, tmp_path, cpu):
@@ -143,10 +200,10 @@ def test_a_micro_step_decides_between_a_graph_of_fused_operations_and_a_compiled
 
     def choose(graph_ms: float) -> tuple[dict, dict]:
         choices = {
-            "rms_norm": {"impl": "triton", "ms": {"triton": 1.0, "reference": 2.0}},
-            "output_projection": {"impl": "reference", "ms": {"triton": 1.1, "reference": 1.0}},
-            "qkv_projection": {"impl": "reference", "ms": {"reference": 1.0}},  # the fused one was wrong
-            "adamw": {"impl": "reference", "ms": {"triton": 2.0, "reference": 1.0}},  # no part of a micro-step
+            "rms_norm": judged(1.0, 2.0),
+            "output_projection": judged(1.1, 1.0),
+            "qkv_projection": judged(None, 1.0, "NaN"),
+            "adamw": judged(2.0, 1.0),  # no part of a micro-step
         }
         times = {"graph": graph_ms, "compile": 2.0}
         monkeypatch.setattr(tools, "time_executions", lambda configs, *_: seen.update(configs) or times)
