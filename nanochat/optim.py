@@ -52,7 +52,7 @@ class MuonAdamW:
         self.impl = model.config.impl.optimizer
         self.steps = 0
         self.exchanged = (
-            False  # the gradients have been exchanged by `exchanging`; who replays it from a graph sets this
+            False  # whether `exchanging` has exchanged the gradients: each micro-step sets it, which may replay a graph
         )
         distributed = dist.is_initialized() and not alone
         self.rank = dist.get_rank() if distributed else 0
@@ -178,7 +178,6 @@ class MuonAdamW:
         else:
             if not self.exchanged:
                 self._exchange_rest()
-            self.exchanged = False
             parts = []
             for group in self.groups:  # one group is summed while the next arrives
                 group.arrive()

@@ -126,7 +126,9 @@ class MicroStep:
     @ranges.named("micro-step")
     def __call__(self, batch: Batch, weight: float, last: bool = False) -> None:
         """Compute a micro-batch. last: it is the last one of its step, on every process."""
-        self._run(batch, weight, last and self.exchanges)
+        exchange = last and self.exchanges
+        self._run(batch, weight, exchange)
+        self.optimizer.exchanged = exchange
 
     def _plain(self, batch: Batch, weight: float, exchange: bool) -> None:
         batch = batch.to(self.device)
@@ -156,7 +158,6 @@ class MicroStep:
                 old[:, :length].copy_(new.pin_memory() if new.device != self.device else new, non_blocking=True)
         self.weight.fill_(weight)
         forward_and_backward()
-        self.optimizer.exchanged = exchange
 
     def _make_graph(self, rows: int, length: int, exchange: bool, weighted: bool) -> tuple[Batch, Replayed]:
         """A batch (rows, length) at fixed addresses, and the forward and backward pass on it."""

@@ -1,7 +1,7 @@
 """A micro-step in its three ways: the same loss and the same gradients, whatever its rows, its length and its weight."""
 
 from dataclasses import replace
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 import torch
@@ -12,10 +12,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.options.model import Implementations
 from nanochat.platform.errors import UserError
-from nanochat.train import micro_step
 from nanochat.train.micro_step import MicroStep, choose_execution, fusable_options
-from nanochat_kernels import ahead
-from tests.kernels.harness import without_interpreter
 from tests.processes import spawn
 
 GPU = torch.cuda.is_available()
@@ -54,7 +51,9 @@ def run(execution: str, batches: list[Batch], dtype: torch.dtype = torch.float32
 
 
 def exchanging_worker(rank: int, world_size: int, port: int, path: str, device: str) -> None:
-    """Train two steps of two micro-steps, whose last one exchanges; save the weights, and what was on its way when backward ended."""
+    """Train some steps whose last micro-step exchanges; save the weights, what was on its way when backward ended, the blocks of
+    each matrix, and for each exchange the group, the chunk and the block whose backward ended last (or, of the head, their number).
+    """
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(rank)
@@ -62,6 +61,23 @@ def exchanging_worker(rank: int, world_size: int, port: int, path: str, device: 
     dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     step, optimizer = made("graph", device=device, config=THREE_BLOCKS)
     on_their_way, rest = [], optimizer._exchange_rest
+    ended, starts, blocks = [], [], list(step.model.blocks)
+
+    def note(x: torch.Tensor, number: int) -> None:
+        x.register_hook(lambda _: ended.append(number))
+
+    # these hooks come before those of `exchanging`, which are made later
+    for number, block in enumerate(blocks):
+        block.register_forward_pre_hook(lambda _, inputs, number=number: note(inputs[0], number))
+    blocks[-1].register_forward_hook(lambda _, inputs, outputs: note(outputs[0], len(blocks)))
+
+    def exchange(group, chunk: int) -> None:
+        if chunk not in group.exchanges:
+            starts.append((group.name, chunk, ended[-1]))
+        type(group).exchange(group, chunk)
+
+    for group in optimizer.groups:
+        group.exchange = partial(exchange, group)
 
     def exchange_rest() -> None:
         on_their_way.append({group.name: sorted(group.exchanges) for group in optimizer.groups})
@@ -70,7 +86,9 @@ def exchanging_worker(rank: int, world_size: int, port: int, path: str, device: 
     optimizer._exchange_rest = exchange_rest
     norms = train(step, optimizer, rank, world_size)
     shifts = [group.shift for group in optimizer.matrix_groups]
-    torch.save((step.model.state_dict(), norms, on_their_way, shifts), f"{path}/{rank}.pt")
+    block_of = {p: number for number, block in enumerate(blocks) for p in block.parameters()}
+    owners = {group.name: [block_of[p] for p in group.parameters] for group in optimizer.matrix_groups}
+    torch.save((step.model.state_dict(), norms, on_their_way, shifts, starts, owners), f"{path}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -91,12 +109,13 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs 
 
 @pytest.mark.parametrize("world_size, device", [(2, "cpu"), (3, "cpu"), pytest.param(2, "cuda", marks=two_gpus)])
 def test_gradients_are_exchanged_while_backward_runs(world_size, device, tmp_path):
-    """The steps are those of one process, and every chunk but the embedding's is on its way before backward has ended."""
+    """The steps are those of one process. A chunk of matrices is on its way as soon as backward has passed the block of its lowest
+    one, the head's at once, and the embedding's at the end."""
     spawn(exchanging_worker, world_size, str(tmp_path), device)
     step, optimizer = made("graph", device=device, config=THREE_BLOCKS)
     norms = train(step, optimizer)
     for rank in range(world_size):
-        weights, found, on_their_way, shifts = torch.load(tmp_path / f"{rank}.pt", map_location=device)
+        weights, found, on_their_way, shifts, starts, owners = torch.load(tmp_path / f"{rank}.pt", map_location=device)
         assert any(shifts) == (world_size == 2)
         assert found == pytest.approx(norms, rel=1e-4 if device == "cpu" else 1e-2)
         for name, weight in step.model.state_dict().items():
@@ -109,6 +128,34 @@ def test_gradients_are_exchanged_while_backward_runs(world_size, device, tmp_pat
             chunks = -(-group.items // world_size) if group.name.startswith("muon") else 1
             wanted = [] if "embedding" in group.name else list(range(chunks))
             assert all(seen[group.name] == wanted for seen in on_their_way), (group.name, on_their_way)
+        first_items = {
+            g.name: range(-shift, g.items, world_size) for g, shift in zip(optimizer.matrix_groups, shifts, strict=True)
+        }
+        wanted = {
+            (name, chunk): owners[name][max(0, item)]
+            for name, items in first_items.items()
+            for chunk, item in enumerate(items)
+        }
+        wanted |= {("adamw-head", 0): len(step.model.blocks), ("adamw-embedding", 0): 0}
+        assert len(starts) == len(wanted) * len(on_their_way) and {0, 1, 3} <= set(wanted.values())
+        assert {(name, chunk): ended for name, chunk, ended in starts} == wanted
+
+
+def test_each_micro_step_says_whether_it_has_exchanged_the_gradients(monkeypatch):
+    """A step after one that exchanged early exchanges its own gradients, whatever its execution."""
+    step, optimizer = made("graph")
+    monkeypatch.setattr(step, "exchanges", True)
+    monkeypatch.setattr(step, "_run", lambda *_: None)
+    eager = MicroStep(step.model, optimizer, "eager", one_length=False)
+    for call, last, expected in (
+        (step, False, False),
+        (step, True, True),
+        (step, False, False),
+        (step, True, True),
+        (eager, True, False),
+    ):
+        call(batch(2, 100, 0), 1.0, last=last)
+        assert optimizer.exchanged == expected
 
 
 def test_an_error_leaves_no_exchange_behind(monkeypatch):
@@ -265,90 +312,3 @@ def test_execution():
     assert choose_execution("compile", torch.device("cuda", 0), Implementations())[0] == "compile"
     with pytest.raises(UserError, match="--execution graph replays CUDA graphs, and the device is cpu"):
         choose_execution("graph", torch.device("cpu"), Implementations())
-
-
-STEP = """
-from dataclasses import replace
-import torch
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.train.micro_step import MicroStep, compile_ahead, step_on_meta
-from nanochat_kernels import ahead, configs
-config = GPTConfig.from_depth(8, 4096, 512)
-"""
-
-
-def test_a_recorded_step_takes_the_kernels_that_a_gpu_takes():
-    """Those of auto, without a GPU, for the optimizer too."""
-    names = without_interpreter(
-        STEP
-        + "with configs.tables_of('sm90'): found = ahead.launches_of(lambda: step_on_meta(config, torch.bfloat16, 4, 512))\n"
-        + "print(*sorted({launch.kernel.__name__ for launch in found}))"
-    ).split()
-    expected = {
-        "hopper_kernel",
-        "hopper_attention_kernel",
-        "rows_kernel",
-        "momentum_kernel",
-        "adamw_kernel",
-        "product_kernel",
-    }
-    assert expected <= set(names), names
-
-
-@pytest.mark.skipif(not GPU, reason="kernels are compiled for a GPU")
-def test_kernels_compiled_ahead_are_those_of_the_step(tmp_path):
-    """After compile_ahead a step compiles nothing more."""
-    code = (
-        STEP
-        + f"""
-import os
-os.environ["TRITON_CACHE_DIR"] = {str(tmp_path)!r}
-from nanochat.data.batches import Batch
-from nanochat.optim import MuonAdamW
-model = GPT.create(config, "cuda", torch.bfloat16)
-compile_ahead(model, 4, 512, False)
-before = set(os.listdir(os.environ["TRITON_CACHE_DIR"]))
-optimizer = MuonAdamW(model)
-step = MicroStep(model, optimizer, "graph", one_length=True)
-tokens = torch.randint(4096, (4, 512))
-step(Batch(tokens, tokens, ()), 1.0)
-optimizer.synchronize()
-optimizer.update(1.0, 0.95)
-torch.cuda.synchronize()
-print(len(before), sorted(set(os.listdir(os.environ["TRITON_CACHE_DIR"])) - before))
-"""
-    )
-    ahead, more = without_interpreter(code).strip().split(" ", 1)
-    assert int(ahead) > 20 and more == "[]", (ahead, more)
-
-
-def test_what_a_step_without_data_cannot_do_is_said(monkeypatch, capsys):
-    """Training goes on, and compiles one kernel after the other."""
-
-    def compile_launches_of(step, device, processes):
-        with ahead.configs.tables_of("sm90"):
-            ahead.launches_of(step)
-
-    monkeypatch.setattr(micro_step.ahead, "compile_launches_of", compile_launches_of)
-    for norm in ("auto", "nonsense"):
-        config = GPTConfig.from_depth(2, 301, 256, impl=Implementations(rms_norm=norm))
-        model = SimpleNamespace(device=torch.device("cuda"), config=config, compute_dtype=torch.bfloat16)
-        micro_step.compile_ahead(model, 2, 256, False)
-        assert ("one after the other" in capsys.readouterr().out) == (norm == "nonsense")
-
-
-@pytest.mark.parametrize(
-    ("named", "by_triton"),
-    [({"self_attention": "flash"}, False), ({"self_attention": "parts", "attention": "auto"}, False),
-     ({"self_attention": "parts", "attention": "cudnn"}, False), ({"self_attention": "parts", "attention": "triton"}, True)],
-)  # fmt: skip
-def test_a_recorded_step_has_the_attention_that_an_a100_takes(named, by_triton):
-    """torch's by name too, which runs on a GPU only; auto takes flash where the gate chose the parts of self_attention."""
-    names = without_interpreter(
-        "from nanochat.options.model import Implementations\n"
-        + STEP
-        + f"config = replace(config, impl=Implementations(**{named}))\n"
-        + "with configs.tables_of('sm80'): found = ahead.launches_of(lambda: step_on_meta(config, torch.bfloat16, 4, 512))\n"
-        + "print(*sorted({launch.kernel.__name__ for launch in found}))"
-    ).split()
-    assert ("key_gradients_kernel" in names) == by_triton and "adamw_kernel" in names, names
