@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.measure import header
-from bench.variants import Training
+from bench.variants import Training, parse
 from nanochat.data.batches import Batch
 from nanochat.gpt import GPTConfig
 from nanochat.platform.console import say, show_table
@@ -53,8 +53,8 @@ def gradients_of(
 ) -> dict[str, Tensor]:
     """The gradient of every parameter, in float32 on the host, of the mean loss of the batches."""
     training = Training(text, shape, device, dtype)
-    calls = 1 if text == PLAIN else 3  # a graph is captured in the second call, and replayed from the third on
-    for _ in range(calls):
+    # a graph is captured in the second pass, and replayed from the third on
+    for _ in range(3 if parse(text).execution == "graph" else 1):
         for group in training.optimizer.groups:
             group.gradients.zero_()
         for batch in batches:

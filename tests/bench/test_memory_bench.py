@@ -1,6 +1,7 @@
 """python -m bench memory: which micro-batches fit on which card."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +36,21 @@ def test_d20_trains_on_every_card_and_recomputation_makes_room(found):
             micro_batches, rows_of_each = found[20, variant, card]["step"]
             assert micro_batches * rows_of_each * 2048 * 8 == 524_288
     assert found[20, "fused", "A100 40 GB"]["step"] == [2, 16]
+
+
+def test_the_readme_says_how_many_rows_fit(found):
+    """Every row of its table; the margin for CUDA and for gaps, evaluation and what backward computes again all count in it."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    table = readme[readme.index("| rows that fit |") :].split("\n\n")[0].splitlines()
+    cards, rows = [cell.strip() for cell in table[0].strip("|").split("|")[1:]], table[2:]
+    assert cards == list(CARDS) and len(rows) >= 9
+    for row in rows:
+        name, *cells = (cell.strip() for cell in row.strip("|").split("|"))
+        depth, _, variant = name.replace("`", "").partition(", ")
+        variant = {"": "fused", "compiled plain model": "plain, compiled"}.get(variant, f"fused, {variant}")
+        for card, cell in zip(cards, cells, strict=True):
+            fits = found[int(depth[1:]), variant, card]["rows"]
+            assert cell == ("256 or more" if fits == 256 else str(fits)), (name, card)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

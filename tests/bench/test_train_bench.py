@@ -99,6 +99,47 @@ def test_rows_count_tokens_and_compare_variants():
     assert (first.title, second.title) == ("micro-step of d1, 2 × 32", "step of 3 micro-steps of d1, 2 × 32")
 
 
+def test_the_mfu_is_of_the_peak_of_the_device():
+    record = train.Record({}, host={"2": None}, samples={"2": [40.0, 50.0, 60.0]})
+    found = train.numbers_of(record, "2", 64, 1e6, SimpleNamespace(peak_flops=4e9))
+    assert found["tokens_per_second"] == pytest.approx(2560) and found["mfu"] == pytest.approx(0.64)
+    assert train.numbers_of(record, "2", 64, 1e6, SimpleNamespace(peak_flops=None))["mfu"] is None
+
+
+def test_every_timed_update_has_gradients_of_its_own(monkeypatch):
+    """An update sets them to zero, and one of zeros takes less time."""
+    subject, filled, updated = train.Subject("plain", SHAPE, random_batch(SHAPE, 2), RUNTIME), [], []
+    update = subject.training.update
+
+    def checked_update() -> None:
+        updated.append(all(group.gradients.any() for group in subject.training.optimizer.groups))
+        update()
+
+    monkeypatch.setattr(subject.training, "update", checked_update)
+    subject.milliseconds("update", 3)
+    assert updated == [True] * 3
+    monkeypatch.setattr(subject.training, "fill_gradients", lambda: filled.append(1))
+    subject.milliseconds("micro", 3)
+    assert not filled
+
+
+@pytest.mark.parametrize("text", ["plain", "eager:reference,optimizer=compiled"])
+def test_a_step_waits_for_the_loss_before_it_changes_the_weights(monkeypatch, text):
+    """As training does, which logs it."""
+    training, read = Training(text, SHAPE, CPU, torch.float32), []
+    change = "plain" if training.plain else "optimizer.update"
+    owner = training if training.plain else training.optimizer
+    monkeypatch.setattr(owner, change.split(".")[-1], lambda *_: read.append("weights"))
+    for name in ("item", "tolist"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda x, f=original: read.append("loss") or f(x))
+    training.step(random_batch(SHAPE, 2), 1)
+    assert read == ["loss", "weights"]
+    read.clear()
+    training.update()
+    assert read == ["weights"]
+
+
 def test_a_variant_that_fails_has_a_note_and_the_others_are_measured(monkeypatch):
     monkeypatch.setattr("bench.variants.kernels.operations", lambda: no_liger)
     no_liger = {"linear_cross_entropy": SimpleNamespace(benchmark=SimpleNamespace(baselines={"liger": lambda: None}))}
@@ -271,6 +312,25 @@ def test_gradients_are_judged_by_the_plain_ones(tmp_path):
     assert gradients.gradients(config, "a test")
     rows = json.loads(config.json.read_text())["rows"]
     assert len(rows) == 8 and all(0 < row["error"] < 1e-5 for row in rows)
+
+
+@pytest.mark.parametrize(("text", "passes"), [("plain", 1), (gradients.PLAIN, 1), ("fused", 3)])
+def test_gradients_of_a_graph_are_those_of_a_replay(monkeypatch, text, passes):
+    """Its first two passes run and are captured; only the third is what training repeats."""
+    batches, calls = [random_batch(SHAPE, 2)] * 2, []
+
+    class Counted(Training):
+        def __init__(self, text, *arguments):
+            super().__init__("plain", *arguments)
+            run = self.micro_step
+            self.micro_step = lambda *given: calls.append(given[1]) or run(*given)
+
+    monkeypatch.setattr(gradients, "Training", Counted)
+    found = gradients.gradients_of(text, SHAPE, batches, CPU, torch.float32)
+    assert calls == [0.5] * 2 * passes
+    monkeypatch.setattr(gradients, "Training", Training)
+    once = gradients.gradients_of(gradients.PLAIN, SHAPE, batches, CPU, torch.float32)
+    assert all(torch.equal(found[name], once[name]) for name in once)
 
 
 def test_a_gradient_that_is_off_is_over_budget():

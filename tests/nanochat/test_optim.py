@@ -51,6 +51,14 @@ def test_the_update_is_that_of_the_formulas(clip, decay):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("limit", [0.05, 100.0])
+def test_a_gradient_below_the_limit_is_not_scaled(limit):
+    """The updates themselves hardly depend on a factor that never changes."""
+    _, optimizer, norms = train_three_steps(config=OptimizerOptions(grad_clip=limit))
+    assert 0.05 < norms[-1] < 100
+    assert float(optimizer.schedule.clip) == pytest.approx(min(1.0, limit / norms[-1]), rel=1e-5)
+
+
 def worker(rank: int, world_size: int, port: int, path: str, device: str) -> None:
     torch.set_num_threads(1)
     if device == "cuda":
