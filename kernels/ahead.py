@@ -5,7 +5,7 @@ the assembler need Python's lock hardly at all.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -31,6 +31,11 @@ def compile_launches_of(work: Callable[[], object], device: torch.device, proces
         return
     with configs.tables_of(configs.architecture(device.index)):
         launches = launches_of(work)
+    compile_side_by_side(launches, device, processes)
+
+
+def compile_side_by_side(launches: Iterable[Launch], device: torch.device, processes: int = 1) -> None:
+    """Compile recorded launches for a CUDA device in a thread for each processor, or a part of them where others do the same."""
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     with (
         torch.cuda.device(device),

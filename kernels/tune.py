@@ -33,8 +33,7 @@ def tune(only: tuple[str, ...] = (), say: Callable[[str], None] = print) -> Iter
     device = torch.device("cuda", torch.cuda.current_device())
     name = architecture(device.index)
     table = configs.table(name)
-    forced = " running sm80's PTX" if name == "sm80" and torch.cuda.get_device_capability()[0] > 8 else ""
-    card = torch.cuda.get_device_name() + forced
+    card = card_here(name)
     kernels = [kernel for kernel in tunable_kernels() if not only or kernel.name in only]
     launchable = launchable_configurations(kernels, name, say)
     for kernel in kernels:
@@ -53,6 +52,12 @@ def tune(only: tuple[str, ...] = (), say: Callable[[str], None] = print) -> Iter
         table["versions"] = {"torch": torch.__version__, "triton": triton.__version__}
         table["command"] = "nanochat kernels tune"
         write(name, table)
+
+
+def card_here(architecture: str) -> str:
+    """Return the name of this GPU, as a table notes it that was measured with the code of an architecture."""
+    forced = " running sm80's PTX" if architecture == "sm80" and torch.cuda.get_device_capability()[0] > 8 else ""
+    return torch.cuda.get_device_name() + forced
 
 
 def note_card(table: dict, kernel: str, card: str) -> None:

@@ -12,7 +12,7 @@ from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
 from nanochat.platform.shapes import check_shape
-from nanochat_kernels import gate
+from nanochat_kernels import configs, gate, library
 
 
 class Choice(NamedTuple):
@@ -34,6 +34,8 @@ def take_gate(
 ) -> tuple[GPTConfig, dict[str, float] | None]:
     """Replace every "auto" in a model's implementations by the gate's choice, if there is a gate file, and print the choice.
 
+    Kernels are launched with the parameters that the gate found from now on.
+
     deterministic: on CUDA take attention that repeats bit for bit, whatever the gate chose.
 
     Returns the new configuration and the gate's times of its micro-step, in milliseconds by execution; None if the gate has not
@@ -43,6 +45,7 @@ def take_gate(
     deterministic = deterministic and runtime.device.type == "cuda"
     if deterministic:
         model = replace(model, impl=model.impl.repeatable())
+    configs.take_parameters({})
     if not paths.gate.exists():
         return model, None
     try:
@@ -57,6 +60,7 @@ def take_gate(
     choices = choose_implementations(operations)
     if runtime.primary:
         say(f"kernels: the gate of {paths.gate} chose {described(choices)}")
+    _take_parameters(paths, more, runtime)
     model = with_choices(model, choices)
     timed = more.get("micro_step", {"impl": None, "ms": {}})
     try:
@@ -72,14 +76,16 @@ def without_rejected(paths: Paths, model: GPTConfig, runtime: Runtime) -> GPTCon
     What was right and only slower in training than its compiled reference stays, because nothing is compiled here. A file of another
     device or version, as with a run that was copied from a cluster, is not taken, and the log says so.
     """
+    configs.take_parameters({})
     if not paths.gate.exists():
         return model
     try:
-        operations, _ = gate.read(paths.gate, _identity(model, 1, runtime))
+        operations, more = gate.read(paths.gate, _identity(model, 1, runtime))
     except gate.GateError as error:
         if runtime.primary:
             say(f"kernels: chosen without the gate: {str(error).removesuffix(f'; {gate.REMEDY}')}")
         return model
+    _take_parameters(paths, more, runtime)
 
     def rejected(operation: str) -> bool:
         return bool(operations[operation]["faults"]) and "auto" not in operations[operation]["ms"]
@@ -89,6 +95,19 @@ def without_rejected(paths: Paths, model: GPTConfig, runtime: Runtime) -> GPTCon
         model,
         {name: choice for name, choice in choices.items() if any(map(rejected, Implementations.operations(name)))},
     )
+
+
+def _take_parameters(paths: Paths, more: dict, runtime: Runtime) -> None:
+    """Launch kernels with the parameters that the gate found on this GPU. Raises UserError for a file in which they are damaged."""
+    tuned = more.get("tuned", {})
+    try:
+        check_shape(tuned, {str: {str: {str: {str: {str: int}}}}}, "tuned")
+    except UserError as error:
+        raise UserError(f"{paths.gate} is not a gate file ({error}); {gate.REMEDY}") from error
+    if not library.in_use():
+        configs.take_parameters(tuned)
+    elif tuned and runtime.primary:
+        say("kernels: the library has its own launch parameters, and those that the gate found are not used")
 
 
 def _identity(model: GPTConfig, rows: int, runtime: Runtime) -> dict:

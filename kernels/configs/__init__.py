@@ -9,8 +9,10 @@ A device without a table of its own uses the table of the nearest architecture b
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from math import log2
 from pathlib import Path
@@ -35,6 +37,11 @@ def table_cache(function: Callable) -> Callable:
     return cached
 
 
+Launches = Mapping[str, Mapping[str, Mapping[str, dict[str, int]]]]
+"""kernel → dtype → shape class → parameters, as a table has them under its launch"""
+_taken: Mapping[str, Launches] = {}
+_lookups: ContextVar[Counter | None] = ContextVar("counted lookups", default=None)
+
 plans: dict[tuple, Any] = {}
 """the cache of plan.cached_call; clearing it changes no result"""
 
@@ -45,7 +52,10 @@ class LaunchTableError(ValueError):
 
 @table_cache
 def table(architecture: str) -> dict[str, Any]:
-    """Return the committed table. Raises LaunchTableError, which names the file and what is wrong with it, if it cannot be read."""
+    """Return the committed table with what take_parameters has put over it.
+
+    Raises LaunchTableError, which names the file and what is wrong with it, if it cannot be read.
+    """
     path = FOLDER / f"{architecture}.json"
     try:
         found = json.loads(path.read_text("utf-8"))
@@ -53,11 +63,34 @@ def table(architecture: str) -> dict[str, Any]:
         raise LaunchTableError(f"{path}: {error}; write it with: nanochat kernels tune") from error
     if not isinstance(found, dict) or not {"auto", "launch"} <= found.keys():
         raise LaunchTableError(f"{path} must contain 'auto' and 'launch'; write it with: nanochat kernels tune")
+    for kernel, dtypes in _taken.get(architecture, {}).items():
+        for dtype, classes in dtypes.items():
+            found["launch"].setdefault(kernel, {}).setdefault(dtype, {}).update(classes)
     return found
+
+
+def take_parameters(taken: Mapping[str, Launches]) -> None:
+    """From now on put these launch parameters, by architecture, over those of the committed tables, in place of any before."""
+    global _taken
+    if taken != _taken:
+        _taken = taken
+        clear()
+
+
+@contextmanager
+def counted_lookups() -> Iterator[Counter[tuple[str, torch.dtype, Key]]]:
+    """Count the launch parameters that are looked up while the block runs, by kernel, dtype and the key of the call."""
+    token = _lookups.set(Counter())
+    try:
+        yield _lookups.get()
+    finally:
+        _lookups.reset(token)
 
 
 def launch_parameters(kernel: str, device: torch.device, dtype: torch.dtype, key: Key) -> dict[str, int]:
     """Return the parameters of the nearest shape class: words in the key must be equal, sizes are compared by their logarithms."""
+    if not torch.compiler.is_compiling() and (lookups := _lookups.get()) is not None:
+        lookups[kernel, dtype, key] += 1
     return dict(_nearest(kernel, device, dtype, key))
 
 

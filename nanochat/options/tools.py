@@ -76,5 +76,7 @@ class KernelsGateOptions(PresetOptions):
     """key/value heads"""
     vocab_size: Annotated[int, Between(0, 1_000_000)] = 0
     """tokens in the vocabulary; 0: those of the trained tokenizer, else 65536"""
+    tune: bool = True
+    """on a GPU model that the launch table was not measured on, first search launch parameters for the kernels of this run"""
     device: str = "auto"
     """auto, cuda or cpu"""

@@ -3,7 +3,8 @@ and validates and times the operations."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 
 from rich.table import Table
 
@@ -19,8 +20,11 @@ from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
 from nanochat.speedrun.preflight import most_rows
 from nanochat.tokenizer.bpe import Tokenizer
+from nanochat.train.micro_step import step_on_meta
 from nanochat.train.timing import time_executions
-from nanochat_kernels import architecture, configs, dispatch, gate, inspect, tune
+from nanochat_kernels import architecture, configs, dispatch, gate, inspect, library, tune, tune_run
+
+TUNE_SECONDS = 240.0  # of the gate's ten minutes
 
 
 def list_kernels(options: KernelsListOptions) -> None:
@@ -108,14 +112,16 @@ def run_gate(options: KernelsGateOptions, paths: Paths) -> None:
                 "submit gate; to measure on this CPU: --device cpu"
             )
         shape = run_shape(model, options.device_batch_size or most_rows(options.preset, model, runtime))
-        operations, count = {}, len(dispatch.operations())
+        more, operations, count = {}, {}, len(dispatch.operations())
+        configs.take_parameters({})
+        if options.tune and runtime.device.type == "cuda":
+            more["tuned"] = tune_for_run(model, shape.rows, runtime)
         try:
             for name, choice in gate.examine(shape, runtime.device, runtime.compute_dtype):
                 operations[name] = choice
                 say(f"[{len(operations)}/{count}] {name}: {choice['impl']} ({choice['why']})")
         except gate.GateError as error:
             raise UserError(str(error)) from error
-        more = {}
         if runtime.device.type == "cuda":  # only CUDA has a choice of executions
             alone = {name: choice["impl"] for name, choice in operations.items()}
             more["micro_step"] = choose_by_micro_step(operations, model, shape.rows, runtime)
@@ -129,6 +135,35 @@ def run_gate(options: KernelsGateOptions, paths: Paths) -> None:
     say(
         f"wrote {paths.gate}; training of the run {paths.run_name} on this device and at these shapes takes it from now on"
     )
+
+
+def tune_for_run(model: GPTConfig, rows: int, runtime: Runtime) -> dict[str, dict]:
+    """Search launch parameters for the kernels of a training step where the table's are of another GPU model, and use them.
+
+    Returns them by architecture, as gate.json keeps them.
+    """
+    if library.in_use():
+        say("launch parameters: those of the library, which has no code for others")
+        return {}
+    step = partial(step_on_meta, dtype=runtime.compute_dtype, rows=rows, length=model.context_length)
+    block = replace(model, depth=1)  # a block shows which kernels the other implementations have
+    others = [
+        replace(block, impl=replace(block.impl, **{name: impl}))
+        for name in vars(model.impl)
+        for impl in dispatch.operations()[Implementations.operations(name)[0]].implementations
+    ]
+    say(
+        "launch parameters: searching for the kernels of this run that the launch table was not measured for on this GPU"
+    )
+    found = tune_run.search([partial(step, config) for config in (model, *others)], TUNE_SECONDS, say)
+    for line in found.left:
+        say(f"not tuned: {line}")
+    tuned = {found.architecture: found.launch} if found.launch else {}
+    say(
+        f"launch parameters: tuned {sum(len(c) for d in found.launch.values() for c in d.values())}, left {len(found.left)}"
+    )
+    configs.take_parameters(tuned)
+    return tuned
 
 
 def choose_by_micro_step(operations: dict[str, dict], model: GPTConfig, rows: int, runtime: Runtime) -> dict:

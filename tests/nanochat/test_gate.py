@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
 from nanochat.speedrun.preflight import most_rows
 from nanochat.train.memory import rows_that_fit
-from nanochat_kernels import gate
+from nanochat_kernels import configs, gate, library
 from nanochat_kernels.dispatch import operations
 from tests.conftest import TINY_BASE, assert_fails_with, nanochat
 from tests.nanochat.models import CARDS, on_card
@@ -192,6 +193,41 @@ def test_the_times_of_micro_steps_are_of_the_same_implementations(world, tmp_pat
     gate.write(paths.gate, valid_for, {}, micro_step=None)
     with pytest.raises(UserError, match="is not a gate file .*nanochat kernels gate"):
         take_gate(paths, fused, 4, cpu)
+
+
+def test_training_and_chat_launch_with_the_parameters_that_the_gate_found(
+    trained_base, tmp_path, cpu, monkeypatch, capsys
+):
+    """But for the library, whose code has others; and only while the file is valid."""
+    shutil.copytree(trained_base, tmp_path / "base")
+    paths, found = Paths(tmp_path / "base"), {"ROWS": 3, "num_warps": 1}
+    model = load_model(paths, "sft", cpu)[0].config
+    valid_for = gate.identity(run_shape(model, 4), cpu.device, cpu.compute_dtype)
+    takers = partial(take_gate, paths, model, 4, cpu), partial(load_model, paths, "sft", cpu)
+
+    def launched() -> dict:
+        return configs.launch_parameters("rms_norm_forward", cpu.device, torch.float32, (64,))
+
+    def tuned(parameters: dict) -> dict:
+        return {"sm80": {"rms_norm_forward": {"float32": {"64": parameters}}}}
+
+    before = launched()
+    for take in takers:
+        gate.write(paths.gate, valid_for, {}, tuned=tuned(found))
+        take()
+        assert launched() == found != before
+        with monkeypatch.context() as patch:
+            patch.setattr(library, "in_use", lambda: True)
+            take()
+            assert launched() == before and "the library has its own launch parameters" in capsys.readouterr().out
+        take()
+        assert launched() == found
+        gate.write(paths.gate, valid_for, {}, tuned=tuned({"ROWS": "many"}))
+        with pytest.raises(UserError, match="is not a gate file .*ROWS.* wanted an integer.*nanochat kernels gate"):
+            take()
+        paths.gate.unlink()
+        take()
+        assert launched() == before
 
 
 def test_a_micro_step_decides_between_a_graph_of_fused_operations_and_a_compiled_model(monkeypatch, cpu):

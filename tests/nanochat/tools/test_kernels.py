@@ -1,11 +1,19 @@
-"""`nanochat kernels inspect` and `tune`: one line for what a user can change, a traceback for a bug."""
+"""`nanochat kernels inspect` and `tune`: one line for what a user can change, a traceback for a bug. `gate` tunes first."""
+
+import json
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
+import torch
 
-from nanochat.options.tools import KernelsInspectOptions, KernelsTuneOptions
+import nanochat.tools.kernels as tools
+from nanochat.gpt import GPTConfig
+from nanochat.options.tools import KernelsGateOptions, KernelsInspectOptions, KernelsTuneOptions
+from nanochat.platform.distributed import Runtime
 from nanochat.platform.errors import UserError
 from nanochat.tools.kernels import inspect_kernels, tune_kernels
-from nanochat_kernels import configs, inspect, tune
+from nanochat_kernels import configs, dispatch, gate, inspect, library, tune, tune_run
 
 COMMANDS = [
     (inspect_kernels, KernelsInspectOptions, inspect, "inspect_all"),
@@ -41,3 +49,63 @@ def test_only_errors_raised_for_a_user_become_one_line(monkeypatch, command, opt
 def test_a_kernel_that_does_not_exist_is_a_users_error(command, options, module, name):
     with pytest.raises(UserError, match="no kernel is called no_kernel; there are"):
         command(options(kernel=("no_kernel",)))
+
+
+TUNED = {"rms_norm_forward": {"bfloat16": {"128": {"ROWS": 3, "num_warps": 1}}}}
+ON_GPU = Runtime(0, 1, torch.device("cuda", 0), torch.bfloat16)
+MODEL = GPTConfig.from_depth(2, 512, 64)
+
+
+@pytest.fixture
+def searched(monkeypatch):
+    """What the search was called with; it finds TUNED and leaves one kernel."""
+    calls = []
+
+    def search(works, seconds, say):
+        calls.append((works, seconds))
+        return tune_run.Found("sm80", TUNED, ["finish_rows float32 20: the 240 s were over"])
+
+    monkeypatch.setattr(tune_run, "search", search)
+    yield calls
+    configs.take_parameters({})
+
+
+def test_the_kernels_of_a_training_step_are_tuned_and_those_of_every_implementation(searched, capsys):
+    assert tools.tune_for_run(MODEL, 4, ON_GPU) == {"sm80": TUNED}
+    [(works, seconds)] = searched
+    assert seconds <= 300 and works[0].args == (MODEL,) and works[0].keywords == {
+        "dtype": torch.bfloat16, "rows": 4, "length": 64,
+    }  # fmt: skip
+    chosen = [{name: impl for name, impl in vars(work.args[0].impl).items() if impl != "auto"} for work in works[1:]]
+    assert {"self_attention": "triton"} in chosen and {"linear_cross_entropy": "fused"} in chosen
+    assert all(len(impl) == 1 and work.args[0].depth == 1 for impl, work in zip(chosen, works[1:], strict=True))
+    names = {case.name for case in tune_run.cases_of(works, "sm80", set(configs.table("sm80")["launch"]))}
+    assert {"relu2_mlp_up", "attention_key_gradients", "cross_entropy_exponentials", "finish_rows"} <= names
+    said = capsys.readouterr().out
+    assert "not tuned: finish_rows float32 20: the 240 s were over" in said and "tuned 1, left 1" in said
+    assert "128" in configs.table("sm80")["launch"]["rms_norm_forward"]["bfloat16"]
+
+
+def test_with_the_library_nothing_is_tuned(searched, monkeypatch, capsys):
+    monkeypatch.setattr(library, "in_use", lambda: True)
+    assert tools.tune_for_run(MODEL, 4, ON_GPU) == {} and not searched
+    assert "those of the library" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_gate_tunes_before_it_judges_and_keeps_what_it_found(searched, monkeypatch, world, tmp_path, asked):
+    paths, seen = replace(world, base=tmp_path), []
+
+    def examine(*_):
+        seen.append("128" in configs.table("sm80")["launch"]["rms_norm_forward"]["bfloat16"])
+        yield "rms_norm", {"impl": "triton", "why": "", "ms": {}, "faults": {}}
+
+    configs.take_parameters({"sm80": {"rms_norm_forward": {"bfloat16": {"128": {"ROWS": 9, "num_warps": 1}}}}})
+    monkeypatch.setattr(tools, "start_runtime", lambda device: nullcontext(ON_GPU))
+    monkeypatch.setattr(gate, "examine", examine)
+    monkeypatch.setattr(gate, "identity", lambda *_: {})
+    monkeypatch.setattr(tools, "choose_by_micro_step", lambda *_: {"impl": {}, "ms": {"graph": 1.0}})
+    tools.run_gate(KernelsGateOptions(depth=1, context_length=32, device_batch_size=4, tune=asked), paths)
+    assert seen == [asked] and len(searched) == asked
+    assert json.loads(paths.gate.read_text()).get("tuned") == ({"sm80": TUNED} if asked else None)
+    assert set(json.loads(paths.gate.read_text())["operations"]) <= set(dispatch.operations())
