@@ -270,6 +270,14 @@ def test_the_band_is_what_plain_runs_differ_by():
     assert parity.differences(plain[0], plain[1]) == pytest.approx([0.0, 0.1, 0.2])
     parts = parity.band(plain, [1.0, 1.0, 1.05, 1.05, 1.6, 1.6])
     assert [part["within"] for part in parts] == [True, True, False]
+    far = parity.band(plain, [1.0, 1.0, 1.05, 1.05, 1.6, 1.6], beside=[9.0] * 6)
+    assert [part["within"] for part in far] == [True, True, False] and far[2]["beside"] == pytest.approx(
+        [8.0, 7.8, 8.0]
+    )
+    shown = [parity.table(parity.ParityConfig(), found).columns for found in (parts, far)]
+    assert [column.header for column in shown[1] if column.header not in [other.header for other in shown[0]]] == [
+        "compiled from them"
+    ]
     with pytest.raises(ValueError, match="runs of 2 and 3 steps"):
         parity.differences([1.0, 2.0], [1.0, 2.0, 3.0])
 
