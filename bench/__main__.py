@@ -35,6 +35,7 @@ import tyro
 from rich.table import Table
 
 from bench.cases import MODES, measured, variant_names
+from nanochat.options.ranges import check_ranges
 from nanochat.platform.console import console, say
 from nanochat.platform.errors import UserError
 from nanochat.platform.files import write_json
@@ -233,6 +234,7 @@ def main(arguments: list[str]) -> None:
     module = import_module(f"bench.{verb}")
     options = {"report": ReportConfig, "compare": CompareConfig}.get(verb) or getattr(module, f"{verb.title()}Config")
     config = tyro.cli(options, args=rest, prog=f"python -m bench {verb}")
+    check_ranges(config)
     if verb == "report":
         say(f"wrote {module.write_report(config.results, config.out)}")
     elif verb == "compare":

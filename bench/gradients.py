@@ -7,6 +7,7 @@ the budget of every parameter (kernels/oracle.py). The variant runs as in traini
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from rich.table import Table
@@ -16,6 +17,7 @@ from bench.measure import header
 from bench.variants import Training, parse
 from nanochat.data.batches import Batch
 from nanochat.gpt import GPTConfig
+from nanochat.options.ranges import AtLeast
 from nanochat.platform.console import say, show_table
 from nanochat.platform.distributed import start_runtime
 from nanochat.platform.files import write_json
@@ -30,15 +32,15 @@ SHOWN = 12  # parameters in the table, of which the variant's error is the large
 class GradientsConfig:
     """Compare the gradients of a step with those of the plain operations in float64."""
 
-    depth: int = 20
+    depth: Annotated[int, AtLeast(1)] = 20
     """blocks of the model"""
-    rows: int = 4
+    rows: Annotated[int, AtLeast(1)] = 4
     """rows of a micro-batch"""
-    tokens: int = 2048
+    tokens: Annotated[int, AtLeast(1)] = 2048
     """tokens per row"""
-    micro_steps: int = 4
+    micro_steps: Annotated[int, AtLeast(1)] = 4
     """micro-steps of the step"""
-    vocab_size: int = 65536
+    vocab_size: Annotated[int, AtLeast(1)] = 65536
     """size of the vocabulary"""
     variant: str = "fused"
     """what is judged: fused, or EXECUTION:IMPL"""

@@ -7,7 +7,7 @@ PyTorch reserves over whole steps, and the bytes of a token and layer, which are
 import gc
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Annotated, get_args
 
 import torch
 from rich.table import Table
@@ -15,6 +15,7 @@ from rich.table import Table
 from nanochat.gpt import GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.options.model import Implementations, Recompute
+from nanochat.options.ranges import AtLeast
 from nanochat.platform.console import say, show_table
 from nanochat.platform.distributed import start_runtime
 from nanochat.platform.files import write_json
@@ -44,19 +45,19 @@ VARIANTS: dict[str, tuple[str, Implementations, tuple[Recompute, ...]]] = {
 class MemoryConfig:
     """Print how many rows of a micro-batch fit on which card."""
 
-    depth: tuple[int, ...] = (12, 20, 26, 32)
+    depth: Annotated[tuple[int, ...], AtLeast(1)] = (12, 20, 26, 32)
     """blocks of the models"""
-    tokens: int = 2048
+    tokens: Annotated[int, AtLeast(1)] = 2048
     """tokens per row"""
-    vocab_size: int = 65536
+    vocab_size: Annotated[int, AtLeast(1)] = 65536
     """size of the vocabulary"""
-    processes: int = 8
+    processes: Annotated[int, AtLeast(1)] = 8
     """GPUs that train together"""
-    most: int = 256
+    most: Annotated[int, AtLeast(1)] = 256
     """largest number of rows to look for"""
     measure: bool = False
     """measure on this GPU too"""
-    rows: tuple[int, ...] = (4, 16)
+    rows: Annotated[tuple[int, ...], AtLeast(1)] = (4, 16)
     """rows of the micro-batches that are measured; the slope between the first and the last gives the bytes of a token"""
     json: Path | None = None
     """file for all numbers"""

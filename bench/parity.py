@@ -15,6 +15,7 @@ from itertools import combinations
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
+from typing import Annotated
 
 from rich.table import Table
 
@@ -24,6 +25,7 @@ from nanochat.evaluate.base import evaluate_base
 from nanochat.options.data import GenerateOptions
 from nanochat.options.evaluate import EvaluateBaseOptions
 from nanochat.options.model import Implementations
+from nanochat.options.ranges import AtLeast
 from nanochat.options.tokenizer import TokenizerTrainOptions
 from nanochat.options.train import RunOptions, TrainBaseOptions
 from nanochat.platform.console import say, show_table
@@ -45,23 +47,23 @@ BITS, ACCURACY = 1e-3, 1e-2  # how far evaluations of the same weights may diffe
 class ParityConfig:
     """Compare the losses of fused and of plain training, and evaluations of the same weights."""
 
-    depth: int = 4
+    depth: Annotated[int, AtLeast(1)] = 4
     """blocks of the model"""
-    steps: int = 1000
+    steps: Annotated[int, AtLeast(3)] = 1000
     """training steps of each run"""
     rows: int = 16
     """rows of a step, a multiple of 4"""
-    tokens: int = 512
+    tokens: Annotated[int, AtLeast(1)] = 512
     """tokens per row"""
-    vocab_size: int = 4096
+    vocab_size: Annotated[int, AtLeast(1)] = 4096
     """size of the vocabulary, which is learned from the embedded text"""
     variant: str = "fused"
     """what is compared with plain training: fused, or EXECUTION:IMPL"""
-    shards: int = 4
+    shards: Annotated[int, AtLeast(1)] = 4
     """shards of the embedded text, of 4,096 documents each"""
-    eval_tokens: int = 131072
+    eval_tokens: Annotated[int, AtLeast(1)] = 131072
     """tokens of each split on which bits per byte are measured"""
-    core_items: int = 100
+    core_items: Annotated[int, AtLeast(1)] = 100
     """items of each CORE task"""
     device: str = "cuda"
     """cuda, or cpu to try the command out"""
@@ -158,8 +160,6 @@ def parity(config: ParityConfig, command: str) -> bool:
         raise UserError(
             f"--rows must be a multiple of 4, because micro-batches have a half and a quarter of them, got {config.rows}"
         )
-    if config.steps < 3:
-        raise UserError(f"--steps must be at least 3, one for each third, got {config.steps}")
     with start_runtime(config.device) as runtime, TemporaryDirectory() as folder:
         found = header(command, runtime.device.type == "cuda")
         execution, impl = execution_of(config.variant, runtime), parse(config.variant).impl

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from matplotlib import pyplot as plt
@@ -48,7 +48,9 @@ def read(paths: tuple[Path, ...]) -> tuple[str, list[dict]]:
         try:
             found = json.loads(path.read_text("utf-8"))
             made = [row | {"setting": setting(row)} for row in found["rows"] if row.get("samples_ms")]
-            rows += [row | {name: row[name] for name in ("tokens_per_second", "peak_gb", "variant")} for row in made]
+            rows += [
+                row | {name: row[name] for name in ("tokens_per_second", "peak_gb", "variant", "ms")} for row in made
+            ]
             devices[found["device"]] = path
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is no result of `python -m bench train` ({error!r})") from error
@@ -73,7 +75,6 @@ def shown(value: float) -> str:
 
 def bars(axes: Axes, rows: list[dict], settings: list[str], variants: list[str], key: str, title: str) -> None:
     """A bar for each setting and variant; the first variant's is compared with each other's."""
-    colors = dict(zip(variants, COLORS, strict=False))
     found = {(row["setting"], row["variant"]): row for row in rows}
     for place, name in enumerate(settings):
         for number, variant in enumerate(variants):
@@ -86,7 +87,7 @@ def bars(axes: Axes, rows: list[dict], settings: list[str], variants: list[str],
                 low, _, high = quantiles(row["samples_ms"], n=4) if len(row["samples_ms"]) > 1 else (row["ms"],) * 3
                 scale = value * median(row["samples_ms"])
                 spread = [[value - scale / high], [scale / low - value]]
-            axes.barh(y, value, height=0.9 * BAR, color=colors[variant], xerr=spread, ecolor=INK, capsize=2)
+            axes.barh(y, value, height=0.9 * BAR, color=color_of(number), xerr=spread, ecolor=INK, capsize=2)
             first = found.get((name, variants[0]))
             ratio = (
                 f" ({NAMES.get(variants[0], variants[0])} {first[key] / value:.2f} ×)"
@@ -104,16 +105,26 @@ def bars(axes: Axes, rows: list[dict], settings: list[str], variants: list[str],
     axes.grid(axis="y", visible=False)
 
 
+def color_of(number: int) -> Any:
+    """The colour of a variant, by its number."""
+    return COLORS[number] if number < len(COLORS) else plt.get_cmap("tab20")(number)
+
+
 def figure_of(device: str, rows: list[dict]) -> Figure:
+    """Panels of what was measured: tokens per second, or of updates alone milliseconds; and memory, which a CPU does not tell."""
     settings, variants = (list(dict.fromkeys(row[name] for row in rows)) for name in ("setting", "variant"))
+    has = {key: any(row[key] is not None for row in rows) for key in ("tokens_per_second", "peak_gb")}
+    panels = [("tokens_per_second", "tokens per second") if has["tokens_per_second"] else ("ms", "milliseconds")]
+    panels += [("peak_gb", "peak memory, GB")] * has["peak_gb"]
     height = 1.2 + len(settings) * (0.25 + 1.1 * BAR * len(variants))
-    figure, (rate, memory) = plt.subplots(
-        1, 2, figsize=(WIDTH, height), sharey=True, width_ratios=(3, 2), layout="constrained"
+    widths = (3, 2)[: len(panels)]
+    figure, all_axes = plt.subplots(
+        1, len(panels), figsize=(WIDTH, height), sharey=True, width_ratios=widths, layout="constrained", squeeze=False
     )
-    bars(rate, rows, settings, variants, "tokens_per_second", "tokens per second")
-    bars(memory, rows, settings, variants, "peak_gb", "peak memory, GB")
-    handles = [Patch(color=color, label=NAMES.get(name, name)) for color, name in zip(COLORS, variants, strict=False)]
-    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False)
+    for axes, panel in zip(all_axes[0], panels, strict=True):
+        bars(axes, rows, settings, variants, *panel)
+    handles = [Patch(color=color_of(number), label=NAMES.get(name, name)) for number, name in enumerate(variants)]
+    figure.legend(handles=handles, loc="outside upper right", ncols=min(len(handles), 4), frameon=False)
     figure.suptitle(f"Training on one {device}", x=0.01, ha="left", fontsize=10)
     return figure
 

@@ -2,23 +2,36 @@
 
 The time of a micro-step is taken to be
     products / (peak · e₁)  +  attention / its rate  +  bytes of the other passes / (bandwidth · e₂).
-e₁ and e₂ are fitted for each variant to the micro-steps that an H100 and an H200 took (bench/results; of the fused variant those of
-the H200, because the others are older than its present code). The two cards have the same peak and different bandwidths, which tells
-e₁ and e₂ apart. For an A100 both are scaled by what is published about it, within ranges
-(INPUTS); the optimizer's update and the exchange of gradients are added. Every number in a range is drawn at random, all variants with
-the same draw. A draw counts the more, the nearer its plain compiled model is to the published step of eight A100s (PUBLISHED).
+e₁ and e₂ are fitted for each variant to the micro-steps that an H100 and an H200 took (bench/results; of the fused variant the H200
+alone, in the form that an A100's launch table takes). The two cards have the same peak and different bandwidths, which tells e₁ and
+e₂ apart; the plain model is also predicted on each card from the other one alone. For an A100 both are scaled by what is published
+about it, within ranges (INPUTS); the optimizer's update and the exchange of gradients are added. Every number in a range is drawn at
+random, all variants with the same draw. A draw counts the more, the nearer its plain compiled model is to the published step of eight
+A100s (PUBLISHED).
 """
 
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from rich.table import Table
 
 from bench.memory import MemoryConfig, fitting
+from bench.simulation_inputs import (
+    BEST_PRODUCT,
+    CARDS,
+    FLASH,
+    INPUTS,
+    MOST_OF_BANDWIDTH,
+    PUBLISHED,
+    TRAFFIC,
+    Card,
+)
 from nanochat.gpt import GPTConfig
+from nanochat.options.ranges import AtLeast
 from nanochat.platform.console import say, show_table
 from nanochat.platform.errors import UserError
 from nanochat.platform.files import read_shape, write_json
@@ -29,34 +42,16 @@ DRAWS, SEED = 40_000, 0
 AIM = 580_000  # tokens/s that the project wants to reach
 
 
-@dataclass(frozen=True)
-class Card:
-    """A GPU by its datasheet: dense bf16 FLOP/s, and bytes/s of its memory."""
-
-    peak: float
-    bandwidth: float
-
-
-CARDS = {
-    "H100": Card(989e12, 3_350e9),
-    "H200": Card(989e12, 4_800e9),
-    "A100 80 GB": Card(312e12, 2_039e9),
-    "A100 40 GB": Card(312e12, 1_555e9),
-}
-# bytes of passes that products do not hide: a channel of a token and block, a word of the vocabulary and token, a parameter
-TRAFFIC = {
-    # norms with residuals 32, rotation and QK-norm 20, relu² and its derivative 40, sums of gradients 4; the loss reads and writes
-    # logits; gradients of weights are made in bfloat16 and added in float32
-    "plain": (96, 8, 12),
-    # second operands of epilogues 20, attention's products of out and its gradient 4, the pass that undoes rotation and norm 18; the
-    # loss reads logits and writes their gradient; gradients of weights are added in float32
-    "fused": (42, 4, 8),
-}
-VARIANTS = {"plain": "compile:reference", "fused": "graph:auto"}
-# the files that have the present code of a variant; the fused rows of h100/ are older than the fused products
+VARIANTS = "plain", "fused"
+# the variant in each file that passes over memory as TRAFFIC says: attention apart from its projection, logits stored
 MEASURED = {
-    "plain": ("h100/training_step.json", "h200/training_step.json", "h200/training_step_attention.json"),
-    "fused": ("h200/training_step.json", "h200/training_step_attention.json"),
+    "plain": dict.fromkeys(
+        ("h100/training_step.json", "h200/training_step.json", "h200/training_step_attention.json"), "compile:reference"
+    ),
+    "fused": {
+        "h200/training_step.json": "graph:auto",
+        "h200/training_step_attention.json": "graph:auto,self_attention=parts,linear_cross_entropy=triton",
+    },
 }
 # what would change the fused step on an A100: its traffic, and inputs that are then known
 IDEAS: dict[str, tuple[tuple[int, int, int], dict[str, float]]] = {
@@ -66,66 +61,15 @@ IDEAS: dict[str, tuple[tuple[int, int, int], dict[str, float]]] = {
     "epilogues cost as little as on Hopper": (TRAFFIC["fused"], {"epilogues": 1.0}),
     "all of these": ((24, 0, 8), {"open_reduce": 0.0, "open_gather": 0.0, "epilogues": 1.0}),
 }
-PUBLISHED_STEPS = 529_882, 529_000, 528_029, 528_202, 527_379, 526_671, 525_967  # tokens/s of steps 4 to 10
-PUBLISHED = {
-    "tokens_per_second": sum(PUBLISHED_STEPS) / len(PUBLISHED_STEPS),
-    "deviation": 0.02,  # relative: that code has an optimizer of its own, and the clock falls as the cards get warm
-    "what": "d20, plain model compiled, 8 × A100-SXM4, 32 × 2,048 tokens each: 989.4 to 996.8 ms a step",
-    "source": "https://github.com/karpathy/nanochat/pull/147",
-}
-
-
-@dataclass(frozen=True)
-class Input:
-    """A number that is not known exactly: anything from low to high is equally likely."""
-
-    low: float
-    high: float
-    why: str
-
-
-INPUTS = {
-    "products": Input(
-        1.0, 1.27,
-        "efficiency of an A100's products in a step, over that of Hopper's times 0.869/0.801, the parts of the peak that their best "
-        "products reach (stas00/ml-engineering, compute/accelerator); 1.27 is 0.90 of the peak, as if power limited nothing",
-    ),
-    "attention": Input(
-        0.95, 1.15,
-        "rate of FlashAttention-2, over 180 TFLOP/s forward and 141 backward, which an A100 PCIe reached; SXM is faster",
-    ),
-    "memory": Input(
-        1.0, 1.45,
-        "efficiency of the other passes, over that on Hopper, where instructions bind them in part; at most 0.9 of the bandwidth",
-    ),
-    "epilogues": Input(
-        0.98, 1.12,
-        "time of an A100's products with epilogues over torch's, relative to that on Hopper: sm_80's PTX took 1.07 to 1.20 × CUTLASS's "
-        "time (h200/products_sm80_ptx.json) where sm_90's takes 0.99 to 1.14 × (h200/products.json)",
-    ),
-    "update": Input(
-        2.0, 2.92,
-        "time of the optimizer's update over an H100's: between the ratio of bandwidths, 1.64, and that of best products, 2.92",
-    ),
-    "bus": Input(
-        200e9, 235e9, "bytes/s of NCCL's collectives on eight A100s with NVLink of 600 GB/s (NVIDIA/nccl-tests, issue 149: 200 GB/s)"
-    ),
-    "open_reduce": Input(0.3, 1.0, "part of the time of reduce-scatter that nothing hides"),
-    "open_gather": Input(0.2, 0.8, "part of the time of all-gather that the orthogonalization does not hide"),
-    "rest": Input(0.0, 3e-3, "seconds of a step in which the GPU waits for the host"),
-}  # fmt: skip
-FLASH = 180e12, 141e12  # FLOP/s forward and backward on an A100 PCIe, causal, heads of 128, 2,048 tokens
-BEST_PRODUCT = {"A100": 0.869, "H100": 0.801}  # of the peak
-MOST_OF_BANDWIDTH = 0.9
 
 
 @dataclass(frozen=True)
 class SimulateConfig:
     """Predict tokens per second and hours of pretraining on A100s, for the plain compiled model and the fused one."""
 
-    depth: int = 20
+    depth: Annotated[int, AtLeast(1)] = 20
     """blocks of the model"""
-    gpus: int = 8
+    gpus: Annotated[int, AtLeast(1)] = 8
     """A100s in one machine"""
     measured: Path | None = None
     """file of `python -m bench scaling` with d20 on 1 and more GPUs: adds hours and dollars of the speedrun there and on A100s"""
@@ -182,19 +126,22 @@ def measured(variant: str) -> Iterator[tuple[str, dict]]:
     """(card, row) of each measured micro-step of the variant that is long enough not to wait for the host. Raises UserError for files
     of another form."""
     shape = {"device": str, "rows": [{"variant": str, "depth": int, "rows": int, "tokens": int}]}
-    for name in MEASURED[variant]:
+    for name, text in MEASURED[variant].items():
         content = read_shape(RESULTS / name, shape)
         card = next((card for card in ("H100", "H200") if card in content["device"]), None)
         if card is None:
             raise UserError(f"{RESULTS / name} is of {content['device']}, wanted an H100 or an H200")
         for row in content["rows"]:
             long = "ms" in row and row["rows"] * row["tokens"] >= 8192 and row["host_ms"] < 0.8 * row["ms"]
-            if row["variant"] == VARIANTS[variant] and row["depth"] >= 12 and long:
+            if row["variant"] == text and row["depth"] >= 12 and long:
                 yield card, row | {"file": name}
 
 
-def fit(variant: str) -> Efficiency:
-    """The efficiencies with the least squared relative error over all measured micro-steps of both cards."""
+def fit(variant: str, without: str = "") -> Efficiency:
+    """The efficiencies with the least squared relative error over all measured micro-steps of both cards.
+
+    without: a card whose micro-steps are left out, and which rows and errors are then of.
+    """
     forward, backward = hopper_attention()
     lines, rows = [], []
     for name, row in measured(variant):
@@ -203,9 +150,11 @@ def fit(variant: str) -> Efficiency:
         attention = w.attention / forward + 2.5 * w.attention / backward
         lines.append((w.products / card.peak / seconds, w.bytes / card.bandwidth / seconds, 1 - attention / seconds))
         rows.append({"card": name} | {key: row[key] for key in ("file", "depth", "rows", "tokens", "ms")})
-    matrix = np.array(lines)
-    inverse, *_ = np.linalg.lstsq(matrix[:, :2], matrix[:, 2], rcond=None)
-    errors = matrix[:, :2] @ inverse - matrix[:, 2]
+    matrix, judged = np.array(lines), np.array([not without or row["card"] == without for row in rows])
+    fitted = matrix[~judged] if without else matrix
+    inverse, *_ = np.linalg.lstsq(fitted[:, :2], fitted[:, 2], rcond=None)
+    errors = (matrix[:, :2] @ inverse - matrix[:, 2])[judged]
+    rows = [row for row, shown in zip(rows, judged, strict=True) if shown]
     for row, error in zip(rows, errors, strict=True):
         row["model_ms"] = row["ms"] * (1 + float(error))
     products, memory = (1 / inverse).tolist()
@@ -238,6 +187,8 @@ def shares(depth: int, gpus: int) -> dict[tuple[str, str], tuple[int, int]]:
             if micro_steps * rows * CONTEXT * gpus != STEP_TOKENS:
                 raise UserError(f"{gpus} GPUs cannot share a step of {STEP_TOKENS:,} tokens; give --gpus 1, 2, 4 or 8")
             found[row["card"], names[row["variant"]]] = micro_steps, rows
+    if ("A100 80 GB", "fused") not in found:
+        raise UserError(f"not a row of a model of depth {depth} fits on {gpus} A100s of 80 GB; give a smaller --depth")
     return found
 
 
@@ -328,6 +279,7 @@ def predict(depth: int, gpus: int, inputs: dict[str, Input] = INPUTS) -> dict:
         "aim_tokens_per_second": AIM,
         "inputs": {name: asdict(input_) for name, input_ in inputs.items()},
         "fits": {variant: asdict(found) for variant, found in fits.items()},
+        "largest_error_of_plain_on_a_card_left_out": {card: fit("plain", card).largest for card in ("H100", "H200")},
         "published": PUBLISHED | {
             "predicted_without_it": quantiles(plain, equal), "predicted_with_it": quantiles(plain, weights)
         },
@@ -351,6 +303,8 @@ def show(found: dict) -> None:
             f"the bandwidth; error {100 * fitted['deviation']:.1f} % (root mean square), at most {100 * fitted['largest']:.1f} %"
         )
         show_table(table)
+    for card, error in found["largest_error_of_plain_on_a_card_left_out"].items():
+        say(f"plain on the {card}, fitted to the other card alone: at most {100 * error:.1f} % off")
     published = found["published"]
     say(f"published: {published['tokens_per_second']:,.0f} tokens/s ({published['what']})")
     for key, text in (("predicted_without_it", "without"), ("predicted_with_it", "with")):

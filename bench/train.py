@@ -13,7 +13,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import torch
 from rich.table import Table
@@ -24,6 +24,7 @@ from bench.parity import loss_differences
 from bench.variants import NAMES, Training, ablations, parse
 from nanochat.data.batches import Batch
 from nanochat.gpt import GPTConfig
+from nanochat.options.ranges import AtLeast
 from nanochat.platform.console import say, show_table
 from nanochat.platform.distributed import Runtime, start_runtime
 from nanochat.platform.errors import UserError
@@ -38,11 +39,11 @@ WARM_UP = 4  # calls before the first sample: graphs are captured in the second 
 class TrainConfig:
     """Time micro-steps and whole optimizer steps, variant by variant."""
 
-    depth: tuple[int, ...] = (20,)
+    depth: Annotated[tuple[int, ...], AtLeast(1)] = (20,)
     """blocks of the models"""
-    rows: tuple[int, ...] = (16,)
+    rows: Annotated[tuple[int, ...], AtLeast(1)] = (16,)
     """rows of a micro-batch"""
-    tokens: tuple[int, ...] = (2048,)
+    tokens: Annotated[tuple[int, ...], AtLeast(1)] = (2048,)
     """tokens per row"""
     measure: tuple[str, ...] = ("micro", "1", "8")
     """what is timed: micro (forward and backward of a micro-batch), a number (a whole step of so many micro-steps), update (what
@@ -51,17 +52,17 @@ class TrainConfig:
     """variants to time: fused, plain, compiled, peers, max-autotune, or EXECUTION:IMPL; the first is compared with the others"""
     ablate: bool = False
     """compare the first variant with those in which one operation is its reference"""
-    loss_steps: int = 0
+    loss_steps: Annotated[int, AtLeast(0)] = 0
     """training steps on the embedded data after which the losses of the variants are compared; 0: none"""
     first_step: bool = False
     """time the start of a run too, each variant in processes of its own, with empty and with warm caches"""
-    rounds: int = 7
+    rounds: Annotated[int, AtLeast(1)] = 7
     """samples of each variant"""
-    seconds: float = 0.25
+    seconds: Annotated[float, AtLeast(0)] = 0.25
     """length of a sample, in which the work is repeated as often as it fits, at least twice (a whole step: once)"""
-    vocab_size: int = 65536
+    vocab_size: Annotated[int, AtLeast(1)] = 65536
     """size of the vocabulary"""
-    layers: int = 0
+    layers: Annotated[int, AtLeast(0)] = 0
     """number of blocks, if it differs from --depth, which still sets the width; 0: as many as --depth"""
     device: str = "cuda"
     """cuda, or cpu to try the command out"""
@@ -300,8 +301,6 @@ def train(config: TrainConfig, command: str) -> None:
         raise UserError(
             f"--measure takes micro, update or a number of micro-steps, got {' '.join(unknown) or 'nothing'}"
         )
-    if config.rounds < 1:
-        raise UserError(f"--rounds must be at least 1, got {config.rounds}")
     texts = config.all_variants
     if not texts or len(set(texts)) < len(texts):
         raise UserError(f"--variants must name at least one variant, each once, got {' '.join(texts) or 'none'}")

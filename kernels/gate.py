@@ -40,7 +40,7 @@ class GateError(ValueError):
 
 
 def call(trial: Trial, function: Callable, *inputs) -> tuple[Tensor, ...]:
-    """All results. Of an operation that works in place the tensors that it changed, which are copies, come first."""
+    """Return all results at the inputs. Inputs that the trial's operation changes in place are copied, and are the first results."""
     inputs = [x.clone() if i in trial.in_place else x for i, x in enumerate(inputs)]
     results = function(*inputs)
     changed = tuple(inputs[i] for i in trial.in_place)

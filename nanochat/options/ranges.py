@@ -75,5 +75,6 @@ def check_ranges(options: Any) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{option} must be a finite number, got {value}")
         for allowed in getattr(hints[field.name], "__metadata__", ()):
-            if isinstance(allowed, Between) and value is not None and value not in allowed:
-                raise UserError(f"{option} must be {allowed}, got {value}")
+            for each in value if isinstance(value, tuple) else (value,):
+                if isinstance(allowed, Between) and each is not None and each not in allowed:
+                    raise UserError(f"{option} must be {allowed}, got {each}")

@@ -4,8 +4,9 @@ import json
 import re
 
 import pytest
+from matplotlib.colors import to_hex
 
-from bench.picture import PictureConfig, picture
+from bench.picture import PictureConfig, color_of, picture
 from nanochat.platform.errors import UserError
 
 
@@ -36,6 +37,27 @@ def test_rates_memory_and_ratios_are_drawn(tmp_path):
     assert {"205K", "137K (nanochat 1.50 ×)", "1.5 (nanochat 0.67 ×)", "102K (nanochat 1.00 ×)"} <= set(found)
     assert {"d4, 2 × 1,024 tokens", "Training on one a GPU", "nanochat", "torch.compile"} <= set(found)
     assert not any("Liger" in text for text in found)  # it was not measured
+
+
+def drawn(tmp_path, rows: list[dict]) -> tuple[set[str], str]:
+    out = tmp_path / "train.svg"
+    picture(PictureConfig((written(tmp_path / "found.json", rows),), out), "")
+    return set(texts(out.read_text("utf-8"))), out.read_text("utf-8")
+
+
+def test_an_ablation_of_many_variants_is_drawn_each_in_its_colour(tmp_path):
+    names = [f"graph:auto,{number}=reference" for number in range(9)]
+    found, _ = drawn(tmp_path, [result(name, 10.0 + number) for number, name in enumerate(names)])
+    assert set(names) <= found
+    assert len({to_hex(color_of(number)) for number in range(9)}) == 9
+
+
+def test_results_of_updates_alone_and_of_a_cpu_are_drawn(tmp_path):
+    update = {"measured": "update", "tokens_per_second": None}
+    found, _ = drawn(tmp_path, [result("fused", 10.0, **update), result("compiled", 15.0, **update)])
+    assert {"milliseconds", "peak memory, GB", "15 (nanochat 0.67 ×)"} <= found
+    found, _ = drawn(tmp_path, [result("fused", 10.0, peak_gb=None), result("plain", 20.0, peak_gb=None)])
+    assert "tokens per second" in found and "peak memory, GB" not in found
 
 
 @pytest.mark.parametrize(
