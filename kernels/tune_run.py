@@ -7,6 +7,7 @@ as `nanochat kernels tune` does. The committed parameters take part, so that wha
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from statistics import median
 from typing import NamedTuple
 
@@ -82,7 +83,8 @@ def search(
     device = torch.device("cuda", torch.cuda.current_device())
     name = architecture(device.index)
     launch, left = {}, []
-    counts = cases_of(works, name, measured_elsewhere(name, tune.card_here(name)))
+    names = measured_elsewhere(name, tune.card_here(name))
+    counts = cases_of(works, name, names) if names else {}
     committed = {case: configs.parameters_in(name, case.name, case.dtype, case.key) for case in counts}
     compile_all([(case, [parameters]) for case, parameters in committed.items()], name, device, sets=1)
     cost = {case: count * milliseconds(case, committed[case], device) for case, count in counts.items()}
@@ -92,8 +94,8 @@ def search(
             continue
         try:
             before, ms, parameters = best(case, committed[case], name, device, say)
-        except (torch.OutOfMemoryError, inspect.CannotRun) as error:
-            left.append(f"{case}: {str(error).splitlines()[0]}")
+        except Exception as error:  # whatever a kernel fails with on this machine, the committed parameters stay
+            left.append(f"{case}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
             continue
         finally:
             torch.cuda.empty_cache()
@@ -127,7 +129,7 @@ def milliseconds(case: Case, committed: Parameters, device: torch.device) -> flo
     """Return the time with the committed parameters; 0 where they cannot be launched, so that the case is searched last."""
     try:
         return first_look(case, [committed], device).get(0, 0.0)
-    except torch.OutOfMemoryError:
+    except Exception:  # such as inputs that do not fit into the memory; the search will say so
         return 0.0
 
 
@@ -151,8 +153,12 @@ def first_look(case: Case, candidates: list[Parameters], device: torch.device) -
 def compile_all(
     jobs: Iterable[tuple[Case, list[Parameters]]], name: str, device: torch.device, sets: int | None = None
 ) -> None:
-    """Compile each case with each of its parameters side by side, in every set of flags or in the first `sets` of them."""
-    ahead.compile_side_by_side(launches_of(jobs, name, sets), device)
+    """Compile each case with each of its parameters side by side, in every set of flags or in the first `sets` of them.
+
+    What does not compile is left to its launch to report.
+    """
+    with suppress(Exception):
+        ahead.compile_side_by_side(launches_of(jobs, name, sets), device)
 
 
 def launches_of(jobs: Iterable[tuple[Case, list[Parameters]]], name: str, sets: int | None) -> Iterator:

@@ -152,16 +152,13 @@ def tune_for_run(model: GPTConfig, rows: int, runtime: Runtime) -> dict[str, dic
         for name in vars(model.impl)
         for impl in dispatch.operations()[Implementations.operations(name)[0]].implementations
     ]
-    say(
-        "launch parameters: searching for the kernels of this run that the launch table was not measured for on this GPU"
-    )
+    say(f"launch parameters: searching for up to {TUNE_SECONDS:.0f} s where the launch table is of another GPU model")
     found = tune_run.search([partial(step, config) for config in (model, *others)], TUNE_SECONDS, say)
     for line in found.left:
         say(f"not tuned: {line}")
-    tuned = {found.architecture: found.launch} if found.launch else {}
-    say(
-        f"launch parameters: tuned {sum(len(c) for d in found.launch.values() for c in d.values())}, left {len(found.left)}"
-    )
+    count = sum(len(classes) for dtypes in found.launch.values() for classes in dtypes.values())
+    say(f"launch parameters: {count} searched, {len(found.left)} left as in the launch table")
+    tuned = {found.architecture: found.launch} if count else {}
     configs.take_parameters(tuned)
     return tuned
 

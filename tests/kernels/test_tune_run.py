@@ -122,6 +122,26 @@ def test_a_few_configurations_are_timed_again_and_the_committed_one_takes_part(m
     assert clock.compiled == [1, len(space) + (committed not in space), 4 * flags]
 
 
+def test_where_the_table_was_measured_on_this_card_nothing_is_recorded(monkeypatch):
+    Clock(monkeypatch, {})
+    monkeypatch.setattr(tune_run, "measured_elsewhere", lambda *_: set())
+    assert tune_run.search([lambda: 1 / 0], 1.0, print) == ("sm80", {}, [])
+
+
+def test_what_fails_is_left_and_the_others_are_searched(monkeypatch):
+    clock = Clock(monkeypatch, {"relu2_mlp_up": 5.0})
+
+    def fastest(kernel, *others):
+        if kernel.name == "relu2_mlp_up":
+            raise RuntimeError("an illegal instruction\nwas encountered")
+        return clock.fastest(kernel, *others)
+
+    monkeypatch.setattr(tune, "fastest", fastest)
+    monkeypatch.setattr(tune_run.ahead, "compile_side_by_side", lambda launches, device: 1 / 0)
+    found = clock.search(step)
+    assert found.left == [f"{UP}: RuntimeError: an illegal instruction"] and "relu2_mlp_down" in found.launch
+
+
 def test_a_kernel_whose_inputs_do_not_fit_is_left(monkeypatch):
     clock = Clock(monkeypatch, {"rms_norm_forward": 1.0})
 
@@ -129,7 +149,11 @@ def test_a_kernel_whose_inputs_do_not_fit_is_left(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory\nTried")
 
     monkeypatch.setattr(tune, "timed", timed)
-    assert clock.search(partial(step, mlps=0)) == ("sm80", {}, ["rms_norm_forward bfloat16 1280: CUDA out of memory"])
+    assert clock.search(partial(step, mlps=0)) == (
+        "sm80",
+        {},
+        ["rms_norm_forward bfloat16 1280: OutOfMemoryError: CUDA out of memory"],
+    )
 
 
 def test_taken_parameters_are_those_of_the_calls():
