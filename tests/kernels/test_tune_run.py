@@ -1,5 +1,6 @@
 """What a run launches is searched where the launch table is of another GPU model: the dearest first, until the time is up."""
 
+import re
 from functools import partial
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import nanochat_kernels as kernels
 from nanochat_kernels import configs, tune, tune_run
 from nanochat_kernels.tune_run import Case
+from tests.kernels.harness import GPU
 
 A100 = "NVIDIA A100-SXM4-80GB"
 KEY, DTYPE = (65_536, 5120, 1280), torch.bfloat16
@@ -171,3 +173,25 @@ def test_taken_parameters_are_those_of_the_calls():
     configs.take_parameters({})
     assert configs.launch_parameters("rms_norm_forward", cpu, DTYPE, (1664,)) == shape_of_run
     assert "1664" not in configs.table("sm80")["launch"]["rms_norm_forward"]["bfloat16"]
+
+
+@pytest.mark.skipif(not GPU, reason="launch parameters are measured on a GPU")
+def test_a_search_on_a_gpu_finds_parameters_that_compute_the_same(monkeypatch):
+    """With the real compiler and clock, of two kernels; nothing is left, and nothing is slower than what was committed."""
+    names, said = {"rms_norm_forward", "relu2_mlp_up"}, []
+    monkeypatch.setattr(tune_run, "measured_elsewhere", lambda *_: names)
+    found = tune_run.search([step], 120.0, said.append)
+    assert found.left == [] and found.launch.keys() == names, found.left
+    for line in said:
+        ms, committed = map(
+            float, re.search(r": ([\d.]+) ms .*, ([\d.]+) with those of the launch table", line).groups()
+        )
+        assert 0 < ms < 1.2 * committed, line
+    configs.take_parameters({found.architecture: found.launch})
+    x = torch.randn(64, 1280, dtype=DTYPE, device="cuda")
+    weights = (0.03 * torch.randn(shape, dtype=DTYPE, device="cuda") for shape in ((5120, 1280), (1280, 5120)))
+    for operation, inputs in ((kernels.rms_norm, (x,)), (kernels.relu2_mlp, (x, *weights))):
+        found, wanted = (operation(*inputs, impl=impl) for impl in ("triton", "reference"))
+        torch.testing.assert_close(
+            *((y[0] if isinstance(y, tuple) else y).float() for y in (found, wanted)), rtol=0.02, atol=0.05
+        )
