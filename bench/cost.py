@@ -13,7 +13,7 @@ from statistics import median, quantiles
 import numpy as np
 from rich.table import Table
 
-from bench.simulate import Input
+from bench.simulation_inputs import Input
 from nanochat.gpt import GPTConfig
 from nanochat.options.evaluate import EvaluateBaseOptions
 from nanochat.options.presets import with_preset

@@ -19,6 +19,7 @@ from typing import Annotated
 import numpy as np
 from rich.table import Table
 
+from bench import cost
 from bench.memory import MemoryConfig, fitting
 from bench.simulation_inputs import (
     BEST_PRODUCT,
@@ -29,6 +30,7 @@ from bench.simulation_inputs import (
     PUBLISHED,
     TRAFFIC,
     Card,
+    Input,
 )
 from nanochat.gpt import GPTConfig
 from nanochat.options.ranges import AtLeast
@@ -337,8 +339,6 @@ def show(found: dict) -> None:
 
 
 def simulate(config: SimulateConfig, command: str) -> None:
-    from bench import cost  # which takes Input from here
-
     rows = cost.measured_rows(config.measured) if config.measured else []
     found = {"command": command, "what": " ".join((__doc__ or "").split())}
     found |= predict(config.depth, config.gpus, INPUTS | (cost.narrowed(rows) if rows else {}))
