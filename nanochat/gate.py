@@ -45,8 +45,8 @@ def take_gate(
     deterministic = deterministic and runtime.device.type == "cuda"
     if deterministic:
         model = replace(model, impl=model.impl.repeatable())
-    configs.take_parameters({})
     if not paths.gate.exists():
+        configs.take_parameters({})
         return model, None
     try:
         operations, more = gate.read(paths.gate, _identity(model, rows, runtime))
@@ -76,14 +76,15 @@ def without_rejected(paths: Paths, model: GPTConfig, runtime: Runtime) -> GPTCon
     What was right and only slower in training than its compiled reference stays, because nothing is compiled here. A file of another
     device or version, as with a run that was copied from a cluster, is not taken, and the log says so.
     """
-    configs.take_parameters({})
     if not paths.gate.exists():
+        configs.take_parameters({})
         return model
     try:
         operations, more = gate.read(paths.gate, _identity(model, 1, runtime))
     except gate.GateError as error:
         if runtime.primary:
             say(f"kernels: chosen without the gate: {str(error).removesuffix(f'; {gate.REMEDY}')}")
+        configs.take_parameters({})
         return model
     _take_parameters(paths, more, runtime)
 
@@ -104,9 +105,8 @@ def _take_parameters(paths: Paths, more: dict, runtime: Runtime) -> None:
         check_shape(tuned, {str: {str: {str: {str: {str: int}}}}}, "tuned")
     except UserError as error:
         raise UserError(f"{paths.gate} is not a gate file ({error}); {gate.REMEDY}") from error
-    if not library.in_use():
-        configs.take_parameters(tuned)
-    elif tuned and runtime.primary:
+    configs.take_parameters({} if library.in_use() else tuned)
+    if library.in_use() and tuned and runtime.primary:
         say("kernels: the library has its own launch parameters, and those that the gate found are not used")
 
 
