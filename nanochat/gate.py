@@ -42,7 +42,7 @@ def take_gate(
     timed these implementations. Raises UserError when the file was made on another device, with other versions or kernels, or for
     another shape, and when no attention repeats: another is named, or the gate found Triton's wrong.
     """
-    deterministic = deterministic and runtime.device.type == "cuda"
+    deterministic, named = deterministic and runtime.device.type == "cuda", model.impl.self_attention
     if deterministic:
         model = replace(model, impl=model.impl.repeatable())
     if not paths.gate.exists():
@@ -52,14 +52,21 @@ def take_gate(
         operations, more = gate.read(paths.gate, _identity(model, rows, runtime))
     except gate.GateError as error:
         raise UserError(str(error)) from error
-    wrong = operations.get("attention", {"faults": {}})["faults"].get("triton")
-    if deterministic and wrong:
-        raise UserError(
-            f"--deterministic needs Triton's attention, which {paths.gate} rejects: {wrong}; leave --deterministic out"
+    if deterministic:
+        wrong, joint = (
+            operations.get(name, {"faults": {}})["faults"].get("triton") for name in ("attention", "self_attention")
         )
+        wrong = wrong or (joint if named == "triton" else None)
+        if wrong:
+            raise UserError(
+                f"--deterministic needs Triton's attention, which {paths.gate} rejects: {wrong}; leave --deterministic out"
+            )
+        if joint:  # the parts repeat too
+            model = replace(model, impl=replace(model.impl, self_attention="parts"))
     choices = choose_implementations(operations)
     if runtime.primary:
-        say(f"kernels: the gate of {paths.gate} chose {described(choices)}")
+        more_words = "; attention is Triton's, for --deterministic" if deterministic else ""
+        say(f"kernels: the gate of {paths.gate} chose {described(choices)}{more_words}")
     _take_parameters(paths, more, runtime)
     model = with_choices(model, choices)
     timed = more.get("micro_step", {"impl": None, "ms": {}})

@@ -32,12 +32,14 @@ def measured_batches(
     length: int,
     tokens: int,
 ) -> list[Batch]:
-    """A rank's share of the first `tokens` tokens, in batches of (rows, length) as far as they fill some, and at least one.
+    """A rank's share of the first `tokens` tokens, at least of `length`, in batches of `rows` rows, the last with fewer.
 
-    Every rank reads all of them, so that what is measured on them does not depend on the number of ranks.
+    Every rank reads all of them, and takes every world_size-th row: what is measured does not depend on world_size and rows.
     """
-    batches = TokenStream(shards, tokenizer, 0, 1, pool).batches(rows, length)
-    return list(islice(batches, rank, max(1, tokens // (rows * length)), world_size))
+    each = TokenStream(shards, tokenizer, 0, 1, pool).batches(1, length)
+    mine = list(islice(each, rank, max(1, tokens // length), world_size))
+    parts = [mine[first : first + rows] for first in range(0, len(mine), rows)]
+    return [Batch(torch.cat([x.inputs for x in part]), torch.cat([x.targets for x in part]), ()) for part in parts]
 
 
 class TokenStream:
@@ -88,7 +90,7 @@ class TokenStream:
             waiting.append((start, tokens))
             available += len(tokens)
             while available > needed:  # one token more: the last target, which is the first input of the next batch
-                flat = np.concatenate([tokens for _, tokens in waiting])[: needed + 1]
+                flat = np.concatenate([tokens for _, tokens in waiting])[: needed + 1].copy()  # of a long document
                 consumed = needed
                 while len(waiting[0][1]) <= consumed:
                     consumed -= len(waiting.popleft()[1])

@@ -117,7 +117,7 @@ class Decoder:
         """Drop the passes, after the cache has moved."""
         on_gpu = self.model.device.type == "cuda"
         if on_gpu:
-            torch.cuda.synchronize(self.model.device)  # a graph that is dropped may still run
+            torch.cuda.current_stream(self.model.device).synchronize()  # a graph that is dropped may still run
         self.pool = torch.cuda.graph_pool_handle() if self.replay and on_gpu else None
         self.passes: dict[tuple, tuple[Replayed, Tensor]] = {}
 
@@ -164,7 +164,7 @@ class Decoder:
         copied = torch.cuda.Event() if self.model.device.type == "cuda" else None
         on_host = tuple(x[: len(given)].to("cpu", non_blocking=copied is not None) for x in found)
         if copied:
-            copied.record()
+            copied.record(torch.cuda.current_stream(self.model.device))
         return Step(found, on_host, copied)
 
     def _run(

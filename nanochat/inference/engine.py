@@ -139,6 +139,7 @@ class Engine:
             (self.filling if row in self.filling else self.running).remove(row)
             self._release(row)
         row.done = True
+        self._settle()
 
     def cache_bytes(self, rows: int, tokens: int) -> int:
         """Bytes of the keys and values of `rows` rows at a time, if each has `tokens` tokens with its answer and no page is shared."""
@@ -154,8 +155,8 @@ class Engine:
     def step(self) -> None:
         """Let waiting rows join, compute chunks of their prompts, and decode one token of every row that has its prompt.
 
-        After an error or an interrupt the rows that had joined have ended, and of what was computed nothing is kept: a page may have a
-        name and no content yet.
+        After an error or an interrupt the rows that had joined have ended, and of what was computed nothing is kept, because a page
+        may have a name and no content yet: prompts are computed again, and graphs captured again.
         """
         try:
             self._step()
@@ -178,8 +179,7 @@ class Engine:
     def _step(self) -> None:
         while self.waiting and len(self.filling) + len(self.running) < self.rows and self._reserve(self.waiting[0]):
             self.filling.append(self.waiting.popleft())
-        chunks: list[tuple] = []
-        computed = 0
+        chunks, computed = [], 0
         while self.filling and computed < max(self.decoder.sizes["chunks"]):
             row = self.filling[0]
             if row.length < len(row.prompt) - 1:
@@ -195,10 +195,16 @@ class Engine:
         self.ahead = self._run_ahead(*passes[0]) if len(passes) == 1 else None
         for rows, step in passes:
             self._receive(rows, step)
-        for row in self.running:
-            if row.done:
-                self._release(row)
-        self.running = [row for row in self.running if not row.done]
+        for row in [row for row in self.running if row.done]:
+            self.running.remove(row)
+            self._release(row)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Let no step run for nothing when no row is left: the engine may be dropped now, or the weights may change."""
+        if self.ahead and not self.running:
+            self.ahead[1].wait()
+            self.ahead = None
 
     def _groups(self) -> Iterator[list[Row]]:
         """The rows of each pass of a step. A pass has one implementation of sample_tokens: rows that the kernels do not take have

@@ -48,8 +48,10 @@ class Implementations:
                     f"--impl.{name} {impl} is torch's attention, whose gradients do not repeat bit for bit on CUDA; leave it out, "
                     "name triton, or leave out --deterministic"
                 )
-        parts = {self.attention, self.qkv_projection} != {"auto"} or self.self_attention == "parts"
-        return replace(self, attention="triton", self_attention="parts" if parts else "triton")
+        joint = "parts" if {self.attention, self.qkv_projection} != {"auto"} else "triton"
+        return replace(
+            self, attention="triton", self_attention=joint if self.self_attention == "auto" else self.self_attention
+        )
 
     @classmethod
     def operations(cls, option: str) -> tuple[str, ...]:

@@ -25,8 +25,10 @@ class Metrics:
         self._wandb = WandbLog()
 
     def open(self, resume_step: int, wandb_run: str, wandb_mode: str, stage: str, settings: dict) -> None:
-        """Drop the records from the resumed step on, which will be written again; start the wandb run if it has a name."""
-        kept = [record for record in read_metrics(self.path) if record["step"] < resume_step]
+        """Drop the records from the resumed step on, which will be written again, but that of its save; start the wandb run if it
+        has a name."""
+        records = read_metrics(self.path)
+        kept = [r for r in records if r["step"] < resume_step or (r["step"] == resume_step and "save_s" in r)]
         write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = FileIO(self.path, "a")  # without a buffer, to know what is in the file
         self._wandb.open(wandb_run, wandb_mode, stage, settings)

@@ -265,20 +265,16 @@ class Trainer:
         """Save and evaluate if due. It saves first, so that a failing evaluation costs no training."""
         step, every = self.state.step, self.options.save_every
         due = [evaluation for evaluation in self.plan.evaluations if evaluation.due(step, last)]
-        started, seconds, results = time.perf_counter(), {}, {}
         if last or (step > 0 and ((every > 0 and step % every == 0) or due)):
             self._save()
-            seconds["save_s"] = time.perf_counter() - started
-        if due:
-            started = time.perf_counter()
-            with self.interrupt.ending_at_once(self._stopped), ranges.span("evaluate"):
-                for evaluation in due:
-                    results |= evaluation.measure()
-            seconds["evaluate_s"] = time.perf_counter() - started
-        if not seconds:
+        if not due:
             return
+        started, results = time.perf_counter(), {}
+        with self.interrupt.ending_at_once(self._stopped), ranges.span("evaluate"):
+            for evaluation in due:
+                results |= evaluation.measure()
         self.results |= results
-        self.metrics.write({"step": step, **results, **seconds})
+        self.metrics.write({"step": step, **results, "evaluate_s": time.perf_counter() - started})
         embedded = self.paths.reads_embedded
         shown = [
             f"{shown_name(name, embedded)} {value:.4f}" for name, value in results.items() if isinstance(value, float)
@@ -293,10 +289,12 @@ class Trainer:
             self._stop_not_finite("a weight is not finite", [])
         if self.state.step == self.saved_step:
             return
+        started = time.perf_counter()
         meta = {"stage": self.plan.stage, "tokenizer": self.tokenizer.hash, "settings": self.settings}
         meta |= {"rows": self.plan.rows} | self.state.to_meta(self.runtime.gather(self.state.position))
         self.store.save(self.state.step, self.model, self.optimizer, meta)
         self.saved_step = self.state.step
+        self.metrics.write({"step": self.saved_step, "save_s": time.perf_counter() - started})
 
     @ranges.named("step")
     def _step(self, micro_batches: list[Batch], agreement: Agreement, advance: Callable) -> None:

@@ -324,7 +324,8 @@ def test_scores_beyond_the_bound_are_right_or_nan(dtype, tokens, width):
 @pytest.mark.parametrize(("tokens", "width"), [*itertools.product((4, 50), (64, 128)), *WHOLE])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_queries_whose_scores_are_all_low(dtype, tokens, width):
-    """All scores near −√D, and different: p of float16 must not lose bits there."""
+    """All scores near −√D, and different: p of float16 must not lose bits there. With 128 channels its bound is too wide for p, so that
+    forward keeps the maximum, on sm_90 too."""
     keys = max(tokens, 50)
     q, k = torch.zeros(1, tokens, 1, width), torch.zeros(1, keys, 1, width)
     q[..., 0], k[..., 0] = 1.0, -1.0

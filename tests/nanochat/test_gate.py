@@ -161,6 +161,7 @@ def test_attention_repeats_where_that_is_asked_for(world, tmp_path, monkeypatch)
     assert taken(False) == ("auto", "auto") and taken() == ("triton", "triton")
     for named in ({"attention": "triton"}, {"qkv_projection": "reference"}, {"self_attention": "parts"}):
         assert taken(**named) == ("parts", "triton")
+    assert taken(self_attention="triton", qkv_projection="reference") == ("triton", "triton")
     for named in ({"attention": "flash"}, {"self_attention": "reference"}):
         with pytest.raises(UserError, match="do not repeat bit for bit .* leave out --deterministic"):
             taken(**named)
@@ -175,6 +176,12 @@ def test_attention_repeats_where_that_is_asked_for(world, tmp_path, monkeypatch)
     assert taken(False) == ("parts", "flash")
     with pytest.raises(UserError, match="rejects: 3.1 × the error; leave --deterministic out"):
         taken()
+    gate.write(
+        paths.gate, valid_for, chosen | {"self_attention": {"impl": "parts", "faults": {"triton": "2.0 × the error"}}}
+    )
+    assert taken() == ("parts", "triton")
+    with pytest.raises(UserError, match="rejects: 2.0 × the error"):
+        taken(self_attention="triton")
 
 
 def test_the_times_of_micro_steps_are_of_the_same_implementations(world, tmp_path, cpu):

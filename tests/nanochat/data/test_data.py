@@ -252,26 +252,22 @@ def test_padded_batches_learn_only_what_the_assistant_says(mixture, tokenizer):
 
 @pytest.mark.parametrize("world_size", [2, 3, 8])
 def test_what_is_measured_does_not_depend_on_the_number_of_ranks(world, mixture, tokenizer, pool, world_size):
-    def shares(make, many):
-        """The batches of all ranks, in the order of one rank's; some ranks may have one less."""
-        each = [list(make(rank, many)) for rank in range(many)]
-        return [batches[n] for n in range(len(each[0])) for batches in each if n < len(batches)]
+    def texts(many, rows):
+        return rows_of(
+            measured_batches(Shards.of(world, "val"), tokenizer, rank, many, pool, rows, 16, 175)
+            for rank in range(many)
+        )
 
-    def stream(rank, many):
-        return measured_batches(Shards.of(world, "val"), tokenizer, rank, many, pool, 2, 16, 165)
+    def conversations(many, rows):
+        return rows_of(conversation_batches(mixture, tokenizer, rows, 32, rank, many) for rank in range(many))
 
-    def conversations(rank, many):
-        return conversation_batches(mixture, tokenizer, 3, 32, rank, many)
+    def rows_of(ranks):
+        """What all ranks learn from, without padding."""
+        rows = [row for batches in ranks for batch in batches for row in zip(batch.inputs, batch.targets, strict=True)]
+        return sorted((inputs[targets >= 0].tolist(), targets[targets >= 0].tolist()) for inputs, targets in rows)
 
-    texts = shares(stream, 1)
-    assert len(texts) == 5
-    for found, wanted in zip(shares(stream, world_size), texts, strict=True):
-        assert torch.equal(found.inputs, wanted.inputs) and torch.equal(found.targets, wanted.targets)
-
-    def learned(many):
-        return sorted(t[t >= 0].tolist() for batch in shares(conversations, many) for t in batch.targets)
-
-    assert learned(world_size) == learned(1) and len(learned(1)) == len(mixture)
+    assert texts(world_size, 2) == texts(1, 3) and len(texts(1, 3)) == 10
+    assert conversations(world_size, 2) == conversations(1, 3) and len(conversations(1, 3)) == len(mixture)
 
 
 def test_conversations_resume_with_another_number_of_ranks():
