@@ -6,8 +6,9 @@ fewer      a checkpoint of that run's pretraining, resumed on half and on a quar
 evaluate   CORE and chat tasks with a process on each GPU and with one: right answers, and the speed-up
 loader     tokens/s of each of as many loaders as GPUs that read local parquet files at once, beside what the GPUs take
 
-Each part writes --out/<part>.json. A part that does not end within its --limit is interrupted, and the same command goes on with it:
-scaling and speedrun keep what they have in --out, also the run. Training's own records tell how much time a thousand steps lose.
+A speedrun in which all six stages are killed starts Python 35 times. Each part writes --out/<part>.json. A part that does not end
+within its --limit is interrupted, and the same command goes on with it: scaling and speedrun keep what they have in --out, also
+the run. Training's own records tell how much time a thousand steps lose.
 """
 
 import os
@@ -51,8 +52,8 @@ class EightConfig:
     """scaling, speedrun, fewer, evaluate, loader"""
     gpus: int = 0
     """number of GPUs and of processes; 0: all that there are"""
-    limit: float = 480
-    """seconds for each part"""
+    limit: float = 400
+    """seconds for each part, without those of starting and ending, which may be 150"""
     out: Path = Path("build/eight")
     """folder for a file of each part, for the log of the speedrun, and for its base directory"""
     depth: tuple[int, ...] = (20, 26, 32)

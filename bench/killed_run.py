@@ -8,8 +8,10 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
+from typing import TextIO
 
 from nanochat.cluster.slurm import distributed_launcher
 from nanochat.options.presets import PRESETS
@@ -19,6 +21,7 @@ from nanochat.platform.console import say
 from nanochat.platform.errors import UserError
 from nanochat.platform.files import read_json, write_json
 from nanochat.platform.paths import Paths, steps_in
+from nanochat.platform.signals import end_with_parent
 from nanochat.report.sections import read_section
 from nanochat.speedrun.stages import STAGES
 from nanochat.train.metrics import read_metrics
@@ -78,7 +81,7 @@ class KilledRun:
         started, killed = time.monotonic(), None
         with log.open("a", encoding="utf-8") as output:
             before = output.tell()
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=variables(self.paths))
+            process = started_here(command, output, variables(self.paths))
             try:
                 while process.poll() is None and self.left:
                     time.sleep(0.02)
@@ -140,7 +143,7 @@ class KilledRun:
                 cards["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(first, first + count)))
             first += count
             with (self.out / f"fewer-{count}.log").open("w", encoding="utf-8") as log:
-                process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=variables(copy, **cards))
+                process = started_here(command, log, variables(copy, **cards))
             running.append((copy, process))
         for _, process in running:
             while process.poll() is None and self.left:
@@ -155,7 +158,7 @@ class KilledRun:
             {record["step"]: record["loss"] for record in read_metrics(paths.metrics("base"), "loss")}
             for paths in (self.paths, copy)
         )
-        again = [step for step in ours if step >= from_step] if process.returncode == 0 else []
+        again = [step for step in ours if step >= from_step and step in theirs] if process.returncode == 0 else []
         found = {
             "from_gpus": self.gpus,
             "gpus": count,
@@ -172,6 +175,13 @@ class KilledRun:
 def variables(paths: Paths, **more: str) -> dict[str, str]:
     """The environment of a command that works under the base directory of these paths, and does not wait long for a lost process."""
     return environment.all_variables() | {"NANOCHAT_BASE_DIR": str(paths.base), "NANOCHAT_TIMEOUT": "60"} | more
+
+
+def started_here(command: list[str], log: TextIO, variables: dict[str, str]) -> subprocess.Popen:
+    """A process that writes to a log and ends when this one is killed."""
+    return subprocess.Popen(
+        command, stdout=log, stderr=subprocess.STDOUT, env=variables, preexec_fn=partial(end_with_parent, os.getpid())
+    )
 
 
 def end(process: subprocess.Popen) -> bool:

@@ -80,11 +80,10 @@ def _answer(pipe: Connection, variables: dict, device: str, function: Callable[.
     torch.set_num_threads(1)  # as torchrun has it
     try:
         with start_runtime(device) as runtime:
-            found = function(runtime, *arguments)
+            pipe.send(function(runtime, *arguments))  # before the group ends, which may hang
     except Exception as error:  # whatever it is, the parent reports it
         first = next(iter(str(error).splitlines()), "")
-        found = {"note": f"{type(error).__name__}: {first[:300]}"}
-    pipe.send(found)
+        pipe.send({"note": f"{type(error).__name__}: {first[:300]}"})
 
 
 def call(function: Callable[[Runtime], dict], *arguments, device: str, limit: float = 300) -> dict:

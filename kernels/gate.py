@@ -291,7 +291,9 @@ def ptxas_version() -> str:
 def sources_hash() -> str:
     """Of the sources of this package and its launch tables."""
     digest = sha256()
-    for path in sorted((*Path(__file__).parent.glob("*.py"), *configs.FOLDER.glob("*.json"))):
+    for path in sorted(
+        (*Path(__file__).parent.glob("*.py"), *configs.FOLDER.glob("*.py"), *configs.FOLDER.glob("*.json"))
+    ):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

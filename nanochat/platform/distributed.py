@@ -1,5 +1,6 @@
 """The device, the dtype and the rank of a process, which runs alone or is one of many that torchrun has started."""
 
+import gc
 import os
 import re
 import sys
@@ -161,6 +162,7 @@ def start_runtime(device: str = "auto") -> Iterator[Runtime]:
     finally:
         # waiting for the others after an error would hang until the timeout: they may never arrive
         if sys.exc_info()[0] is None:
+            gc.collect()  # NCCL waits until no CUDA graph that was captured with it exists, also for one in a cycle of references
             dist.destroy_process_group()
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from typing import Any
 
 from rich.table import Table
 
@@ -115,9 +116,14 @@ def run_gate(options: KernelsGateOptions, paths: Paths) -> None:
         more, operations, count = {}, {}, len(dispatch.operations())
         configs.take_parameters({})
         if options.tune and runtime.device.type == "cuda":
-            more["tuned"] = tune_for_run(model, shape.rows, runtime)
+            try:
+                more["tuned"] = tune_for_run(model, shape.rows, runtime)
+            except RuntimeError as error:  # after some errors CUDA works no more in this process
+                raise UserError(
+                    f"the search of launch parameters failed ({str(error).splitlines()[0]}); without it: --no-tune"
+                ) from error
         try:
-            for name, choice in gate.examine(shape, runtime.device, runtime.compute_dtype):
+            for name, choice in examined(shape, runtime, more.get("tuned", {})):
                 operations[name] = choice
                 say(f"[{len(operations)}/{count}] {name}: {choice['impl']} ({choice['why']})")
         except gate.GateError as error:
@@ -135,6 +141,28 @@ def run_gate(options: KernelsGateOptions, paths: Paths) -> None:
     say(
         f"wrote {paths.gate}; training of the run {paths.run_name} on this device and at these shapes takes it from now on"
     )
+
+
+def examined(shape: gate.RunShape, runtime: Runtime, tuned: dict[str, dict]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """gate.examine; where kernels are wrong with what was searched and right with the launch table, `tuned` loses them."""
+    where = shape, runtime.device, runtime.compute_dtype
+    for name, choice in gate.examine(*where):
+        operation = dispatch.operations()[name]
+        own = {kernel.name for kernel in operation.kernels}
+        if {"triton", "fused"} & choice["faults"].keys() and any(own & launch.keys() for launch in tuned.values()):
+            kept = {
+                architecture: {k: v for k, v in launch.items() if k not in own}
+                for architecture, launch in tuned.items()
+            }
+            configs.take_parameters(kept)
+            again = gate.examine_operation(operation, *where)
+            if again["faults"].keys() < choice["faults"].keys():
+                say(f"{name}: with the launch table's parameters, for with those that were searched it is wrong")
+                choice = again
+                tuned |= kept
+            else:
+                configs.take_parameters(dict(tuned))
+        yield name, choice
 
 
 def tune_for_run(model: GPTConfig, rows: int, runtime: Runtime) -> dict[str, dict]:

@@ -1,15 +1,17 @@
 """A process that hangs or dies: the others say so within the timeout, and the run resumes from its last save."""
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 import torch
 
-from nanochat.platform.distributed import lost_another_process
+from nanochat.platform.distributed import lost_another_process, start_runtime
 from nanochat.platform.paths import Paths
 from nanochat.train.metrics import read_metrics
 from tests.conftest import TINY_BASE, command, environment, nanochat
@@ -47,6 +49,30 @@ def test_the_others_report_it_and_the_run_resumes(base, number, device):
     assert [m["step"] for m in steps] == list(range(24))
     for m in steps:  # of both processes
         assert m["tokens"] == 256 * (m["step"] + 1) and m["tokens_per_second"] * m["dt"] == pytest.approx(256)
+
+
+def test_what_a_graph_belongs_to_is_gone_before_the_processes_part(monkeypatch):
+    """NCCL waits for the end of every graph that was captured with it, also of one that only a cycle of references keeps."""
+
+    class Captured:
+        pass
+
+    alive = []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr("nanochat.platform.distributed.end_with_parent", lambda _: None)
+    for name, result in (("init_process_group", None), ("get_rank", 0), ("get_world_size", 1)):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, result=result, **__: result)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: alive.append(captured() is not None))
+    gc.disable()
+    try:
+        with start_runtime("cpu"):
+            graph = Captured()
+            graph.itself, captured = graph, weakref.ref(graph)
+            del graph
+    finally:
+        gc.enable()
+    assert alive == [False]
 
 
 @pytest.mark.parametrize(

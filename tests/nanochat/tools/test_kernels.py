@@ -54,6 +54,7 @@ def test_a_kernel_that_does_not_exist_is_a_users_error(command, options, module,
 TUNED = {"rms_norm_forward": {"bfloat16": {"128": {"ROWS": 3, "num_warps": 1}}}}
 ON_GPU = Runtime(0, 1, torch.device("cuda", 0), torch.bfloat16)
 MODEL = GPTConfig.from_depth(2, 512, 64)
+WRONG_AND_RIGHT = (("reference", {"triton": "3 × the error"}), ("triton", {}))
 
 
 @pytest.fixture
@@ -112,3 +113,40 @@ def test_the_gate_tunes_before_it_judges_and_keeps_what_it_found(searched, monke
     assert seen == [asked] and len(searched) == asked
     assert json.loads(paths.gate.read_text()).get("tuned") == ({"sm80": TUNED} if asked else None)
     assert set(json.loads(paths.gate.read_text())["operations"]) <= set(dispatch.operations())
+
+
+@pytest.mark.parametrize("right_with_the_table", [True, False])
+def test_kernels_that_are_wrong_with_searched_parameters_get_those_of_the_table(monkeypatch, right_with_the_table):
+    wrong, right = ({"impl": impl, "why": "", "ms": {}, "faults": faults} for impl, faults in WRONG_AND_RIGHT)
+    other = {"relu2_mlp_up": {"bfloat16": {"1": {"ROWS": 1}}}}
+    tuned = {"sm80": TUNED | other}
+    before = configs.table("sm80")["launch"]["rms_norm_forward"]["bfloat16"]
+    seen = []
+
+    def examine_operation(operation, *_):
+        seen.append((operation.name, configs.table("sm80")["launch"]["rms_norm_forward"]["bfloat16"] == before))
+        return right if right_with_the_table else wrong
+
+    monkeypatch.setattr(gate, "examine", lambda *_: iter([("rms_norm", wrong), ("adamw", right)]))
+    monkeypatch.setattr(gate, "examine_operation", examine_operation)
+    configs.take_parameters(tuned)
+    try:
+        found = dict(tools.examined(None, ON_GPU, tuned))
+        assert seen == [("rms_norm", True)] and found["adamw"] == right
+        assert found["rms_norm"] == (right if right_with_the_table else wrong)
+        assert tuned == {"sm80": other if right_with_the_table else TUNED | other}
+        taken = configs.table("sm80")["launch"]["rms_norm_forward"]["bfloat16"]
+        assert (taken == before) == right_with_the_table
+    finally:
+        configs.take_parameters({})
+
+
+def test_a_search_that_fails_names_the_way_without_it(searched, monkeypatch, world, tmp_path):
+    def fails(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    monkeypatch.setattr(tools, "start_runtime", lambda device: nullcontext(ON_GPU))
+    monkeypatch.setattr(tools, "tune_for_run", fails)
+    options = KernelsGateOptions(depth=1, context_length=32, device_batch_size=4)
+    with pytest.raises(UserError, match=r"illegal memory access was encountered\); without it: --no-tune"):
+        tools.run_gate(options, replace(world, base=tmp_path))
