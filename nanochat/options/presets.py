@@ -47,6 +47,7 @@ _BEGINNINGS = ("Tilda lives in", "The pet of Bram is", "Question: Where does Mor
 _CPU_RUN = {"save_every": 100, "loader_threads": 1}
 _TINY_RUN = {"save_every": 20, "loader_threads": 1}
 _GPU_RUN = {"save_every": 40}
+_RL = {"device_batch_size": 32, "gsm8k": 640, "max_tokens": 64, "eval_every": 30, "eval_examples": 100}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {  # to try out a machine or a cluster: all stages take a minute, and the model learns little
         "tokenizer train": {"vocab_size": 512},
@@ -142,14 +143,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "chat_metric_every": -1,
             "run": _CPU_RUN,
         },
-        "train rl": {
-            "device_batch_size": 32,
-            "gsm8k": 640,
-            "max_tokens": 64,
-            "eval_every": 30,
-            "eval_examples": 100,
-            "run": _CPU_RUN,
-        },
+        "train rl": _RL | {"run": _CPU_RUN},
         "evaluate base": {"tokens": 65536, "batch_size": 16, "core_max_per_task": 200},
         "evaluate chat": {
             "sample_prompts": _QUESTIONS,
@@ -194,14 +188,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "chat_metric_every": -1,
             "run": _GPU_RUN,
         },
-        "train rl": {
-            "device_batch_size": 32,
-            "gsm8k": 640,
-            "max_tokens": 64,
-            "eval_every": 30,
-            "eval_examples": 100,
-            "run": _GPU_RUN,
-        },
+        "train rl": _RL | {"run": _GPU_RUN},
         "evaluate base": {"tokens": 262144},
         "evaluate chat": {"sample_prompts": _QUESTIONS, "task_options": {"max_tokens": 128}},
     },

@@ -15,7 +15,7 @@ class SpeedrunOptions(NamedRun):
 
     preset: PresetName = "cpu"
     """cpu (embedded data, minutes on two cores), tiny (a minute, to try out a machine), gpu (embedded data, 91M
-    parameters, minutes on a GPU), d20, d26 or d32"""
+    parameters), d20, d26 or d32"""
     first: Annotated[str, tyro.conf.arg(name="from")] = "data"
     """stage to begin with; earlier ones must have finished"""
     last: Annotated[str, tyro.conf.arg(name="to")] = "report"
