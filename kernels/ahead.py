@@ -36,11 +36,15 @@ def compile_launches_of(work: Callable[[], object], device: torch.device, proces
 
 def compile_side_by_side(launches: Iterable[Launch], device: torch.device, processes: int = 1) -> None:
     """Compile recorded launches for a CUDA device in a thread for each processor, or a part of them where others do the same."""
+
+    def loaded(kernel: object) -> Callable:
+        """What launches a compiled kernel, of which Triton 3.6 compiles a part in C."""
+        with torch.cuda.device(device):
+            return (kernel.result() if hasattr(kernel, "result") else kernel).run
+
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    with (
-        torch.cuda.device(device),
-        ThreadPoolExecutor(threads) as pool,
-        triton.AsyncCompileMode(pool, ignore_errors=True),
-    ):
-        for kernel, arguments, constants, grid in launches:
-            kernel.warmup(*arguments, grid=grid, **constants)
+    with torch.cuda.device(device), ThreadPoolExecutor(threads) as pool:
+        with triton.AsyncCompileMode(pool, ignore_errors=True):
+            compiled = [kernel.warmup(*arguments, grid=grid, **constants) for kernel, arguments, constants, grid in launches]
+        for kernel in compiled:
+            pool.submit(loaded, kernel)  # whose error is the launch's to report

@@ -264,7 +264,7 @@ def trials(shape, device: torch.device, dtype: torch.dtype):
     width = shape.width // shape.heads
     sizes = shape.heads, shape.kv_heads, width, dtype, device
     # the gradient of a query that sees one key is 0, the difference of two sums; that of few keys has errors of few numbers
-    more = {"row_elements": shape.heads * shape.tokens**2, "cancellation": 1e-5, "fewest_rows": 64}
+    more = {"row_elements": shape.heads * shape.tokens**2, "cancellation": 1e-5, "fewest_rows": 32}
     bound = math.sqrt(width)
     yield Trial((*inputs(shape.rows, shape.tokens, *sizes), None, None, bound), (0, 1, 2), (0, 1, 2), **more)
     q, k, v = inputs(shape.rows, shape.tokens, *sizes)

@@ -56,7 +56,7 @@ def over_budget(
 
     epsilon: error that each element may have besides, a number or a tensor that broadcasts to the oracle's shape.
     apart: bool mask of elements that are judged in groups of their own. fewest_rows: rows of a group; more than usual where the
-    errors of a row are not independent, as those of a sum of few vectors.
+    errors of a row are not independent, as those of a sum of few vectors, however many elements a row has.
     """
     if not found.numel():
         return None
@@ -122,7 +122,7 @@ def _groups_over_budget(
 
 def _joined(exponents: Tensor, elements: Tensor, fewest_rows: int) -> tuple[int, Tensor]:
     """(how many groups, the group of each row), of each row's exponent and number of elements that are not 0."""
-    factor = max(1, fewest_rows // FEWEST_ROWS)
+    more_rows = fewest_rows > FEWEST_ROWS
     found, group_of_row = exponents.unique(return_inverse=True)
     counts = torch.stack([elements, (elements > 0).long()], 1)
     counts = counts.new_zeros(len(found), 2).index_add_(0, group_of_row, counts).tolist()
@@ -130,10 +130,10 @@ def _joined(exponents: Tensor, elements: Tensor, fewest_rows: int) -> tuple[int,
     for count, rows in counts:  # from the smallest exponent up; rows of zeros have a group of their own
         joined.append(group)
         collected, collected_rows = collected + count, collected_rows + rows
-        enough_rows = collected >= factor * FEWEST_ELEMENTS and collected_rows >= fewest_rows
-        if rows == 0 or enough_rows or collected >= factor * ENOUGH_ELEMENTS:
+        enough_rows = collected >= FEWEST_ELEMENTS and collected_rows >= fewest_rows
+        if rows == 0 or enough_rows or (collected >= ENOUGH_ELEMENTS and not more_rows):
             group, collected, collected_rows = group + 1, 0, 0
     zeros = int(not counts[0][1])  # groups of rows of zeros, which come first
-    if factor > 1 and collected and group > zeros:  # too few rows are left for a group
+    if more_rows and collected and group > zeros:  # too few rows are left for a group
         joined = [min(of, group - 1) for of in joined]
     return group + 1, torch.tensor(joined, device=exponents.device)[group_of_row]

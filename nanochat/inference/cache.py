@@ -27,8 +27,11 @@ class KVCache:
     def _extended(self, x: Tensor, count: int) -> Tensor:
         """x with `count` more pages, which are zeros."""
         x = x.transpose(2, 3) if self.heads_first else x
-        x = torch.cat([x, x.new_zeros(x.size(0), count, *x.shape[2:])], 1)
-        return x.transpose(2, 3) if self.heads_first else x
+        pages = x.size(1)
+        y = x.new_empty(x.size(0), pages + count, *x.shape[2:])  # not torch.cat, which needs the memory of the new pages twice
+        y[:, :pages] = x
+        y[:, pages:] = 0
+        return y.transpose(2, 3) if self.heads_first else y
 
     def extend(self, count: int) -> None:
         """Add `count` empty pages. Keys and values move to another place. If there is no memory for that, the error that torch raises

@@ -99,7 +99,7 @@ def check(*arguments, **options):
 
     The gradient of a query that sees few keys is a small difference, and its errors are as few numbers.
     """
-    harness.check(*arguments, **{"epsilon": 2**-22, "cancellation": 1e-5, "fewest_rows": 64, **options})
+    harness.check(*arguments, **{"epsilon": 2**-22, "cancellation": 1e-5, "fewest_rows": 32, **options})
 
 
 def with_bound(bound):

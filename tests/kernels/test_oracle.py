@@ -61,9 +61,10 @@ def test_many_small_rows_are_not_hidden_by_one_large_row():
     assert "rows of norm up to" in over_budget(found, true, plain)
 
 
-def test_groups_of_more_rows():
+@pytest.mark.parametrize("width", [64, 1280])
+def test_groups_of_more_rows(width):
     """Four rows whose error is larger by luck are judged with others, zeros alone, and what is wrong with many rows is noticed."""
-    true = normal(400, 64)
+    true = normal(400, width)
     true[:4] *= 1e-2
     true[4:8] = 0.0
     found, plain = with_error(true, 1e-3, seed=2), with_error(true, 1e-3)

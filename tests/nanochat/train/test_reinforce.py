@@ -46,7 +46,7 @@ MID = (
 ).split()
 RL = (
     "--source mid --gsm8k 160 --examples-per-step 8 --num-samples 8 --max-tokens 48 --device-batch-size 24 --sample-rows 40 "
-    "--init-lr-fraction 0.3 --eval-every 10 --eval-samples 4 --save-every 3"
+    "--init-lr-fraction 0.3 --eval-every 10 --eval-samples 16 --save-every 3"
 ).split()
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 ON = {"cpu": ("--device", "cpu"), "cuda": ("--device", "cuda", "--deterministic")}
@@ -97,7 +97,7 @@ def weights(base) -> bytes:
 def test_the_reward_rises(reinforced):
     measured = read_metrics(Paths(reinforced).metrics("rl"), "pass@1", "pass@4")
     assert [record["step"] for record in measured] == [0, 10, 20]
-    assert measured[-1]["pass@1"] > measured[0]["pass@1"] + 0.2
+    assert measured[-1]["pass@1"] > measured[0]["pass@1"] + 0.12  # two standard errors: 128 answers on each side
     assert all(record["pass@1"] <= record["pass@2"] <= record["pass@4"] for record in measured)
     rewards = [record["reward"] for record in records(reinforced)]
     assert len(rewards) == 20 and sum(rewards[-5:]) > sum(rewards[:5]) + 1
