@@ -39,6 +39,30 @@ def test_a_recorded_step_takes_the_kernels_that_a_gpu_takes():
     assert expected <= set(names), names
 
 
+def test_more_blocks_need_no_other_code():
+    """Two blocks are recorded in place of all: no launch of all has integers for which Triton would compile another kernel."""
+    code = (
+        STEP
+        + """
+def specialized(x):
+    if isinstance(x, tuple):
+        return tuple(map(specialized, x))
+    return (x == 1, x % 16 == 0, x >= 2**31) if isinstance(x, int) else str(getattr(x, "dtype", type(x)))
+def keys(config):
+    with configs.tables_of("sm90"):
+        found = ahead.launches_of(lambda: step_on_meta(config, torch.bfloat16, 4, 512))
+    return {
+        (launch.kernel.__name__, *sorted(map(str, launch.constants.items())),
+         *(None if param.do_not_specialize else specialized(x) for param, x in zip(launch.kernel.params, launch.arguments)))
+        for launch in found
+    }
+print(len(keys(config)), sorted(keys(config) - keys(replace(config, depth=2))))
+"""
+    )
+    count, more = without_interpreter(code).strip().split(" ", 1)
+    assert int(count) > 20 and more == "[]", (count, more)
+
+
 @pytest.mark.skipif(not GPU, reason="kernels are compiled for a GPU")
 def test_kernels_compiled_ahead_are_those_of_the_step(tmp_path):
     """After compile_ahead a step compiles nothing more."""
