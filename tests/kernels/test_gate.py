@@ -174,7 +174,7 @@ def test_the_gradients_of_few_keys_are_compared_in_groups_of_the_size_that_the_t
     over_budget = gate.over_budget
     monkeypatch.setattr(gate, "over_budget", lambda *a: seen.append(a[5:]) or over_budget(*a))
     gate.examine_operation(OPERATIONS["attention"], replace(SHAPE, **LARGER["attention"]), *WHERE)
-    assert (64,) in seen
+    assert (32,) in seen
 
 
 @pytest.mark.parametrize("part", ["judge", "trials"])
