@@ -10,13 +10,14 @@ from torch import Tensor
 
 import nanochat_kernels as kernels
 from nanochat.gpt import GPT
-from nanochat.inference.cache import CacheRows, KVCache
-from nanochat.platform.cuda_graphs import Replayed
+from nanochat.inference.cache import PADDING, CacheRows, KVCache
+from nanochat.platform.cuda_graphs import WARM_UP, Replayed
 from nanochat.platform.errors import is_out_of_memory
 
 # the columns of what a step is given about each row; the row's pages follow
 TOKEN, LENGTH, STEP, KEY, TOP_K, TEMPERATURE, PAGES = 0, 1, 2, slice(3, 5), 5, 6, 7
 FEWEST_CANDIDATES = 64  # of a step in which a row draws among several tokens
+PREPARED_MEMORY = 0.8  # most of the free memory that `Decoder.prepare` takes
 
 
 def prefill(model: GPT, keys: Tensor, values: Tensor, given: Tensor, chunk: int) -> None:
@@ -120,6 +121,27 @@ class Decoder:
             torch.cuda.current_stream(self.model.device).synchronize()  # a graph that is dropped may still run
         self.pool = torch.cuda.graph_pool_handle() if self.replay and on_gpu else None
         self.passes: dict[tuple, tuple[Replayed, Tensor]] = {}
+
+    @torch.inference_mode()
+    def prepare(self, rows: int, top_k: int) -> None:
+        """Let no request of a server wait for memory or for a graph: take the pages that `rows` rows may need, or most of the free memory,
+        and capture all passes over chunks, and those over rows that draw among top_k tokens. Without graphs nothing is done."""
+        if not self.replay:
+            return
+        torch.cuda.empty_cache()  # what was freed is free for other programs only then
+        free, page = torch.cuda.mem_get_info(self.model.device)[0], self.cache.keys[:, 0].nbytes + self.cache.values[:, 0].nbytes
+        count = min(rows * self.most_pages, int(PREPARED_MEMORY * free) // page) - self.cache.pages.count
+        if count > 0:
+            self.cache.extend(count)
+            self.forget()
+        row = np.zeros(PAGES + self.most_pages, np.int64)
+        row[TEMPERATURE], row[TOP_K] = as_bits(1.0), 1
+        for width in sorted({self._width(pages) for pages in range(1, self.most_pages + 1)}):
+            for _ in range(WARM_UP + 1):
+                for size in self.sizes["chunks"]:
+                    self.prefill([([0], 0, [PADDING] * width)] * size)
+                for size in self.sizes["rows"]:
+                    self.decode([row] * size, width, top_k, False, 0).wait()
 
     def prefill(self, chunks: list[tuple[list[int], int, list[int]]]) -> None:
         """Store keys and values of chunks: tokens, a page or less, behind the number of tokens that their row has, and the row's pages.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+WARM_UP = 2  # calls of a work that are not replayed yet
 _capture_lock = threading.Lock()  # a process may capture one graph at a time
 
 
@@ -34,7 +35,7 @@ class Replayed:
     result of one is valid until the next one is replayed. The work must be on the thread's current device.
     """
 
-    def __init__(self, work: Callable[[], Tensor | None], pool: tuple | None, warm_up: int = 2):
+    def __init__(self, work: Callable[[], Tensor | None], pool: tuple | None, warm_up: int = WARM_UP):
         self.work, self.pool, self.warm_up = work, pool, warm_up
         self.warmed_up = 0  # calls that have run the work
         self.graph: torch.cuda.CUDAGraph | None = None

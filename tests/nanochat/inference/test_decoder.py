@@ -7,7 +7,9 @@ import torch
 
 import nanochat_kernels as kernels
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.inference.decoder import PREPARED_MEMORY
 from nanochat.inference.engine import CHUNKS_AT_ONCE, STEP_ROWS, Engine
+from nanochat.platform.cuda_graphs import WARM_UP
 from tests.nanochat.models import perturbed
 
 
@@ -89,3 +91,26 @@ def test_an_engine_has_no_keys_beside_its_cache(model, tokenizer):
         new.pop(x.untyped_storage().data_ptr(), None)
     cache = engine.cache.keys.nbytes + engine.cache.values.nbytes
     assert cache <= sum(new.values()) < 1.1 * cache
+
+
+@pytest.mark.parametrize("memory", [0.0, 0.5, 1.0])
+def test_what_is_prepared_serves_requests(model, tokenizer, monkeypatch, memory):
+    """No request makes a pass or lets the cache grow, if there is memory for all rows; answers are those of another engine."""
+    prompts = [[n + 1] * (n * 40 + 5) for n in range(12)]
+    wanted = Engine(model, tokenizer).generate(prompts, 8, top_k=50)
+    engine = Engine(model, tokenizer, replay=True, rows=8)
+    page, most = engine.cache_bytes(1, 1), 8 * engine.decoder.most_pages
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(memory * most * page / PREPARED_MEMORY) + 1, 0))
+    engine.decoder.prepare(8, 50)
+    assert engine.cache.pages.count == int(memory * most)
+    captured = dict(engine.decoder.passes)
+    assert all(replayed.warmed_up > WARM_UP for replayed, _ in captured.values())  # without a GPU it is not captured
+    assert engine.generate(prompts, 8, top_k=50) == wanted
+    assert (engine.decoder.passes == captured) == (memory == 1.0)
+    assert (engine.cache.pages.count == int(memory * most)) == (memory == 1.0)
+
+
+def test_nothing_is_prepared_without_graphs(model, tokenizer):
+    engine = Engine(model, tokenizer, replay=False)
+    engine.decoder.prepare(8, 50)
+    assert not engine.decoder.passes and not engine.cache.pages.count
