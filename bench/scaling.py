@@ -5,7 +5,8 @@ not zero, and steps follow each other as in training, which waits for the loss o
     micro      the micro-steps alone, without any exchange
     exchange   the gradients' exchange alone, with nothing beside it
     update     all that follows the exchange: the norm, the update of the owned parameters, and the gathering of all
-    late       a step that exchanges the gradients after its last micro-step, in place of during it
+    early      a step that exchanges the gradients during its last micro-step, if it is replayed
+    late       one that exchanges them after it; steps of training do the one or the other (micro_step.EXCHANGES_EARLY)
 Efficiency is the rate of a GPU over its rate with the fewest GPUs that were measured.
 """
 
@@ -35,7 +36,7 @@ from nanochat.train.timing import milliseconds, random_batch
 ROW_LIMIT = 240  # seconds for the processes of a row of the result
 WARM_UP = 4  # steps before the first sample: graphs are captured in the second to fourth
 COLUMNS = (
-    "depth", "variant", "gpus", "step_ms", "late_ms", "micro_ms", "exchange_ms", "update_ms", "tokens_per_second", "mfu",
+    "depth", "variant", "gpus", "step_ms", "early_ms", "late_ms", "micro_ms", "exchange_ms", "update_ms", "tokens_per_second", "mfu",
     "efficiency", "peak_gb",
 )  # fmt: skip
 
@@ -219,10 +220,10 @@ def measure(runtime: Runtime, case: Case) -> dict:
         shape = GPTConfig(**shape.to_dict() | {"depth": case.layers})
     batch, micro_steps = random_batch(shape, case.rows), case.micro_steps
     training = Training(case.variant, shape, runtime.device, runtime.compute_dtype)
-    exchanges = training.micro_step.exchanges
+    chosen = training.micro_step.exchanges
 
-    def step(overlap: bool) -> None:
-        training.micro_step.exchanges = exchanges and overlap
+    def step(early: bool) -> None:
+        training.micro_step.exchanges = training.micro_step.can_exchange and early
         training.step(batch, micro_steps)
 
     def micro() -> None:
@@ -236,7 +237,8 @@ def measure(runtime: Runtime, case: Case) -> dict:
     parts: dict[
         str, tuple[Callable[[], None], Callable[[], None] | None]
     ] = {  # each with what comes before it, untimed
-        "step": (partial(step, True), None),
+        "step": (partial(step, chosen), None),
+        "early": (partial(step, True), None),
         "late": (partial(step, False), None),
         "micro": (micro, None),
         "exchange": (partial(exchange, training.optimizer), training.fill_gradients),

@@ -45,6 +45,8 @@ def compile_side_by_side(launches: Iterable[Launch], device: torch.device, proce
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     with torch.cuda.device(device), ThreadPoolExecutor(threads) as pool:
         with triton.AsyncCompileMode(pool, ignore_errors=True):
-            compiled = [kernel.warmup(*arguments, grid=grid, **constants) for kernel, arguments, constants, grid in launches]
+            compiled = [
+                kernel.warmup(*arguments, grid=grid, **constants) for kernel, arguments, constants, grid in launches
+            ]
         for kernel in compiled:
             pool.submit(loaded, kernel)  # whose error is the launch's to report

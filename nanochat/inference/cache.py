@@ -28,7 +28,9 @@ class KVCache:
         """x with `count` more pages, which are zeros."""
         x = x.transpose(2, 3) if self.heads_first else x
         pages = x.size(1)
-        y = x.new_empty(x.size(0), pages + count, *x.shape[2:])  # not torch.cat, which needs the memory of the new pages twice
+        y = x.new_empty(
+            x.size(0), pages + count, *x.shape[2:]
+        )  # not torch.cat, which needs the memory of the new pages twice
         y[:, :pages] = x
         y[:, pages:] = 0
         return y.transpose(2, 3) if self.heads_first else y

@@ -124,12 +124,13 @@ class Decoder:
 
     @torch.inference_mode()
     def prepare(self, rows: int, top_k: int) -> None:
-        """Let no request of a server wait for memory or for a graph: take the pages that `rows` rows may need, or most of the free memory,
-        and capture all passes over chunks, and those over rows that draw among top_k tokens. Without graphs nothing is done."""
+        """Let no request of a server wait for memory or for a graph: take the pages that `rows` rows may need, or most of the free
+        memory, and capture all passes over chunks, and those over rows that draw among top_k tokens. Without graphs nothing is done."""
         if not self.replay:
             return
         torch.cuda.empty_cache()  # what was freed is free for other programs only then
-        free, page = torch.cuda.mem_get_info(self.model.device)[0], self.cache.keys[:, 0].nbytes + self.cache.values[:, 0].nbytes
+        free = torch.cuda.mem_get_info(self.model.device)[0]
+        page = self.cache.keys[:, 0].nbytes + self.cache.values[:, 0].nbytes
         count = min(rows * self.most_pages, int(PREPARED_MEMORY * free) // page) - self.cache.pages.count
         if count > 0:
             self.cache.extend(count)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,6 +61,7 @@ def exchanging_worker(rank: int, world_size: int, port: int, path: str, device: 
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     step, optimizer = made("graph", device=device, config=THREE_BLOCKS)
+    step.exchanges = True
     on_their_way, rest = [], optimizer._exchange_rest
     ended, starts, blocks = [], [], list(step.model.blocks)
 
@@ -102,6 +104,19 @@ def train(step: MicroStep, optimizer: MuonAdamW, rank: int = 0, world_size: int 
         norms.append(float(optimizer.synchronize()))
         optimizer.update(1.0, 0.9)
     return norms
+
+
+@pytest.mark.parametrize(
+    ("execution", "of", "early"), [("graph", "sm80", True), ("graph", "sm90", False), ("eager", "sm80", False)]
+)
+def test_gradients_are_exchanged_early_where_that_is_faster(monkeypatch, execution, of, early):
+    monkeypatch.setattr("nanochat.train.micro_step.architecture", lambda _: of)
+    model, optimizer = (
+        SimpleNamespace(device=torch.device("cpu")),
+        SimpleNamespace(world_size=2, keep_gradients=lambda _: None),
+    )
+    step = MicroStep(model, optimizer, execution, one_length=True)
+    assert step.exchanges == early and step.can_exchange == (execution == "graph")
 
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs two GPUs")
