@@ -26,8 +26,7 @@ from nanochat.platform.console import say
 from nanochat.platform.cuda_graphs import Replayed
 from nanochat.platform.environment import processes_here
 from nanochat.platform.errors import UserError
-from nanochat_kernels import ahead, ranges
-from nanochat_kernels.architecture import architecture
+from nanochat_kernels import ahead, architecture, ranges
 
 # Rows are padded to a multiple of this many tokens. At a context of 2048, fine-tuning then needs at most 16 graphs, and with several
 # processes as many again for the last micro-step of a step.
@@ -109,7 +108,7 @@ class MicroStep:
     def __init__(self, model: GPT, optimizer: MuonAdamW, execution: str, one_length: bool):
         self.model, self.device, self.optimizer = model, model.device, optimizer
         self.can_exchange = execution == "graph" and optimizer.world_size > 1
-        self.exchanges = self.can_exchange and EXCHANGES_EARLY[architecture(self.device.index)]
+        self.exchanges = self.can_exchange and EXCHANGES_EARLY[architecture.architecture(self.device.index)]
         self.loss = torch.zeros((), device=self.device)
         if execution == "graph":
             optimizer.keep_gradients(model)

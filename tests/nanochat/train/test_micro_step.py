@@ -110,7 +110,7 @@ def train(step: MicroStep, optimizer: MuonAdamW, rank: int = 0, world_size: int 
     ("execution", "of", "early"), [("graph", "sm80", True), ("graph", "sm90", False), ("eager", "sm80", False)]
 )
 def test_gradients_are_exchanged_early_where_that_is_faster(monkeypatch, execution, of, early):
-    monkeypatch.setattr("nanochat.train.micro_step.architecture", lambda _: of)
+    monkeypatch.setattr("nanochat.train.micro_step.architecture.architecture", lambda _: of)
     model, optimizer = (
         SimpleNamespace(device=torch.device("cpu")),
         SimpleNamespace(world_size=2, keep_gradients=lambda _: None),
