@@ -4,7 +4,8 @@
                 graph, eager launches every kernel; IMPL is the implementation of attention, of which reference is a product of
                 plain PyTorch for each page (reference.paged_attention), not torch's attention.
                 For each batch the variants take turns in one process, with one cache, because several would not fit.
-                first   from the call to the first token of all rows, whose prompts fill the cache
+                first   from the call to the first token of all rows, whose prompts fill the cache; and that time over the time of a
+                        forward pass of training, with its loss and without gradients, for as many tokens, 16 rows at a time
                 token   from one token of all rows to the next (p50, with quartiles, and p99), of which host is what the passes'
                         kernels, from a graph without a pause, do not take
                 MBU     bytes of weights, keys and values that a token needs, per second, of what a copy moves per second
@@ -44,6 +45,8 @@ from nanochat.platform.paths import base_paths
 from nanochat.tokenizer.chat_format import render_prompt
 from nanochat.train.timing import trained_model
 from nanochat_kernels.timing import Graph, interleaved
+
+FORWARD_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,14 @@ def bytes_of_token(model: GPT, rows: int, filled: int) -> float:
     return model.compute_dtype.itemsize * (matrices + cached)
 
 
+def forward_ms(model: GPT, rows: int, tokens: int) -> float:
+    """Return the milliseconds of a forward pass of training for `rows` rows, FORWARD_ROWS at a time."""
+    part = min(rows, FORWARD_ROWS)
+    given = torch.randint(model.config.vocab_size, (part, tokens), device=model.device)
+    samples = interleaved({"forward": Graph(lambda _: model(given, given))}, 5)["forward"]
+    return median(samples) * rows / part
+
+
 def measure(model: GPT, rows: int, config: EngineConfig, copy_rate: float) -> list[dict]:
     """Return a row of results for each variant, or one that says why it has none."""
     runs, found = {}, {name: {"variant": name, "rows": rows} for name in config.variants}
@@ -175,6 +186,7 @@ def measure(model: GPT, rows: int, config: EngineConfig, copy_rate: float) -> li
         except (torch.OutOfMemoryError, ValueError) as error:
             found[name]["note"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
     names = list(runs)
+    forward = forward_ms(model, rows, config.cached) if names else None
     for turn in range(config.turns):
         for name in names[turn % len(names) :] + names[: turn % len(names)] if names else ():
             found[name]["first_ms"].append(runs[name].prefill())
@@ -184,6 +196,7 @@ def measure(model: GPT, rows: int, config: EngineConfig, copy_rate: float) -> li
         ms = median(row["token_ms"])
         moved = bytes_of_token(model, rows, config.cached + config.steps // 2)
         row |= {
+            "forward_ms": forward,
             "token_ms_p50": ms,
             "token_ms_p99": float(np.percentile(row["token_ms"], 99)),
             "gpu_ms": runs[name].gpu(),
@@ -201,7 +214,7 @@ def report(rows: list[dict]) -> None:
             continue
         low, ms, high = quantiles(row["token_ms"], n=4)
         print(
-            f"{name} first {median(row['first_ms']):9.2f} ms  "
+            f"{name} first {median(row['first_ms']):9.2f} ms ({median(row['first_ms']) / row['forward_ms']:.2f} × forward)  "
             f"token {ms:8.3f} ms ({low:.3f} to {high:.3f}, p99 {row['token_ms_p99']:.3f})  host {ms - row['gpu_ms']:7.3f}  "
             f"{row['tokens_per_second']:9,.0f} tokens/s  MBU {100 * row['mbu']:5.1f} %",
             flush=True,
