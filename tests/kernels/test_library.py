@@ -43,6 +43,7 @@ def build_and_test(preset: str, *more: str) -> str:
 
 
 @needs_cmake
+@pytest.mark.long
 def test_three_kernels_with_sanitizers():
     assert "100% tests passed" in build_and_test("cpu")
 
