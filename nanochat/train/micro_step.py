@@ -12,9 +12,10 @@ fused are, else compile. Every other device uses eager.
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import fields, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
+import torch.distributed as dist
 
 import nanochat_kernels as kernels
 from nanochat.data.batches import Batch
@@ -24,17 +25,19 @@ from nanochat.options.model import Implementations
 from nanochat.options.train import Execution
 from nanochat.platform.console import say
 from nanochat.platform.cuda_graphs import Replayed
+from nanochat.platform.distributed import ranks_with
 from nanochat.platform.environment import processes_here
 from nanochat.platform.errors import UserError
-from nanochat_kernels import ahead, architecture, ranges
+from nanochat_kernels import ahead, architecture, ranges, triton_helpers
 
 # Rows are padded to a multiple of this many tokens. At a context of 2048, fine-tuning then needs at most 16 graphs, and with several
 # processes as many again for the last micro-step of a step.
 LENGTH_MULTIPLE = 128
 # By architecture, whether gradients are exchanged while the last backward pass runs. sm90's kernels have a program for each
 # multiprocessor, and take twice as long where the exchange holds one: on four H200s a step of d20 takes 3.4 ms more than with the
-# exchange behind it.
+# exchange behind it, if no multiprocessor is left to it.
 EXCHANGES_EARLY = {"sm80": True, "sm90": False}
+LEFT_TO_EXCHANGE = {"sm80": 0, "sm90": 4}  # 0: NCCL takes what it wants
 
 
 def fusable_options() -> list[str]:
@@ -107,8 +110,11 @@ class MicroStep:
 
     def __init__(self, model: GPT, optimizer: MuonAdamW, execution: str, one_length: bool):
         self.model, self.device, self.optimizer = model, model.device, optimizer
-        self.can_exchange = execution == "graph" and optimizer.world_size > 1
-        self.exchanges = self.can_exchange and EXCHANGES_EARLY[architecture.architecture(self.device.index)]
+        self.can_exchange, kind = (
+            execution == "graph" and optimizer.world_size > 1,
+            architecture.architecture(self.device.index),
+        )
+        self.exchanges, self.left = self.can_exchange and EXCHANGES_EARLY[kind], LEFT_TO_EXCHANGE[kind]
         self.loss = torch.zeros((), device=self.device)
         if execution == "graph":
             optimizer.keep_gradients(model)
@@ -164,6 +170,11 @@ class MicroStep:
         self.weight.fill_(weight)
         forward_and_backward()
 
+    @cached_property
+    def ranks(self) -> dist.ProcessGroup | None:
+        """Those that exchange during backward, in a group of their own where multiprocessors are left to it."""
+        return ranks_with(self.left, self.device)
+
     def _make_graph(self, rows: int, length: int, exchange: bool, weighted: bool) -> tuple[Batch, Replayed]:
         """A batch (rows, length) at fixed addresses, and the forward and backward pass on it."""
         inputs, targets = (torch.zeros(rows, length, dtype=torch.int64, device=self.device) for _ in range(2))
@@ -171,9 +182,10 @@ class MicroStep:
 
         def forward_and_backward() -> None:
             weight = self.weight * batch.loss_weight if weighted else self.weight
-            with self.optimizer.exchanging(self.model) if exchange else nullcontext():
+            with self.optimizer.exchanging(self.model, self.ranks) if exchange else nullcontext():
                 loss = self.model(inputs, targets, loss_weight=weight)
-                loss.backward()
+                with triton_helpers.multiprocessors_left(self.left if exchange else 0):
+                    loss.backward()
             self.loss += loss.detach()
 
         return batch, Replayed(forward_and_backward, self.pool, warm_up=1)
