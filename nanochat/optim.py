@@ -153,6 +153,8 @@ class MuonAdamW:
         )
         try:
             yield
+            if ranks is not None:  # two groups of ranks that exchange at the same time could wait for each other
+                wait_for([work for group in self.groups for work in group.exchanges.values()])
             self._exchange_rest()
             for group in self.groups:
                 group.arrive()
