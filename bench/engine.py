@@ -20,6 +20,7 @@ import gc
 import os
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
@@ -161,6 +162,8 @@ def bytes_of_token(model: GPT, rows: int, filled: int) -> float:
 
 def forward_ms(model: GPT, rows: int, tokens: int) -> float:
     """Return the milliseconds of a forward pass of training for `rows` rows, FORWARD_ROWS at a time."""
+    for block in model.blocks:  # not the attention of the variant before
+        block.attention.config = model.config
     part = min(rows, FORWARD_ROWS)
     given = torch.randint(model.config.vocab_size, (part, tokens), device=model.device)
     samples = interleaved({"forward": Graph(lambda _: model(given, given))}, 5)["forward"]
@@ -186,7 +189,9 @@ def measure(model: GPT, rows: int, config: EngineConfig, copy_rate: float) -> li
         except (torch.OutOfMemoryError, ValueError) as error:
             found[name]["note"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
     names = list(runs)
-    forward = forward_ms(model, rows, config.cached) if names else None
+    forward = None
+    with suppress(torch.OutOfMemoryError):  # beside a large cache
+        forward = forward_ms(model, rows, config.cached)
     for turn in range(config.turns):
         for name in names[turn % len(names) :] + names[: turn % len(names)] if names else ():
             found[name]["first_ms"].append(runs[name].prefill())
@@ -213,8 +218,9 @@ def report(rows: list[dict]) -> None:
             print(f"{name} {row['note']}", flush=True)
             continue
         low, ms, high = quantiles(row["token_ms"], n=4)
+        forward = f" ({median(row['first_ms']) / row['forward_ms']:.2f} × forward)" if row["forward_ms"] else ""
         print(
-            f"{name} first {median(row['first_ms']):9.2f} ms ({median(row['first_ms']) / row['forward_ms']:.2f} × forward)  "
+            f"{name} first {median(row['first_ms']):9.2f} ms{forward}  "
             f"token {ms:8.3f} ms ({low:.3f} to {high:.3f}, p99 {row['token_ms_p99']:.3f})  host {ms - row['gpu_ms']:7.3f}  "
             f"{row['tokens_per_second']:9,.0f} tokens/s  MBU {100 * row['mbu']:5.1f} %",
             flush=True,

@@ -5,8 +5,8 @@ not zero, and steps follow each other as in training, which waits for the loss o
     micro      the micro-steps alone, without any exchange
     exchange   the gradients' exchange alone, with nothing beside it
     update     all that follows the exchange: the norm, the update of the owned parameters, and the gathering of all
-    early      a step that exchanges the gradients during its last micro-step, if it is replayed
-    late       one that exchanges them after it; steps of training do the one or the other (micro_step.EXCHANGES_EARLY)
+    early      a step that exchanges the gradients during its last micro-step, if that is replayed on several GPUs
+    late       one that exchanges them after it; training does the one or the other (micro_step.EXCHANGES_EARLY)
 Efficiency is the rate of a GPU over its rate with the fewest GPUs that were measured.
 """
 
@@ -223,12 +223,12 @@ def measure(runtime: Runtime, case: Case) -> dict:
         shape = GPTConfig(**shape.to_dict() | {"depth": case.layers})
     batch, micro_steps = random_batch(shape, case.rows), case.micro_steps
     training = Training(case.variant, shape, runtime.device, runtime.compute_dtype)
-    chosen = training.micro_step.exchanges
+    chosen, can_be_early = training.micro_step.exchanges, training.micro_step.can_exchange
     if case.left >= 0:
         training.micro_step.left = case.left
 
     def step(early: bool) -> None:
-        training.micro_step.exchanges = training.micro_step.can_exchange and early
+        training.micro_step.exchanges = early
         training.step(batch, micro_steps)
 
     def micro() -> None:
@@ -242,8 +242,7 @@ def measure(runtime: Runtime, case: Case) -> dict:
     parts: dict[
         str, tuple[Callable[[], None], Callable[[], None] | None]
     ] = {  # each with what comes before it, untimed
-        "step": (partial(step, chosen), None),
-        "early": (partial(step, True), None),
+        **({"early": (partial(step, True), None)} if can_be_early else {}),
         "late": (partial(step, False), None),
         "micro": (micro, None),
         "exchange": (partial(exchange, training.optimizer), training.fill_gradients),
@@ -254,11 +253,14 @@ def measure(runtime: Runtime, case: Case) -> dict:
             (prepare or training.fill_gradients)()
             part()
     samples: dict[str, list[float]] = {name: [] for name in parts}
-    for _ in range(case.rounds):
-        for name, (part, prepare) in parts.items():
+    names = list(parts)
+    for turn in range(case.rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            part, prepare = parts[name]
             training.fill_gradients()
             runtime.barrier()
             samples[name].append(max(runtime.gather(milliseconds(part, case.steps, runtime.device, prepare))))
+    samples["step"] = samples["early" if chosen else "late"]
     found = {f"{name}_ms": median(values) for name, values in samples.items()}
     tokens = case.rows * case.tokens * micro_steps * runtime.world_size
     rate = 1e3 * tokens / found["step_ms"]

@@ -128,13 +128,10 @@ class PlainOptimizer:
 class Training:
     """A variant, ready to train: its model with random weights, which are not zero, its micro-step and its optimizer.
 
-    replay: whether CUDA graphs are replayed, as in training, or their work is launched each time. overlap: whether several processes
-    exchange gradients while backward runs, as in training, or after it.
+    replay: whether CUDA graphs are replayed, as in training, or their work is launched each time.
     """
 
-    def __init__(
-        self, text: str, shape: GPTConfig, device: torch.device, dtype: torch.dtype, replay: bool = True, overlap: bool = True
-    ):  # fmt: skip
+    def __init__(self, text: str, shape: GPTConfig, device: torch.device, dtype: torch.dtype, replay: bool = True):
         variant = parse(text)
         self.model = trained_model(replace(shape, impl=variant.impl), device, dtype)
         self.optimizer = MuonAdamW(self.model, graphs=replay)
@@ -148,7 +145,6 @@ class Training:
         self.micro_step = MicroStep(self.model, self.optimizer, execution, one_length=True)
         if not replay:
             self.micro_step.pool = None
-        self.micro_step.exchanges &= overlap
         compiled = partial(torch.compile, dynamic=False, mode=None if own else variant.execution)
         if variant.liger_loss:
             hidden = self.model.hidden if variant.execution == "eager" else compiled(self.model.hidden)

@@ -7,6 +7,7 @@ the assembler need Python's lock hardly at all.
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import torch
 
@@ -35,12 +36,17 @@ def compile_launches_of(work: Callable[[], object], device: torch.device, proces
 
 
 def compile_side_by_side(launches: Iterable[Launch], device: torch.device, processes: int = 1) -> None:
-    """Compile recorded launches for a CUDA device in a thread for each processor, or a part of them where others do the same."""
+    """Compile recorded launches for a CUDA device in a thread for each processor, or a part of them where others do the same.
 
-    def loaded(kernel: object) -> Callable:
-        """What launches a compiled kernel, of which Triton 3.6 compiles a part in C."""
-        with torch.cuda.device(device):
-            return (kernel.result() if hasattr(kernel, "result") else kernel).run
+    What does not compile, or has no place on the device, is left to its launch to report. Other errors of loading it are raised.
+    """
+
+    def load(kernel: object) -> None:
+        """Load a compiled kernel and what launches it, which Triton 3.6 compiles in C."""
+        kernel = kernel.result(ignore_errors=True) if hasattr(kernel, "result") else kernel
+        if kernel is not None:
+            with torch.cuda.device(device), suppress(triton.OutOfResources):
+                _ = kernel.run
 
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     with torch.cuda.device(device), ThreadPoolExecutor(threads) as pool:
@@ -48,5 +54,4 @@ def compile_side_by_side(launches: Iterable[Launch], device: torch.device, proce
             compiled = [
                 kernel.warmup(*arguments, grid=grid, **constants) for kernel, arguments, constants, grid in launches
             ]
-        for kernel in compiled:
-            pool.submit(loaded, kernel)  # whose error is the launch's to report
+        list(pool.map(load, dict.fromkeys(compiled)))

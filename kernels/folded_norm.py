@@ -52,7 +52,7 @@ def row_rstd_kernel(
     tl.store(rstd_ptr + row, rsqrt(squares / WIDTH + EPS), mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def finish_kernel(
     sums_ptr, rstd_ptr, out_ptr, rows, parts, EPS: tl.constexpr, WIDTH: tl.constexpr, BACKWARD: tl.constexpr,
     ROWS: tl.constexpr, PARTS: tl.constexpr,

@@ -221,7 +221,7 @@ def compute_rows(
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["blocks", "total"])
 def hopper_attention_kernel(
     q_desc, k_desc, v_desc, out_desc, lse_ptr, counter_ptr, tokens, blocks, heads, rows, share, total, SCALE: gl.constexpr,
     SHIFT: gl.constexpr, LEAST: gl.constexpr, MOST: gl.constexpr, KEEP_LSE: gl.constexpr, STAGES: gl.constexpr,

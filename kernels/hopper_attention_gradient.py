@@ -184,7 +184,7 @@ def compute_query_gradient(
         index = load_number(numbers, which)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["blocks", "total"])
 def query_gradient_on_hopper(
     q_desc, k_desc, v_desc, out_desc, dout_desc, dq_desc, lse_ptr, dlse_ptr, delta_ptr, counter_ptr, factors, tokens, blocks, heads,
     rows, share, total, offset, SCALE: gl.constexpr, ROOT: gl.constexpr, EPS: gl.constexpr, DLSE: gl.constexpr,
@@ -329,7 +329,7 @@ def compute_key_gradients(
         index = load_number(numbers, which)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["blocks", "total"])
 def key_gradients_on_hopper(
     q_desc, k_desc, v_desc, dout_desc, dk_desc, dv_desc, lse_ptr, delta_ptr, counter_ptr, factors, tokens, blocks, groups,
     rows, share, total, first_head, offset, SCALE: gl.constexpr, ROOT: gl.constexpr, EPS: gl.constexpr, PROJECTED: gl.constexpr,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nanochat_kernels.architecture import TRITON_INSTALLED
-from nanochat_kernels.triton_helpers import cdiv, launch, programs
+from nanochat_kernels.triton_helpers import cdiv, launch, programs, tl, triton
 
 if TRITON_INSTALLED:
     from triton.experimental import gluon
@@ -32,10 +32,7 @@ if TRITON_INSTALLED:
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 else:
-    from types import SimpleNamespace
-
-    gluon = SimpleNamespace(jit=lambda function: function)
-    gl = SimpleNamespace(constexpr=object)
+    gluon, gl = triton, tl  # stand-ins of triton_helpers.py
 
 SHARED_TILE = 256 * 128  # elements of a tile that both groups share
 # registers of a thread: 65,536 of a multiprocessor for three groups of 128 threads, most of them for the two that compute
@@ -159,7 +156,7 @@ def compute_tiles(
         turn += 1  # noqa: SIM113
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["total"])
 def hopper_kernel(
     x_desc, y_desc, out_desc, first_desc, second_desc, arguments, m, n, k, total, period, EPILOGUE: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr,

@@ -224,11 +224,14 @@ def head_inputs(rows: int, width: int, vocabulary: int, dtype: torch.dtype, devi
     return x, weight.mul_(3 * width**-0.5), torch.randint(vocabulary, (rows,), device=device)
 
 
+# most of a row of the gradient of x is one number, the target's entry, times a row of the weight: its error is one number too
+TARGET_ROWS = 128
+
+
 def trials(shape, device: torch.device, dtype: torch.dtype):
     rows = shape.rows * shape.tokens
     inputs = (*head_inputs(rows, shape.width, shape.vocab, dtype, device), SOFTCAP, -1, "none")
-    # most of a row of the gradient of x is one number, the target's entry, times a row of the weight: its error is one number too
-    yield Trial(inputs, (0, 2), (0, 1), epsilon=SOFTCAP * 2**-23, timed=False, fewest_rows=128)
+    yield Trial(inputs, (0, 2), (0, 1), epsilon=SOFTCAP * 2**-23, timed=False, fewest_rows=TARGET_ROWS)
     # as training calls it, a weighted mean, which cannot be compared in chunks of rows; and with few rows compared, with a buffer that
     # the weight's gradient is added to
     yield Trial((*inputs[:5], "mean", torch.full((), 0.125, device=device)), (), (0, 1), is_loss=True, judged=False)
@@ -236,7 +239,8 @@ def trials(shape, device: torch.device, dtype: torch.dtype):
     x, weight, targets = head_inputs(rows, shape.width, shape.vocab, dtype, device)
     loss_weight, buffer = torch.full((), 0.125, device=device), torch.empty(weight.shape, device=device)
     inputs = x, weight, targets, SOFTCAP, -1, "mean", loss_weight, buffer.normal_(std=0.1 / rows)
-    yield Trial(inputs, (), (0,), in_place=(7,), timed=False, is_loss=True, epsilon=SOFTCAP * 2**-23)
+    more = {"is_loss": True, "epsilon": SOFTCAP * 2**-23, "fewest_rows": TARGET_ROWS}
+    yield Trial(inputs, (), (0,), in_place=(7,), timed=False, **more)
 
 
 def benchmark_inputs(shape: str, dtype: torch.dtype, device: torch.device) -> tuple:

@@ -135,7 +135,7 @@ def parts_of(tile, PARTS: tl.constexpr):
     return parts
 
 
-@triton.jit(do_not_specialize=["tiles", "total"])  # more matrices need no other code
+@triton.jit(do_not_specialize=["tiles", "total"])  # on which no code depends
 def product_kernel(
     x_ptr, y_ptr, out_ptr, first_ptr, second_ptr, arguments, tiles, total, m, n, k,
     x_stride, y_stride, out_stride, first_stride, second_stride,

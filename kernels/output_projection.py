@@ -22,7 +22,13 @@ from nanochat_kernels.operation import (
     Operation,
     Trial,
 )
-from nanochat_kernels.product_configurations import SPACE, few_rows_kernel, more_product_keys, product_keys
+from nanochat_kernels.product_configurations import (
+    DECODED_ROWS,
+    SPACE,
+    few_rows_kernel,
+    more_product_keys,
+    product_keys,
+)
 from nanochat_kernels.tracing import opaque
 from nanochat_kernels.triton_helpers import DTYPES, KernelFunction, as_rows, derivative, differentiable
 
@@ -149,6 +155,7 @@ def trials(shape, device: torch.device, dtype: torch.dtype):
     given = inputs(min(rows, 1024), shape.width, shape.width, dtype, device)
     buffer = torch.empty(shape.width, shape.width, device=device).normal_()
     yield Trial((*given, buffer), (), (0, 2), in_place=(3,), timed=False)
+    yield Trial(inputs(DECODED_ROWS, shape.width, shape.width, dtype, device), (0, 2), timed=False)
 
 
 def elements(arguments: tuple, part: str) -> float:

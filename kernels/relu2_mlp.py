@@ -54,7 +54,13 @@ from nanochat_kernels.operation import (
     Operation,
     Trial,
 )
-from nanochat_kernels.product_configurations import SPACE, few_rows_kernel, more_product_keys, product_keys
+from nanochat_kernels.product_configurations import (
+    DECODED_ROWS,
+    SPACE,
+    few_rows_kernel,
+    more_product_keys,
+    product_keys,
+)
 from nanochat_kernels.tracing import opaque
 from nanochat_kernels.triton_helpers import (
     DTYPES,
@@ -355,6 +361,7 @@ def trials(shape, device: torch.device, dtype: torch.dtype):
     x, w_up, w_down = inputs(min(rows, 1024), shape.width, 4 * shape.width, dtype, device)
     buffers = (torch.empty(w.shape, device=device).normal_() for w in (w_up, w_down))
     yield Trial((x, w_up, w_down, None, None, *buffers), (), (0,), in_place=(5, 6), timed=False)
+    yield Trial(inputs(DECODED_ROWS, shape.width, 4 * shape.width, dtype, device), (0,), timed=False)
 
 
 def elements(arguments: tuple, part: str) -> float:

@@ -20,13 +20,12 @@ from nanochat_kernels.operation import (
     Operation,
     Trial,
 )
-from nanochat_kernels.product_configurations import FEW_ROWS_SPACE, FEWEST_ROWS, RAGGED_FEW_ROWS
+from nanochat_kernels.product_configurations import DECODED_ROWS, FEW_ROWS_SPACE, FEWEST_ROWS, RAGGED_FEW_ROWS
 from nanochat_kernels.reference import SOFTCAP
 from nanochat_kernels.tracing import opaque
 from nanochat_kernels.triton_helpers import DTYPES, as_rows, exp2, needs_gradient, tl, triton
 
 VOCABULARY = 65_536  # of the benchmark
-DECODED_ROWS = 64  # of a step of decoding
 
 
 @triton.jit

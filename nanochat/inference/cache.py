@@ -28,9 +28,8 @@ class KVCache:
         """x with `count` more pages, which are zeros."""
         x = x.transpose(2, 3) if self.heads_first else x
         pages = x.size(1)
-        y = x.new_empty(
-            x.size(0), pages + count, *x.shape[2:]
-        )  # not torch.cat, which needs the memory of the new pages twice
+        # not torch.cat of the old pages and zeros, which needs the memory of the new ones twice
+        y = x.new_empty(x.size(0), pages + count, *x.shape[2:])
         y[:, :pages] = x
         y[:, pages:] = 0
         return y.transpose(2, 3) if self.heads_first else y

@@ -124,11 +124,15 @@ class Decoder:
 
     @torch.inference_mode()
     def prepare(self, rows: int, top_k: int) -> None:
-        """Let no request of a server wait for memory or for a graph: take the pages that `rows` rows may need, or most of the free
-        memory, and capture all passes over chunks, and those over rows that draw among top_k tokens. Without graphs nothing is done."""
+        """Let the usual requests of a server not wait for memory or for a graph: take the pages that `rows` rows may need, or most of
+        the free memory, and capture all passes over chunks, and those over rows that draw among about top_k tokens. Without
+        graphs nothing is done."""
         if not self.replay:
             return
-        torch.cuda.empty_cache()  # what was freed is free for other programs only then
+        for kind, sizes in self.sizes.items():
+            for size in sizes:
+                self._serves(size, kind)  # compares before the memory is taken
+        torch.cuda.empty_cache()  # mem_get_info counts what torch has given back
         free = torch.cuda.mem_get_info(self.model.device)[0]
         page = self.cache.keys[:, 0].nbytes + self.cache.values[:, 0].nbytes
         count = min(rows * self.most_pages, int(PREPARED_MEMORY * free) // page) - self.cache.pages.count

@@ -31,11 +31,11 @@ from nanochat.platform.errors import UserError
 from nanochat_kernels import ahead, architecture, ranges, triton_helpers
 
 # Rows are padded to a multiple of this many tokens. At a context of 2048, fine-tuning then needs at most 16 graphs, and with several
-# processes as many again for the last micro-step of a step.
+# processes as many again for the last micro-step of a step, if that exchanges gradients early.
 LENGTH_MULTIPLE = 128
-# By architecture, whether gradients are exchanged while the last backward pass runs. sm90's kernels have a program for each
-# multiprocessor, and take twice as long where the exchange holds one: on four H200s a step of d20 takes 3.4 ms more than with the
-# exchange behind it, if no multiprocessor is left to it.
+# By architecture, whether gradients are exchanged while the last backward pass runs. On four H200s a step of d20 takes 3.4 ms more so
+# than with the exchange behind it, if no multiprocessor is left to it: sm90's products have a program for each, and probably wait for
+# those that the exchange holds.
 EXCHANGES_EARLY = {"sm80": True, "sm90": False}
 LEFT_TO_EXCHANGE = {"sm80": 0, "sm90": 4}  # 0: NCCL takes what it wants
 

@@ -70,18 +70,20 @@ def test_the_slowest_tokens_are_told(results, capsys):
     for row in rows:
         assert row["token_ms_p50"] <= row["token_ms_p99"] <= max(row["token_ms"])
         assert f"p99 {row['token_ms_p99']:.3f})" in printed
+        assert row["forward_ms"] > 1 and f"({row['first_ms'][0] / row['forward_ms']:.2f} × forward)" in printed
 
 
 def test_a_forward_pass_has_as_many_tokens(monkeypatch):
     """A part of the rows, and its time as often as it takes."""
     shapes = []
-    model = SimpleNamespace(config=SimpleNamespace(vocab_size=9), device="cpu")
+    block = SimpleNamespace(attention=SimpleNamespace(config="of another variant"))
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=9), device="cpu", blocks=[block])
     monkeypatch.setattr(engine, "Graph", lambda run: run)
     monkeypatch.setattr(engine, "interleaved", lambda runs, _: {name: [run(0), 1.0, 9.0] for name, run in runs.items()})
     run = type("Model", (SimpleNamespace,), {"__call__": lambda _, given, targets: shapes.append(given.shape) or 2.0})
-    for rows, ms in ((4, 2.0), (16, 2.0), (64, 8.0)):
+    for rows, ms in ((4, 2.0), (16, 2.0), (24, 3.0), (64, 8.0)):
         assert engine.forward_ms(run(**vars(model)), rows, 20) == ms
-    assert shapes == [(4, 20), (16, 20), (16, 20)]
+    assert shapes == [(4, 20), (16, 20), (16, 20), (16, 20)] and block.attention.config is model.config
 
 
 def test_headline_numbers(results):

@@ -329,7 +329,7 @@ def test_every_operation_is_judged(monkeypatch, name):
     assert choice["faults"].keys() == unable <= {"cudnn", "flash", "efficient"}
     judged = {*operation.implementations, "reference"} - unable
     assert judged <= choice["ms"].keys() <= judged | {"auto"}
-    assert choice["impl"] == gate.fastest(choice["ms"])
+    assert choice["impl"] in (min(choice["ms"], key=choice["ms"].get), "auto")
 
 
 @pytest.mark.parametrize("name", FUSED)

@@ -99,15 +99,17 @@ def test_what_is_prepared_serves_requests(model, tokenizer, monkeypatch, memory)
     prompts = [[n + 1] * (n * 40 + 5) for n in range(12)]
     wanted = Engine(model, tokenizer).generate(prompts, 8, top_k=50)
     engine = Engine(model, tokenizer, replay=True, rows=8)
+    engine.generate([[1, 2, 3]], 2)  # a pass that knows the cache as it was
     page, most = engine.cache_bytes(1, 1), 8 * engine.decoder.most_pages
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(memory * most * page / PREPARED_MEMORY) + 1, 0))
+    before = engine.cache.pages.count
     engine.decoder.prepare(8, 50)
-    assert engine.cache.pages.count == int(memory * most)
+    assert engine.cache.pages.count == max(int(memory * most), before)
     captured = dict(engine.decoder.passes)
-    assert all(replayed.warmed_up > WARM_UP for replayed, _ in captured.values())  # without a GPU it is not captured
+    called = {replayed.warmed_up for replayed, _ in captured.values()}  # without a GPU it is not captured
+    assert (not memory or min(called) > WARM_UP > 0) and engine.decoder.serving
     assert engine.generate(prompts, 8, top_k=50) == wanted
     assert (engine.decoder.passes == captured) == (memory == 1.0)
-    assert (engine.cache.pages.count == int(memory * most)) == (memory == 1.0)
 
 
 def test_nothing_is_prepared_without_graphs(model, tokenizer):

@@ -1,5 +1,6 @@
 """Kernels of a step that are compiled side by side, before the first step launches them."""
 
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -40,7 +41,8 @@ def test_a_recorded_step_takes_the_kernels_that_a_gpu_takes():
 
 
 def test_more_blocks_need_no_other_code():
-    """Two blocks are recorded in place of all: no launch of all has integers for which Triton would compile another kernel."""
+    """Two blocks are recorded in place of all, and rows of one length before others: no launch has integers for which Triton would
+    compile another kernel."""
     code = (
         STEP
         + """
@@ -48,19 +50,56 @@ def specialized(x):
     if isinstance(x, tuple):
         return tuple(map(specialized, x))
     return (x == 1, x % 16 == 0, x >= 2**31) if isinstance(x, int) else str(getattr(x, "dtype", type(x)))
-def keys(config):
+def keys(config, length=512):
     with configs.tables_of("sm90"):
-        found = ahead.launches_of(lambda: step_on_meta(config, torch.bfloat16, 4, 512))
+        found = ahead.launches_of(lambda: step_on_meta(config, torch.bfloat16, 4, length))
     return {
         (launch.kernel.__name__, *sorted(map(str, launch.constants.items())),
          *(None if param.do_not_specialize else specialized(x) for param, x in zip(launch.kernel.params, launch.arguments)))
         for launch in found
     }
-print(len(keys(config)), sorted(keys(config) - keys(replace(config, depth=2))))
+few = keys(replace(config, depth=2))
+print(len(few), sorted((keys(config) | keys(config, 384)) - few))
 """
     )
     count, more = without_interpreter(code).strip().split(" ", 1)
     assert int(count) > 20 and more == "[]", (count, more)
+
+
+@pytest.mark.parametrize("error", [None, ValueError("out of memory")])
+def test_each_kernel_is_loaded_once_on_the_device(monkeypatch, error):
+    """One that does not compile or fits nowhere is left to its launch; that another one cannot be loaded is raised."""
+    devices, loaded = [], []
+
+    @contextmanager
+    def on(device):
+        devices.append(device)
+        yield
+        devices.pop()
+
+    class Compiled:
+        def __init__(self, fails: Exception | None = None):
+            self.fails = fails
+
+        def result(self, ignore_errors):
+            return None if isinstance(self.fails, SyntaxError) and ignore_errors else self
+
+        @property
+        def run(self):
+            loaded.append((self, devices[-1]))
+            if self.fails:
+                raise self.fails
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+    first, *others = [
+        Compiled(fails) for fails in (None, SyntaxError(), ahead.triton.OutOfResources(9, 8, "shared"), error)
+    ]
+    given = [SimpleNamespace(warmup=lambda *_, kernel=kernel, **__: kernel) for kernel in (first, first, *others)]
+    launches = [(kernel, (), {}, (1,)) for kernel in given]
+    with pytest.raises(ValueError, match="out of memory") if error else nullcontext():
+        ahead.compile_side_by_side(launches, "its device")
+    assert {kernel for kernel, _ in loaded} == {first, *others[1:]} and len(loaded) == 3
+    assert {device for _, device in loaded} == {"its device"}
 
 
 @pytest.mark.skipif(not GPU, reason="kernels are compiled for a GPU")
