@@ -35,7 +35,7 @@ from nanochat_kernels.attention_launches import (
 )
 from nanochat_kernels.checks import autocast_products, check_float, check_integers, check_shape
 from nanochat_kernels.dispatch import serve
-from nanochat_kernels.operation import Benchmark, Implementation, Operation, Trial
+from nanochat_kernels.operation import DECODED_ROWS, Benchmark, Implementation, Operation, Trial
 from nanochat_kernels.tracing import opaque
 from nanochat_kernels.triton_helpers import (
     DTYPES,
@@ -267,8 +267,8 @@ def trials(shape, device: torch.device, dtype: torch.dtype):
     more = {"row_elements": shape.heads * shape.tokens**2, "cancellation": 1e-5, "fewest_rows": 32}
     bound = math.sqrt(width)
     yield Trial((*inputs(shape.rows, shape.tokens, *sizes), None, None, bound), (0, 1, 2), (0, 1, 2), **more)
-    q, k, v = inputs(shape.rows, shape.tokens, *sizes)
-    lengths = torch.randint(1, shape.tokens + 1, (shape.rows,), device=device)
+    q, k, v = inputs(DECODED_ROWS, shape.tokens, *sizes)
+    lengths = torch.randint(1, shape.tokens + 1, (DECODED_ROWS,), device=device)
     page = math.gcd(shape.tokens, 128)
     keys, values = (in_pages(x, page) for x in (k, v))
     yield Trial((q[:, :1], keys, values, lengths, None, bound, table_of(k, page)), (0, 3, 6), (), timed=False)

@@ -9,7 +9,7 @@ from torch import Tensor
 from nanochat_kernels.checks import check_float, check_integers, check_shape
 from nanochat_kernels.configs import launch_parameters
 from nanochat_kernels.dispatch import choose
-from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
+from nanochat_kernels.operation import DECODED_ROWS, Benchmark, Implementation, Kernel, Operation, Trial
 from nanochat_kernels.triton_helpers import (
     DTYPES,
     cdiv,
@@ -123,7 +123,7 @@ KERNELS = (Kernel("cache_append", DTYPES, ((64,), (128,)), SPACE, launches, ((40
 
 def trials(shape, device: torch.device, dtype: torch.dtype):
     sizes = shape.kv_heads, shape.width // shape.heads
-    given = inputs(min(shape.rows, 64), 1, *sizes, 256, dtype, device)
+    given = inputs(DECODED_ROWS, 1, *sizes, 256, dtype, device)
     yield Trial(given, tuple(range(5)), in_place=(0, 1))
 
 

@@ -15,6 +15,7 @@ from nanochat_kernels.folded_norm import add_residual, residual_launches
 from nanochat_kernels.linear import add_product, plain_linear, scaled_rows
 from nanochat_kernels.operation import (
     BENCHMARK_TOKENS,
+    DECODED_ROWS,
     MODEL_WIDTHS,
     Benchmark,
     Implementation,
@@ -23,7 +24,6 @@ from nanochat_kernels.operation import (
     Trial,
 )
 from nanochat_kernels.product_configurations import (
-    DECODED_ROWS,
     SPACE,
     few_rows_kernel,
     more_product_keys,

@@ -31,7 +31,6 @@ def configuration(
 
 
 FEW_ROWS = (16, 64)  # classes of decoding: one token for each row of a batch
-DECODED_ROWS = 64  # of a step of the engine, at which the gate judges them
 RAGGED_FEW_ROWS = (15, 77)  # near each class
 
 

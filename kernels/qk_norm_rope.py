@@ -15,7 +15,7 @@ from nanochat_kernels import reference
 from nanochat_kernels.checks import check_device, check_float, check_offset, check_shape, normed_dtype, under_autocast
 from nanochat_kernels.configs import launch_parameters
 from nanochat_kernels.dispatch import serve
-from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operation, Trial
+from nanochat_kernels.operation import DECODED_ROWS, Benchmark, Implementation, Kernel, Operation, Trial
 from nanochat_kernels.plan import Plan, cached_call
 from nanochat_kernels.qk_norm_rope_kernels import backward_kernel, forward_kernel
 from nanochat_kernels.reference import EPS, ROPE_BASE
@@ -284,8 +284,8 @@ def trials(shape, device: torch.device, dtype: torch.dtype):
     """Training's call, and decoding's: one token in each row, at a position of its own."""
     sizes = shape.heads, shape.kv_heads, shape.width // shape.heads, dtype, device
     yield Trial(inputs(shape.rows, shape.tokens, *sizes), (0, 1), (0, 1))
-    q, k, *_ = inputs(shape.rows, 1, *sizes)
-    offsets = torch.randint(shape.tokens, (shape.rows,), device=device)
+    q, k, *_ = inputs(DECODED_ROWS, 1, *sizes)
+    offsets = torch.randint(shape.tokens, (DECODED_ROWS,), device=device)
     yield Trial((q, k, *tables(shape.tokens, *sizes[2:]), offsets), (0, 1, 4), (0, 1))
 
 

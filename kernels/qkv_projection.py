@@ -28,7 +28,7 @@ from nanochat_kernels.folded_norm import KERNELS as NORM_KERNELS
 from nanochat_kernels.folded_norm import input_gradient, norm_backward_launches, row_rstd
 from nanochat_kernels.linear import add_product, plain_linear
 from nanochat_kernels.matrix_product import product, product_parameters
-from nanochat_kernels.operation import MODEL_WIDTHS, Benchmark, Implementation, Kernel, Operation, Trial
+from nanochat_kernels.operation import DECODED_ROWS, MODEL_WIDTHS, Benchmark, Implementation, Kernel, Operation, Trial
 from nanochat_kernels.product_configurations import SPACE, few_rows_kernel, more_product_keys, product_keys
 from nanochat_kernels.qk_norm_rope import qk_norm_rope, tables
 from nanochat_kernels.qkv_projection_kernels import QKV, product_gradient
@@ -353,9 +353,9 @@ def trials(shape, device: torch.device, dtype: torch.dtype):
     given = inputs(1, min(shape.tokens, 1024), *sizes)
     buffers = (torch.empty(w.shape, device=device).normal_() for w in given[1:4])
     yield Trial((*given, 0, None, *buffers), (), (0,), in_place=(8, 9, 10), timed=False)
-    x, *weights, cos, sin = inputs(shape.rows, 1, *sizes)
+    x, *weights, cos, sin = inputs(DECODED_ROWS, 1, *sizes)
     cos, sin = tables(shape.tokens, sizes[-1], dtype, device)
-    positions = torch.arange(shape.rows, device=device) % shape.tokens
+    positions = torch.arange(DECODED_ROWS, device=device) % shape.tokens
     yield Trial((x, *weights, cos, sin, positions), (0, 6), (), timed=False)
 
 

@@ -47,6 +47,7 @@ from nanochat_kernels.matrix_product import (
 )
 from nanochat_kernels.operation import (
     BENCHMARK_TOKENS,
+    DECODED_ROWS,
     MODEL_WIDTHS,
     Benchmark,
     Implementation,
@@ -55,7 +56,6 @@ from nanochat_kernels.operation import (
     Trial,
 )
 from nanochat_kernels.product_configurations import (
-    DECODED_ROWS,
     SPACE,
     few_rows_kernel,
     more_product_keys,

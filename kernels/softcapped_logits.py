@@ -11,6 +11,7 @@ from nanochat_kernels.checks import autocast_products, check_float, check_shape
 from nanochat_kernels.dispatch import choose
 from nanochat_kernels.matrix_product import Epilogue, product, product_parameters, store_block, unsupported_reason
 from nanochat_kernels.operation import (
+    DECODED_ROWS,
     MODEL_WIDTHS,
     MORE_WIDTHS,
     TUNED_WIDTHS,
@@ -20,7 +21,7 @@ from nanochat_kernels.operation import (
     Operation,
     Trial,
 )
-from nanochat_kernels.product_configurations import DECODED_ROWS, FEW_ROWS_SPACE, FEWEST_ROWS, RAGGED_FEW_ROWS
+from nanochat_kernels.product_configurations import FEW_ROWS_SPACE, FEWEST_ROWS, RAGGED_FEW_ROWS
 from nanochat_kernels.reference import SOFTCAP
 from nanochat_kernels.tracing import opaque
 from nanochat_kernels.triton_helpers import DTYPES, as_rows, exp2, needs_gradient, tl, triton

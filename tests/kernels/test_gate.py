@@ -1,15 +1,17 @@
 """The gate: what is wrong is not chosen, and what is fastest is."""
 
 import re
+import sys
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
+from nanochat.inference.engine import STEP_ROWS
 from nanochat_kernels import configs, dispatch, gate, reference
 from nanochat_kernels.dispatch import operations
-from nanochat_kernels.operation import Implementation, RunShape, Trial
+from nanochat_kernels.operation import DECODED_ROWS, Implementation, RunShape, Trial
 from tests.kernels.harness import DEVICE, GPU, in_layout
 
 PLANTED_FAULTS = {
@@ -27,6 +29,20 @@ SHAPE = RunShape(rows=8, tokens=256, width=256, heads=2, kv_heads=1, vocab=1024,
     rows=2, tokens=8, width=32, heads=2, kv_heads=1, vocab=64, depth=1
 )  # fmt: skip
 OPERATIONS = operations()
+
+
+@pytest.fixture(autouse=not GPU)
+def few_decoded_rows(monkeypatch):
+    """Rows of the trials of decoding that an interpreter computes in seconds."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("nanochat_kernels.") and hasattr(module, "DECODED_ROWS"):
+            monkeypatch.setattr(module, "DECODED_ROWS", 4)
+
+
+def test_decoding_is_judged_with_the_rows_of_a_step():
+    assert STEP_ROWS["cuda"][0] == DECODED_ROWS
+
+
 WHERE = (torch.device(DEVICE), torch.bfloat16)
 
 
