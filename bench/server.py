@@ -1,10 +1,11 @@
 """Time the server: python -m bench.server --depth 20
 
-All users ask at the same moment: each sends a streaming chat to `nanochat web`, which runs in a process of its own and does not share
-its interpreter with them, though it shares the cores. Then the engine alone, without HTTP, is given the same prompts and seeds.
+All users ask at the same moment: each sends a streaming chat to `nanochat web`, which runs in processes of its own and does not share
+their interpreter, though it shares the cores. Then the engine alone, without HTTP, is given the same prompts and seeds.
 
     first     from sending a request to the first text of its answer
-    token     from one piece of an answer's text to the next; nearly every token is a piece, and pieces may arrive together
+    token     from one piece of an answer's text to the next; nearly every token is a piece, unless the server is behind the engine,
+              when several tokens are one
     tokens/s  of all answers, from the first request to the last text
     all       tokens/s while every user is receiving an answer: the prompts have been computed, and no answer has ended yet
     MBU       bytes of weights, keys and values that these tokens need, per second, of what a copy moves per second
@@ -313,13 +314,17 @@ def measure(paths: Paths, config: ServerConfig, found: dict) -> None:
             for users in config.users
         }
         served: dict[int, list[list[Answer]]] = {users: [] for users in config.users}
+        started = time.perf_counter()
         with running_server(paths, config) as port:
+            found["seconds_until_served"] = time.perf_counter() - started
+            say(f"the server serves after {found['seconds_until_served']:.1f} s")
             for users, turns in asked.items():
                 for texts in turns:
                     served[users].append(asyncio.run(ask_server(port, texts, config)))
                 say(f"server, {users} users: {rate_of_round(served[users][-1]):,.0f} tokens/s in the last round")
         model, _, _ = load_model(paths, "sft", runtime)
         engine = Engine(model, tokenizer, rows=config.rows, frozen=True)
+        engine.decoder.prepare(config.rows, config.top_k)  # as the server does
         for users, turns in asked.items():
             with ThreadPoolExecutor(
                 1

@@ -11,12 +11,11 @@ without a worker by 503. One from the page of another site is answered by 403, a
 errors have the form of OpenAI's API.
 """
 
-import asyncio
 import contextlib
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -26,15 +25,14 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nanochat.chat.requests import ChatRequest, RequestError, prompt_of, read_body
 from nanochat.chat.worker import Job, Overloaded, Worker, WorkerError
-from nanochat.inference.session import Event, Forgotten, Reader, Text, ToolCall
-from nanochat.platform.errors import UserError
+from nanochat.inference.session import Reader, Text, ToolCall
+from nanochat.tokenizer.bpe import Tokenizer
 
 PAGE = Path(__file__).with_name("page.html")
-SLOWEST_READER = 60.0  # seconds until a client that takes nothing of its answer is dropped
 # the page is one file, which loads nothing and is shown in no frame
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'"
 FIELDS = {Text: "text", ToolCall: "call"}
@@ -48,6 +46,7 @@ class Service:
     """
 
     workers: list[Worker]
+    tokenizer: Tokenizer
     model: str
     temperature: float = 0.6
     top_k: int = 50
@@ -59,32 +58,27 @@ class Service:
         """Give a request to the worker with the fewest rows; returns both, and the number of forgotten turns. Raises RequestError."""
         if self.ending:
             raise RequestError("the server is ending", 503)
-        first = self.workers[0]  # the others have the same tokenizer and positions
         tokens = self.max_tokens if request.max_tokens is None else request.max_tokens
-        prompt, forgotten = await run_in_threadpool(prompt_of, first.tokenizer, request, first.positions, tokens)
+        prompt, forgotten = await run_in_threadpool(
+            prompt_of, self.tokenizer, request, self.workers[0].positions, tokens
+        )
         temperature = self.temperature if request.temperature is None else request.temperature
         top_k = self.top_k if request.top_k is None else request.top_k
         seed = secrets.randbits(63) if request.seed is None else request.seed
-        alive = [worker for worker in self.workers if worker.is_alive() and not worker.ended]
-        if not alive:
+        if all(worker.ended for worker in self.workers):
             raise RequestError("every worker has died; the server must be started again", 503)
-        engines = {worker: engine for worker in alive if (engine := worker.engine)}
-        if not engines:
+        serving = [worker for worker in self.workers if worker.serving]
+        if not serving:
             raise RequestError("the engine starts again after an error; try again later", 503)
-        worker = min(engines, key=lambda worker: worker.open_rows)  # nothing is awaited between this and submit
-        engine = engines[worker]
+        worker = min(serving, key=lambda worker: worker.open_rows)  # nothing is awaited between this and submit
         most = worker.rows + worker.most_waiting
         if samples > most:
             raise RequestError(
                 f"n is {samples}; the server generates and keeps waiting {most} answers at most", parameter="n"
             )
         try:
-            rows = [
-                engine.row(prompt, tokens, temperature, top_k, seed, sample, alternatives) for sample in range(samples)
-            ]
-            return worker, worker.submit(rows), forgotten
-        except UserError as error:
-            raise RequestError(str(error))
+            job = worker.submit(prompt, samples, tokens, temperature, top_k, seed, alternatives)
+            return worker, job, forgotten
         except WorkerError as error:
             raise RequestError(str(error), 503)
         except Overloaded:
@@ -92,11 +86,13 @@ class Service:
 
 
 def create_app(service: Service) -> FastAPI:
-    """The application. Its workers must have been started; it ends them."""
+    """The application. Its workers must have loaded their models; it ends them."""
     from nanochat.chat.completions import routes
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        for worker in service.workers:
+            worker.attach()
         yield
         for worker in service.workers:
             worker.end()
@@ -117,14 +113,13 @@ def create_app(service: Service) -> FastAPI:
         )
 
     @app.get("/health")
-    def health() -> Response:
-        well = not service.ending and all(worker.is_alive() for worker in service.workers)
-        return JSONResponse(
-            {"status": "ok" if well else "ending" if service.ending else "a worker has died"}, 200 if well else 503
-        )
+    async def health() -> Response:
+        found = "a worker has died" if any(worker.ended for worker in service.workers) else "a worker starts again"
+        well = not service.ending and all(worker.alive for worker in service.workers)
+        return JSONResponse({"status": "ok" if well else "ending" if service.ending else found}, 200 if well else 503)
 
     @app.get("/stats")
-    def stats() -> dict:
+    async def stats() -> dict:
         found = [worker.stats() for worker in service.workers]
         defaults = {name: getattr(service, name) for name in ("temperature", "top_k", "max_tokens")}
         return {"model": service.model, "seconds": time.monotonic() - started, "defaults": defaults, "workers": found}
@@ -132,7 +127,7 @@ def create_app(service: Service) -> FastAPI:
     @app.post("/chat")
     async def chat(request: Request) -> Response:
         worker, job, forgotten = await service.start(await read_body(request, ChatRequest))
-        return events_response(chat_events(worker, job, forgotten))
+        return events_response(chat_events(service.tokenizer, worker, job, forgotten))
 
     app.include_router(routes(service))
 
@@ -167,24 +162,24 @@ def check_source(request: Request, hosts: frozenset[str] | None) -> None:
             raise RequestError(f"the request comes from a page of {origin!r}; use the page of this server", 403)
 
 
-async def chat_events(worker: Worker, job: Job, forgotten: int) -> AsyncIterator[dict]:
-    """An answer as the page wants it."""
-    if forgotten:
-        yield {"forgotten": forgotten}
-    reader = Reader(worker.tokenizer)
-    async with contextlib.aclosing(worker.answer(job)) as found:
-        async for _, tokens, done in found:
-            for event in [event for token in tokens for event in reader.add(token.token)] + (
-                list(reader.end()) if done else []
-            ):
-                yield as_dict(event)
-    yield {"finish": job.rows[0].finish}
-
-
-def as_dict(event: Event) -> dict:
-    if isinstance(event, Forgotten):
-        return {"forgotten": event.turns}
-    return {FIELDS.get(type(event), "result"): event.text}
+async def chat_events(tokenizer: Tokenizer, worker: Worker, job: Job, forgotten: int) -> AsyncIterator[list[dict]]:
+    """An answer as the page wants it: the events that have come since the last ones, where texts that follow each other are one."""
+    events: list[dict] = [{"forgotten": forgotten}] if forgotten else []
+    reader = Reader(tokenizer)
+    async with contextlib.aclosing(worker.answer(job)) as answer:
+        async for [(_, tokens, finish)] in answer:
+            read = [event for token in tokens for event in reader.add(token.token)]
+            for event in [*read, *(reader.end() if finish else ())]:
+                name = FIELDS.get(type(event), "result")
+                if name == "text" and events and name in events[-1]:
+                    events[-1]["text"] += event.text
+                else:
+                    events.append({name: event.text})
+            if finish:
+                events.append({"finish": finish})
+            if events:
+                yield events
+                events = []
 
 
 def error_body(message: str, status: int, parameter: str | None = None) -> dict:
@@ -199,16 +194,16 @@ def error_body(message: str, status: int, parameter: str | None = None) -> dict:
     }
 
 
-def events_response(items: AsyncIterator[dict], last: Iterable[str] = ()) -> Response:
-    """Server-sent events, each with JSON, and `last` as it is. An error of the worker becomes the last event."""
+def events_response(parts: AsyncIterator[list[dict]], last: str = "") -> Response:
+    """Server-sent events, each with JSON, and `last` at the end. An error of the worker becomes the last event."""
 
     async def lines() -> AsyncIterator[str]:
-        async with contextlib.aclosing(items):
+        async with contextlib.aclosing(parts):
             try:
-                async for item in items:
-                    yield f"data: {json.dumps(item)}\n\n"
-                for text in last:
-                    yield f"data: {text}\n\n"
+                async for events in parts:
+                    yield "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+                if last:
+                    yield f"data: {last}\n\n"
             except WorkerError as error:
                 yield f"data: {json.dumps(error_body(f'the answer broke off: {error}', 500))}\n\n"
 
@@ -217,22 +212,12 @@ def events_response(items: AsyncIterator[dict], last: Iterable[str] = ()) -> Res
     )
 
 
-class ClientGone(Exception):
-    """What is sent to a client does not arrive."""
-
-
 class ClientsThatGo:
-    """Makes no error of a client that goes, and lets one go that takes nothing of its answer for SLOWEST_READER seconds."""
+    """Makes no error of a client that goes."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_in_time(message: Message) -> None:
-            try:
-                await asyncio.wait_for(send(message), SLOWEST_READER)
-            except (asyncio.TimeoutError, OSError) as error:
-                raise ClientGone from error
-
-        with contextlib.suppress(ClientDisconnect, ClientGone):
-            await self.app(scope, receive, send_in_time if scope["type"] == "http" else send)
+        with contextlib.suppress(ClientDisconnect):
+            await self.app(scope, receive, send)

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from dataclasses import dataclass, field
 
 from fastapi import APIRouter, Request
@@ -39,19 +39,31 @@ class Choice:
     def __post_init__(self) -> None:
         self.reader = Reader(self.tokenizer)
 
-    def add(self, tokens: list[Token], done: bool) -> str:
-        """The text that these tokens add to the answer."""
+    def add(self, tokens: list[Token], done: bool) -> tuple[str, list[Token]]:
+        """The text that tokens add to the answer, and those of them that belong to it: none behind a stop. done: no more come."""
+        text = ""
+        for count, token in enumerate(tokens, 1):
+            text += self._show(self.reader.add(token.token))
+            if self.stopped:
+                tokens = tokens[:count]
+                break
+        if done and not self.stopped:
+            text += self._show(self.reader.end(), done)
         self.tokens += len(tokens)
-        events: list[Event] = [event for token in tokens for event in self.reader.add(token.token)]
+        return text, tokens
+
+    def _show(self, events: Iterable[Event], done: bool = False) -> str:
+        """The text that events add to the answer, up to a stop."""
         text = self.held + "".join(piece for event in events for piece in self.shown.add(event))
         if done:
-            text += "".join(piece for event in self.reader.end() for piece in self.shown.add(event))
             text += "".join(self.shown.end())
+        if not self.stops:
+            return text
         ends = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
         if ends:
             self.stopped, self.held = True, ""
             return text[: min(ends)]
-        most = 0 if done else max((len(stop) - 1 for stop in self.stops), default=0)
+        most = 0 if done else max(len(stop) - 1 for stop in self.stops)
         size = next(
             (n for n in range(min(most, len(text)), 0, -1) if any(stop.startswith(text[-n:]) for stop in self.stops)), 0
         )
@@ -92,19 +104,20 @@ def routes(service: Service) -> APIRouter:
                 )
             body.max_tokens = body.max_completion_tokens
         worker, job, _ = await service.start(body, body.n or 1, body.top_logprobs or 0)
-        choices = [Choice(worker.tokenizer, stops) for _ in job.rows]
+        choices = [Choice(service.tokenizer, stops) for _ in job.finish]
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.model}
         if body.stream:
             return events_response(
-                chunks(worker, job, choices, body, head | {"object": "chat.completion.chunk"}), ["[DONE]"]
+                chunks(worker, job, choices, body, head | {"object": "chat.completion.chunk"}), "[DONE]"
             )
         texts, logprobs = ["" for _ in choices], [[] for _ in choices]
 
         async def collect() -> None:
             async with contextlib.aclosing(pieces(worker, job, choices)) as found:
-                async for number, text, tokens, _ in found:
-                    texts[number] += text
-                    logprobs[number] += logprobs_of(choices[number].tokenizer, tokens)
+                async for part in found:
+                    for number, text, tokens, _ in part:
+                        texts[number] += text
+                        logprobs[number] += logprobs_of(service.tokenizer, tokens)
 
         await while_connected(request, collect())
         answers = [
@@ -140,52 +153,60 @@ async def while_connected(request: Request, work: Coroutine[None, None, None]) -
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def pieces(worker: Worker, job: Job, choices: list[Choice]) -> AsyncIterator[tuple[int, str, list[Token], bool]]:
+async def pieces(
+    worker: Worker, job: Job, choices: list[Choice]
+) -> AsyncIterator[list[tuple[int, str, list[Token], bool]]]:
     """(number of the choice, text, tokens, whether it has ended) as they come, until every choice has ended or met a stop."""
     left = set(range(len(choices)))
-    async with contextlib.aclosing(worker.answer(job)) as found:
-        async for number, tokens, done in found:
-            if number in left:
-                text = choices[number].add(tokens, done)
-                ended = done or choices[number].stopped
-                left -= {number} if ended else set()
-                yield number, text, tokens, ended
-                if not left:
-                    return
+    async with contextlib.aclosing(worker.answer(job)) as answer:
+        async for found in answer:
+            part = []
+            for number, tokens, finish in found:
+                if number in left:
+                    text, tokens = choices[number].add(tokens, finish is not None)
+                    ended = finish is not None or choices[number].stopped
+                    left -= {number} if ended else set()
+                    part.append((number, text, tokens, ended))
+            yield part
+            if not left:
+                return
 
 
 async def chunks(
     worker: Worker, job: Job, choices: list[Choice], body: CompletionRequest, head: dict
-) -> AsyncIterator[dict]:
-    """The chunks of a streamed answer."""
+) -> AsyncIterator[list[dict]]:
+    """The chunks of a streamed answer, as many at a time as have come."""
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     rest = {"usage": None} if with_usage else {}
 
     def chunk(number: int, delta: dict, logprobs: list | None = None, reason: str | None = None) -> dict:
         found = {"index": number, "delta": delta, "logprobs": None, "finish_reason": reason}
-        if body.logprobs and logprobs:
+        if logprobs:
             found["logprobs"] = {"content": logprobs, "refusal": None}
         return head | rest | {"choices": [found]}
 
-    for number in range(len(choices)):
-        yield chunk(number, {"role": "assistant", "content": ""})
+    events = [chunk(number, {"role": "assistant", "content": ""}) for number in range(len(choices))]
     async with contextlib.aclosing(pieces(worker, job, choices)) as found:
-        async for number, text, tokens, ended in found:
-            logprobs = logprobs_of(choices[number].tokenizer, tokens)
-            if text or (body.logprobs and logprobs):
-                yield chunk(number, {"content": text}, logprobs)
-            if ended:
-                yield chunk(number, {}, reason=finish(choices[number], job, number))
+        async for part in found:
+            for number, text, tokens, ended in part:
+                logprobs = logprobs_of(choices[number].tokenizer, tokens) if body.logprobs else []
+                if text or logprobs:
+                    events.append(chunk(number, {"content": text}, logprobs))
+                if ended:
+                    events.append(chunk(number, {}, reason=finish(choices[number], job, number)))
+            if events:
+                yield events
+                events = []
     if with_usage:
-        yield head | {"choices": [], "usage": usage(job, choices)}
+        yield [head | {"choices": [], "usage": usage(job, choices)}]
 
 
 def finish(choice: Choice, job: Job, number: int) -> str | None:
-    return "stop" if choice.stopped else job.rows[number].finish
+    return "stop" if choice.stopped else job.finish[number]
 
 
 def usage(job: Job, choices: list[Choice]) -> dict:
-    prompt, completion = len(job.rows[0].prompt), sum(choice.tokens for choice in choices)
+    prompt, completion = len(job.prompt), sum(choice.tokens for choice in choices)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 

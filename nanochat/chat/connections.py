@@ -1,4 +1,4 @@
-"""The connections of the server: how many there may be, which gives way to another, and how long one may say nothing."""
+"""The connections of the server: how many there may be, which gives way to another, and how long one may say or take nothing."""
 
 import asyncio
 import os
@@ -18,6 +18,7 @@ from nanochat.platform.errors import UserError
 MOST_CONNECTIONS = 1024
 SPARE_FILES = 64  # that the process may open besides its connections
 SLOWEST_HEADER = 30.0  # seconds in which the header of a request must arrive
+SLOWEST_READER = 60.0  # seconds until a client that takes nothing of its answer is dropped
 CROWDED = "every connection of the server has a request that is not answered yet; try again later"
 
 
@@ -29,7 +30,8 @@ class Connection(H11Protocol):
         super().__init__(*positional, **named)
         self.most = most
         self.idle_since = 0.0
-        self.deadline: asyncio.TimerHandle | None = None
+        self.deadline: asyncio.TimerHandle | None = None  # of a header
+        self.read_deadline: asyncio.TimerHandle | None = None  # of what waits to be taken
 
     @property
     def idle(self) -> bool:
@@ -57,9 +59,19 @@ class Connection(H11Protocol):
         self.idle_since = self.loop.time()
         super().on_response_complete()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.read_deadline = self.loop.call_later(SLOWEST_READER, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.read_deadline.cancel()
+
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
         self._forget_deadline()
+        if self.read_deadline is not None:
+            self.read_deadline.cancel()
 
     def _watch(self) -> None:
         """Let the time of a header begin, unless it has, and end it when the header is there."""

@@ -8,6 +8,7 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from nanochat.inference.calculator import calculate
+from nanochat.inference.sampling import check_room
 from nanochat.platform.errors import UserError
 from nanochat.tokenizer.bpe import Tokenizer
 from nanochat.tokenizer.chat_format import render_prompt
@@ -163,14 +164,15 @@ def prompt_of(tokenizer: Tokenizer, request: ChatRequest, positions: int, max_to
         return render_prompt(tokenizer, {"messages": [*system, *turns[2 * dropped :]]})
 
     try:
-        found, most = prompt(0), positions - min(max_tokens, positions // 4)
+        found, dropped, most = prompt(0), 0, positions - min(max_tokens, positions // 4)
         low, high = 0, len(turns) // 2  # the turns to drop are more than low, and at most high
         if len(found) > most and high:
             while high - low > 1:
                 middle = (low + high) // 2
                 low, high = (low, middle) if len(prompt(middle)) <= most else (middle, high)
-            return prompt(high), high
-        return found, 0
+            found, dropped = prompt(high), high
+        check_room(found, positions)
+        return found, dropped
     except UserError as error:
         raise RequestError(str(error))
 

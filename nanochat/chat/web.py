@@ -1,20 +1,17 @@
-"""`nanochat web`: load the model once for each GPU, and serve until the user ends it."""
+"""`nanochat web`: a process with the model for each GPU, and the server, which has no model, until the user ends it."""
 
+import gc
 import ipaddress
 import os
+import signal
 import socket
+import sys
 import threading
-from dataclasses import replace
 from functools import partial
+from multiprocessing import forkserver
 
-import torch
-
-from nanochat.chat.worker import Worker
-from nanochat.checkpoint import load_model
-from nanochat.inference.engine import Engine
 from nanochat.options.chat import WebOptions
 from nanochat.platform.console import say
-from nanochat.platform.distributed import Runtime, start_runtime
 from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
 from nanochat.platform.signals import handled
@@ -22,49 +19,70 @@ from nanochat.platform.signals import handled
 
 def web(options: WebOptions, paths: Paths) -> None:
     """Serve the newest model of a stage. Raises UserError when the address cannot be listened on."""
+    listener = listen(options.host, options.port)
+    if sys.platform == "linux":
+        forkserver.set_forkserver_preload(["nanochat.chat.engine_process"])
+        with handled(signal.SIG_IGN):  # which it inherits: a terminal's signals are for the server
+            forkserver.ensure_running()  # it imports torch while this process does
     try:
         from nanochat.chat.app import Service, create_app
         from nanochat.chat.connections import make_server, most_connections
     except ModuleNotFoundError as error:
         raise UserError(f"nanochat web needs the package {error.name}; install it with: pip install 'nanochat[web]'")
-    listener = listen(options.host, options.port)
-    with start_runtime(options.device) as runtime:
-        workers = []
-        for device in devices(runtime, options.gpus):
-            model, tokenizer, _ = load_model(paths, options.source, replace(runtime, device=device), options.impl)
-            make_engine = partial(Engine, model, tokenizer, rows=options.rows, frozen=True)
-            workers.append(Worker(str(device), make_engine, options.queue))
-    name = f"{paths.run_name}-{options.source}"
-    hosts = hosts_of(listener.getsockname()[0], options.host)
-    service = Service(workers, name, options.temperature, options.top_k, options.max_tokens, hosts)
-    server = make_server(create_app(service), most_connections(), options.seconds_to_end)
-    for worker in workers:
-        worker.start()
-    # not in the main thread, where uvicorn would end the process by the signal that asked for it
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="server")
+    from nanochat.chat.worker import Worker
 
-    def end(*_) -> None:
-        if service.ending:
-            os._exit(130)
-        service.ending = server.should_exit = True
+    tokenizer, loads = models(paths, options)
+    workers: list[Worker] = []
+    try:
+        for name, load in loads.items():
+            workers.append(Worker(name, load, options.queue))
+        for worker in workers:
+            worker.wait()
+        name = f"{paths.run_name}-{options.source}"
+        address, port = listener.getsockname()[:2]
+        hosts = hosts_of(address, options.host)
+        service = Service(workers, tokenizer, name, options.temperature, options.top_k, options.max_tokens, hosts)
+        server = make_server(create_app(service), most_connections(), options.seconds_to_end)
+        gc.freeze()  # a collection that looks through all of torch would stop the answers
+        # not in the main thread, where uvicorn would end the process by the signal that asked for it
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="server")
 
-    with handled(end):
-        thread.start()
-        host, port = listener.getsockname()[:2]
-        say(
-            f"nanochat ({name} on {', '.join(worker.name for worker in workers)}): http://{host}:{port} ; Ctrl-C ends it"
-        )
-        while thread.is_alive():
-            thread.join(0.2)
-    for worker in workers:
-        worker.join(5)
+        def end(*_) -> None:
+            if service.ending:
+                os._exit(130)
+            service.ending = server.should_exit = True
+
+        with handled(end):
+            thread.start()
+            say(f"nanochat ({name} on {', '.join(loads)}): http://{address}:{port} ; Ctrl-C ends it")
+            while thread.is_alive():
+                thread.join(0.2)
+    finally:
+        for worker in workers:
+            worker.join(5)
     say("ended")
 
 
-def devices(runtime: Runtime, gpus: int) -> list[torch.device]:
-    """The devices that get a worker each. Raises UserError for more GPUs than there are."""
-    if runtime.device.type != "cuda":
-        return [runtime.device]
+def models(paths: Paths, options: WebOptions) -> tuple:
+    """The tokenizer, and of each device, by its name, what loads the model in a worker's process. Raises UserError."""
+    from nanochat.chat import engine_process
+    from nanochat.checkpoint import find_checkpoint
+    from nanochat.platform.distributed import Runtime, compute_dtype, pick_device
+
+    kind = pick_device(options.device)
+    found = devices(kind, options.gpus)
+    _, tokenizer, meta = find_checkpoint(paths, options.source, Runtime(0, 1, found[0], compute_dtype(kind)))
+    return tokenizer, {
+        str(device): partial(engine_process.load, paths, options, meta["step"], device) for device in found
+    }
+
+
+def devices(kind: str, gpus: int) -> list:
+    """The devices, of a kind, that get a worker each. Raises UserError for more GPUs than there are."""
+    import torch
+
+    if kind != "cuda":
+        return [torch.device(kind)]
     there = torch.cuda.device_count()
     if gpus > there:
         raise UserError(f"--gpus {gpus}: this machine has {there}")

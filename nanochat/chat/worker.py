@@ -1,21 +1,24 @@
-"""A worker: the thread that runs an engine, for requests that come from the event loop of a server."""
+"""A worker as the server sees it: a process with an engine, the requests that it has, and what it has found of them."""
 
 import asyncio
-import gc
-import queue
+import itertools
+import multiprocessing
 import sys
-import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
-import torch
-
-from nanochat.inference.engine import Engine, Row, Token
+from nanochat.chat import engine_process
+from nanochat.chat.engine_process import Failed, MakeEngine, Ready, Request, Step
+from nanochat.inference.engine import Token
+from nanochat.platform.errors import UserError
 
 WINDOW = 60  # seconds over which tokens per second are counted
+MOST_DEATHS, DEATHS_WINDOW = 3, 600.0  # a process that dies more often in so many seconds is not started again
+# CUDA does not survive a fork: one process imports torch, touches no GPU, and makes the forks. Metal does not survive even that.
+PROCESSES = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 
 
 class Overloaded(Exception):
@@ -23,166 +26,215 @@ class Overloaded(Exception):
 
 
 class WorkerError(Exception):
-    """The engine failed while it generated an answer, or its thread has ended."""
+    """The engine failed while it generated an answer, or its process has ended."""
 
 
 @dataclass(eq=False)
 class Job:
-    """Rows of one request, and where their tokens go. Items of `found`: (number of the row, its tokens, whether it has ended)."""
+    """The answers to a prompt. finish: why each has ended, None while it has not. found: tokens of each that were not taken yet."""
 
-    rows: list[Row]
-    loop: asyncio.AbstractEventLoop
-    found: asyncio.Queue = field(default_factory=asyncio.Queue)
-    left: set[int] = field(default_factory=set)  # numbers of rows that have not ended; touched by the worker alone
-
-    def tell(self, item: object) -> None:
-        try:
-            self.loop.call_soon_threadsafe(self.found.put_nowait, item)
-        except RuntimeError:  # the server's loop has ended
-            pass
+    number: int
+    prompt: list[int]
+    finish: list[str | None]
+    found: dict[int, list[Token]] = field(default_factory=dict)
+    error: str = ""
+    came: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-class Worker(threading.Thread):
-    """Decodes the rows of all requests together. make_engine is called again after an error of the engine.
+class Worker:
+    """A process that decodes the rows of all requests together; it is started again when it dies. From `attach` to `end` the methods
+    are called from the event loop.
 
-    most_waiting: rows that may wait for a place among those that are decoded; `submit` raises Overloaded beyond them.
+    load: called in the process; see `engine_process.run`. most_waiting: rows that may wait for a place among those that are decoded.
+    serving: whether requests are taken; not while an engine is made. alive: whether there is a process that has loaded its model.
     """
 
-    def __init__(self, name: str, make_engine: Callable[[], Engine], most_waiting: int):
-        super().__init__(name=name, daemon=True)
-        self.make_engine, self.most_waiting = make_engine, most_waiting
-        self.inbox: queue.SimpleQueue = queue.SimpleQueue()  # ("add" or "remove", job), or None to end
-        self.engine: Engine | None = make_engine()  # None while another one is made
-        self.tokenizer, self.positions, self.rows = self.engine.tokenizer, self.engine.positions, self.engine.rows
-        self.jobs: list[Job] = []
+    def __init__(self, name: str, load: Callable[[], MakeEngine], most_waiting: int):
+        self.name, self.load, self.most_waiting = name, load, most_waiting
+        self.jobs: dict[int, Job] = {}  # by their numbers; those that have not ended
+        self.numbers = itertools.count()
+        self.serving = self.alive = False
+        self.ended = False  # the process is not started again
         self.started, self.requests, self.errors, self.tokens = time.monotonic(), 0, 0, 0
+        self.running = self.cache_tokens = 0
         self.recent: deque[tuple[float, int]] = deque()
-        self.open_rows, self.lock = 0, threading.Lock()  # rows that were submitted and have not ended
-        self.ended = False  # nothing is submitted any more
+        self.restarts, self.deaths = 0, []
+        self.restart: asyncio.Task | None = None
+        self._start()
 
-    def submit(self, rows: list[Row]) -> Job:
-        """Let the rows join, from the event loop. Raises Overloaded, and WorkerError after the thread's end."""
-        job = Job(rows, asyncio.get_running_loop(), left=set(range(len(rows))))
-        with self.lock:
-            if self.ended:
-                raise WorkerError(f"{self.name} has ended")
-            if self.open_rows + len(rows) > self.rows + self.most_waiting:
-                raise Overloaded
-            self.open_rows += len(rows)
-            self.requests += 1
-            self.inbox.put(("add", job))
+    def _start(self) -> None:
+        self.pipe, theirs = PROCESSES.Pipe()
+        self.process = PROCESSES.Process(target=engine_process.run, args=(theirs, self.name, self.load), daemon=True)
+        self.process.start()
+        theirs.close()  # so that the pipe ends with the process
+
+    def wait(self) -> None:
+        """Wait until the model is loaded. Raises the error of the process, and UserError if it has died."""
+        try:
+            message = self.pipe.recv()
+        except (EOFError, OSError):
+            raise UserError(f"the process of {self.name} ended before it served ({self._status()})")
+        if isinstance(message, Exception):
+            raise message
+        self._take(message)
+
+    def attach(self) -> None:
+        """Read the pipe from the running event loop from now on."""
+        asyncio.get_running_loop().add_reader(self.pipe.fileno(), self._receive)
+
+    @property
+    def open_rows(self) -> int:
+        """Rows that were submitted and have not ended."""
+        return sum(job.finish.count(None) for job in self.jobs.values())
+
+    def submit(self, prompt: list[int], samples: int, *sampling) -> Job:
+        """Let rows of a prompt join; sampling: the other fields of Request. Raises Overloaded and WorkerError."""
+        if not self.serving:
+            raise WorkerError(f"{self.name} does not serve now")
+        if self.open_rows + samples > self.rows + self.most_waiting:
+            raise Overloaded
+        job = Job(next(self.numbers), prompt, [None] * samples)
+        try:
+            self.pipe.send(Request(job.number, prompt, samples, *sampling))
+        except OSError:  # which the loop has not noticed yet
+            raise WorkerError("its worker has died")
+        self.jobs[job.number] = job
+        self.requests += 1
         return job
 
-    async def answer(self, job: Job) -> AsyncIterator[tuple[int, list[Token], bool]]:
-        """The tokens of the job's rows as they come. Rows are removed when nobody reads them any more. Raises WorkerError."""
-        left = len(job.rows)
-        try:
-            while left:
-                item = await job.found.get()
-                if isinstance(item, WorkerError):
-                    raise item
-                left -= item[2]
-                yield item
-        finally:
-            if left:
-                self.inbox.put(("remove", job))
-
-    def end(self) -> None:
-        """End the thread; requests that are not finished get an error."""
-        self.inbox.put(None)
-
-    def run(self) -> None:
-        if self.engine.model.device.type == "cuda":
-            torch.cuda.set_device(self.engine.model.device)
-        reason = "its worker has died"
-        try:
-            while (error := self._serve()) is not None:
-                # what is left of the old engine may be damaged, and its cache must be free before the new one is made
-                self.engine = None
-                self._fail(error)
-                gc.collect()  # exceptions and the frames that they came through refer to each other
-                self.engine = self.make_engine()
-            reason = "the server ends"
-        finally:
-            with self.lock:
-                self.ended = True
-            while not self.inbox.empty():
-                message = self.inbox.get()
-                if message is not None and message[0] == "add":
-                    self.jobs.append(message[1])
-            self._fail(reason)
-
-    def _serve(self) -> str | None:
-        """Generate answers until the engine fails; returns the text of its error, or None when the thread is to end."""
+    async def answer(self, job: Job) -> AsyncIterator[list[tuple[int, list[Token], str | None]]]:
+        """What has come of the job's rows since the last time: of each the number, tokens, and why it has ended. Rows are removed when
+        nobody reads them any more. Raises WorkerError."""
         try:
             while True:
-                while not self.engine.busy or not self.inbox.empty():
-                    message = self.inbox.get()
-                    if message is None:
-                        return None
-                    self._take(*message)
-                self.engine.step()
-                self._deliver()
-        except Exception as error:
+                await job.came.wait()
+                job.came.clear()
+                found, job.found = job.found, {}
+                if found:
+                    yield [(number, tokens, job.finish[number]) for number, tokens in found.items()]
+                if job.error:
+                    raise WorkerError(job.error)
+                if None not in job.finish:
+                    return
+        finally:
+            if self.jobs.pop(job.number, None):
+                self._remove(job.number)
+
+    def _remove(self, number: int) -> None:
+        with suppress(OSError):  # the process has died
+            self.pipe.send(number)
+
+    def _receive(self) -> None:
+        """Take all that the process has sent, so that what has gathered while the loop was busy is delivered together."""
+        try:
+            while self.pipe.poll():
+                self._take(self.pipe.recv())
+        except (EOFError, OSError):
+            self._died()
+
+    def _take(self, message: Ready | Step | Failed | Exception) -> None:
+        if isinstance(message, Step):
+            self._deliver(message)
+        elif isinstance(message, Ready):
+            self.positions, self.rows = message
+            self.serving = self.alive = True
+        elif isinstance(message, Failed):
+            self.serving = False
             self.errors += 1
-            print(f"nanochat: {self.name}: {traceback.format_exc()}", file=sys.stderr, flush=True)
-            return str(error) or type(error).__name__
+            for number in self.jobs:  # some of which may still lie in the pipe
+                self._remove(number)
+            self._fail(message.reason)
+        else:  # the model cannot be loaded again; the process ends
+            print(f"nanochat: {self.name}: {message}", file=sys.stderr, flush=True)
 
-    def _take(self, action: str, job: Job) -> None:
-        if action == "add":
-            self.jobs.append(job)
-            self.engine.add(job.rows)
-        elif job in self.jobs:
-            self._close(job)
-
-    def _deliver(self) -> None:
+    def _deliver(self, step: Step) -> None:
+        self.running, self.cache_tokens = step.running, step.cache_tokens
         count = 0
-        for job in list(self.jobs):
-            for number, row in enumerate(job.rows):
-                if number in job.left and (row.output or row.done):
-                    tokens = list(row.output)
-                    row.output.clear()
-                    count += len(tokens)
-                    if row.done:
-                        job.left.remove(number)
-                    job.tell((number, tokens, row.done))
-            if not job.left:
-                self._close(job)
+        for number, row, tokens, finish in step.found:
+            count += len(tokens)
+            job = self.jobs.get(number)
+            if job is None:  # it was removed meanwhile
+                continue
+            job.found.setdefault(row, []).extend(tokens)
+            job.finish[row] = finish
+            job.came.set()
+            if finish and None not in job.finish:
+                del self.jobs[number]
         now = time.monotonic()
         self.tokens += count
         self.recent.append((now, count))
         while self.recent[0][0] < now - WINDOW:
             self.recent.popleft()
 
-    def _close(self, job: Job) -> None:
-        """Forget a job, whose rows have ended or end now."""
-        self.jobs.remove(job)
-        for row in job.rows:
-            self.engine.remove(row)
-        with self.lock:
-            self.open_rows -= len(job.rows)
-
     def _fail(self, reason: str) -> None:
-        for job in list(self.jobs):
-            job.tell(WorkerError(reason))
-            self.jobs.remove(job)
-            with self.lock:
-                self.open_rows -= len(job.rows)
+        """Give all jobs an error."""
+        for job in self.jobs.values():
+            job.error = reason
+            job.came.set()
+        self.jobs.clear()
+        self.running = self.cache_tokens = 0
+
+    def _died(self) -> None:
+        self._close()
+        self._fail("its worker has died")
+        self.errors += 1
+        now = time.monotonic()
+        self.deaths = [at for at in self.deaths if at > now - DEATHS_WINDOW] + [now]
+        self.restart = asyncio.get_running_loop().create_task(self._start_again())
+
+    async def _start_again(self) -> None:
+        often = len(self.deaths) > MOST_DEATHS
+        status = await asyncio.to_thread(self._status)
+        then = f"it died {len(self.deaths)} times and is not started again" if often else "it is started again"
+        print(f"nanochat: {self.name}: its process has died ({status}); {then}", file=sys.stderr, flush=True)
+        self.ended = often
+        if not self.ended:
+            self.restarts += 1
+            await asyncio.to_thread(self._start)
+            self.attach()
+
+    def _status(self) -> str:
+        self.process.join(5)
+        return f"status {self.process.exitcode}"
+
+    def _close(self) -> None:
+        """Close the pipe, which ends the process."""
+        self.serving = self.alive = False
+        if not self.pipe.closed:
+            with suppress(RuntimeError):  # no loop runs
+                asyncio.get_running_loop().remove_reader(self.pipe.fileno())
+            self.pipe.close()
+
+    def end(self) -> None:
+        """End the process; requests that are not finished get an error."""
+        if self.restart:
+            self.restart.cancel()
+        self.ended = True
+        self._close()
+        self._fail("the server ends")
+
+    def join(self, seconds: float) -> None:
+        """Wait for the end of a process that was asked to end, and kill it if it takes longer."""
+        self.end()
+        self.process.join(seconds)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
 
     def stats(self) -> dict[str, float | int | str | bool]:
-        """What the worker does now, and has done since it started."""
-        engine, recent = self.engine, list(self.recent)
-        running = len(engine.running) + len(engine.filling) if engine else 0
-        seconds = min(WINDOW, time.monotonic() - self.started)
+        """What the worker does now, and has done since the server started."""
+        now, open_rows = time.monotonic(), self.open_rows
+        running = min(self.running, open_rows)  # others have been removed since the last step
         return {
             "name": self.name,
-            "alive": self.is_alive(),
+            "alive": self.alive,
             "running": running,
-            "waiting": max(0, self.open_rows - running),
+            "waiting": open_rows - running,
             "requests": self.requests,
             "errors": self.errors,
+            "restarts": self.restarts,
             "tokens": self.tokens,
-            "tokens_per_second": sum(count for at, count in recent if at > time.monotonic() - WINDOW)
-            / max(seconds, 1e-9),
-            "cache_tokens": engine.cache.pages.count * engine.cache.page if engine else 0,
+            "tokens_per_second": sum(count for at, count in self.recent if at > now - WINDOW)
+            / max(min(WINDOW, now - self.started), 1e-9),
+            "cache_tokens": self.cache_tokens,
         }

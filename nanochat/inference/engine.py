@@ -22,7 +22,7 @@ from nanochat.inference.cache import KVCache
 from nanochat.inference.calculator import calculate
 from nanochat.inference.decoder import KEY, LENGTH, PAGES, STEP, TEMPERATURE, TOKEN, TOP_K, Decoder, Step, as_bits
 from nanochat.inference.pages import ROOT
-from nanochat.inference.sampling import ALL, check_sampling, random_key
+from nanochat.inference.sampling import ALL, check_room, check_sampling, random_key
 from nanochat.platform.errors import UserError, is_out_of_memory
 from nanochat.tokenizer.bpe import Tokenizer
 
@@ -112,10 +112,7 @@ class Engine:
         Raises UserError for arguments that cannot be sampled from and for a prompt that fills the model's positions.
         """
         check_sampling([prompt], max_tokens, temperature, top_k, 1)
-        if len(prompt) >= self.positions:
-            raise UserError(
-                f"a prompt of {len(prompt)} tokens leaves none of the model's {self.positions} positions for an answer; shorten it"
-            )
+        check_room(prompt, self.positions)
         if not 0 <= alternatives <= ALTERNATIVES:
             raise UserError(f"log-probabilities of {alternatives} tokens were asked for; it can be 0 to {ALTERNATIVES}")
         numbers = np.zeros(PAGES + self.decoder.most_pages, np.int64)

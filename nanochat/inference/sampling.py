@@ -26,3 +26,11 @@ def check_sampling(
         raise UserError(f"temperature must not be negative, got {temperature}; 0 takes the most likely token")
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k must be at least 1, got {top_k}; leave it out to sample from the whole vocabulary")
+
+
+def check_room(prompt: list[int], positions: int) -> None:
+    """Raises UserError for a prompt that fills the model's positions."""
+    if len(prompt) >= positions:
+        raise UserError(
+            f"a prompt of {len(prompt)} tokens leaves none of the model's {positions} positions for an answer; shorten it"
+        )

@@ -6,17 +6,11 @@ import openai
 import pytest
 
 from nanochat.chat.completions import Choice
-from nanochat.gpt import GPT, GPTConfig
 from nanochat.inference.engine import Engine, Token
-from tests.nanochat.chat.serving import Says, serving, words
-from tests.nanochat.models import perturbed
+from tests.nanochat.chat.serving import Says, load, serving, words
 
+SCRIPT = ("It is ", "[2+3]", ". One two three ✓ END four")
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello, who are you?"}]
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer) -> GPT:
-    return perturbed(GPTConfig(2, 64, 4, 2, tokenizer.vocab_size, 64))
 
 
 def client_of(server) -> openai.OpenAI:
@@ -24,16 +18,15 @@ def client_of(server) -> openai.OpenAI:
 
 
 @pytest.fixture(scope="module")
-def client(model, tokenizer):
-    with serving(lambda: Engine(model, tokenizer, frozen=True)) as server:
+def client(world):
+    with serving(world, frozen=True) as server:
         yield client_of(server)
 
 
 @pytest.fixture(scope="module")
-def scripted(model, tokenizer):
+def scripted(world):
     """A model that calculates, and then says words."""
-    script = words(tokenizer, "It is ", "[2+3]", ". One two three ✓ END four")
-    with serving(lambda: Says(model, tokenizer, lambda _: script, frozen=True)) as server:
+    with serving(world, Says, *SCRIPT, frozen=True) as server:
         yield client_of(server)
 
 
@@ -44,7 +37,7 @@ def test_models(client):
         client.chat.completions.create(model="gpt-4", messages=TALK)
 
 
-def test_an_answer_and_its_usage(client, model, tokenizer):
+def test_an_answer_and_its_usage(client, world, tokenizer):
     found = client.chat.completions.create(model="tiny", messages=TALK, max_tokens=12, temperature=0)
     [choice] = found.choices
     assert choice.message.role == "assistant" and choice.message.content and choice.finish_reason in ("length", "stop")
@@ -52,7 +45,7 @@ def test_an_answer_and_its_usage(client, model, tokenizer):
     merged = [tokenizer.bos, tokenizer.special("user_start"), *tokenizer.encode("Be brief.\n\nHello, who are you?")]
     prompt = [*merged, tokenizer.special("user_end"), tokenizer.special("assistant_start")]
     assert usage.prompt_tokens == len(prompt) and usage.total_tokens == len(prompt) + usage.completion_tokens
-    [alone] = Engine(model, tokenizer).generate([prompt], 12, temperature=0.0)
+    [alone] = load(world.tokenizer, Engine)().generate([prompt], 12, temperature=0.0)
     assert usage.completion_tokens == len(alone)
 
 
@@ -109,7 +102,7 @@ def test_log_probabilities(client):
 def test_tokens_of_the_calculator_have_no_log_probabilities_and_are_used(scripted, tokenizer):
     """Which the model did not choose."""
     [choice] = (found := scripted.chat.completions.create(model="tiny", messages=TALK, logprobs=True)).choices
-    chosen = words(tokenizer, "It is ", "[2+3]", ". One two three ✓ END four")
+    chosen = words(tokenizer, *SCRIPT)
     assert [entry.bytes for entry in choice.logprobs.content] == [
         list(tokenizer.decode_bytes([token])) for token in chosen
     ]
@@ -117,14 +110,20 @@ def test_tokens_of_the_calculator_have_no_log_probabilities_and_are_used(scripte
     assert found.usage.completion_tokens == len(chosen) + len(result)
 
 
+class Uneven(Says):
+    """Answers of 3 and of 11 tokens."""
+
+    def answer(self, prompt: str) -> list[int]:
+        return words(self.tokenizer, "x") * (3 + 8 * bool(self.left))
+
+
 @pytest.mark.parametrize("stream", [False, True])
-def test_usage_has_the_tokens_of_every_choice(model, tokenizer, stream):
+def test_usage_has_the_tokens_of_every_choice(world, stream):
     """However long each is."""
-    lengths = iter((3, 11))
     options = {"model": "tiny", "messages": TALK, "n": 2, "stream": stream}
     if stream:
         options["stream_options"] = {"include_usage": True}
-    with serving(lambda: Says(model, tokenizer, lambda _: words(tokenizer, "x") * next(lengths))) as server:
+    with serving(world, Uneven) as server:
         found = client_of(server).chat.completions.create(**options)
         usage = [chunk.usage for chunk in found][-1] if stream else found.usage
     assert usage.completion_tokens == 14 and usage.total_tokens == 14 + usage.prompt_tokens
@@ -156,7 +155,7 @@ def test_text_that_may_be_the_beginning_of_a_stop_is_held_back(tokenizer):
     def told(*texts: str) -> list[str]:
         choice = Choice(tokenizer, ["abc"])
         tokens = [[Token(token, True, 0.0, []) for token in tokenizer.encode(text)] for text in texts]
-        return [choice.add(part, number == len(tokens) - 1) for number, part in enumerate(tokens)]
+        return [choice.add(part, number == len(tokens) - 1)[0] for number, part in enumerate(tokens)]
 
     assert told("xa", "b", "d", "ab") == ["x", "", "abd", "ab"]
     assert told("ab", "abc", "x")[:2] == ["", "ab"]

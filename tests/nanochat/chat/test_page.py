@@ -4,33 +4,35 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
-from nanochat.gpt import GPTConfig
 from tests.nanochat.chat.serving import Says, serving, words
-from tests.nanochat.models import perturbed
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: apt-get install chromium")
 LONG = "word " * 200
 
 
-@pytest.fixture(scope="module")
-def server(tokenizer):
-    answers = {
-        "shells": words(tokenizer, "4 bags with 6: ", "[4*6]", " and 17 more: ", "[17+24]", "\n#### 41"),
-        "long": words(tokenizer, LONG),
-        "markup": words(tokenizer, "<img src=x onerror=alert(1)> **bold** 네, héllo ✓"),
+class Talks(Says):
+    """A model that says what the question asks for."""
+
+    ANSWERS: ClassVar = {
+        "shells": ("4 bags with 6: ", "[4*6]", " and 17 more: ", "[17+24]", "\n#### 41"),
+        "long": (LONG,),
+        "markup": ("<img src=x onerror=alert(1)> **bold** 네, héllo ✓",),
     }
 
-    def script(prompt: str) -> list[int]:
+    def answer(self, prompt: str) -> list[int]:
         question = prompt.rpartition("<|user_start|>")[2]
-        found = next((answer for word, answer in answers.items() if word in question), None)
-        return found or words(tokenizer, f"You said: {question.partition('<|')[0]} ({prompt.count('user_start')})")
+        said = (f"You said: {question.partition('<|')[0]} ({prompt.count('user_start')})",)
+        return words(self.tokenizer, *next((parts for word, parts in self.ANSWERS.items() if word in question), said))
 
-    model = perturbed(GPTConfig(1, 32, 1, 1, tokenizer.vocab_size, 512))
-    with serving(lambda: Says(model, tokenizer, script, delay=0.004)) as server:
+
+@pytest.fixture(scope="module")
+def server(world):
+    with serving(world, Talks, shape=(1, 32, 1, 1, 512), delay=0.004) as server:
         yield server
 
 

@@ -15,25 +15,17 @@ import pytest
 
 from nanochat.chat import connections, requests
 from nanochat.chat.web import hosts_of
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.inference.engine import Engine
 from nanochat.platform.errors import UserError
 from tests.conftest import command, environment
-from tests.nanochat.chat.serving import Says, serving, words
-from tests.nanochat.models import perturbed
+from tests.nanochat.chat.serving import Says, serving
 
 HELLO = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 COMPLETIONS = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer) -> GPT:
-    return perturbed(GPTConfig(2, 64, 4, 2, tokenizer.vocab_size, 64))
-
-
-@pytest.fixture(scope="module")
-def server(model, tokenizer):
-    with serving(lambda: Engine(model, tokenizer), hosts=hosts_of("127.0.0.1", "127.0.0.1")) as server:
+def server(world):
+    with serving(world, hosts=hosts_of("127.0.0.1", "127.0.0.1")) as server:
         yield server
 
 
@@ -48,10 +40,10 @@ def test_a_name_that_another_site_gave_this_machine_is_refused(server, host, sta
         assert status == 200 or f"the host of the request is '{host}'; wanted one of" in answer["error"]["message"]
 
 
-def test_any_name_may_be_used_when_other_machines_can_connect(model, tokenizer):
+def test_any_name_may_be_used_when_other_machines_can_connect(world):
     assert hosts_of("0.0.0.0", "0.0.0.0") is None and hosts_of("10.0.0.7", "gpu7") is None
     assert hosts_of("::1", "ip6-localhost") == {"localhost", "127.0.0.1", "::1", "ip6-localhost"}
-    with serving(lambda: Engine(model, tokenizer)) as server:
+    with serving(world) as server:
         assert server.request("/stats", Host="gpu7.cluster:8000")[0] == 200
 
 
@@ -97,10 +89,10 @@ def waits_for_the_end(connection: socket.socket, *, sends: bytes = b"") -> float
     raise AssertionError("the connection stays open")
 
 
-def test_a_connection_whose_header_does_not_arrive_is_closed(model, tokenizer, monkeypatch):
+def test_a_connection_whose_header_does_not_arrive_is_closed(world, monkeypatch):
     """Also one that had a request before, and one that sends its header byte by byte; and none whose answer takes longer."""
     monkeypatch.setattr(connections, "SLOWEST_HEADER", 0.4)
-    with serving(lambda: Says(model, tokenizer, lambda _: words(tokenizer, "x " * 40), delay=0.05)) as server:
+    with serving(world, Says, "x " * 40, delay=0.05) as server:
         assert server.chat("hi", max_tokens=30)[-1] == {"finish": "length"}  # takes 1.5 s
         for first, sends in ((b"", b""), (b"GET / HTTP/1.1\r\nA: ", b"a"), (None, b"a")):
             with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
@@ -112,10 +104,10 @@ def test_a_connection_whose_header_does_not_arrive_is_closed(model, tokenizer, m
                 assert 0.2 < waits_for_the_end(connection, sends=sends) < 5
 
 
-def test_idle_connections_give_way_to_others(model, tokenizer):
+def test_idle_connections_give_way_to_others(world):
     """The one that is idle for the longest time first; a request beyond the limit gets 503 when none is idle."""
     with serving(
-        lambda: Says(model, tokenizer, lambda _: words(tokenizer, "x " * 400), delay=0.02), connections=3
+        world, Says, "x " * 400, delay=0.02, connections=3
     ) as server, contextlib.ExitStack() as opened, ThreadPoolExecutor(3) as pool:  # fmt: skip
         idle = [opened.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(3)]
         assert server.request("/health")[0] == 200
@@ -125,7 +117,7 @@ def test_idle_connections_give_way_to_others(model, tokenizer):
         talks = [pool.submit(server.chat, "hi", max_tokens=300) for _ in range(3)]
         [worker] = server.service.workers
         deadline = time.monotonic() + 10
-        while worker.open_rows < 3:
+        while worker.requests < 3:  # without a connection of our own
             assert time.monotonic() < deadline
             time.sleep(0.01)
         with pytest.raises(urllib.error.HTTPError) as found:
@@ -182,8 +174,8 @@ def test_the_page_may_load_nothing_and_be_in_no_frame(server):
     assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy
 
 
-def test_who_may_try_again_is_told_when(model, tokenizer):
-    with serving(lambda: Engine(model, tokenizer)) as server:
+def test_who_may_try_again_is_told_when(world):
+    with serving(world) as server:
         server.service.ending = True
         with pytest.raises(urllib.error.HTTPError) as found:
             urllib.request.urlopen(server.url + COMPLETIONS, json.dumps(HELLO).encode())

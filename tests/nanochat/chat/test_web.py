@@ -1,11 +1,10 @@
-"""The server of `nanochat web`: what requests may be, many of them at once, clients that misbehave, errors, and its end."""
+"""The server of `nanochat web`: what requests may be, many of them at once, clients that misbehave, and errors."""
 
 import asyncio
 import json
 import os
-import signal
 import socket
-import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -14,30 +13,25 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 
-from nanochat.chat import app
+from nanochat.chat import app, connections
 from nanochat.chat.requests import ChatRequest, RequestError, prompt_of
-from nanochat.chat.web import devices
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.inference.engine import Engine
-from nanochat.options.chat import WebOptions
-from nanochat.platform.distributed import Runtime
-from nanochat.platform.errors import UserError
+from nanochat.inference.engine import PAGE, Engine
 from nanochat.tokenizer.chat_format import render_prompt
-from tests.conftest import assert_fails_with, command, environment, nanochat
 from tests.nanochat.chat.serving import Says, serving, words
-from tests.nanochat.models import perturbed
+
+
+class Tidy(Engine):
+    """An engine that fails if something is left of rows when no row is left."""
+
+    def _settle(self) -> None:
+        super()._settle()
+        assert self.busy or not (self.cache.pages.users or self.reserved)
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer) -> GPT:
-    return perturbed(GPTConfig(2, 64, 4, 2, tokenizer.vocab_size, 64))
-
-
-@pytest.fixture(scope="module")
-def server(model, tokenizer):
-    with serving(lambda: Engine(model, tokenizer, frozen=True), workers=2) as server:
+def server(world):
+    with serving(world, Tidy, workers=2, frozen=True) as server:
         yield server
 
 
@@ -108,23 +102,26 @@ def test_other_addresses_and_methods(server):
     assert server.request("/health") == (200, {"status": "ok"})
     server.chat("hi", max_tokens=1)
     status, stats = server.request("/stats")
-    caches = [worker.engine.cache for worker in server.service.workers]
-    assert [worker["cache_tokens"] for worker in stats["workers"]] == [c.pages.count * c.page for c in caches]
-    assert any(worker["cache_tokens"] for worker in stats["workers"])
+    caches = [worker["cache_tokens"] for worker in stats["workers"]]
+    assert any(caches) and not any(tokens % PAGE["cpu"] for tokens in caches)
     assert status == 200 and len(stats["workers"]) == 2 and stats["defaults"]["top_k"] == 50
 
 
-def test_a_character_that_arrives_in_two_parts(model, tokenizer):
+class SaysWhether(Says):
+    """A model that says whether the prompt has two characters."""
+
+    def answer(self, prompt: str) -> list[int]:
+        return words(self.tokenizer, f"é{'네 ✓' in prompt}✓")
+
+
+def test_a_character_that_arrives_in_two_parts(world):
     """Of the request, and of the answer, whose tokens may be parts of a character."""
     body = json.dumps({"messages": messages("네 ✓")}, ensure_ascii=False).encode()
     cut = body.index("✓".encode()) + 1
     head = f"POST /chat HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode()
 
-    def says_which(prompt: str) -> list[int]:
-        return words(tokenizer, f"é{'네 ✓' in prompt}✓")
-
     with (
-        serving(lambda: Says(model, tokenizer, says_which)) as server,
+        serving(world, SaysWhether) as server,
         socket.create_connection(("127.0.0.1", server.port)) as connection,
     ):
         for part in (head, body[:cut], body[cut:]):
@@ -134,7 +131,7 @@ def test_a_character_that_arrives_in_two_parts(model, tokenizer):
     assert text_of([json.loads(line[6:]) for line in answer.splitlines() if line.startswith("data: ")]) == "éTrue✓"
 
 
-def test_the_oldest_turns_are_forgotten_and_the_system_message_is_not(model, tokenizer):
+def test_the_oldest_turns_are_forgotten_and_the_system_message_is_not(world, tokenizer):
     """As few as possible, by the positions of the model."""
     talk = messages(*[f"{number}" * 150 for number in range(9)], system="Rules.")
     request = ChatRequest.model_validate({"messages": talk})
@@ -146,7 +143,7 @@ def test_the_oldest_turns_are_forgotten_and_the_system_message_is_not(model, tok
         longer = render_prompt(tokenizer, {"messages": [talk[0], *talk[1 + 2 * (forgotten - 1) :]]})
         assert forgotten and "Rules." in tokenizer.decode(prompt) and len(longer) > most
         assert len(prompt) <= most or forgotten == 4, (positions, forgotten)
-    with serving(lambda: Engine(model, tokenizer)) as server:
+    with serving(world) as server:
         _, found = server.request("/v1/chat/completions", {"messages": talk, "max_tokens": 300})
         assert found["usage"]["prompt_tokens"] <= 640 - 160
 
@@ -174,8 +171,10 @@ def test_a_call_in_a_message_is_a_call_again(tokenizer):
         )
 
 
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def resident(*processes: int) -> int:
+    """Bytes of memory of this process and others."""
+    pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in ("self", *processes)]
+    return sum(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 async def misbehave(port: int, kind: int) -> None:
@@ -215,27 +214,24 @@ def test_64_chats_with_clients_that_misbehave(server):
         disturbance.join()
         assert all(answers[number] == text for number, text in alone.items())
         server.wait_until(idle)
-        used.append(resident())
+        used.append(resident(*(worker.process.pid for worker in server.service.workers)))
     assert used[2] - used[1] < 16 << 20, used
     for worker in server.service.workers:
-        pages = worker.engine.cache.pages
-        assert (
-            worker.is_alive() and worker.errors == 0 and worker.open_rows == 0 and not worker.jobs and not pages.users
-        )
+        assert worker.alive and worker.errors == 0 and not worker.jobs
 
 
-def test_a_reader_that_takes_nothing_is_dropped(model, tokenizer, monkeypatch):
-    monkeypatch.setattr(app, "SLOWEST_READER", 0.3)
+def test_a_reader_that_takes_nothing_is_dropped(world, monkeypatch):
+    monkeypatch.setattr(connections, "SLOWEST_READER", 0.3)
     monkeypatch.setattr(
         app, "json", type("Large", (), {"dumps": staticmethod(lambda item: json.dumps(item) + " " * 200_000)})
     )
-    with serving(lambda: Says(model, tokenizer, lambda prompt: words(tokenizer, "x " * 300))) as server:
+    with serving(world, Says, "x " * 300) as server:
         body = json.dumps({"messages": messages("hello")}).encode()
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             connection.sendall(f"POST /chat HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
             [worker] = server.service.workers
             server.wait_until(lambda: worker.requests == 1)
-            server.wait_until(lambda: worker.open_rows == 0)
+            server.wait_until(lambda: server.open_rows == 0)
             assert server.request("/health")[0] == 200
             connection.settimeout(10)
             with pytest.raises(ConnectionError):  # the server has given up
@@ -244,7 +240,7 @@ def test_a_reader_that_takes_nothing_is_dropped(model, tokenizer, monkeypatch):
                         raise ConnectionError
 
 
-def test_an_error_of_the_server_is_not_taken_for_a_client_that_goes(monkeypatch, tmp_path):
+def test_an_error_of_the_server_is_not_taken_for_a_client_that_goes(tokenizer, monkeypatch, tmp_path):
     """A file that cannot be read is an OSError too. The client gets 500 without the file's name, and the server's log the error."""
     monkeypatch.setattr(app, "PAGE", tmp_path / "page.html")
     scope = {"type": "http", "method": "GET", "path": "/", "query_string": b"", "headers": [(b"host", b"x")]}
@@ -257,21 +253,18 @@ def test_an_error_of_the_server_is_not_taken_for_a_client_that_goes(monkeypatch,
         sent.append(message)
 
     with pytest.raises(FileNotFoundError):
-        asyncio.run(app.create_app(app.Service([], "tiny"))(scope, receive, send))
+        asyncio.run(app.create_app(app.Service([], tokenizer, "tiny"))(scope, receive, send))
     assert sent[0]["status"] == 500
     assert json.loads(sent[1]["body"])["error"]["message"] == "the server failed; its log says why"
 
 
-def test_too_many_at_once_get_429(model, tokenizer):
+def test_too_many_at_once_get_429(world):
     """With one place and room for one more to wait; the place is free again when its client goes."""
 
-    def engine():
-        return Says(model, tokenizer, lambda prompt: words(tokenizer, "x " * 200), delay=0.01, rows=1)
-
-    with serving(engine, most_waiting=1) as server, ThreadPoolExecutor(2) as pool:
+    options = {"delay": 0.01, "rows": 1}
+    with serving(world, Says, "x " * 200, most_waiting=1, **options) as server, ThreadPoolExecutor(2) as pool:
         talks = [pool.submit(server.chat, "hi", max_tokens=100) for _ in range(2)]
-        [worker] = server.service.workers
-        server.wait_until(lambda: worker.open_rows == 2)
+        server.wait_until(lambda: server.open_rows == 2)
         status, found = server.request("/chat", {"messages": messages("hi")})
         assert status == 429 and "try again later" in found["error"]["message"]
         with pytest.raises(urllib.error.HTTPError) as refused:
@@ -295,15 +288,22 @@ def asked_again(server, body: dict) -> tuple[int, dict]:
     return answer
 
 
-def test_an_error_of_the_engine_ends_its_answers_and_nothing_else(model, tokenizer, capfd):
-    class Fails(Engine):
-        def step(self):
-            self.stops = set()  # no answer ends before its time
-            if any(row.length > 40 for row in self.running):
-                raise RuntimeError("broken")
-            super().step()
+class FailsLate(Engine):
+    """An engine that fails at the 41st token of a row. errors: the file that is its process's stderr."""
 
-    with serving(lambda: Fails(model, tokenizer)) as server:
+    def __init__(self, *given, errors: Path):
+        super().__init__(*given)
+        self.stops = set()  # no answer ends before its time
+        sys.stderr = errors.open("a")
+
+    def step(self) -> None:
+        if any(row.length > 40 for row in self.running):
+            raise RuntimeError("broken")
+        super().step()
+
+
+def test_an_error_of_the_engine_ends_its_answers_and_nothing_else(world, tmp_path):
+    with serving(world, FailsLate, errors=tmp_path / "errors") as server:
         events = server.chat("\n" * 60, max_tokens=60)
         assert events[-1]["error"]["message"] == "the answer broke off: broken"
         status, found = asked_again(server, {"messages": messages("\n" * 60), "max_tokens": 60})
@@ -311,60 +311,4 @@ def test_an_error_of_the_engine_ends_its_answers_and_nothing_else(model, tokeniz
         status, found = asked_again(server, {"messages": messages("hi"), "max_tokens": 3})
         assert status == 200 and found["choices"][0]["finish_reason"] == "length"
         assert server.request("/stats")[1]["workers"][0]["errors"] == 2 and server.request("/health")[0] == 200
-    assert "RuntimeError: broken" in capfd.readouterr().err
-
-
-@pytest.fixture
-def started(trained_base):
-    """A server in a process of its own, and its address."""
-    process = subprocess.Popen(
-        command("web", "--port", "0", "--device", "cpu", "--seconds-to-end", "20"), env=environment(trained_base),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    line = process.stdout.readline()
-    assert "http://127.0.0.1:" in line, line + process.stderr.read()
-    yield process, int(line.rpartition(" ;")[0].rpartition(":")[2])
-    process.kill()
-    process.wait()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_answer_comes_to_its_end_when_the_server_is_asked_to_end(started, number):
-    process, port = started
-    body = json.dumps({"messages": messages("hi"), "max_tokens": 300, "temperature": 2, "top_k": 200}).encode()
-    with socket.create_connection(("127.0.0.1", port)) as connection:
-        connection.sendall(
-            f"POST /chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
-        )
-        answer = connection.recv(1000)
-        process.send_signal(number)
-        answer += b"".join(iter(lambda: connection.recv(4096), b""))
-    assert b'data: {"finish": "' in answer
-    assert process.wait(30) == 0, process.stderr.read()
-    assert process.stdout.read().endswith("ended\n") and process.stderr.read() == ""
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", port))
-
-
-def test_each_gpu_gets_a_worker(monkeypatch):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
-    runtime = Runtime(0, 1, torch.device("cuda"), torch.bfloat16)
-    assert [str(device) for device in devices(runtime, 0)] == ["cuda:0", "cuda:1", "cuda:2"]
-    assert [str(device) for device in devices(runtime, 1)] == ["cuda:0"]
-    with pytest.raises(UserError, match="--gpus 4: this machine has 3"):
-        devices(runtime, 4)
-    assert WebOptions().host == "127.0.0.1"
-
-
-def test_a_port_that_is_taken(trained_base):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        assert_fails_with(
-            nanochat(trained_base, "web", "--port", port, "--device", "cpu"), f"127.0.0.1:{port}", "--port"
-        )
-
-
-def test_a_missing_package_is_named(trained_base, tmp_path):
-    (tmp_path / "uvicorn.py").write_text("raise ModuleNotFoundError('none', name='uvicorn')")
-    result = nanochat(trained_base, "web", "--port", "0", PYTHONPATH=str(tmp_path))
-    assert_fails_with(result, "uvicorn", "pip install 'nanochat[web]'")
+    assert (tmp_path / "errors").read_text().count("RuntimeError: broken") == 2

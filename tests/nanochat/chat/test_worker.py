@@ -1,32 +1,30 @@
-"""Workers that die or fail, which of them a request goes to, and a client that goes."""
+"""Workers whose engines or processes fail, which of them a request goes to, what gathers for an answer, and a client that goes."""
 
 import asyncio
 import gc
 import json
+import os
+import signal
 import socket
 import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
-from nanochat.chat import app
+from nanochat.chat import app, completions
 from nanochat.chat import worker as worker_module
-from nanochat.chat.worker import Job, Worker, WorkerError
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.inference.engine import Engine
-from tests.nanochat.chat.serving import Says, serving, words
-from tests.nanochat.models import perturbed
+from nanochat.chat.engine_process import MakeEngine, Ready, Request, Step
+from nanochat.chat.requests import CompletionRequest
+from nanochat.chat.worker import MOST_DEATHS, Job, Worker, WorkerError
+from nanochat.inference.engine import Engine, Token
+from tests.nanochat.chat.serving import Says, load, serving, words
 
 HELLO = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
-# the thread's own exception is what these tests cause
-dies = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer) -> GPT:
-    return perturbed(GPTConfig(2, 64, 4, 2, tokenizer.vocab_size, 64))
+COMPLETIONS = "/v1/chat/completions"
 
 
 class Fails(Engine):
@@ -38,65 +36,99 @@ class Fails(Engine):
         super().step()
 
 
-def once(make: Engine, times: int):
-    """make_engine that raises after so many calls."""
-    left = iter(range(times))
+class Cycle(Fails):
+    """An engine that cannot be made while an earlier one exists, although its exception is in a cycle with its frame. go: a file
+    that the second one waits for."""
 
-    def make_engine() -> Engine:
-        if next(left, None) is None:
-            raise MemoryError("no engine")
-        return make()
+    made: ClassVar[list[weakref.ref]] = []
 
-    return make_engine
+    def __init__(self, *given, go: Path):
+        gc.disable()
+        assert [earlier() for earlier in self.made] == [None] * len(self.made)
+        while self.made and not go.exists():
+            time.sleep(0.01)
+        super().__init__(*given)
+        self.made.append(weakref.ref(self))
 
-
-@dies
-def test_a_dead_worker_gets_no_requests(model, tokenizer):
-    with serving(once(lambda: Fails(model, tokenizer), 2), workers=2) as server:
-        first, second = server.service.workers
-        for worker, status in ((first, 200), (second, 503)):
-            assert server.request("/v1/chat/completions", HELLO | {"max_tokens": 7})[0] == 500
-            worker.join(10)
-            assert not worker.is_alive() and worker.open_rows == 0
-            assert [server.request("/v1/chat/completions", HELLO)[0] for _ in range(3)] == [status] * 3
-            assert server.request("/health")[0] == 503
-        _, found = server.request("/chat", HELLO)
-        assert "every worker has died" in found["error"]["message"]
-
-
-@dies
-def test_requests_that_wait_in_the_inbox_get_an_error_when_the_worker_dies(model, tokenizer):
-    stepping, go = threading.Event(), threading.Event()
-
-    class Waits(Fails):
-        def step(self) -> None:
-            stepping.set()
-            go.wait(10)
+    def step(self) -> None:
+        try:
             super().step()
-
-    async def ask() -> None:
-        def submit() -> Job:
-            return worker.submit([worker.engine.row([1, 2], 7)])
-
-        jobs = [submit()]
-        worker.start()
-        assert await asyncio.to_thread(stepping.wait, 10)
-        jobs.append(submit())
-        go.set()
-        for job, reason in zip(jobs, ("broken", "its worker has died"), strict=True):
-            with pytest.raises(WorkerError, match=reason):
-                async for _ in worker.answer(job):
-                    pass
-        worker.join(10)
-        with pytest.raises(WorkerError, match="has ended"):
-            worker.submit([])
-        assert worker.open_rows == 0
-
-    worker = Worker("worker 0", once(lambda: Waits(model, tokenizer), 1), 8)
-    asyncio.run(asyncio.wait_for(ask(), 20))
+        except RuntimeError as error:
+            kept = error
+            raise kept
 
 
-def test_requests_at_the_same_time_go_to_different_workers(model, tokenizer, monkeypatch):
+def test_the_old_engine_is_free_before_the_new_one_is_made(world, tmp_path):
+    """Meanwhile no request is taken."""
+    with serving(world, Cycle, go=tmp_path / "go") as server:
+        assert server.request(COMPLETIONS, HELLO | {"max_tokens": 7})[1]["error"]["message"] == "broken"
+        assert server.request(COMPLETIONS, HELLO)[0] == 503 and server.request("/health")[0] == 200
+        assert server.request("/stats")[1]["workers"][0]["cache_tokens"] == 0
+        (tmp_path / "go").touch()
+        server.wait_until(lambda: server.request(COMPLETIONS, HELLO)[0] == 200)
+        [worker] = server.service.workers
+        assert worker.errors == 1 and worker.restarts == 0
+
+
+def test_a_process_that_dies_is_started_again(world):
+    """Its requests get an error, and others go to the other worker."""
+    with serving(world, Says, "x " * 500, delay=0.05, workers=2) as server, ThreadPoolExecutor(2) as pool:
+        talks = [pool.submit(server.chat, "hi", max_tokens=30) for _ in range(2)]
+        first, second = server.service.workers
+        server.wait_until(lambda: first.tokens and second.tokens)
+        os.kill(first.process.pid, signal.SIGKILL)
+        ends = [talk.result()[-1] for talk in talks]
+        assert ends.count({"finish": "length"}) == 1
+        assert ["its worker has died" in str(end.get("error")) for end in ends].count(True) == 1
+        assert server.request(COMPLETIONS, HELLO)[0] == 200
+        server.wait_until(lambda: server.request("/health") == (200, {"status": "ok"}))
+        assert [worker["restarts"] for worker in server.request("/stats")[1]["workers"]] == [1, 0]
+        before = first.requests
+        assert server.request(COMPLETIONS, HELLO)[0] == 200 and first.requests == before + 1
+
+
+def load_once(tokenizer: Path, kind: type[Engine], *, loaded: Path) -> MakeEngine:
+    """As `load`, but the process dies when another one has loaded before; writes a line for each."""
+    with loaded.open("a") as file:
+        print(os.getpid(), file=file)
+    if len(loaded.read_text().split()) > 1:
+        os._exit(3)
+    return load(tokenizer, kind)
+
+
+def test_a_process_that_dies_again_and_again_is_not_started_for_ever(world, tmp_path):
+    with serving(world, load=load_once, loaded=tmp_path / "loaded") as server:
+        [worker] = server.service.workers
+        os.kill(worker.process.pid, signal.SIGKILL)
+        server.wait_until(lambda: server.request("/health")[1]["status"] == "a worker starts again" or worker.ended)
+        server.wait_until(lambda: worker.ended)
+        assert server.request("/health") == (503, {"status": "a worker has died"})
+        status, found = server.request("/chat", HELLO)
+        assert status == 503 and "every worker has died" in found["error"]["message"]
+        assert len((tmp_path / "loaded").read_text().split()) == 1 + MOST_DEATHS == 1 + worker.restarts
+
+
+def test_an_engine_that_cannot_be_made_again_ends_its_process(world, tmp_path):
+    with serving(world, OnlyOne) as server:
+        assert server.request(COMPLETIONS, HELLO | {"max_tokens": 7})[0] == 500
+        [worker] = server.service.workers
+        server.wait_until(lambda: worker.restarts == 1 and worker.serving)
+        assert server.request(COMPLETIONS, HELLO)[0] == 200
+
+
+class OnlyOne(Fails):
+    """An engine of which a process makes only one."""
+
+    made: ClassVar[list] = []
+
+    def __init__(self, *given):
+        if self.made:
+            raise MemoryError("no engine")
+        super().__init__(*given)
+        self.made.append(1)
+
+
+def test_requests_at_the_same_time_go_to_different_workers(world, monkeypatch):
     both, prompt_of = threading.Barrier(2), app.prompt_of
 
     def together(*given):
@@ -104,73 +136,131 @@ def test_requests_at_the_same_time_go_to_different_workers(model, tokenizer, mon
         both.wait(10)
         return found
 
-    class Holds(Engine):
-        def step(self) -> None:
-            both.wait(10)  # no answer ends before both workers have one
-            super().step()
-
     monkeypatch.setattr(app, "prompt_of", together)
-    with serving(lambda: Holds(model, tokenizer), workers=2) as server, ThreadPoolExecutor(2) as pool:
-        for found in [pool.submit(server.request, "/v1/chat/completions", HELLO | {"max_tokens": 1}) for _ in range(2)]:
+    with serving(world, Says, "x " * 9, delay=0.1, workers=2) as server, ThreadPoolExecutor(2) as pool:
+        for found in [pool.submit(server.request, COMPLETIONS, HELLO) for _ in range(2)]:
             assert found.result()[0] == 200
         assert [worker.requests for worker in server.service.workers] == [1, 1]
 
 
-def test_the_old_engine_is_free_before_the_new_one_is_made(model, tokenizer):
-    """While the client has not taken its error, and although the exception is in a cycle with its frame."""
-    made, found, making, go = [], [], threading.Event(), threading.Event()
-
-    class Cycle(Fails):
-        def step(self) -> None:
-            try:
-                super().step()
-            except RuntimeError as error:
-                kept = error
-                raise kept
-
-    def make_engine() -> Engine:
-        found.append([reference() for reference in made])
-        if made:
-            making.set()
-            go.wait(10)
-        made.append(weakref.ref(engine := Cycle(model, tokenizer)))
-        return engine
-
-    gc.disable()
-    try:
-        with serving(make_engine) as server, ThreadPoolExecutor(1) as pool:
-            failed = pool.submit(server.request, "/v1/chat/completions", HELLO | {"max_tokens": 7})
-            assert making.wait(10)
-            assert server.request("/v1/chat/completions", HELLO)[0] == 503 and server.request("/health")[0] == 200
-            assert server.request("/stats")[1]["workers"][0]["cache_tokens"] == 0
-            go.set()
-            assert failed.result()[1]["error"]["message"] == "broken"
-            server.wait_until(lambda: server.request("/v1/chat/completions", HELLO)[0] == 200)
-    finally:
-        go.set()
-        gc.enable()
-    assert found == [[], [None]]
-
-
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_rows_of_a_client_that_goes_are_removed(model, tokenizer, stream):
+def test_the_rows_of_a_client_that_goes_are_removed(world, stream):
     """Long before their end, also when the client waits for the whole answer."""
     body = json.dumps(HELLO | {"max_tokens": 500, "n": 2, "stream": stream}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-    with serving(lambda: Says(model, tokenizer, lambda _: words(tokenizer, "x " * 500), delay=0.05)) as server:
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with serving(world, Says, "x " * 500, delay=0.05) as server:
         [worker] = server.service.workers
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             connection.sendall(head + body)
             server.wait_until(lambda: worker.tokens > 2)
-            assert worker.open_rows == 2
-        server.wait_until(lambda: worker.open_rows == 0 and not worker.engine.busy, 5)
-        assert worker.tokens < 200
+            assert server.open_rows == 2
+        server.wait_until(lambda: server.open_rows == 0, 5)
+        time.sleep(0.2)  # for a step that was under way
+        tokens = worker.tokens
+        time.sleep(0.3)
+        assert worker.tokens == tokens < 200
 
 
-def test_rates_are_those_of_the_last_minute(model, tokenizer, monkeypatch):
-    worker = Worker("worker 0", lambda: Engine(model, tokenizer), 8)
+class Pipe:
+    """The server's end of a pipe to nobody."""
+
+    closed = False
+
+    def __init__(self):
+        self.sent = []
+        self.send = self.sent.append
+
+
+class Idle(Worker):
+    """A worker without a process."""
+
+    def _start(self) -> None:
+        self.pipe = Pipe()
+
+
+def idle_worker() -> tuple[Worker, Pipe]:
+    worker = Idle("worker 0", lambda: None, 8)
+    worker._take(Ready(640, 4))
+    return worker, worker.pipe
+
+
+def submitted(worker: Worker, samples: int = 1) -> Job:
+    return worker.submit([1, 2], samples, 9, 1.0, 50, 42, 0)
+
+
+async def answers_in(tokenizer, parts: list[list[int]]) -> tuple[list[dict], list[dict]]:
+    """The events of the page and the chunks of OpenAI's API, when tokens come in these parts."""
+    worker, _ = idle_worker()
+    jobs = [submitted(worker), submitted(worker)]
+    body = CompletionRequest.model_validate(HELLO | {"logprobs": True, "stream_options": {"include_usage": True}})
+    answers = [
+        app.chat_events(tokenizer, worker, jobs[0], 0),
+        completions.chunks(worker, jobs[1], [completions.Choice(tokenizer, ["so"])], body, {}),
+    ]
+
+    async def read(answer) -> list[dict]:
+        return [event async for events in answer for event in events]
+
+    reading = [asyncio.create_task(read(answer)) for answer in answers]
+    for part in parts:
+        for token in part:
+            worker._deliver(Step([(job.number, 0, [Token(token, True, -1.0, [])], None) for job in jobs], 2, 640))
+        await asyncio.sleep(0.001)
+    worker._deliver(Step([(job.number, 0, [], "stop") for job in jobs], 2, 640))
+    found = await asyncio.gather(*reading)
+    assert not worker.jobs and worker.open_rows == 0
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 100])
+def test_what_gathers_for_an_answer_is_one_event(tokenizer, size):
+    """With the text that single tokens have; also with calls of the calculator, characters of several tokens, and a stop."""
+    tokens, behind = words(tokenizer, "It is ", "[2+3]", "é✓ so"), len(tokenizer.encode(" and on"))
+    tokens += tokenizer.encode(" and on")
+    at = tokens.index(tokenizer.special("python_end")) + 1
+    tokens[at:at] = [tokenizer.special("output_start"), *tokenizer.encode("5"), tokenizer.special("output_end")]
+    parts = [tokens[first : first + size] for first in range(0, len(tokens), size)]
+    page, chunks = asyncio.run(answers_in(tokenizer, parts))
+    assert "".join(event.get("text", "") for event in page) == "It is é✓ so and on"
+    assert [event for event in page if "text" not in event] == [{"call": "2+3"}, {"result": "5"}, {"finish": "stop"}]
+    choices = [event["choices"][0] for event in chunks[:-1]]
+    assert "".join(choice["delta"].get("content", "") for choice in choices) == "It is  [2+3 → 5] é✓ "
+    assert choices[-1]["finish_reason"] == "stop"
+    # none behind the stop, also if it came together with it
+    assert sum(len(choice["logprobs"]["content"]) for choice in choices if choice["logprobs"]) == len(tokens) - behind
+    assert chunks[-1]["usage"]["completion_tokens"] == len(tokens) - behind
+    if size == 100:
+        assert (len(page), len(chunks)) == (5, 4)
+
+
+def test_what_comes_before_an_error_is_read_and_what_comes_after_a_removal_is_not():
+    async def ask() -> None:
+        worker, pipe = idle_worker()
+        failing, left = submitted(worker, 2), submitted(worker)
+        token = Token(3, True, None, [])
+        worker._deliver(Step([(failing.number, 1, [token], None), (failing.number, 0, [token], "stop")], 3, 640))
+        assert worker.open_rows == 2
+        reading = worker.answer(left)
+        worker._deliver(Step([(left.number, 0, [token], None)], 3, 640))
+        assert await anext(reading) == [(0, [token], None)]
+        await reading.aclose()
+        worker._deliver(Step([(left.number, 0, [token], "stop")], 2, 640))
+        assert isinstance(pipe.sent[-1], int) and pipe.sent[-1] == left.number and worker.tokens == 4
+        worker._fail("broken")
+        found = worker.answer(failing)
+        assert await anext(found) == [(1, [token], None), (0, [token], "stop")]
+        with pytest.raises(WorkerError, match="broken"):
+            await anext(found)
+        assert [message.job for message in pipe.sent[:2] if isinstance(message, Request)] == [0, 1]
+        assert worker.open_rows == 0 and not worker.jobs
+
+    asyncio.run(ask())
+
+
+def test_rates_are_those_of_the_last_minute(monkeypatch):
+    worker, _ = idle_worker()
     now = time.monotonic()
     for later in (0.0, 1.0, 100.0):
         monkeypatch.setattr(worker_module.time, "monotonic", lambda later=later: now + later)
-        worker._deliver()
+        worker._deliver(Step([], 0, 0))
     assert [at for at, _ in worker.recent] == [now + 100.0]
