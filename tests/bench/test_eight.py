@@ -28,6 +28,7 @@ def step(number: int, **more: float) -> dict:
     return {"step": number, "loss": 1.0, "dt": 0.5, "tokens_per_second": 100.0, "progress": 0.1} | more
 
 
+@pytest.mark.long
 def test_evaluation_and_loaders_of_two_processes(tmp_path):
     out = tmp_path / "eight"
     sizes = "--evaluated-depth 1 --vocab-size 1200 --items 5 --max-tokens 4 --batches 2".split()

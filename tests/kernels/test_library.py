@@ -88,6 +88,7 @@ def test_all_kernels():
     assert "100% tests passed" in build_and_test("all", "--label-exclude", "python")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
 def test_models_need_no_other_code_than_the_library_has():
     """Training and evaluation, also with tokens that are no multiples of 16, and with rows that do not fill a tile."""

@@ -53,6 +53,7 @@ def requeued(tmp_path_factory, slurm) -> Run:
     return run
 
 
+@pytest.mark.long
 def test_a_requeued_run_resumes_at_the_step_at_which_it_stopped(requeued):
     log = requeued.log()
     assert requeued.state() == ("COMPLETED", 1) and log.count("USR1 received before the time limit") == 1
@@ -61,6 +62,7 @@ def test_a_requeued_run_resumes_at_the_step_at_which_it_stopped(requeued):
     assert [step for step, _ in requeued.losses("base")["base"]] == list(range(150))
 
 
+@pytest.mark.long
 def test_status_of_a_part(requeued):
     shown = status(requeued)
     assert "done in" in shown and "150" in shown and "to come" in shown

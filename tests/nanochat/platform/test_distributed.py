@@ -21,7 +21,7 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs 
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=two_gpus)])
-@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGSTOP, marks=pytest.mark.long), signal.SIGKILL])
 def test_the_others_report_it_and_the_run_resumes(base, number, device):
     paths = Paths(base)
     arguments = ("train", "base", *TINY_BASE, "--total-batch-size", "256", "--device", device, "--execution", "eager")
