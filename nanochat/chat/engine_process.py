@@ -7,6 +7,7 @@ dies. Another thread runs the engine, and sends what a step has found of all row
 import contextlib
 import gc
 import os
+import pickle
 import queue
 import signal
 import sys
@@ -99,6 +100,7 @@ def _work(pipe: Connection, inbox: queue.SimpleQueue, name: str, load: Callable[
         except Exception as error:
             if hasattr(error, "add_note"):  # Python 3.11
                 error.add_note(f"in the process of {name}:\n{traceback.format_exc()}")
+            pickle.loads(pickle.dumps(error))  # else it is printed here
             pipe.send(error)
             return
         while True:

@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 from functools import partial
-from multiprocessing import forkserver
+from multiprocessing import forkserver, util
 
 from nanochat.options.chat import WebOptions
 from nanochat.platform.console import say
@@ -22,8 +22,14 @@ def web(options: WebOptions, paths: Paths) -> None:
     listener = listen(options.host, options.port)
     if sys.platform == "linux":
         forkserver.set_forkserver_preload(["nanochat.chat.engine_process"])
-        with handled(signal.SIG_IGN):  # which it inherits: a terminal's signals are for the server
-            forkserver.ensure_running()  # it imports torch while this process does
+        util.abstract_sockets_supported = False  # before Python 3.10.9 every user of the machine could connect to one
+        try:
+            with handled(signal.SIG_IGN):  # which it inherits: a terminal's signals are for the server
+                forkserver.ensure_running()  # it imports torch while this process does
+        except OSError as error:
+            raise UserError(
+                f"no process of a worker can be started ({error}); set TMPDIR to a folder with a short path"
+            )
     try:
         from nanochat.chat.app import Service, create_app
         from nanochat.chat.connections import make_server, most_connections
@@ -58,6 +64,8 @@ def web(options: WebOptions, paths: Paths) -> None:
             while thread.is_alive():
                 thread.join(0.2)
     finally:
+        for worker in workers:
+            worker.end()
         for worker in workers:
             worker.join(5)
     say("ended")

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import multiprocessing
+import select
 import sys
 import time
 from collections import deque
@@ -17,7 +18,7 @@ from nanochat.platform.errors import UserError
 
 WINDOW = 60  # seconds over which tokens per second are counted
 MOST_DEATHS, DEATHS_WINDOW = 3, 600.0  # a process that dies more often in so many seconds is not started again
-# CUDA does not survive a fork: one process imports torch, touches no GPU, and makes the forks. Metal does not survive even that.
+# CUDA does not survive a fork, so that one process imports torch, touches no GPU and makes the forks; on macOS no fork may use Metal
 PROCESSES = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 
 
@@ -95,7 +96,8 @@ class Worker:
             raise Overloaded
         job = Job(next(self.numbers), prompt, [None] * samples)
         try:
-            self.pipe.send(Request(job.number, prompt, samples, *sampling))
+            if not self._send(Request(job.number, prompt, samples, *sampling)):
+                raise Overloaded
         except OSError:  # which the loop has not noticed yet
             raise WorkerError("its worker has died")
         self.jobs[job.number] = job
@@ -112,6 +114,8 @@ class Worker:
                 found, job.found = job.found, {}
                 if found:
                     yield [(number, tokens, job.finish[number]) for number, tokens in found.items()]
+                    if job.found:  # it came while the reader was busy
+                        continue
                 if job.error:
                     raise WorkerError(job.error)
                 if None not in job.finish:
@@ -122,7 +126,18 @@ class Worker:
 
     def _remove(self, number: int) -> None:
         with suppress(OSError):  # the process has died
-            self.pipe.send(number)
+            if not self._send(number):
+                asyncio.get_running_loop().call_later(1.0, self._remove, number)
+
+    def _send(self, message: Request | int) -> bool:
+        """Whether the pipe has taken the message at once. It does not where the process is stopped or cannot read it, and the server
+        must not wait for that."""
+        poll = select.poll()
+        poll.register(self.pipe, select.POLLOUT)
+        if not poll.poll(0):
+            return False
+        self.pipe.send(message)
+        return True
 
     def _receive(self) -> None:
         """Take all that the process has sent, so that what has gathered while the loop was busy is delivered together."""
@@ -190,11 +205,19 @@ class Worker:
         self.ended = often
         if not self.ended:
             self.restarts += 1
-            await asyncio.to_thread(self._start)
-            self.attach()
+            try:
+                await asyncio.to_thread(self._start)
+            except (OSError, EOFError) as error:
+                print(f"nanochat: {self.name}: it cannot be started again ({error})", file=sys.stderr, flush=True)
+                self.ended = True
+            else:
+                self.attach()
 
     def _status(self) -> str:
         self.process.join(5)
+        if self.process.is_alive():  # it has closed its pipe, and another one needs its memory
+            self.process.kill()
+            self.process.join()
         return f"status {self.process.exitcode}"
 
     def _close(self) -> None:

@@ -145,7 +145,7 @@ class Decoder:
             for _ in range(WARM_UP + 1):
                 for size in self.sizes["chunks"]:
                     self.prefill([([0], 0, [PADDING] * width)] * size)
-                for size in self.sizes["rows"]:
+                for size in {self.size_for(size, "rows") for size in self.sizes["rows"]}:
                     self.decode([row] * size, width, top_k, False, 0).wait()
 
     def prefill(self, chunks: list[tuple[list[int], int, list[int]]]) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,7 +21,7 @@ from nanochat.chat import app, completions
 from nanochat.chat import worker as worker_module
 from nanochat.chat.engine_process import MakeEngine, Ready, Request, Step
 from nanochat.chat.requests import CompletionRequest
-from nanochat.chat.worker import MOST_DEATHS, Job, Worker, WorkerError
+from nanochat.chat.worker import MOST_DEATHS, Job, Overloaded, Worker, WorkerError
 from nanochat.inference.engine import Engine, Token
 from tests.nanochat.chat.serving import Says, load, serving, words
 
@@ -162,13 +164,15 @@ def test_the_rows_of_a_client_that_goes_are_removed(world, stream):
 
 
 class Pipe:
-    """The server's end of a pipe to nobody."""
+    """The server's end of a pipe to nobody, which takes everything."""
 
     closed = False
 
     def __init__(self):
         self.sent = []
         self.send = self.sent.append
+        self.file = open(os.devnull, "wb")
+        self.fileno = self.file.fileno
 
 
 class Idle(Worker):
@@ -186,6 +190,62 @@ def idle_worker() -> tuple[Worker, Pipe]:
 
 def submitted(worker: Worker, samples: int = 1) -> Job:
     return worker.submit([1, 2], samples, 9, 1.0, 50, 42, 0)
+
+
+def test_what_comes_while_a_client_takes_nothing_is_not_lost():
+    """The last tokens and the end of an answer, whose reader waits for the client meanwhile; and what came before an error."""
+
+    async def ask(error: bool) -> list:
+        worker, _ = idle_worker()
+        job, got = submitted(worker), []
+        token = lambda number: Token(number, True, None, [])  # noqa: E731
+        worker._deliver(Step([(job.number, 0, [token(1)], None)], 1, 640))
+        with pytest.raises(WorkerError) if error else nullcontext():
+            async for found in worker.answer(job):
+                got += found
+                if len(got) == 1:
+                    worker._deliver(Step([(job.number, 0, [token(2)], None if error else "stop")], 1, 640))
+                    if error:
+                        worker._fail("its worker has died")
+        return [(tokens[0].token, finish) for _, tokens, finish in got]
+
+    assert asyncio.run(ask(False)) == [(1, None), (2, "stop")]
+    assert asyncio.run(ask(True)) == [(1, None), (2, None)]
+
+
+def test_a_process_that_reads_nothing_stops_no_other(monkeypatch):
+    """Its pipe fills up: requests are refused then, and removals are sent later."""
+
+    async def ask() -> None:
+        worker, _ = idle_worker()
+        worker.pipe, theirs = multiprocessing.Pipe()
+        worker.most_waiting = 10**6
+        count = 0
+        with pytest.raises(Overloaded):
+            while True:
+                worker.submit([7] * 2000, 1, 9, 1.0, 50, 42, 0)
+                count += 1
+        assert count > 3 and worker.requests == count == len(worker.jobs)
+        later = []
+        monkeypatch.setattr(asyncio.get_running_loop(), "call_later", lambda *call: later.append(call))
+        worker._remove(0)
+        assert [call[2] for call in later] == [0]
+        for number in range(count):
+            assert theirs.recv().job == number
+        later[0][1](0)
+        assert theirs.recv() == 0 and len(later) == 1
+
+    asyncio.run(ask())
+
+
+def test_a_process_that_cannot_be_started_again_is_told(world, capsys):
+    with serving(world) as server:
+        [worker] = server.service.workers
+        worker._start = lambda: os.open("/nowhere/at/all", os.O_RDONLY)
+        os.kill(worker.process.pid, signal.SIGKILL)
+        server.wait_until(lambda: worker.ended)
+        assert server.request("/health") == (503, {"status": "a worker has died"})
+    assert "it cannot be started again ([Errno 2]" in capsys.readouterr().err
 
 
 async def answers_in(tokenizer, parts: list[list[int]]) -> tuple[list[dict], list[dict]]:
