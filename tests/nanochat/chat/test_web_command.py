@@ -11,10 +11,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from nanochat.chat import engine_process
 from nanochat.chat.web import devices
+from nanochat.inference.decoder import Decoder
 from nanochat.options.chat import WebOptions
+from nanochat.options.model import Implementations
 from nanochat.platform.errors import UserError
+from nanochat.platform.paths import Paths, steps_in
 from tests.conftest import assert_fails_with, command, environment, nanochat
 
 
@@ -31,6 +36,19 @@ def started(trained_base):
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def test_a_process_loads_what_the_options_say(trained_base, monkeypatch):
+    """The step that the server chose, and not a newer one; implementations, rows, and what is prepared for requests without options."""
+    paths, prepared = Paths(trained_base), []
+    steps = steps_in(paths.checkpoints("sft"))
+    monkeypatch.setattr(Decoder, "prepare", lambda self, *given: prepared.append(given))
+    options = WebOptions(device="cpu", rows=3, top_k=7, impl=Implementations(attention="reference"))
+    engine = engine_process.load(paths, options, max(steps), torch.device("cpu"))()
+    assert engine.rows == 3 and prepared == [(3, 7)] and engine.cache.pages.keep
+    assert engine.model.config.impl.attention == "reference"
+    with pytest.raises(UserError, match=f"step {max(steps) + 1} of sft"):
+        engine_process.load(paths, options, max(steps) + 1, torch.device("cpu"))
 
 
 @contextlib.contextmanager
