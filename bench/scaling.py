@@ -65,8 +65,6 @@ class ScalingConfig:
     """size of the vocabulary"""
     layers: int = 0
     """number of blocks, if it differs from --depth, which still sets the width; 0: as many as --depth"""
-    left: int = -1
-    """multiprocessors that early exchanges have and kernels beside them leave to them; 0: what NCCL wants; -1: as in training"""
     together: bool = False
     """measure the numbers of a depth and variant at the same time where they fit on different GPUs, such as 4, 2 and 1 of eight"""
     limit: float = 540
@@ -91,7 +89,6 @@ class Case:
     steps: int
     vocab_size: int
     layers: int
-    left: int = -1
 
 
 def scaling(config: ScalingConfig, command: str) -> None:
@@ -113,11 +110,11 @@ def scaling(config: ScalingConfig, command: str) -> None:
         cases = [Case(depth, variant, gpus, **shared) for gpus in config.gpus]
         missing = [case for case in cases if not any(asdict(case).items() <= row.items() for row in found["rows"])]
         for batch in batches(missing, available if config.together else 0):
-            if (seconds := min(ROW_LIMIT, ends - time.monotonic())) < 0:
+            if (left := min(ROW_LIMIT, ends - time.monotonic())) < 0:
                 say(f"no time is left for d{depth} {variant} on {' and '.join(str(case.gpus) for case, _ in batch)}")
                 continue
             running = [
-                Ranks(measure, case, processes=case.gpus, device=config.device, limit=seconds, first=first) for case, first in batch
+                Ranks(measure, case, processes=case.gpus, device=config.device, limit=left, first=first) for case, first in batch
             ]  # fmt: skip
             for (case, _), ranks in zip(batch, running, strict=True):
                 row = asdict(case) | ranks.results()[0]
@@ -194,7 +191,7 @@ def with_efficiency(rows: list[dict]) -> list[dict]:
 
 def _alike(row: dict) -> tuple:
     return tuple(
-        row.get(name) for name in ("depth", "variant", "rows", "tokens", "micro_steps", "vocab_size", "layers", "left")
+        row.get(name) for name in ("depth", "variant", "rows", "tokens", "micro_steps", "vocab_size", "layers")
     )
 
 
@@ -224,8 +221,6 @@ def measure(runtime: Runtime, case: Case) -> dict:
     batch, micro_steps = random_batch(shape, case.rows), case.micro_steps
     training = Training(case.variant, shape, runtime.device, runtime.compute_dtype)
     chosen, can_be_early = training.micro_step.exchanges, training.micro_step.can_exchange
-    if case.left >= 0:
-        training.micro_step.left = case.left
 
     def step(early: bool) -> None:
         training.micro_step.exchanges = early

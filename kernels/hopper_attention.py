@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nanochat_kernels.architecture import TRITON_INSTALLED
 from nanochat_kernels.hopper_product import COMPUTING, LOADING, REGISTERS, descriptor, gl, gluon
-from nanochat_kernels.triton_helpers import LN2, exp2, launch, programs, round_both
+from nanochat_kernels.triton_helpers import LN2, exp2, launch, multiprocessors, round_both
 
 if TRITON_INSTALLED:
     from nanochat_kernels.hopper_product import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
@@ -280,7 +280,7 @@ def launch_tiles(
     block_n = parameters["BLOCK_N"]
     constants = {name: value for name, value in constants.items() if name != "BOUNDED"}
     launch(
-        hopper_attention_kernel, (programs(q.device, total),), q.device,
+        hopper_attention_kernel, (min(total, multiprocessors(q.device)),), q.device,
         descriptor(rows_of_heads(q), TILE // 2, width), descriptor(rows_of_heads(k), block_n, width),
         descriptor(rows_of_heads(v), block_n, width), descriptor(rows_of_heads(out), TILE // 2, width), lse,
         tile_counter(q.device), tokens, blocks, heads, batch, heads // k.size(2), total, **constants, KEEP_LSE=keep_lse,

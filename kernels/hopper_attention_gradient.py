@@ -22,7 +22,7 @@ from nanochat_kernels.hopper_attention import (
     tile_of,
 )
 from nanochat_kernels.hopper_product import COMPUTING, LOADING, REGISTERS, descriptor, gl, gluon, halves
-from nanochat_kernels.triton_helpers import LOG2E, exp2, launch, programs
+from nanochat_kernels.triton_helpers import LOG2E, exp2, launch, multiprocessors
 
 if TRITON_INSTALLED:
     from nanochat_kernels.hopper_product import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
@@ -371,7 +371,7 @@ def launch_query_gradient(
     total = batch * heads * (tokens // TILE)
     descriptors = [descriptor(rows_of_heads(x), 64, width) for x in (q, k, v, out, dout, dq)]
     launch(
-        query_gradient_on_hopper, (programs(q.device, total),), q.device, *descriptors, lse,
+        query_gradient_on_hopper, (min(total, multiprocessors(q.device)),), q.device, *descriptors, lse,
         lse if dlse is None else dlse, delta, tile_counter(q.device), factors,
         tokens, tokens // TILE, heads, batch, heads // k.size(2), total, offset,
         **constants, DLSE=dlse is not None, STAGES=parameters["STAGES"], GROUP=parameters["GROUP"], num_warps=4, maxnreg=REGISTERS,
@@ -387,7 +387,7 @@ def launch_key_gradients(
     total = batch * k.size(2) * (tokens // TILE)
     descriptors = [descriptor(rows_of_heads(x), 64, width) for x in (q, k, v, dout, dk, dv)]
     launch(
-        key_gradients_on_hopper, (programs(q.device, total),), q.device, *descriptors, lse, delta,
+        key_gradients_on_hopper, (min(total, multiprocessors(q.device)),), q.device, *descriptors, lse, delta,
         tile_counter(q.device), factors, tokens, tokens // TILE, k.size(2), batch, heads // k.size(2), total,
         heads if constants["PROJECTED"] else 0, offset,
         **constants, STAGES=parameters["STAGES"], GROUP=parameters["GROUP"], num_warps=4, maxnreg=REGISTERS,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nanochat_kernels.architecture import TRITON_INSTALLED
-from nanochat_kernels.triton_helpers import cdiv, launch, programs, tl, triton
+from nanochat_kernels.triton_helpers import cdiv, launch, multiprocessors, tl, triton
 
 if TRITON_INSTALLED:
     from triton.experimental import gluon
@@ -272,7 +272,7 @@ def hopper_product(
     total = cdiv(out.size(0), block_m) * cdiv(out.size(1), block_n)
     period = extras[0].size(0) if extras and extras[0].shape != out.shape else None
     launch(
-        hopper_kernel, (programs(out.device, total),), out.device,
+        hopper_kernel, (min(total, multiprocessors(out.device)),), out.device,
         descriptor(x, block_m, block_k),
         descriptor(y, block_n, block_k) if y_transposed else descriptor(y, block_k, block_n),
         *(descriptor(t, block_m // 2 if shared else block_m, part) for t in (out, *extras, out, out)[:3]),

@@ -21,8 +21,9 @@ TUNED_WIDTHS = (768, 1280, 2048)
 MORE_WIDTHS = (1664,)
 """the other widths of models, which take the nearest entry"""
 BENCHMARK_TOKENS = 32 * 2048
-DECODED_ROWS = 64  # of a step of decoding in the engine, at which the gate judges it
 """tokens of a micro-batch in benchmarks"""
+DECODED_ROWS = 64
+"""rows of a step of decoding in the engine, with which the gate judges it"""
 Key = tuple[int | str, ...]
 """the shape class of an entry in a launch table: sizes, for which the nearest class is taken, and words, which must be equal"""
 

@@ -55,12 +55,7 @@ from nanochat_kernels.operation import (
     Operation,
     Trial,
 )
-from nanochat_kernels.product_configurations import (
-    SPACE,
-    few_rows_kernel,
-    more_product_keys,
-    product_keys,
-)
+from nanochat_kernels.product_configurations import SPACE, few_rows_kernel, more_product_keys, product_keys
 from nanochat_kernels.tracing import opaque
 from nanochat_kernels.triton_helpers import (
     DTYPES,

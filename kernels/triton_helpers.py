@@ -158,26 +158,6 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-_left = 0  # of the process, because autograd launches from threads of its own
-
-
-@contextmanager
-def multiprocessors_left(count: int) -> Iterator[None]:
-    """Leave so many multiprocessors to work beside the block's kernels, such as an exchange between GPUs: kernels with a program for
-    each would otherwise wait for those that it holds. No result depends on it."""
-    global _left
-    before, _left = _left, count
-    try:
-        yield
-    finally:
-        _left = before
-
-
-def programs(device: torch.device, most: int) -> int:
-    """Return the programs of a kernel with one for each multiprocessor, for at most `most` tiles."""
-    return min(most, max(1, multiprocessors(device) - _left))
-
-
 def needs_gradient(*tensors: Tensor) -> bool:
     """Return whether autograd may need a derivative with respect to any of these tensors."""
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():

@@ -115,12 +115,11 @@ class MuonAdamW:
         embedding.keep_gradients([model.embedding])
 
     @contextmanager
-    def exchanging(self, model: GPT, ranks: dist.ProcessGroup | None = None) -> Iterator[None]:
+    def exchanging(self, model: GPT) -> Iterator[None]:
         """Exchange the gradients while the block computes the last ones of a step; they have arrived when it ends.
 
         For one forward and backward pass with `keep_gradients`. In backward the gradient of a block's input comes after those of
         the block's weights, and that of the last block's result after the head's. With one process there is nothing to exchange.
-        ranks: the group of all ranks for what is exchanged during backward; None: torch's.
         """
         if self.world_size == 1:
             yield
@@ -136,7 +135,7 @@ class MuonAdamW:
         def exchange_with_gradient_of(x: Tensor, chunks: list[tuple[Group, int]]) -> None:
             def exchange(_: Tensor) -> None:
                 for group, chunk in chunks:
-                    group.exchange(chunk, ranks)
+                    group.exchange(chunk)
 
             x.register_hook(exchange)
 
@@ -153,8 +152,6 @@ class MuonAdamW:
         )
         try:
             yield
-            if ranks is not None:  # two groups of ranks that exchange at the same time could wait for each other
-                wait_for([work for group in self.groups for work in group.exchanges.values()])
             self._exchange_rest()
             for group in self.groups:
                 group.arrive()

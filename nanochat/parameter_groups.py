@@ -81,13 +81,11 @@ class Group(ABC):
         """The mean gradient of the items that this rank owns, after the exchange."""
         return self.reduced.flatten(0, 1)[self.owned_slots]
 
-    def exchange(self, chunk: int, ranks: dist.ProcessGroup | None = None) -> None:
-        """Start to exchange the gradients of a chunk, unless they are on their way already. ranks: a group of all; None: torch's."""
+    def exchange(self, chunk: int) -> None:
+        """Start to exchange the gradients of a chunk, unless they are on their way already."""
         if chunk not in self.exchanges:
             part, average = self.chunks[chunk], dist.ReduceOp.AVG
-            self.exchanges[chunk] = _reduce_scatter(
-                self.reduced[chunk], part.flatten(0, 1), op=average, group=ranks, async_op=True
-            )
+            self.exchanges[chunk] = _reduce_scatter(self.reduced[chunk], part.flatten(0, 1), op=average, async_op=True)
 
     def arrive(self) -> None:
         """Wait until the gradients of all chunks have arrived, or on a GPU let the work that follows wait."""

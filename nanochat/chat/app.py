@@ -164,10 +164,12 @@ def check_source(request: Request, hosts: frozenset[str] | None) -> None:
 
 async def chat_events(tokenizer: Tokenizer, worker: Worker, job: Job, forgotten: int) -> AsyncIterator[list[dict]]:
     """An answer as the page wants it: the events that have come since the last ones, where texts that follow each other are one."""
-    events: list[dict] = [{"forgotten": forgotten}] if forgotten else []
+    if forgotten:
+        yield [{"forgotten": forgotten}]
     reader = Reader(tokenizer)
     async with contextlib.aclosing(worker.answer(job)) as answer:
         async for [(_, tokens, finish)] in answer:
+            events: list[dict] = []
             read = [event for token in tokens for event in reader.add(token.token)]
             for event in [*read, *(reader.end() if finish else ())]:
                 name = FIELDS.get(type(event), "result")
@@ -179,7 +181,6 @@ async def chat_events(tokenizer: Tokenizer, worker: Worker, job: Job, forgotten:
                 events.append({"finish": finish})
             if events:
                 yield events
-                events = []
 
 
 def error_body(message: str, status: int, parameter: str | None = None) -> dict:

@@ -185,9 +185,10 @@ async def chunks(
             found["logprobs"] = {"content": logprobs, "refusal": None}
         return head | rest | {"choices": [found]}
 
-    events = [chunk(number, {"role": "assistant", "content": ""}) for number in range(len(choices))]
+    yield [chunk(number, {"role": "assistant", "content": ""}) for number in range(len(choices))]
     async with contextlib.aclosing(pieces(worker, job, choices)) as found:
         async for part in found:
+            events = []
             for number, text, tokens, ended in part:
                 logprobs = logprobs_of(choices[number].tokenizer, tokens) if body.logprobs else []
                 if text or logprobs:
@@ -196,7 +197,6 @@ async def chunks(
                     events.append(chunk(number, {}, reason=finish(choices[number], job, number)))
             if events:
                 yield events
-                events = []
     if with_usage:
         yield [head | {"choices": [], "usage": usage(job, choices)}]
 

@@ -7,7 +7,6 @@ dies. Another thread runs the engine, and sends what a step has found of all row
 import contextlib
 import gc
 import os
-import pickle
 import queue
 import signal
 import sys
@@ -20,14 +19,21 @@ from typing import NamedTuple
 
 import torch
 
+import nanochat_kernels as kernels
 from nanochat.checkpoint import load_model
 from nanochat.inference.engine import Engine, Row, Token
 from nanochat.options.chat import WebOptions
 from nanochat.platform.distributed import start_runtime
+from nanochat.platform.errors import UserError, is_out_of_memory
 from nanochat.platform.paths import Paths
 from nanochat.platform.signals import ENDING
 
 MakeEngine = Callable[[], Engine]
+TOLD = (
+    UserError,
+    OSError,
+    kernels.KernelRequestError,
+)  # beside missing memory the errors of which a command says one line
 
 
 class Request(NamedTuple):
@@ -80,8 +86,11 @@ def load(paths: Paths, options: WebOptions, step: int, device: torch.device) -> 
 
 
 def run(pipe: Connection, name: str, load: Callable[[], MakeEngine]) -> None:
-    """Load a model, and serve it until the server closes its end of the pipe. `load` returns what makes an engine of the model, which
-    is called again after an error of the engine. An error of `load` is sent, and raised by the server."""
+    """Load a model, and serve it until the server closes its end of the pipe.
+
+    `load` returns what makes an engine of the model, which is called again after an error of the engine. An error of `load` that the
+    user can fix is sent, and raised by the server; others are printed.
+    """
     for number in ENDING:  # a terminal sends them to all processes; the server says when to end
         signal.signal(number, signal.SIG_IGN)
     inbox: queue.SimpleQueue[Request | int] = queue.SimpleQueue()
@@ -98,9 +107,8 @@ def _work(pipe: Connection, inbox: queue.SimpleQueue, name: str, load: Callable[
             make_engine = load()
             engine = make_engine()
         except Exception as error:
-            if hasattr(error, "add_note"):  # Python 3.11
-                error.add_note(f"in the process of {name}:\n{traceback.format_exc()}")
-            pickle.loads(pickle.dumps(error))  # else it is printed here
+            if not (isinstance(error, TOLD) or is_out_of_memory(error)):
+                raise
             pipe.send(error)
             return
         while True:
@@ -127,7 +135,7 @@ def _serve(pipe: Connection, inbox: queue.SimpleQueue, name: str, engine: Engine
     while True:
         try:
             while not engine.busy or not inbox.empty():
-                _take(inbox.get(), jobs, engine)
+                _join_or_leave(inbox.get(), jobs, engine)
             engine.step()
         except Exception as error:
             print(f"nanochat: {name}: {traceback.format_exc()}", file=sys.stderr, flush=True)
@@ -146,7 +154,7 @@ def _serve(pipe: Connection, inbox: queue.SimpleQueue, name: str, engine: Engine
         pipe.send(Step(found, running, engine.cache.pages.count * engine.cache.page))
 
 
-def _take(message: Request | int, jobs: dict[int, dict[int, Row]], engine: Engine) -> None:
+def _join_or_leave(message: Request | int, jobs: dict[int, dict[int, Row]], engine: Engine) -> None:
     """Let the rows of a request join, or remove those of a job that have not ended."""
     if isinstance(message, Request):
         job, prompt, samples, *sampling, alternatives = message

@@ -70,7 +70,7 @@ class Worker:
         theirs.close()  # so that the pipe ends with the process
 
     def wait(self) -> None:
-        """Wait until the model is loaded. Raises the error of the process, and UserError if it has died."""
+        """Wait until the model is loaded. Raises the error that the process has sent, and UserError if it has died."""
         try:
             message = self.pipe.recv()
         except (EOFError, OSError):

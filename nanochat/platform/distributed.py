@@ -166,16 +166,6 @@ def start_runtime(device: str = "auto") -> Iterator[Runtime]:
             dist.destroy_process_group()
 
 
-def ranks_with(blocks: int, device: torch.device) -> dist.ProcessGroup | None:
-    """All ranks, in a group whose exchanges have at most so many blocks, each on a multiprocessor of the GPU. None, which stands for
-    torch's own group, without NCCL or for 0, as many as NCCL wants. Every rank must call it."""
-    if not blocks or device.type != "cuda":
-        return None
-    options = dist.ProcessGroupNCCL.Options()
-    options.config.max_ctas = blocks
-    return dist.new_group(backend="nccl", pg_options=options)
-
-
 def use_kernel_library(path: Path | None) -> None:
     """Let kernels come from the library that was built ahead of time. Raises UserError if it cannot be loaded."""
     if path is None:

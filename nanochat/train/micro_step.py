@@ -12,10 +12,9 @@ fused are, else compile. Every other device uses eager.
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import fields, replace
-from functools import cached_property, partial
+from functools import partial
 
 import torch
-import torch.distributed as dist
 
 import nanochat_kernels as kernels
 from nanochat.data.batches import Batch
@@ -25,19 +24,17 @@ from nanochat.options.model import Implementations
 from nanochat.options.train import Execution
 from nanochat.platform.console import say
 from nanochat.platform.cuda_graphs import Replayed
-from nanochat.platform.distributed import ranks_with
 from nanochat.platform.environment import processes_here
 from nanochat.platform.errors import UserError
-from nanochat_kernels import ahead, architecture, ranges, triton_helpers
+from nanochat_kernels import ahead, architecture, ranges
 
 # Rows are padded to a multiple of this many tokens. At a context of 2048, fine-tuning then needs at most 16 graphs, and with several
 # processes as many again for the last micro-step of a step, if that exchanges gradients early.
 LENGTH_MULTIPLE = 128
-# By architecture, whether gradients are exchanged while the last backward pass runs. On four H200s a step of d20 takes 3.4 ms more so
-# than with the exchange behind it, if no multiprocessor is left to it: sm90's products have a program for each, and probably wait for
-# those that the exchange holds.
+# By architecture, whether gradients are exchanged while the last backward pass runs. On four H200s a step of d20 takes 3.4 ms longer with
+# that than with the exchange behind it: sm90's products have a program for each multiprocessor, and probably wait for those that the
+# exchange holds.
 EXCHANGES_EARLY = {"sm80": True, "sm90": False}
-LEFT_TO_EXCHANGE = {"sm80": 0, "sm90": 4}  # 0: NCCL takes what it wants
 
 
 def fusable_options() -> list[str]:
@@ -110,11 +107,8 @@ class MicroStep:
 
     def __init__(self, model: GPT, optimizer: MuonAdamW, execution: str, one_length: bool):
         self.model, self.device, self.optimizer = model, model.device, optimizer
-        self.can_exchange, kind = (
-            execution == "graph" and optimizer.world_size > 1,
-            architecture.architecture(self.device.index),
-        )
-        self.exchanges, self.left = self.can_exchange and EXCHANGES_EARLY[kind], LEFT_TO_EXCHANGE[kind]
+        self.can_exchange = execution == "graph" and optimizer.world_size > 1
+        self.exchanges = self.can_exchange and EXCHANGES_EARLY[architecture.architecture(self.device.index)]
         self.loss = torch.zeros((), device=self.device)
         if execution == "graph":
             optimizer.keep_gradients(model)
@@ -170,11 +164,6 @@ class MicroStep:
         self.weight.fill_(weight)
         forward_and_backward()
 
-    @cached_property
-    def ranks(self) -> dist.ProcessGroup | None:
-        """Those that exchange during backward, in a group of their own where multiprocessors are left to it."""
-        return ranks_with(self.left, self.device)
-
     def _make_graph(self, rows: int, length: int, exchange: bool, weighted: bool) -> tuple[Batch, Replayed]:
         """A batch (rows, length) at fixed addresses, and the forward and backward pass on it."""
         inputs, targets = (torch.zeros(rows, length, dtype=torch.int64, device=self.device) for _ in range(2))
@@ -182,10 +171,9 @@ class MicroStep:
 
         def forward_and_backward() -> None:
             weight = self.weight * batch.loss_weight if weighted else self.weight
-            with self.optimizer.exchanging(self.model, self.ranks) if exchange else nullcontext():
+            with self.optimizer.exchanging(self.model) if exchange else nullcontext():
                 loss = self.model(inputs, targets, loss_weight=weight)
-                with triton_helpers.multiprocessors_left(self.left if exchange else 0):
-                    loss.backward()
+                loss.backward()
             self.loss += loss.detach()
 
         return batch, Replayed(forward_and_backward, self.pool, warm_up=1)

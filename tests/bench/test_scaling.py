@@ -37,9 +37,24 @@ def test_the_command(tmp_path):
         assert row["tokens_per_second"] == pytest.approx(1e3 * 64 * row["gpus"] / row["step_ms"])
     assert one["efficiency"] == 1 and two["efficiency"] == pytest.approx(one["step_ms"] / two["step_ms"])
     assert two["exchange_ms"] > 10 * one["exchange_ms"]  # alone there is none
-    main(["scaling", *OPTIONS, "--json", str(path), "--variants", "eager:reference", "compiled", "--gpus", "2"])
+    main(
+        [
+            "scaling",
+            *OPTIONS,
+            "--json",
+            str(path),
+            "--variants",
+            "eager:reference",
+            "compiled",
+            "graph:reference",
+            "--gpus",
+            "2",
+        ]
+    )
     again = json.loads(path.read_text())["rows"]
-    assert again[:2] == found["rows"]
+    assert again[:2] == found["rows"] and "early_ms" not in two and two["samples"]["step"] == two["samples"]["late"]
+    replayed = again[3]["samples"]  # by the CPU's launch table, which is that of an A100
+    assert replayed["step"] == replayed["early"] != replayed["late"]
     assert "compiled is for one process, and there are 2; name compile:reference" in again[2]["note"]
     path.write_text(json.dumps(found | {"device": "H100"}))
     with pytest.raises(UserError, match="measured with device H100, and this is cpu; give another --json"):

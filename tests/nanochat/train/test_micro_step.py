@@ -12,10 +12,8 @@ from nanochat.data.batches import Batch
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.options.model import Implementations
-from nanochat.platform.distributed import ranks_with
 from nanochat.platform.errors import UserError
 from nanochat.train.micro_step import MicroStep, choose_execution, fusable_options
-from nanochat_kernels import triton_helpers
 from tests.processes import spawn
 
 GPU = torch.cuda.is_available()
@@ -55,8 +53,7 @@ def run(execution: str, batches: list[Batch], dtype: torch.dtype = torch.float32
 
 def exchanging_worker(rank: int, world_size: int, port: int, path: str, device: str) -> None:
     """Train some steps whose last micro-step exchanges; save the weights, what was on its way when backward ended, the blocks of
-    each matrix, and for each exchange the group, the chunk, the block whose backward ended last (or, of the head, their number), and
-    whether it had ranks of its own and multiprocessors left to it.
+    each matrix, and for each exchange the group, the chunk and the block whose backward ended last (or, of the head, their number).
     """
     torch.set_num_threads(1)
     if device == "cuda":
@@ -64,9 +61,7 @@ def exchanging_worker(rank: int, world_size: int, port: int, path: str, device: 
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     step, optimizer = made("graph", device=device, config=THREE_BLOCKS)
-    step.exchanges, step.left = True, 4
-    if device == "cpu":
-        step.ranks = dist.new_group()  # NCCL's own
+    step.exchanges = True
     on_their_way, rest = [], optimizer._exchange_rest
     ended, starts, blocks = [], [], list(step.model.blocks)
 
@@ -78,10 +73,10 @@ def exchanging_worker(rank: int, world_size: int, port: int, path: str, device: 
         block.register_forward_pre_hook(lambda _, inputs, number=number: note(inputs[0], number))
     blocks[-1].register_forward_hook(lambda _, inputs, outputs: note(outputs[0], len(blocks)))
 
-    def exchange(group, chunk: int, ranks: dist.ProcessGroup | None = None) -> None:
+    def exchange(group, chunk: int) -> None:
         if chunk not in group.exchanges:
-            starts.append((group.name, chunk, ended[-1], ranks is not None, triton_helpers._left))
-        type(group).exchange(group, chunk, ranks)
+            starts.append((group.name, chunk, ended[-1]))
+        type(group).exchange(group, chunk)
 
     for group in optimizer.groups:
         group.exchange = partial(exchange, group)
@@ -124,28 +119,6 @@ def test_gradients_are_exchanged_early_where_that_is_faster(monkeypatch, executi
     assert step.exchanges == early and step.can_exchange == (execution == "graph")
 
 
-def test_multiprocessors_are_left_until_the_block_ends(monkeypatch):
-    """Kernels with a program for each have fewer then, and at least one."""
-    monkeypatch.setattr(triton_helpers, "multiprocessors", lambda _: 8)
-    counts = []
-    with pytest.raises(ZeroDivisionError):
-        for left in (0, 3, 8):
-            with triton_helpers.multiprocessors_left(left):
-                counts.append([triton_helpers.programs(torch.device("cpu"), most) for most in (4, 100)])
-                assert left < 8 or 1 / 0
-    assert counts == [[4, 8], [4, 5], [1, 1]] and triton_helpers.programs(torch.device("cpu"), 100) == 8
-
-
-def test_an_exchange_has_ranks_of_its_own_only_where_multiprocessors_are_left_to_it(monkeypatch):
-    made_of = []
-    monkeypatch.setattr(dist, "new_group", lambda **options: made_of.append(options) or "ranks")
-    options = SimpleNamespace(config=SimpleNamespace(max_ctas=32))
-    monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(Options=lambda: options), raising=False)
-    assert ranks_with(0, torch.device("cuda")) is None and ranks_with(4, torch.device("cpu")) is None and not made_of
-    assert ranks_with(4, torch.device("cuda")) == "ranks"
-    assert made_of == [{"backend": "nccl", "pg_options": options}] and options.config.max_ctas == 4
-
-
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs two GPUs")
 
 
@@ -180,11 +153,7 @@ def test_gradients_are_exchanged_while_backward_runs(world_size, device, tmp_pat
         }
         wanted |= {("adamw-head", 0): len(step.model.blocks), ("adamw-embedding", 0): 0}
         assert len(starts) == len(wanted) * len(on_their_way) and {0, 1, 3} <= set(wanted.values())
-        assert {(name, chunk): ended for name, chunk, ended, *_ in starts} == wanted
-        beside = {name: (own, left) for name, _, _, own, left in starts}
-        assert all(found == ((False, 0) if "embedding" in name else (True, 4)) for name, found in beside.items()), (
-            beside
-        )
+        assert {(name, chunk): ended for name, chunk, ended in starts} == wanted
 
 
 def test_each_micro_step_says_whether_it_has_exchanged_the_gradients(monkeypatch):
@@ -212,7 +181,7 @@ def test_an_error_leaves_no_exchange_behind(monkeypatch):
     started = []
     for group in optimizer.groups:
         monkeypatch.setattr(
-            group, "exchange", lambda chunk, _=None, group=group: started.append(group.exchanges.setdefault(chunk))
+            group, "exchange", lambda chunk, group=group: started.append(group.exchanges.setdefault(chunk))
         )
     with pytest.raises(torch.OutOfMemoryError), optimizer.exchanging(step.model):
         step(batch(2, 200, 1), 1.0)
