@@ -31,9 +31,9 @@ from nanochat_kernels import ahead, architecture, ranges
 # Rows are padded to a multiple of this many tokens. At a context of 2048, fine-tuning then needs at most 16 graphs, and with several
 # processes as many again for the last micro-step of a step, if that exchanges gradients early.
 LENGTH_MULTIPLE = 128
-# By architecture, whether gradients are exchanged while the last backward pass runs. On four H200s a step of d20 takes 3.4 ms longer with
-# that than with the exchange behind it: sm90's products have a program for each multiprocessor, and probably wait for those that the
-# exchange holds.
+# By architecture, whether gradients are exchanged while the last backward pass runs. On four H200s a step of d20 takes 3.4 ms longer
+# that way than with the exchange behind it: sm90's products have a program for each multiprocessor, and probably wait for those that
+# the exchange holds.
 EXCHANGES_EARLY = {"sm80": True, "sm90": False}
 
 

@@ -240,6 +240,24 @@ def test_a_reader_that_takes_nothing_is_dropped(world, monkeypatch):
                         raise ConnectionError
 
 
+def test_a_reader_that_takes_nothing_for_a_while_gets_its_answer(world, monkeypatch):
+    """The time that it may take nothing ends when it takes something, though its answer takes longer than that."""
+    monkeypatch.setattr(connections, "SLOWEST_READER", 1.0)
+    monkeypatch.setattr(
+        app, "json", type("Large", (), {"dumps": staticmethod(lambda item: json.dumps(item) + " " * 200_000)})
+    )
+    with serving(world, Says, "x " * 200, delay=0.01) as server:
+        body = json.dumps({"messages": messages("hello")}).encode()
+        head = f"POST /chat HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(head.encode() + body)
+            time.sleep(0.7)
+            started, end = time.monotonic(), b""
+            while part := connection.recv(1 << 20):
+                end = (end + part)[-300_000:]
+        assert time.monotonic() - started > 0.6 and b'"finish"' in end
+
+
 def test_an_error_of_the_server_is_not_taken_for_a_client_that_goes(tokenizer, monkeypatch, tmp_path):
     """A file that cannot be read is an OSError too. The client gets 500 without the file's name, and the server's log the error."""
     monkeypatch.setattr(app, "PAGE", tmp_path / "page.html")
