@@ -24,7 +24,7 @@ from typing import Literal, get_args
 from bench.killed_run import KILLED, KilledRun
 from bench.random_run import DATA, prose_run, random_run
 from bench.ranks import Ranks, call
-from bench.scaling import ScalingConfig, describe, scaling
+from bench.scaling import Case, ScalingConfig, cases, describe, measured
 from nanochat.checkpoint import load_model
 from nanochat.data.pretraining import TokenStream
 from nanochat.data.shards import Shards
@@ -132,18 +132,19 @@ def eight(config: EightConfig, command: str) -> None:
 
 
 def scale(bench: Bench, path: Path) -> None:
-    """Time steps, the first depth first. What there is no time for is measured by the next call."""
+    """Time steps, those of most GPUs first. What there is no time for is measured by the next call."""
     config = bench.config
     powers = [n for n in (1, 2, 4, 8, 16) if n < bench.gpus]
+    chosen: list[Case] = []
     for number, (depth, rows) in enumerate(zip(config.depth, config.rows, strict=True)):
-        if bench.left:
-            chosen = ("fused", "compile:reference") if number == 0 else ("fused",)
-            counts = [*powers, bench.gpus] if number == 0 else sorted({1, bench.gpus})
-            options = ScalingConfig(
-                (depth,), tuple(counts), rows, config.tokens, variants=chosen, vocab_size=config.vocab_size, together=True,
-                limit=bench.left, device=config.device, json=path,
-            )  # fmt: skip
-            scaling(options, bench.command)
+        variants = ("fused", "compile:reference") if number == 0 else ("fused",)
+        counts = [*powers, bench.gpus] if number == 0 else sorted({1, bench.gpus})
+        options = ScalingConfig(
+            (depth,), tuple(counts), rows, config.tokens, variants=variants, vocab_size=config.vocab_size, together=True,
+            limit=bench.left, device=config.device, json=path,
+        )  # fmt: skip
+        chosen += cases(options)
+    measured(chosen, options, bench.command)
 
 
 def killed_run(bench: Bench) -> KilledRun:

@@ -66,7 +66,7 @@ class ScalingConfig:
     layers: int = 0
     """number of blocks, if it differs from --depth, which still sets the width; 0: as many as --depth"""
     together: bool = False
-    """measure the numbers of a depth and variant at the same time where they fit on different GPUs, such as 4, 2 and 1 of eight"""
+    """measure at the same time what fits on different GPUs, such as 4, 2 and 1 of eight; more GPUs come first"""
     limit: float = 540
     """seconds for all rows; what there is no time for, another call with the same file measures"""
     device: str = "cuda"
@@ -94,36 +94,49 @@ class Case:
 def scaling(config: ScalingConfig, command: str) -> None:
     """Measure every depth, variant and number of GPUs, and print and write what was found. Raises UserError for options that cannot
     be measured, and for a file of another machine."""
+    measured(cases(config), config, command)
+
+
+def cases(config: ScalingConfig) -> list[Case]:
+    """Every depth, variant and number of GPUs of the options, in this order. Raises UserError for an unknown variant."""
     for variant in config.variants:
         parse(variant)
+    shared = {field.name: getattr(config, field.name) for field in fields(Case)[3:]}
+    return [Case(*one, **shared) for one in product(config.depth, config.variants, config.gpus)]
+
+
+def measured(chosen: list[Case], config: ScalingConfig, command: str) -> None:
+    """Measure these cases as the other options say: together, limit, device and json."""
     ends = time.monotonic() + config.limit
     found = call(describe, command, device=config.device)
     if "note" in found:
         raise UserError(f"this machine cannot be described: {found['note']}")
-    available = found["gpus"] or max(config.gpus)
-    if max(config.gpus) > available:
-        raise UserError(f"--gpus {max(config.gpus)}: this machine has {available}; give at most so many")
+    most = max(case.gpus for case in chosen)
+    available = found["gpus"] or most
+    if most > available:
+        raise UserError(f"--gpus {most}: this machine has {available}; give at most so many")
     if config.json and config.json.exists():
         found["rows"] = earlier(config.json, found)
-    shared = {field.name: getattr(config, field.name) for field in fields(Case)[3:]}
-    for depth, variant in product(config.depth, config.variants):
-        cases = [Case(depth, variant, gpus, **shared) for gpus in config.gpus]
-        missing = [case for case in cases if not any(asdict(case).items() <= row.items() for row in found["rows"])]
-        for batch in batches(missing, available if config.together else 0):
-            if (left := min(ROW_LIMIT, ends - time.monotonic())) < 0:
-                say(f"no time is left for d{depth} {variant} on {' and '.join(str(case.gpus) for case, _ in batch)}")
-                continue
-            running = [
-                Ranks(measure, case, processes=case.gpus, device=config.device, limit=left, first=first) for case, first in batch
-            ]  # fmt: skip
-            for (case, _), ranks in zip(batch, running, strict=True):
-                row = asdict(case) | ranks.results()[0]
-                said = row.get("note") or f"{row['step_ms']:.2f} ms a step"
-                say(f"d{depth} {variant} on {case.gpus}: {said}")
-                found["rows"] = with_efficiency([*found["rows"], row])
-                if config.json:  # after each row, so that an interrupted run keeps its results
-                    write_json(config.json, found)
+    missing = [case for case in chosen if not any(asdict(case).items() <= row.items() for row in found["rows"])]
+    for batch in batches(missing, available if config.together else 0):
+        if (left := min(ROW_LIMIT, ends - time.monotonic())) < 0:
+            say(f"no time is left for {' and '.join(name(case) for case, _ in batch)}")
+            continue
+        running = [
+            Ranks(measure, case, processes=case.gpus, device=config.device, limit=left, first=first) for case, first in batch
+        ]  # fmt: skip
+        for (case, _), ranks in zip(batch, running, strict=True):
+            row = asdict(case) | ranks.results()[0]
+            said = row.get("note") or f"{row['step_ms']:.2f} ms a step"
+            say(f"{name(case)}: {said}")
+            found["rows"] = with_efficiency([*found["rows"], row])
+            if config.json:  # after each row, so that an interrupted run keeps its results
+                write_json(config.json, found)
     show_table(table(found["rows"]))
+
+
+def name(case: Case) -> str:
+    return f"d{case.depth} {case.variant} on {case.gpus}"
 
 
 def describe(runtime: Runtime, command: str) -> dict:

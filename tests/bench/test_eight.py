@@ -12,6 +12,7 @@ import torch
 from bench import eight
 from bench.__main__ import main
 from bench.killed_run import KilledRun, children, end, processor_seconds, ranks_of, runs, steps_of
+from bench.scaling import batches
 from nanochat.platform.errors import UserError
 from nanochat.platform.paths import Paths
 
@@ -50,14 +51,22 @@ def test_evaluation_and_loaders_of_two_processes(tmp_path):
 def test_scaling_has_the_first_depth_on_all_numbers_of_gpus(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(eight, "call", lambda *_, **__: {"gpus": 8})
-    monkeypatch.setattr(eight, "scaling", lambda options, command: asked.append(options))
+    monkeypatch.setattr(eight, "measured", lambda *found: asked.append(found))
     main(["eight", "--parts", "scaling", "--out", str(tmp_path)])
-    assert [(o.depth, o.rows, o.gpus, o.variants) for o in asked] == [
-        ((20,), 16, (1, 2, 4, 8), ("fused", "compile:reference")),
-        ((26,), 16, (1, 8), ("fused",)),
-        ((32,), 8, (1, 8), ("fused",)),
-    ]
-    assert all(o.together and o.json == tmp_path / "scaling.json" and 0 < o.limit <= 480 for o in asked)
+    ((cases, options, _),) = asked
+    assert options.together and options.json == tmp_path / "scaling.json" and 0 < options.limit <= 480
+    together = [[(c.depth, c.variant, c.gpus, c.rows) for c, _ in batch] for batch in batches(cases, 8)]
+    assert together == [
+        [(20, "fused", 8, 16)],
+        [(20, "compile:reference", 8, 16)],
+        [(26, "fused", 8, 16)],
+        [(32, "fused", 8, 8)],
+        [(20, "fused", 4, 16), (20, "compile:reference", 4, 16)],
+        [
+            (20, "fused", 2, 16), (20, "compile:reference", 2, 16), (20, "fused", 1, 16), (20, "compile:reference", 1, 16),
+            (26, "fused", 1, 16), (32, "fused", 1, 8),
+        ],
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
