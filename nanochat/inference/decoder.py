@@ -125,10 +125,14 @@ class Decoder:
     @torch.inference_mode()
     def prepare(self, rows: int, top_k: int) -> None:
         """Let the usual requests of a server not wait for memory or for a graph: take the pages that `rows` rows may need, or most of
-        the free memory, and capture all passes over chunks, and those over rows that draw among about top_k tokens. Without
-        graphs nothing is done."""
+        the free memory, and capture all passes over chunks, and those over rows that draw among about top_k tokens. Without graphs
+        one pass of each kind shows that they can run at all, such as with an implementation that was asked for by name."""
+        row = np.zeros(PAGES + self.most_pages, np.int64)
+        row[TEMPERATURE], row[TOP_K] = as_bits(1.0), 1
         if not self.replay:
-            return
+            self.prefill([([0], 0, [PADDING])])
+            self.decode([row], 1, top_k, False, 0).wait()
+            return self.forget()
         for kind, sizes in self.sizes.items():
             for size in sizes:
                 self._serves(size, kind)  # compares before the memory is taken
@@ -139,8 +143,6 @@ class Decoder:
         if count > 0:
             self.cache.extend(count)
             self.forget()
-        row = np.zeros(PAGES + self.most_pages, np.int64)
-        row[TEMPERATURE], row[TOP_K] = as_bits(1.0), 1
         for width in sorted({self._width(pages) for pages in range(1, self.most_pages + 1)}):
             for _ in range(WARM_UP + 1):
                 for size in self.sizes["chunks"]:

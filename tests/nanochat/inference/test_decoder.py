@@ -1,6 +1,7 @@
 """Passes: which sizes serve, how many pages a replayed one has, and that they keep no keys of their own."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import nanochat_kernels as kernels
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.inference.decoder import PREPARED_MEMORY
 from nanochat.inference.engine import CHUNKS_AT_ONCE, STEP_ROWS, Engine
+from nanochat.options.model import Implementations
 from nanochat.platform.cuda_graphs import WARM_UP
 from tests.nanochat.models import perturbed
 
@@ -112,7 +114,17 @@ def test_what_is_prepared_serves_requests(model, tokenizer, monkeypatch, memory)
     assert (engine.decoder.passes == captured) == (memory == 1.0)
 
 
-def test_nothing_is_prepared_without_graphs(model, tokenizer):
+def test_nothing_is_kept_without_graphs(model, tokenizer):
     engine = Engine(model, tokenizer, replay=False)
     engine.decoder.prepare(8, 50)
     assert not engine.decoder.passes and not engine.cache.pages.count
+
+
+def test_an_implementation_that_cannot_run_here_is_told_before_the_first_request(model, tokenizer):
+    """One named for a device that lacks it, which `nanochat web` reports at its start."""
+    if model.device.type == "cuda":
+        pytest.skip("the kernels run here")
+    for block in model.blocks:
+        block.attention.config = replace(model.config, impl=Implementations(attention="flash"))
+    with pytest.raises(kernels.KernelRequestError, match="flash"):
+        Engine(model, tokenizer, replay=False).decoder.prepare(8, 50)
