@@ -2,7 +2,7 @@
 
     GET  /                        the page
     POST /chat                    an answer as server-sent events: {"text"}, {"call"}, {"result"}, {"forgotten"}, at the end {"finish"}
-    GET  /health                  200 while every worker runs, else 503
+    GET  /health                  200 while every worker runs and answers, else 503
     GET  /stats                   what the workers do
     GET  /v1/models, POST /v1/chat/completions   see completions.py
 
@@ -114,9 +114,15 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        found = "a worker has died" if any(worker.ended for worker in service.workers) else "a worker starts again"
-        well = not service.ending and all(worker.alive for worker in service.workers)
-        return JSONResponse({"status": "ok" if well else "ending" if service.ending else found}, 200 if well else 503)
+        workers = service.workers
+        faults = {
+            "ending": service.ending,
+            "a worker has died": any(worker.ended for worker in workers),
+            "a worker starts again": not all(worker.alive for worker in workers),
+            "a worker does not answer": any(worker.silent for worker in workers),
+        }
+        found = next((name for name, holds in faults.items() if holds), "ok")
+        return JSONResponse({"status": found}, 200 if found == "ok" else 503)
 
     @app.get("/stats")
     async def stats() -> dict:

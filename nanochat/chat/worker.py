@@ -17,6 +17,7 @@ from nanochat.inference.engine import Token
 from nanochat.platform.errors import UserError
 
 WINDOW = 60  # seconds over which tokens per second are counted
+SILENCE = 60  # seconds after which an engine with rows that has ended no step is taken for one that hangs
 MOST_DEATHS, DEATHS_WINDOW = 3, 600.0  # a process that dies more often in so many seconds is not started again
 # CUDA does not survive a fork, so that one process imports torch, touches no GPU and makes the forks; on macOS no fork may use Metal
 PROCESSES = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
@@ -56,7 +57,8 @@ class Worker:
         self.numbers = itertools.count()
         self.serving = self.alive = False
         self.ended = False  # the process is not started again
-        self.started, self.requests, self.errors, self.tokens = time.monotonic(), 0, 0, 0
+        self.started = self.heard = time.monotonic()
+        self.requests = self.errors = self.tokens = 0
         self.running = self.cache_tokens = 0
         self.recent: deque[tuple[float, int]] = deque()
         self.restarts, self.deaths = 0, []
@@ -84,6 +86,11 @@ class Worker:
         asyncio.get_running_loop().add_reader(self.pipe.fileno(), self._receive)
 
     @property
+    def silent(self) -> bool:
+        """Whether the engine has rows and has not ended a step for a while."""
+        return bool(self.jobs) and time.monotonic() - self.heard > SILENCE
+
+    @property
     def open_rows(self) -> int:
         """Rows that were submitted and have not ended."""
         return sum(job.finish.count(None) for job in self.jobs.values())
@@ -100,6 +107,8 @@ class Worker:
                 raise Overloaded
         except OSError:  # which the loop has not noticed yet
             raise WorkerError("its worker has died")
+        if not self.jobs:  # the engine had nothing to say
+            self.heard = time.monotonic()
         self.jobs[job.number] = job
         self.requests += 1
         return job
@@ -148,6 +157,7 @@ class Worker:
             self._died()
 
     def _take(self, message: Ready | Step | Failed | Exception) -> None:
+        self.heard = time.monotonic()
         if isinstance(message, Step):
             self._deliver(message)
         elif isinstance(message, Ready):

@@ -89,6 +89,22 @@ def test_a_process_that_dies_is_started_again(world):
         assert server.request(COMPLETIONS, HELLO)[0] == 200 and first.requests == before + 1
 
 
+def test_a_process_that_hangs_is_told(world, monkeypatch):
+    """One that has nothing to do is not taken for one."""
+    monkeypatch.setattr("nanochat.chat.worker.SILENCE", 0.3)
+    with serving(world, Says, "x " * 500, delay=0.01) as server, ThreadPoolExecutor(1) as pool:
+        [worker] = server.service.workers
+        time.sleep(0.4)
+        talk = pool.submit(server.chat, "hi", max_tokens=60)
+        server.wait_until(lambda: worker.tokens)
+        assert server.request("/health") == (200, {"status": "ok"})
+        os.kill(worker.process.pid, signal.SIGSTOP)
+        server.wait_until(lambda: server.request("/health") == (503, {"status": "a worker does not answer"}))
+        os.kill(worker.process.pid, signal.SIGCONT)
+        assert talk.result()[-1] == {"finish": "length"}
+        assert server.request("/health") == (200, {"status": "ok"})
+
+
 def load_once(tokenizer: Path, kind: type[Engine], *, loaded: Path) -> MakeEngine:
     """As `load`, but the process dies when another one has loaded before; writes a line for each."""
     with loaded.open("a") as file:
