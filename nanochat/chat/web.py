@@ -2,7 +2,6 @@
 
 import gc
 import ipaddress
-import os
 import signal
 import socket
 import sys
@@ -51,11 +50,11 @@ def web(options: WebOptions, paths: Paths) -> None:
         server = make_server(create_app(service), most_connections(), options.seconds_to_end)
         gc.freeze()  # a collection that looks through all of torch would stop the answers
         # not in the main thread, where uvicorn would end the process by the signal that asked for it
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="server")
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="server", daemon=True)
 
         def end(*_) -> None:
             if service.ending:
-                os._exit(130)
+                raise SystemExit(130)
             service.ending = server.should_exit = True
 
         with handled(end):

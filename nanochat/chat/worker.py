@@ -200,6 +200,8 @@ class Worker:
         self.running = self.cache_tokens = 0
 
     def _died(self) -> None:
+        if self.ended:  # a second signal ends the workers while the loop still runs
+            return
         self._close()
         self._fail("its worker has died")
         self.errors += 1

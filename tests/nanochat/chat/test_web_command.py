@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,11 @@ from tests.conftest import assert_fails_with, command, environment, nanochat
 
 
 @pytest.fixture
-def started(trained_base):
-    """A server in a process of its own, which leads a group of processes, and its address."""
+def started(trained_base, tmp_path):
+    """A server in a process of its own, which leads a group of processes, and its address; its temporary files are in tmp_path."""
     process = subprocess.Popen(
-        command("web", "--port", "0", "--device", "cpu", "--seconds-to-end", "20"), env=environment(trained_base),
+        command("web", "--port", "0", "--device", "cpu", "--seconds-to-end", "20"),
+        env=environment(trained_base) | {"TMPDIR": str(tmp_path)},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     line = process.stdout.readline()
@@ -95,6 +97,22 @@ def test_an_answer_comes_to_its_end_when_the_server_is_asked_to_end(started, num
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port))
     wait_for_the_end_of_all(process)
+
+
+def test_a_second_signal_ends_the_server_at_once(started, tmp_path):
+    """Without waiting for answers, and without leaving files behind."""
+    process, port = started
+    with contextlib.ExitStack() as stack:
+        talks = [stack.enter_context(asking(port)) for _ in range(8)]
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(ConnectionError):
+            while True:  # until the signal has come
+                socket.create_connection(("127.0.0.1", port)).close()
+        process.send_signal(signal.SIGINT)
+        answers = [answer + b"".join(iter(partial(connection.recv, 4096), b"")) for connection, answer in talks]
+    assert process.wait(10) == 130 and not all(b'data: {"finish": "' in answer for answer in answers)
+    wait_for_the_end_of_all(process)
+    assert process.stderr.read() == "" and list(tmp_path.iterdir()) == []
 
 
 def test_no_process_outlives_a_server_that_is_killed(started):
