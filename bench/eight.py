@@ -191,7 +191,7 @@ def evaluate(bench: Bench) -> dict:
 
 
 def evaluate_rank(runtime: Runtime, paths: Paths, items: int, max_tokens: int) -> dict:
-    """Right answers of each task, and seconds, after a first evaluation of few items that compiles kernels."""
+    """Right answers of each task, and seconds, after a first evaluation that compiles kernels."""
     model, tokenizer, _ = load_model(paths, "sft", runtime)
     bundle, options = load_bundle(paths.eval_bundle), ChatTaskOptions(max_per_task=items, max_tokens=max_tokens)
 
@@ -204,7 +204,7 @@ def evaluate_rank(runtime: Runtime, paths: Paths, items: int, max_tokens: int) -
     sizes = {task.label: len(task.items) for task in bundle} | {name: len(make(paths)) for name, make in TASKS.items()}
     found: dict = {"right": {}, "items": {task: min(size, items) for task, size in sizes.items()}}
     for name, run in (("core", core), ("chat", chat)):
-        run(2 * runtime.world_size)
+        run(items)
         runtime.barrier()
         started = time.perf_counter()
         scores = run(items)

@@ -1,13 +1,13 @@
 """Chat tasks: multiple choice by the logits of the letters, all others by generating; ChatCORE over all tasks."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from nanochat.checkpoint import load_model
 from nanochat.evaluate.answers import sample_answers
 from nanochat.evaluate.scope import scope_of
 from nanochat.evaluate.scores import Score, as_results, write_csv
-from nanochat.evaluate.scoring import logits_at
+from nanochat.evaluate.scoring import groups_of, logits_at
 from nanochat.gpt import GPT
 from nanochat.inference.engine import Engine
 from nanochat.inference.session import Session, shown
@@ -74,11 +74,11 @@ def chat_scores(
         task = TASKS[name](paths)
         evaluate = _categorical if task.kind == "categorical" else _generative
         count = len(task) if options.max_per_task < 0 else min(len(task), options.max_per_task)
-        mine = range(runtime.rank, count, runtime.world_size)
+        groups = groups_of(count, runtime)
         with progress(
-            f"evaluate {shown_name(name, paths.reads_embedded)}", len(mine), quiet=not runtime.primary
+            f"evaluate {shown_name(name, paths.reads_embedded)}", sum(map(len, groups)), quiet=not runtime.primary
         ) as advance:
-            verdicts = evaluate(model, tokenizer, task, mine, options, advance)
+            verdicts = evaluate(model, tokenizer, task, groups, options, advance)
         right, unfit = runtime.sum([float(verdicts.count(True)), float(verdicts.count(None))])
         if task.kind == "generative" and options.conditions:
             name = f"{name}, {options.conditions}"
@@ -91,25 +91,27 @@ def chat_scores(
 
 
 def _categorical(
-    model: GPT, tokenizer: Tokenizer, task, indices: range, options: ChatTaskOptions, advance
+    model: GPT, tokenizer: Tokenizer, task, groups: list[range], options: ChatTaskOptions, advance
 ) -> list[bool | None]:
     """Whether each answer is right."""
-    conversations = [task[index] for index in indices]
-    prompts = [render_prompt(tokenizer, conversation) for conversation in conversations]
-    spans = [(len(prompt), len(prompt) + 1) for prompt in prompts]  # the token after the prompt
     verdicts: list[bool | None] = []
-    for conversation, logits in zip(conversations, logits_at(model, prompts, spans, advance), strict=True):
-        letters = conversation["letters"]
-        ids = [tokenizer.encode(letter)[0] for letter in letters]
-        verdicts.append(task.judge(conversation, letters[int(logits[0, ids].argmax())]))
+    for group in groups:
+        conversations = [task[index] for index in group]
+        prompts = [render_prompt(tokenizer, conversation) for conversation in conversations]
+        spans = [(len(prompt), len(prompt) + 1) for prompt in prompts]  # the token after the prompt
+        for conversation, logits in zip(conversations, logits_at(model, prompts, spans, advance), strict=True):
+            letters = conversation["letters"]
+            ids = [tokenizer.encode(letter)[0] for letter in letters]
+            verdicts.append(task.judge(conversation, letters[int(logits[0, ids].argmax())]))
     return verdicts
 
 
 def _generative(
-    model: GPT, tokenizer: Tokenizer, task, indices: range, options: ChatTaskOptions, advance
+    model: GPT, tokenizer: Tokenizer, task, groups: list[range], options: ChatTaskOptions, advance
 ) -> list[bool | None]:
     """Whether one of the answers to each item is right; None where all were cut off by the end of the model's positions."""
     verdicts: list[bool | None] = []
+    indices = [index for group in groups for index in group]
     for answers in judged_answers(Engine(model, tokenizer), task, indices, options):
         unfit = all(right is None for right in answers)
         verdicts.append(None if unfit else any(answers))
@@ -117,7 +119,9 @@ def _generative(
     return verdicts
 
 
-def judged_answers(engine: Engine, task, indices: range, options: ChatTaskOptions) -> Iterator[list[bool | None]]:
+def judged_answers(
+    engine: Engine, task, indices: Sequence[int], options: ChatTaskOptions
+) -> Iterator[list[bool | None]]:
     """For each item, in order, whether each of its answers is right; None where the model's positions ended before the prompt or the
     answer did."""
     tokenizer = engine.tokenizer

@@ -10,7 +10,9 @@ the scores. Li et al. 2024 (DCLM).
 
 import csv
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -18,7 +20,7 @@ import yaml
 from torch import Tensor, tensor
 
 from nanochat.evaluate.scores import Score, as_results
-from nanochat.evaluate.scoring import logits_at
+from nanochat.evaluate.scoring import groups_of, logits_at
 from nanochat.gpt import GPT
 from nanochat.platform.console import progress
 from nanochat.platform.distributed import Runtime
@@ -131,25 +133,31 @@ def evaluate_task(model: GPT, tokenizer: Tokenizer, task: CoreTask, runtime: Run
     random.Random(1337).shuffle(items)
     if max_per_task >= 0:
         items = items[:max_per_task]
-    mine = range(runtime.rank, len(items), runtime.world_size)
-    prepared = [_sequences(task, items, index, tokenizer) for index in mine]
+    groups = groups_of(len(items), runtime)
+    with progress(f"evaluate {task.label}", sum(map(len, groups)), quiet=not runtime.primary) as advance:
+        right = sum(_right(model, tokenizer, task, items, group, advance) for group in groups)
+    [right] = runtime.sum([float(right)])
+    return right / len(items)
+
+
+def _right(model: GPT, tokenizer: Tokenizer, task: CoreTask, items: list[dict], group: range, advance: Callable) -> int:
+    """How many items of a group are right."""
+    prepared = [_sequences(task, items, index, tokenizer) for index in group]
     flat = [sequence for sequences, _ in prepared for sequence in sequences]
     spans = [span for _, item_spans in prepared for span in item_spans]
-    with progress(f"evaluate {task.label}", len(flat), quiet=not runtime.primary) as advance:
-        scores = [
-            _score(logits, sequence[start:end])
-            for logits, sequence, (start, end) in zip(logits_at(model, flat, spans, advance), flat, spans, strict=True)
-        ]
-    right, cursor = 0, 0
-    for index, (sequences, _) in zip(mine, prepared, strict=True):
-        options = scores[cursor : cursor + len(sequences)]
-        cursor += len(sequences)
+    scores = (
+        _score(logits, sequence[start:end])
+        for logits, sequence, (start, end) in zip(logits_at(model, flat, spans), flat, spans, strict=True)
+    )
+    right = 0
+    for index, (sequences, _) in zip(group, prepared, strict=True):
+        options = list(islice(scores, len(sequences)))
         if task.kind == "language_modeling":
             right += options[0][1]
         else:
             right += min(range(len(options)), key=lambda i: options[i][0]) == items[index]["gold"]
-    [right] = runtime.sum([float(right)])
-    return right / len(items)
+    advance(len(group))
+    return right
 
 
 def _score(logits: Tensor, tokens: list[int]) -> tuple[float, bool]:

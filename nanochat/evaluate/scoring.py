@@ -6,8 +6,17 @@ import torch
 from torch import Tensor
 
 from nanochat.gpt import GPT
+from nanochat.platform.distributed import Runtime
 
 TOKENS_AT_ONCE = 16384  # padding included
+GROUP = 16  # items that one process evaluates together
+
+
+def groups_of(count: int, runtime: Runtime) -> list[range]:
+    """The items of this process, of so many that all processes share, in groups that are the same for any number of processes. Only
+    items of a group may share a batch, because what is beside a sequence in its batch can change the last bits of its logits."""
+    step = GROUP * runtime.world_size
+    return [range(first, min(first + GROUP, count)) for first in range(GROUP * runtime.rank, count, step)]
 
 
 @torch.inference_mode()

@@ -138,6 +138,42 @@ def test_core_scores_what_the_model_knows(tokenizer, cpu, kind, shots):
     assert sum(evaluate_task(oracle, tokenizer, task, half) for half in halves) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("kind", ["core", "categorical", "generative"])
+def test_items_share_batches_with_the_same_items_on_any_number_of_processes(
+    tokenizer, world, cpu, model, monkeypatch, kind
+):
+    """What is beside a sequence in its batch changes the last bits of its logits, and so which of two choices is nearly as likely."""
+    from nanochat.evaluate import chat
+
+    items = [{"query": f"Q{i}:" * (i % 5 + 1), "choices": [f"a{i}", f"b {i}"], "gold": i % 2} for i in range(21)]
+    task = Fixed(kind=kind, count=21)
+    monkeypatch.setattr(chat, "TASKS", {"fixed": lambda paths: task})
+    monkeypatch.setattr("nanochat.evaluate.scoring.GROUP", 4)
+    monkeypatch.setattr("nanochat.evaluate.scoring.TOKENS_AT_ONCE", 128)
+    monkeypatch.setattr(Runtime, "sum", lambda self, values: values)
+
+    def batches(processes: int) -> list[list]:
+        found, judged = [], []
+        monkeypatch.setattr(
+            model, "hidden", lambda x, *_: found.append(x.tolist()) or torch.zeros(*x.shape, model.config.width)
+        )
+        monkeypatch.setattr(
+            chat, "judged_answers", lambda engine, task, mine, options: judged.extend(mine) or [[True]] * len(mine)
+        )
+        for rank in range(processes):
+            one = Runtime(rank, processes, cpu.device, cpu.compute_dtype)
+            if kind == "core":
+                evaluate_task(model, tokenizer, CoreTask("task", "multiple_choice", 1, " ", items, 0.0), one)
+            else:
+                chat_accuracies(model, tokenizer, world, one, ChatTaskOptions(), ("fixed",))
+        assert kind != "generative" or sorted(judged) == list(range(21))
+        return sorted(found)
+
+    one = batches(1)
+    assert all(batches(processes) == one for processes in (2, 3, 8))
+    assert kind == "generative" or len(one) >= 6
+
+
 def test_core_of_the_embedded_bundle(tokenizer, world, cpu, model):
     tasks = load_bundle(world.eval_bundle)
     assert [(t.label, t.kind, t.baseline) for t in tasks] == [
@@ -187,14 +223,15 @@ def test_a_broken_bundle_is_refused(tmp_path):
 
 @dataclass
 class Fixed:
-    """A task of two conversations whose answers are A and B."""
+    """A task of conversations whose answers are A and B."""
 
     name: str = "fixed"
     kind: str = "categorical"
     baseline: float = 0.25
+    count: int = 4
 
     def __len__(self):
-        return 4
+        return self.count
 
     def __getitem__(self, index):
         answer = "AB"[index % 2]
