@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 
 from nanochat.checkpoint import load_model
 from nanochat.evaluate.answers import sample_answers
@@ -70,15 +71,18 @@ def chat_scores(
     and under what conditions a task was judged."""
     scores: list[Score] = []
     notes: dict[str, str] = {}
+    engine = cache(lambda: Engine(model, tokenizer))  # one for all tasks, whose graphs it captures once
     for name in names:
         task = TASKS[name](paths)
-        evaluate = _categorical if task.kind == "categorical" else _generative
         count = len(task) if options.max_per_task < 0 else min(len(task), options.max_per_task)
         groups = groups_of(count, runtime)
         with progress(
             f"evaluate {shown_name(name, paths.reads_embedded)}", sum(map(len, groups)), quiet=not runtime.primary
         ) as advance:
-            verdicts = evaluate(model, tokenizer, task, groups, options, advance)
+            if task.kind == "categorical":
+                verdicts = _categorical(model, tokenizer, task, groups, advance)
+            else:
+                verdicts = _generative(engine(), task, groups, options, advance)
         right, unfit = runtime.sum([float(verdicts.count(True)), float(verdicts.count(None))])
         if task.kind == "generative" and options.conditions:
             name = f"{name}, {options.conditions}"
@@ -90,9 +94,7 @@ def chat_scores(
     return scores, notes
 
 
-def _categorical(
-    model: GPT, tokenizer: Tokenizer, task, groups: list[range], options: ChatTaskOptions, advance
-) -> list[bool | None]:
+def _categorical(model: GPT, tokenizer: Tokenizer, task, groups: list[range], advance) -> list[bool | None]:
     """Whether each answer is right."""
     verdicts: list[bool | None] = []
     for group in groups:
@@ -106,13 +108,11 @@ def _categorical(
     return verdicts
 
 
-def _generative(
-    model: GPT, tokenizer: Tokenizer, task, groups: list[range], options: ChatTaskOptions, advance
-) -> list[bool | None]:
+def _generative(engine: Engine, task, groups: list[range], options: ChatTaskOptions, advance) -> list[bool | None]:
     """Whether one of the answers to each item is right; None where all were cut off by the end of the model's positions."""
     verdicts: list[bool | None] = []
     indices = [index for group in groups for index in group]
-    for answers in judged_answers(Engine(model, tokenizer), task, indices, options):
+    for answers in judged_answers(engine, task, indices, options):
         unfit = all(right is None for right in answers)
         verdicts.append(None if unfit else any(answers))
         advance()
