@@ -30,6 +30,7 @@ from nanochat_kernels.oracle import evaluate, over_budget
 CHUNK = 2**26  # elements of the largest tensor that a chunk of rows makes in float64
 ROUNDS = 15
 AUTO_TOLERANCE = 1.05  # two measurements of the same work differ by less
+TABLE_TOLERANCE = 1.02  # the launch table chose in the model, where memory and determinism count too
 REMEDY = "make it again with: nanochat kernels gate, and the --preset of the run, or remove it"
 OUT_OF_MEMORY = "out of memory at these shapes"
 
@@ -187,7 +188,8 @@ def as_tuple(results) -> tuple:
 def examine_operation(
     operation: Operation, shape: RunShape, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """The choice for one operation: impl, why, milliseconds, and what is wrong ("faults") by implementation.
+    """The choice for one operation: impl, why, milliseconds, and what is wrong ("faults") by implementation; "preferred" is what the
+    launch table of the device names.
 
     Raises GateError where a trial's inputs, or their comparison in float64, do not fit into the memory: nothing is known then.
     """
@@ -207,13 +209,19 @@ def examine_operation(
             ) from error
     why = ", ".join(f"{name} {time:.3f} ms" for name, time in sorted(ms.items(), key=lambda item: item[1]))
     why += "".join(f"; {name}: {wrong}" for name, wrong in failures.items())
-    return {"impl": fastest(ms), "why": why, "ms": ms, "faults": failures}
+    preferred = dispatch.preference(operation.name, device.index)[0] if device.type == "cuda" else None
+    return {"impl": fastest(ms, preferred), "why": why, "ms": ms, "faults": failures, "preferred": preferred}
 
 
-def fastest(ms: dict[str, float]) -> str:
-    """The implementation with the shortest time; "auto" also where it is hardly slower, because it serves every call as it should."""
+def fastest(ms: dict[str, float], preferred: str | None) -> str:
+    """The implementation with the shortest time; "auto" also where it is hardly slower, because it serves every call as it should, and
+    the preferred one where it is hardly slower than another fused one."""
     best = min(ms, key=ms.__getitem__, default="reference")
-    return "auto" if "auto" in ms and ms["auto"] <= AUTO_TOLERANCE * ms[best] else best
+    if "auto" in ms and ms["auto"] <= AUTO_TOLERANCE * ms[best]:
+        return "auto"
+    if best != "reference" and preferred in ms and ms[preferred] <= TABLE_TOLERANCE * ms[best]:
+        return preferred
+    return best
 
 
 def tried(
@@ -255,7 +263,7 @@ def tried(
 
 def fastest_fused(choice: dict[str, Any]) -> str:
     """The fastest implementation of an operation's choice that is not its reference, where one is right."""
-    return fastest({name: time for name, time in choice["ms"].items() if name != "reference"})
+    return fastest({name: time for name, time in choice["ms"].items() if name != "reference"}, choice.get("preferred"))
 
 
 def examine(shape: RunShape, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:

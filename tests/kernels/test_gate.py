@@ -231,6 +231,23 @@ def test_auto_is_chosen_where_the_fastest_serves_only_some_calls(monkeypatch, au
     assert ("auto" in choice["faults"]) != auto_is_right and "partial" in choice["faults"]
 
 
+@pytest.mark.parametrize(
+    ("ms", "chosen"),
+    [
+        ({"stored": 51.4, "chunks": 52.2, "reference": 66.0}, "chunks"),  # the same within the noise
+        ({"stored": 51.4, "chunks": 52.6, "reference": 66.0}, "stored"),
+        ({"stored": 51.4, "reference": 66.0}, "stored"),  # the preferred one is wrong here
+        ({"stored": 52.0, "chunks": 51.9, "reference": 51.8}, "reference"),
+        ({"stored": 51.4, "chunks": 52.2, "auto": 53.0, "reference": 66.0}, "auto"),
+    ],
+)
+def test_the_launch_tables_choice_is_kept_where_another_is_hardly_faster(ms, chosen):
+    """It was made by what the model takes, also in memory."""
+    assert gate.fastest(ms, "chunks") == chosen
+    fused = {name: time for name, time in ms.items() if name != "reference"}
+    assert gate.fastest_fused({"ms": ms, "preferred": "chunks"}) == gate.fastest(fused, "chunks")
+
+
 def test_auto_is_not_judged_where_the_fastest_serves_all_calls(monkeypatch):
     assert examined(monkeypatch, "rms_norm", reference.rms_norm)["ms"].keys() == {"triton", "reference"}
 
