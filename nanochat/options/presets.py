@@ -155,10 +155,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "train base": {
             "depth": 12,
             "context_length": 1024,
-            "num_iterations": 200,
+            "num_iterations": 100,  # more learn the text by heart: 0.26 bits per byte of other text after 100 of 200, 0.45 at the end
             "device_batch_size": 16,
             "total_batch_size": 131072,
-            "eval_every": 100,
+            "eval_every": 50,
             "eval_tokens": 131072,
             "core_metric_every": -1,
             "sample_every": 0,
