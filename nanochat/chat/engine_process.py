@@ -135,7 +135,10 @@ def _serve(pipe: Connection, inbox: queue.SimpleQueue, name: str, engine: Engine
     while True:
         try:
             while not engine.busy or not inbox.empty():
-                _join_or_leave(inbox.get(), jobs, engine)
+                message = inbox.get()
+                _join_or_leave(message, jobs, engine)
+                if not engine.busy:  # an answer, which shows the server that this process does not hang
+                    pipe.send(Step([], 0, engine.cache.pages.count * engine.cache.page))
             engine.step()
         except Exception as error:
             print(f"nanochat: {name}: {traceback.format_exc()}", file=sys.stderr, flush=True)

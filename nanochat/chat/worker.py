@@ -17,7 +17,7 @@ from nanochat.inference.engine import Token
 from nanochat.platform.errors import UserError
 
 WINDOW = 60  # seconds over which tokens per second are counted
-SILENCE = 60  # seconds after which an engine with rows that has ended no step is taken for one that hangs
+SILENCE = 60  # seconds without an answer after which a process is taken for one that hangs
 MOST_DEATHS, DEATHS_WINDOW = 3, 600.0  # a process that dies more often in so many seconds is not started again
 # CUDA does not survive a fork, so that one process imports torch, touches no GPU and makes the forks; on macOS no fork may use Metal
 PROCESSES = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
@@ -55,7 +55,7 @@ class Worker:
         self.name, self.load, self.most_waiting = name, load, most_waiting
         self.jobs: dict[int, Job] = {}  # by their numbers; those that have not ended
         self.numbers = itertools.count()
-        self.serving = self.alive = False
+        self.serving = self.alive = self.asked = False  # asked: something was sent since the last message
         self.ended = False  # the process is not started again
         self.started = self.heard = time.monotonic()
         self.requests = self.errors = self.tokens = 0
@@ -66,10 +66,11 @@ class Worker:
         self._start()
 
     def _start(self) -> None:
-        self.pipe, theirs = PROCESSES.Pipe()
-        self.process = PROCESSES.Process(target=engine_process.run, args=(theirs, self.name, self.load), daemon=True)
-        self.process.start()
+        pipe, theirs = PROCESSES.Pipe()
+        process = PROCESSES.Process(target=engine_process.run, args=(theirs, self.name, self.load), daemon=True)
+        process.start()
         theirs.close()  # so that the pipe ends with the process
+        self.pipe, self.process = pipe, process  # now, because it may be asked to end from another thread
 
     def wait(self) -> None:
         """Wait until the model is loaded. Raises the error that the process has sent, and UserError if it has died."""
@@ -87,8 +88,9 @@ class Worker:
 
     @property
     def silent(self) -> bool:
-        """Whether the engine has rows and has not ended a step for a while."""
-        return bool(self.jobs) and time.monotonic() - self.heard > SILENCE
+        """Whether the process has rows, or a message, or makes an engine, and has said nothing for a while."""
+        busy = self.jobs or self.asked or (self.alive and not self.serving)
+        return bool(busy) and time.monotonic() - self.heard > SILENCE
 
     @property
     def open_rows(self) -> int:
@@ -107,8 +109,6 @@ class Worker:
                 raise Overloaded
         except OSError:  # which the loop has not noticed yet
             raise WorkerError("its worker has died")
-        if not self.jobs:  # the engine had nothing to say
-            self.heard = time.monotonic()
         self.jobs[job.number] = job
         self.requests += 1
         return job
@@ -145,6 +145,9 @@ class Worker:
         poll.register(self.pipe, select.POLLOUT)
         if not poll.poll(0):
             return False
+        if not (self.jobs or self.asked):  # the process had nothing to say
+            self.heard = time.monotonic()
+        self.asked = True
         self.pipe.send(message)
         return True
 
@@ -157,7 +160,7 @@ class Worker:
             self._died()
 
     def _take(self, message: Ready | Step | Failed | Exception) -> None:
-        self.heard = time.monotonic()
+        self.heard, self.asked = time.monotonic(), False
         if isinstance(message, Step):
             self._deliver(message)
         elif isinstance(message, Ready):
@@ -234,7 +237,7 @@ class Worker:
 
     def _close(self) -> None:
         """Close the pipe, which ends the process."""
-        self.serving = self.alive = False
+        self.serving = self.alive = self.asked = False
         if not self.pipe.closed:
             with suppress(RuntimeError):  # no loop runs
                 asyncio.get_running_loop().remove_reader(self.pipe.fileno())

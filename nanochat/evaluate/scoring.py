@@ -9,14 +9,14 @@ from nanochat.gpt import GPT
 from nanochat.platform.distributed import Runtime
 
 TOKENS_AT_ONCE = 16384  # padding included
-GROUP = 16  # items that one process evaluates together
+FEWEST_IN_GROUP, MOST_IN_GROUP, GROUPS = 16, 256, 16  # of items that one process evaluates together
 
 
 def groups_of(count: int, runtime: Runtime) -> list[range]:
     """The items of this process, of so many that all processes share, in groups that are the same for any number of processes. Only
     items of a group may share a batch, because what is beside a sequence in its batch can change the last bits of its logits."""
-    step = GROUP * runtime.world_size
-    return [range(first, min(first + GROUP, count)) for first in range(GROUP * runtime.rank, count, step)]
+    size = max(FEWEST_IN_GROUP, min(MOST_IN_GROUP, -(-count // GROUPS)))
+    return [range(n, min(n + size, count)) for n in range(size * runtime.rank, count, size * runtime.world_size)]
 
 
 @torch.inference_mode()

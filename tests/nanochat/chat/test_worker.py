@@ -102,7 +102,35 @@ def test_a_process_that_hangs_is_told(world, monkeypatch):
         server.wait_until(lambda: server.request("/health") == (503, {"status": "a worker does not answer"}))
         os.kill(worker.process.pid, signal.SIGCONT)
         assert talk.result()[-1] == {"finish": "length"}
-        assert server.request("/health") == (200, {"status": "ok"})
+        time.sleep(0.4)
+        assert server.request("/health") == (200, {"status": "ok"}) and not worker.asked
+
+
+def test_a_process_that_hangs_is_told_though_its_clients_leave_and_others_come(world, monkeypatch):
+    monkeypatch.setattr("nanochat.chat.worker.SILENCE", 1.0)
+    with serving(world, Says, "x " * 500, delay=0.01, workers=2) as server:
+        worker, other = server.service.workers
+        os.kill(worker.process.pid, signal.SIGSTOP)
+        deadline = time.monotonic() + 20
+        while server.request("/health")[0] == 200:
+            assert time.monotonic() < deadline
+            body = json.dumps(HELLO | {"stream": True, "max_tokens": 40}).encode()
+            head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            with socket.create_connection(("127.0.0.1", server.port)) as connection:
+                connection.sendall(head + body)
+                time.sleep(0.3)
+        assert server.request("/health") == (503, {"status": "a worker does not answer"}) and not other.silent
+        os.kill(worker.process.pid, signal.SIGCONT)
+        server.wait_until(lambda: server.request("/health") == (200, {"status": "ok"}))
+
+
+def test_an_engine_that_is_made_for_long_is_told(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("nanochat.chat.worker.SILENCE", 0.5)
+    with serving(world, Cycle, go=tmp_path / "go") as server:
+        assert server.request(COMPLETIONS, HELLO | {"max_tokens": 7})[1]["error"]["message"] == "broken"
+        server.wait_until(lambda: server.request("/health") == (503, {"status": "a worker does not answer"}))
+        (tmp_path / "go").touch()
+        server.wait_until(lambda: server.request("/health") == (200, {"status": "ok"}))
 
 
 def load_once(tokenizer: Path, kind: type[Engine], *, loaded: Path) -> MakeEngine:

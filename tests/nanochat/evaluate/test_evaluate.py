@@ -1,5 +1,6 @@
 """Evaluators against answers known beforehand."""
 
+import contextlib
 import json
 import math
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ import torch
 import yaml
 
 from nanochat.data.batches import Batch
+from nanochat.evaluate import core
 from nanochat.evaluate.bits_per_byte import bits_per_byte, mean_loss, unigram_bits_per_byte
 from nanochat.evaluate.chat import chat_accuracies
 from nanochat.evaluate.core import CoreTask, evaluate_core, evaluate_task, load_bundle
-from nanochat.evaluate.scoring import logits_at
+from nanochat.evaluate.scoring import groups_of, logits_at
 from nanochat.gpt import GPTConfig
 from nanochat.inference.engine import Token
 from nanochat.options.evaluate import ChatTaskOptions
@@ -148,7 +150,7 @@ def test_items_share_batches_with_the_same_items_on_any_number_of_processes(
     items = [{"query": f"Q{i}:" * (i % 5 + 1), "choices": [f"a{i}", f"b {i}"], "gold": i % 2} for i in range(21)]
     task = Fixed(kind=kind, count=21)
     monkeypatch.setattr(chat, "TASKS", {"fixed": lambda paths: task})
-    monkeypatch.setattr("nanochat.evaluate.scoring.GROUP", 4)
+    monkeypatch.setattr("nanochat.evaluate.scoring.FEWEST_IN_GROUP", 2)  # and so 2 in each group
     monkeypatch.setattr("nanochat.evaluate.scoring.TOKENS_AT_ONCE", 128)
     monkeypatch.setattr(Runtime, "sum", lambda self, values: values)
 
@@ -171,7 +173,43 @@ def test_items_share_batches_with_the_same_items_on_any_number_of_processes(
 
     one = batches(1)
     assert all(batches(processes) == one for processes in (2, 3, 8))
-    assert kind == "generative" or len(one) >= 6
+    assert kind == "generative" or len(one) >= 11
+
+
+def test_groups_are_few_and_hold_each_item_once(cpu):
+    for count in (0, 1, 16, 17, 256, 400, 5000):
+        for processes in (1, 3, 8):
+            ranks = [
+                groups_of(count, Runtime(rank, processes, cpu.device, cpu.compute_dtype)) for rank in range(processes)
+            ]
+            groups = sorted((group for mine in ranks for group in mine), key=lambda group: group.start)
+            assert [item for group in groups for item in group] == list(range(count))
+            assert max(map(len, ranks)) <= -(-max(16, count / 256) // processes) + 1
+
+
+def test_tasks_share_an_engine_and_the_progress_ends_at_its_total(tokenizer, world, cpu, monkeypatch, model):
+    from nanochat.evaluate import chat
+
+    made, done = [], []
+
+    @contextlib.contextmanager
+    def progress(_, total, **options):
+        moved = []
+        yield lambda amount=1: moved.append(amount)
+        done.append((sum(moved), total))
+
+    monkeypatch.setattr(
+        chat,
+        "TASKS",
+        {kind: lambda _, kind=kind: Fixed(kind=kind, count=21) for kind in ("categorical", "generative", "again")},
+    )
+    monkeypatch.setattr(chat, "Engine", lambda *given: made.append(given))
+    monkeypatch.setattr(chat, "judged_answers", lambda engine, task, mine, options: [[True]] * len(mine))
+    for module in (chat, core):
+        monkeypatch.setattr(module, "progress", progress)
+    chat_accuracies(model, tokenizer, world, cpu, ChatTaskOptions(), ("categorical", "generative", "again"))
+    evaluate_task(model, tokenizer, CoreTask("task", "multiple_choice", 1, " ", ITEMS["multiple_choice"], 0.0), cpu)
+    assert len(made) == 1 and done == [(21, 21)] * 3 + [(6, 6)]
 
 
 def test_core_of_the_embedded_bundle(tokenizer, world, cpu, model):
