@@ -107,9 +107,9 @@ def eight(config: EightConfig, command: str) -> None:
     unknown = [name for name in config.kill if name not in KILLED]
     if unknown:
         raise UserError(f"--kill {unknown[0]}: choose from {', '.join(KILLED)}")
-    if len(config.rows) != len(config.depth):
+    if not config.depth or len(config.rows) != len(config.depth):
         raise UserError(
-            f"--rows has {len(config.rows)} numbers and --depth {len(config.depth)}; give one for each depth"
+            f"--rows has {len(config.rows)} numbers and --depth {len(config.depth)}; give at least one, and one for each depth"
         )
     header = call(describe, command, device=config.device)
     if "note" in header:

@@ -59,6 +59,8 @@ def test_measured_exchanges_narrow_the_inputs_of_the_simulation():
     assert found["open_gather"].low == pytest.approx((8 - 4) / gather)
     assert found["open_gather"].high == pytest.approx(min(1, (8 - 0.5) / gather))
     assert narrowed([row(1)]) == narrowed([row(4), row(8)]) == {}
+    late = {"step": [206.0, 208.0], "late": [206.0, 208.0]}  # as on Hopper
+    assert narrowed([row(1, exchange_ms=0.0), row(8, samples=late)]).keys() == {"open_gather"}
 
 
 def test_the_command_with_a_measured_file(tmp_path, capsys):
