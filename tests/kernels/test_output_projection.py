@@ -261,10 +261,14 @@ def test_bad_input():
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
-def test_nothing_to_sum(impl):
-    residual = randn(2, 3, 16, dtype=torch.float32)
-    x, weight = torch.zeros(2, 3, 0, device=DEVICE), torch.zeros(16, 0, device=DEVICE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_nothing_to_sum(impl, dtype):
+    residual = randn(2, 3, 16, dtype=dtype)
+    x, weight = torch.zeros(2, 3, 0, dtype=dtype, device=DEVICE), torch.zeros(16, 0, dtype=dtype, device=DEVICE)
     assert torch.equal(kernels.output_projection(x, weight, residual, impl=impl)[0], residual)
+    x, weight = randn(2, 3, 16, dtype=dtype), torch.zeros(0, 16, dtype=dtype, device=DEVICE)
+    y, rstd = kernels.output_projection(x, weight, x[..., :0], impl=impl)
+    assert y.shape == (2, 3, 0) and rstd.shape[:2] == (2, 3)
 
 
 # faults that a test must catch: see test_planted_faults.py
