@@ -120,7 +120,7 @@ def rows_kernel(
     if GRADIENT:
         factor = tl.load(factor_ptr + row * factor_stride, mask=mask, other=0.0) if FACTOR else 1.0
         total = others + tl.where(known, exact, 0.0)
-        scale = tl.where(counts, 4.0 * factor, 0.0) / total
+        scale = tl.where(counts, tl.where(known, 4.0 * factor, float("nan")), 0.0) / total
         tl.store(scale_ptr + row, scale.to(tl.float32), mask=mask)
         value = -others * w * rest
         tl.store(coefficient_ptr + row, tl.where(known & counts, scale * value, 0.0).to(tl.float32), mask=mask)

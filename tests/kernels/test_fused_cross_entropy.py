@@ -298,10 +298,14 @@ def test_another_ignore_index():
 
 
 def test_a_target_outside_gives_nan_and_no_stray_access():
+    """In the loss, and in the gradients of its row and of the weight."""
     x, weight, _ = inputs(3, 16, 40, torch.bfloat16)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
     with harness.poisoned():
         values = fused(x, weight, torch.tensor([3, 40, -5], device=DEVICE), reduction="none")
+        dx, dweight = torch.autograd.grad(values, (x, weight), torch.ones_like(values))
     assert values[0].isfinite() and values[1:].isnan().all()
+    assert dx[0].isfinite().all() and dx[1:].isnan().all() and dweight.isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
