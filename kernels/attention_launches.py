@@ -291,6 +291,8 @@ def decode_launches(key, dtype: torch.dtype, device: torch.device):
         "all keys, lse": run(lengths=None, keep_lse=True),
         "many tokens": run(MOST_QUERIES),
         "many tokens, no bound": run(MOST_QUERIES, None),
+        # short sequences, as in evaluation: the most of each QUERIES that are no multiple of 16
+        **{f"{tokens} tokens, all keys": run(tokens, lengths=None) for tokens in (15, 31, MOST_QUERIES - 1)},
     }
 
 

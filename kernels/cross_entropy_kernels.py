@@ -111,7 +111,7 @@ def row_share(row, targets_ptr, total, factor, ignore_index):
     return tl.where(tl.load(targets_ptr + row) == ignore_index, 0.0, 4.0 * factor) / total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["factor_stride"])  # one factor for all rows, or one for each
 def on_chip_kernel(
     logits_ptr, targets_ptr, sums_ptr, factor_ptr, spare_ptr, rows, width, row_stride, factor_stride, ignore_index,
     CAP: tl.constexpr, FACTOR: tl.constexpr, CHUNKS: tl.constexpr, EVEN: tl.constexpr, TOP: tl.constexpr,
@@ -188,7 +188,7 @@ def sums_kernel(logits_ptr, sums_ptr, width, row_stride, CAP: tl.constexpr, CHUN
     tl.store(sums_ptr + row, tl.sum(total))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["factor_stride"])  # one factor for all rows, or one for each
 def gradient_kernel(
     logits_ptr, targets_ptr, sums_ptr, factor_ptr, gradient_ptr, width, row_stride, factor_stride, ignore_index,
     CAP: tl.constexpr, CHUNK: tl.constexpr,
@@ -206,7 +206,7 @@ def gradient_kernel(
         tl.store(gradient_ptr + (row * width + start) + column, cast(value, gradient_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["factor_stride"])  # one factor for all rows, or one for each
 def targets_kernel(
     target_logits_ptr, targets_ptr, sums_ptr, losses_ptr, factor_ptr, gradient_ptr, rows, width, gradient_stride, factor_stride,
     ignore_index, CAP: tl.constexpr, LOSS: tl.constexpr, GRADIENT: tl.constexpr, FACTOR: tl.constexpr, ROWS: tl.constexpr,

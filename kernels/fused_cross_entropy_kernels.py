@@ -92,7 +92,7 @@ def exponentials_on_hopper(z, out_desc, first, second, arguments, row, column, m
 EXPONENTIALS = Epilogue(exponentials_epilogue, exponentials_on_hopper)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["factor_stride"])  # one factor for all rows, or one for each
 def rows_kernel(
     sums_ptr, targets_ptr, target_logits_ptr, factor_ptr, losses_ptr, scale_ptr, coefficient_ptr, gradient_ptr, rows,
     parts, width, gradient_stride, factor_stride, ignore_index, CAP: tl.constexpr, GRADIENT: tl.constexpr, FACTOR: tl.constexpr,
@@ -169,7 +169,7 @@ def launch_rows(
     rows, has_gradient = targets.size(0), coefficients is not None
     scale = torch.empty(rows if has_gradient else 0, dtype=torch.float32, device=targets.device)
     parameters = parameters or launch_parameters("cross_entropy_rows", sums.device, sums.dtype, (sums.size(0),))
-    factor = None if factor is None else factor.to(torch.float32).expand(rows)
+    factor = None if factor is None or not has_gradient else factor.to(torch.float32).expand(rows)
     launch(
         rows_kernel, (cdiv(rows, parameters["ROWS"]),), sums.device, sums, targets, target_logits,
         losses if factor is None else factor, losses, *((scale, coefficients) if has_gradient else (losses, losses)),

@@ -84,14 +84,14 @@ def test_a_gpu_takes_the_code_that_the_library_has(monkeypatch, major, of_librar
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_all_kernels():
-    """Also that training and evaluation of d12, d20, d26 and d32 need no other code than the library has."""
+    """Also that training, evaluation and generation with d12, d20, d26 and d32 need no other code than the library has."""
     assert "100% tests passed" in build_and_test("all", "--label-exclude", "python")
 
 
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
 def test_models_need_no_other_code_than_the_library_has():
-    """Training and evaluation, also with tokens that are no multiples of 16, and with rows that do not fill a tile."""
+    """Training, evaluation and generation, also with tokens that are no multiples of 16, and with rows that do not fill a tile."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.native.launches", "uncovered"],
         cwd=ROOT, capture_output=True, text=True, env=environment(None),

@@ -188,6 +188,7 @@ def attention_decode(dtype: torch.dtype) -> Iterator[tuple[str, Runs]]:
             "all keys, lse": run(q[:, :1], k, v, None, bound, True),
             "many tokens": run(q[:, :64], k, v, lengths, bound, False),
             "many tokens, no bound": run(q[:, :64], k, v, lengths, None, False),
+            "40 tokens, all keys": run(q[:, :40], k, v, None, bound, False),
         },
     )
 

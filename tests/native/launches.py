@@ -1,7 +1,7 @@
 """Launch kernels from a library through Python and the driver of fake_driver.cpp, in place of libcuda.so.1. No GPU is needed.
 
 python -m tests.native.launches entries LIBRARY    every launch of the library's kernels that Python records for its tables
-python -m tests.native.launches model LIBRARY      training steps and evaluations of models
+python -m tests.native.launches model LIBRARY      training steps, evaluations and the engine's passes of models
 python -m tests.native.launches uncovered          the same without a library: which of these launches one would lack, if it were built
 """
 
@@ -13,9 +13,12 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -64,29 +67,71 @@ def check_constants(found: library.Library, launch: Launch) -> None:
 
 
 # (rows, tokens), and for evaluation, which pads rows to the longest only
-EVALUATED = ((16, 1024), (49, 333), (160, 102), (1, 77))
+EVALUATED = ((16, 1024), (49, 333), (160, 102), (1, 77), (409, 40), (3, 32), (1, 7), (2, 1))
 TRAINED = {12: ((16, 1024), (32, 333)), 20: ((32, 2048), (32, 1000), (1, 77)), 26: ((16, 2048),), 32: ((8, 2048),)}
+TOP_K = (1, 50, 200, 0)  # of rows that the engine decodes together: greedy ones, and those that draw among all tokens
 
 
 def model_launches(architecture: str) -> Iterator[Launch]:
-    """Record training steps and evaluations of models with two layers of the widths that d12, d20, d26 and d32 have."""
+    """Record training steps, evaluations and the engine's passes of models with two layers of the widths that d12, d20, d26 and d32
+    have."""
     gpt, micro_step = (importlib.import_module(f"nanochat.{name}") for name in ("gpt", "train.micro_step"))
-
-    @torch.inference_mode()
-    def evaluate(config, rows: int, tokens: int) -> None:
-        with torch.device("meta"):
-            model, inputs = gpt.GPT(config, torch.bfloat16).to("meta"), torch.zeros(rows, tokens, dtype=torch.int64)
-        hidden = model.hidden(inputs)
-        for some in (hidden[0, 1:8], hidden.flatten(0, 1)):
-            model.logits(some)
-
     for depth, trained in TRAINED.items():
         config = replace(gpt.GPTConfig.from_depth(depth, 65_536, 2048), depth=2)
-        work = [partial(micro_step.step_on_meta, config, torch.bfloat16, *shape) for shape in trained]
+        steps = product(trained, (False, True))  # in reinforcement learning each token has a weight
+        step = partial(micro_step.step_on_meta, config, torch.bfloat16)
+        work = [partial(step, *shape, weighted) for shape, weighted in steps]
         work += [partial(evaluate, config, *shape) for shape in EVALUATED]
+        work += [partial(generate, config, replay) for replay in (True, False)]
         with configs.tables_of(architecture):
             for run in work:
                 yield from ahead.launches_of(run)
+
+
+def model_on_meta(config):
+    with torch.device("meta"):
+        return importlib.import_module("nanochat.gpt").GPT(config, torch.bfloat16).to("meta")
+
+
+@torch.inference_mode()
+def evaluate(config, rows: int, tokens: int) -> None:
+    """Evaluate a model: the losses of tokens, and logits of some and of all of them."""
+    model, inputs = model_on_meta(config), torch.zeros(rows, tokens, dtype=torch.int64, device="meta")
+    for reduction in ("none", "mean"):
+        model(inputs, inputs, reduction)
+    hidden = model.hidden(inputs)
+    for some in (hidden[0, 1:8], hidden.flatten(0, 1)):
+        model.logits(some)
+
+
+@torch.inference_mode()
+def generate(config, replay: bool) -> None:
+    """Run the engine's passes of all sizes, with pages for as many tokens as the decoder gives passes of their own. replay: as for the
+    engine; without it rows have any number of pages."""
+    engine, decoder = (importlib.import_module(f"nanochat.inference.{name}") for name in ("engine", "decoder"))
+    model = model_on_meta(config)
+    model.keep_copies()
+    cache = decoder.KVCache(config, engine.PAGE["cuda"], model.device, model.compute_dtype)
+    cache.extend(engine.LEAST_PAGES)
+
+    class Passes(decoder.Decoder):
+        def _run(self, *arguments):
+            found = super()._run(*arguments)
+            # a meta tensor cannot be copied to the host
+            return found and tuple(torch.empty_like(x, device="cpu") for x in found)
+
+        def _serves(self, *size) -> bool:
+            with mock.patch.object(torch, "equal", lambda *x: True):  # results on the meta device have no values
+                return super()._serves(*size)
+
+    passes = Passes(model, cache, engine.STEP_ROWS["cuda"], engine.CHUNKS_AT_ONCE["cuda"], replay)
+    some = range(1, passes.most_pages + 1) if replay else (1, 3, 9, 15)
+    for pages in sorted({passes._width(count) for count in some}):
+        for size in passes.sizes["chunks"]:
+            passes.prefill([([0], 0, [0] * pages)] * size)
+        for top_k, alternatives in product(TOP_K, (0, engine.ALTERNATIVES)):
+            row = numpy.zeros(decoder.PAGES + passes.most_pages, numpy.int64)
+            passes.decode([row], pages, max(top_k, 1), top_k == engine.ALL, alternatives)
 
 
 def requirements(launch: Launch, architecture: str) -> dict[tuple[int, ...], tuple]:
@@ -104,6 +149,26 @@ def types_of(signature, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int,
             yield from types_of(part, (*path, number))
     else:
         yield path, signature
+
+
+def unlike(launches: Iterator[Launch]) -> Iterator[Launch]:
+    """Leave out launches whose arguments differ from those of an earlier one in nothing that code may require."""
+
+    def seen_as(x):
+        if isinstance(x, tuple):
+            return tuple(map(seen_as, x))
+        if isinstance(x, int):
+            return x == 1, x % 16 == 0, x >= 2**31
+        if isinstance(x, Tensor):
+            return x.dtype, x.data_ptr() % 16 == 0
+        return (x.base.dtype, *x.block_shape) if hasattr(x, "base") else getattr(x, "value", x)
+
+    found = set()
+    for launch in launches:
+        key = launch.kernel, *launch.constants.items(), *map(seen_as, launch.arguments)
+        if key not in found:
+            found.add(key)
+            yield launch
 
 
 def fits(wanted: dict, given: dict) -> bool:
@@ -126,7 +191,7 @@ def uncovered(architecture: str) -> list[str]:
             if wanted not in known.setdefault(name, []):
                 known[name].append(wanted)
     found = []
-    for launch in model_launches(architecture):
+    for launch in unlike(model_launches(architecture)):
         name = library.identity(launch.kernel, launch.constants, export.fixed_of(launch))
         given = requirements(launch, architecture)
         if not any(fits(wanted, given) for wanted in known.get(name, ())):
