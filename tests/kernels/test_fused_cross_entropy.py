@@ -522,7 +522,7 @@ PLANTED_FAULTS = {
     "small losses rounded": (STEM, "tl.where(ratio < 1e-8, ratio, tl.log(1.0 + ratio))", "tl.log(1.0 + ratio)",
      "test_probabilities_near_one_keep_their_precision"),
     "ignored rows have a loss": (STEM, "tl.where(counts, loss, 0.0)", "loss", "test_loss_and_gradients"),
-    "ignored rows have a gradient": (STEM, "tl.where(counts, 4.0 * factor, 0.0)", "4.0 * factor",
+    "ignored rows have a gradient": (STEM, "scale = tl.where(counts, ", "scale = tl.where(mask, ",
      "test_another_ignore_index"),
     "the target's own probability dropped": (STEM, "total = others + tl.where(known, exact, 0.0)", "total = others",
      "test_loss_and_gradients"),
