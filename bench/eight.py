@@ -135,16 +135,20 @@ def scale(bench: Bench, path: Path) -> None:
     """Time steps, those of most GPUs first. What there is no time for is measured by the next call."""
     config = bench.config
     powers = [n for n in (1, 2, 4, 8, 16) if n < bench.gpus]
+    shared = ScalingConfig(
+        tokens=config.tokens,
+        vocab_size=config.vocab_size,
+        together=True,
+        limit=bench.left,
+        device=config.device,
+        json=path,
+    )
     chosen: list[Case] = []
     for number, (depth, rows) in enumerate(zip(config.depth, config.rows, strict=True)):
         variants = ("fused", "compile:reference") if number == 0 else ("fused",)
         counts = [*powers, bench.gpus] if number == 0 else sorted({1, bench.gpus})
-        options = ScalingConfig(
-            (depth,), tuple(counts), rows, config.tokens, variants=variants, vocab_size=config.vocab_size, together=True,
-            limit=bench.left, device=config.device, json=path,
-        )  # fmt: skip
-        chosen += cases(options)
-    measured(chosen, options, bench.command)
+        chosen += cases(replace(shared, depth=(depth,), gpus=tuple(counts), rows=rows, variants=variants))
+    measured(chosen, shared, bench.command)
 
 
 def killed_run(bench: Bench) -> KilledRun:

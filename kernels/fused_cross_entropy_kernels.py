@@ -169,7 +169,7 @@ def launch_rows(
     rows, has_gradient = targets.size(0), coefficients is not None
     scale = torch.empty(rows if has_gradient else 0, dtype=torch.float32, device=targets.device)
     parameters = parameters or launch_parameters("cross_entropy_rows", sums.device, sums.dtype, (sums.size(0),))
-    factor = None if factor is None or not has_gradient else factor.to(torch.float32).expand(rows)
+    factor = factor.to(torch.float32).expand(rows) if factor is not None and has_gradient else None
     launch(
         rows_kernel, (cdiv(rows, parameters["ROWS"]),), sums.device, sums, targets, target_logits,
         losses if factor is None else factor, losses, *((scale, coefficients) if has_gradient else (losses, losses)),

@@ -1,9 +1,9 @@
 """The gate: on the GPU where training will run, at its shapes, every operation is validated and timed, and the choice kept.
 
-An implementation that fails, or is further from the oracle than kernels/oracle.py allows, is not chosen. Of the others the
-fastest is; the model's references are compiled as they are in training. Where one implementation serves only some calls, "auto" is
-judged too, which takes another for the rest. Every row of every result and gradient is compared,
-a chunk of rows at a time. `read` rejects a file of another machine, of other versions, or of other kernels.
+An implementation that fails, or is further from the oracle than kernels/oracle.py allows, is not chosen. Of the others the fastest is,
+or the one of the launch table if it is hardly slower; the model's references are compiled as they are in training. Where one
+implementation serves only some calls, "auto" is judged too, which takes another for the rest. Every row of every result and gradient
+is compared, a chunk of rows at a time. `read` rejects a file of another machine, of other versions, or of other kernels.
 """
 
 import json
@@ -209,7 +209,7 @@ def examine_operation(
             ) from error
     why = ", ".join(f"{name} {time:.3f} ms" for name, time in sorted(ms.items(), key=lambda item: item[1]))
     why += "".join(f"; {name}: {wrong}" for name, wrong in failures.items())
-    preferred = dispatch.preference(operation.name, device.index)[0] if device.type == "cuda" else None
+    preferred = dispatch.preference(operation.name, device.index)[0]
     return {"impl": fastest(ms, preferred), "why": why, "ms": ms, "faults": failures, "preferred": preferred}
 
 

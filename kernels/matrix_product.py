@@ -257,7 +257,7 @@ def product_parameters(
     """
     if parameters is None and x.dim() == 2 and shape[0] < FEWEST_ROWS:
         parameters = BY_TORCH
-        if decodes and x.dtype in DTYPES[:2] and min(shape):  # torch adds up nothing, too
+        if decodes and x.dtype in DTYPES[:2] and min(shape):  # torch serves an empty one
             parameters = launch_parameters(f"{name}_few_rows", x.device, x.dtype, shape)
     if x.dtype not in DTYPES[:2]:
         parameters = parameters if parameters and "TORCH" in parameters else BY_TORCH

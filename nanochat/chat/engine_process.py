@@ -29,11 +29,8 @@ from nanochat.platform.paths import Paths
 from nanochat.platform.signals import ENDING
 
 MakeEngine = Callable[[], Engine]
-TOLD = (
-    UserError,
-    OSError,
-    kernels.KernelRequestError,
-)  # beside missing memory the errors of which a command says one line
+# beside missing memory the errors of which a command says one line
+TOLD = UserError, OSError, kernels.KernelRequestError
 
 
 class Request(NamedTuple):

@@ -236,6 +236,36 @@ def submitted(worker: Worker, samples: int = 1) -> Job:
     return worker.submit([1, 2], samples, 9, 1.0, 50, 42, 0)
 
 
+def test_when_a_worker_counts_as_silent(monkeypatch):
+    """A minute after the first thing that it did not answer, whatever its clients do meanwhile."""
+    now = 100.0
+    monkeypatch.setattr(worker_module.time, "monotonic", lambda: now)
+
+    async def ask() -> None:
+        nonlocal now
+        worker, _ = idle_worker()
+        now += 1000
+        assert not worker.silent  # it has nothing to do
+        job = submitted(worker)
+        for _ in range(3):  # it works for long
+            now += 59
+            assert not worker.silent
+            worker._take(Step([(job.number, 0, [Token(1, True, None, [])], None)], 1, 640))
+        now += 61
+        assert worker.silent
+        worker._take(Step([], 1, 640))
+        assert not worker.silent
+        worker._remove(worker.jobs.popitem()[0])  # the client leaves, and others come and leave
+        now += 40
+        worker._remove(submitted(worker).number)
+        worker.jobs.clear()
+        assert not worker.silent
+        now += 40
+        assert worker.silent
+
+    asyncio.run(ask())
+
+
 def test_what_comes_while_a_client_takes_nothing_is_not_lost():
     """The last tokens and the end of an answer, whose reader waits for the client meanwhile; and what came before an error."""
 

@@ -115,9 +115,11 @@ def test_what_is_prepared_serves_requests(model, tokenizer, monkeypatch, memory)
 
 
 def test_nothing_is_kept_without_graphs(model, tokenizer):
-    engine = Engine(model, tokenizer, replay=False)
+    engine, ran = Engine(model, tokenizer, replay=False), []
+    run = engine.decoder._run
+    engine.decoder._run = lambda key, *given: ran.append(key[0]) or run(key, *given)
     engine.decoder.prepare(8, 50)
-    assert not engine.decoder.passes and not engine.cache.pages.count
+    assert ran == ["prefill", "decode"] and not engine.decoder.passes and not engine.cache.pages.count
 
 
 def test_an_implementation_that_cannot_run_here_is_told_before_the_first_request(model, tokenizer):
