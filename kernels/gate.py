@@ -189,7 +189,7 @@ def examine_operation(
     operation: Operation, shape: RunShape, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
     """The choice for one operation: impl, why, milliseconds, and what is wrong ("faults") by implementation; "preferred" is what the
-    launch table of the device names.
+    launch table of the device, or of the one that the interpreter stands for, names.
 
     Raises GateError where a trial's inputs, or their comparison in float64, do not fit into the memory: nothing is known then.
     """

@@ -137,6 +137,8 @@ def _serve(pipe: Connection, inbox: queue.SimpleQueue, name: str, engine: Engine
                 if not engine.busy:  # an answer, which shows the server that this process does not hang
                     pipe.send(Step([], 0, engine.cache.pages.count * engine.cache.page))
             engine.step()
+        except BrokenPipeError:
+            raise
         except Exception as error:
             print(f"nanochat: {name}: {traceback.format_exc()}", file=sys.stderr, flush=True)
             return str(error) or type(error).__name__

@@ -55,7 +55,7 @@ class Worker:
         self.name, self.load, self.most_waiting = name, load, most_waiting
         self.jobs: dict[int, Job] = {}  # by their numbers; those that have not ended
         self.numbers = itertools.count()
-        self.serving = self.alive = self.asked = False  # asked: something was sent since the last message
+        self.serving = self.alive = self.asked = False  # asked: something was sent since the process said something
         self.ended = False  # the process is not started again
         self.started = self.heard = time.monotonic()
         self.requests = self.errors = self.tokens = 0
@@ -70,7 +70,9 @@ class Worker:
         process = PROCESSES.Process(target=engine_process.run, args=(theirs, self.name, self.load), daemon=True)
         process.start()
         theirs.close()  # so that the pipe ends with the process
-        self.pipe, self.process = pipe, process  # now, because it may be asked to end from another thread
+        self.pipe, self.process = pipe, process
+        if self.ended:  # it was asked to end meanwhile, by another thread, which has closed the old pipe
+            self._close()
 
     def wait(self) -> None:
         """Wait until the model is loaded. Raises the error that the process has sent, and UserError if it has died."""

@@ -69,7 +69,13 @@ def check_constants(found: library.Library, launch: Launch) -> None:
 # (rows, tokens), and for evaluation, which pads rows to the longest only
 EVALUATED = ((16, 1024), (49, 333), (160, 102), (1, 77), (409, 40), (3, 32), (1, 7), (2, 1))
 TRAINED = {12: ((16, 1024), (32, 333)), 20: ((32, 2048), (32, 1000), (1, 77)), 26: ((16, 2048),), 32: ((8, 2048),)}
-TOP_K = (1, 50, 200, 0)  # of rows that the engine decodes together: greedy ones, and those that draw among all tokens
+TOP_K = (
+    1,
+    50,
+    100,
+    200,
+    0,
+)  # of rows that the engine decodes together: greedy ones, and those that draw among all tokens
 
 
 def model_launches(architecture: str) -> Iterator[Launch]:

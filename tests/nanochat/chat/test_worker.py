@@ -5,6 +5,7 @@ import gc
 import json
 import multiprocessing
 import os
+import queue
 import signal
 import socket
 import threading
@@ -13,11 +14,12 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 
-from nanochat.chat import app, completions
+from nanochat.chat import app, completions, engine_process
 from nanochat.chat import worker as worker_module
 from nanochat.chat.engine_process import MakeEngine, Ready, Request, Step
 from nanochat.chat.requests import CompletionRequest
@@ -237,7 +239,7 @@ def submitted(worker: Worker, samples: int = 1) -> Job:
 
 
 def test_when_a_worker_counts_as_silent(monkeypatch):
-    """A minute after the first thing that it did not answer, whatever its clients do meanwhile."""
+    """A minute after the first thing that was sent since it said something, whatever its clients do meanwhile."""
     now = 100.0
     monkeypatch.setattr(worker_module.time, "monotonic", lambda: now)
 
@@ -264,6 +266,35 @@ def test_when_a_worker_counts_as_silent(monkeypatch):
         assert worker.silent
 
     asyncio.run(ask())
+
+
+def test_a_server_that_has_ended_is_no_error_of_the_engine(capfd):
+    ours, theirs = multiprocessing.Pipe()
+    theirs.close()
+    inbox = queue.SimpleQueue()
+    inbox.put(7)  # a removal, which is answered
+    cache = SimpleNamespace(pages=SimpleNamespace(count=0), page=64)
+    with pytest.raises(BrokenPipeError):
+        engine_process._serve(ours, inbox, "worker 0", SimpleNamespace(busy=False, cache=cache))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_process_that_starts_while_the_server_ends_ends_too(monkeypatch):
+    class Starts:
+        def __init__(self, target, args, daemon):
+            self.pipe = args[0]
+
+        def start(self):
+            worker.end()  # by another thread
+
+        is_alive = staticmethod(lambda: False)
+        join = staticmethod(lambda *_: None)
+
+    worker, _ = idle_worker()
+    worker.pipe, _ = multiprocessing.Pipe()
+    monkeypatch.setattr(worker_module.PROCESSES, "Process", Starts, raising=False)
+    Worker._start(worker)
+    assert worker.pipe.closed and isinstance(worker.process, Starts) and not worker.alive
 
 
 def test_what_comes_while_a_client_takes_nothing_is_not_lost():
