@@ -89,7 +89,7 @@ def exponentials_on_hopper(z, out_desc, first, second, arguments, row, column, m
     hopper_product.store_row_sums(sums_ptr, gl.convert_layout(sums, rows_layout), part, row, column, m, n)
 
 
-EXPONENTIALS = Epilogue(exponentials_epilogue, exponentials_on_hopper)
+EXPONENTIALS = Epilogue(exponentials_epilogue, exponentials_on_hopper, exact=True)
 
 
 @triton.jit(do_not_specialize=["factor_stride"])  # one factor for all rows, or one for each

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nanochat_kernels.checks import autocast_products, check_float, check_gradient_buffer, check_shape
 from nanochat_kernels.dispatch import choose
-from nanochat_kernels.matrix_product import SCALE_ROWS, product, product_parameters
+from nanochat_kernels.matrix_product import SCALE_ROWS, float32_product, product, product_parameters
 from nanochat_kernels.operation import BENCHMARK_TOKENS, MODEL_WIDTHS, Benchmark, Operation
 from nanochat_kernels.triton_helpers import (
     KernelFunction,
@@ -53,7 +53,7 @@ def scaled_rows(
 def scaled_by_torch(x: Tensor, y: Tensor, factor: Tensor | None, out: Tensor | None = None) -> Tensor:
     if factor is None:
         return x @ y if out is None else torch.mm(x, y, out=out)
-    sums = torch.mm(x, y, out_dtype=torch.float32) if x.is_cuda else x.float() @ y.float()
+    sums = float32_product(x, y)
     return (sums * factor[:, None]).to(x.dtype) if out is None else torch.mul(sums, factor[:, None], out=out)
 
 

@@ -232,10 +232,19 @@ class Epilogue(NamedTuple):
 
     triton: Any
     gluon: Any = None
+    exact: bool = False
+    """whether it needs the sums in float32, as exp of them does, also where torch computes the product"""
 
 
 PASS_ELEMENTS = 2048  # of a tile of epilogue_kernel, which adds slices
 SCALE_ROWS = Epilogue(scale_rows_epilogue, scale_rows_on_hopper)
+
+
+def float32_product(x: Tensor, y: Tensor) -> Tensor:
+    """Return x·y in float32, for x (M, K) and y (K, N); on a GPU no copy of them is made."""
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch.mm(x, y, out_dtype=torch.float32)
+    return x.float() @ y.float()
 
 
 def tile_count(m: int, n: int, block_m: int, block_n: int, triangle: bool) -> int:
@@ -313,7 +322,10 @@ def product(
         return out
     others = [out if t is None else t for t in (first, second)]
     if "TORCH" in parameters:
-        sums = torch.mm(x.t() if x_transposed else x, y.t() if y_transposed else y)[None]
+        # in 16 bits it is faster; but in float16 it may be infinite where the result of the epilogue is not
+        exact = epilogue.exact or x.dtype == torch.float16 or out.dtype == torch.float32
+        multiply = float32_product if exact else torch.mm
+        sums = multiply(x.t() if x_transposed else x, y.t() if y_transposed else y)[None]
     elif "SUMS" in parameters:
         sums = sums_of_slices(x, y, out, parameters, x_transposed, y_transposed)
     if "TORCH" in parameters or "SUMS" in parameters:

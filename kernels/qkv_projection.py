@@ -41,6 +41,7 @@ from nanochat_kernels.triton_helpers import (
     as_rows,
     derivative,
     differentiable,
+    needs_gradient,
     triton_unsupported_reason,
 )
 
@@ -219,6 +220,8 @@ def unsupported_reason(x, w_q, w_k, w_v, cos, sin, *_) -> str | None:
         return f"autocast makes the normed heads {normed_dtype(x)}; the kernel stores all heads in {x.dtype}"
     if (cos.requires_grad or sin.requires_grad) and torch.is_grad_enabled():
         return "it computes no gradient for cos and sin; detach them"
+    if x.dtype == torch.float16 and needs_gradient(x, w_q, w_k, w_v):
+        return "float16 cannot hold the gradient of a large x's product, divided by x's size; use bfloat16"
     return matrix_product.unsupported_reason(x)
 
 
@@ -337,9 +340,9 @@ KERNELS = (
         ((1000, 384, 96), (1001, 192, 40), *more_product_keys(3, 1)),
     ),
     few_rows_kernel("qkv_projection", 3, 1, launches, slices=True),  # a part is a whole head
-    Kernel("qkv_backward", DTYPES[:2], ((64,), (128,)), BACKWARD_SPACE, backward_launches, ((32,),)),
+    Kernel("qkv_backward", DTYPES[:1], ((64,), (128,)), BACKWARD_SPACE, backward_launches, ((32,),)),
     Kernel(
-        "qkv_projection_input_gradient", DTYPES[:2], product_keys(1, 3), SPACE, input_gradient_launches,
+        "qkv_projection_input_gradient", DTYPES[:1], product_keys(1, 3), SPACE, input_gradient_launches,
         ((1000, 96, 384), (1001, 15, 30), *more_product_keys(1, 3)),
     ),
     *NORM_KERNELS,

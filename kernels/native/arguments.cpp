@@ -2,6 +2,7 @@
 
 #include <cstring>
 #include <limits>
+#include <utility>
 
 namespace nanochat {
 namespace {
@@ -93,6 +94,14 @@ std::string mismatch(const Parameter& parameter, const nk_argument& argument) {
     }
 }
 
+// Whether a pointer or a matrix has the dtype of a parameter; true for other arguments.
+bool same_dtype(const Parameter& parameter, const nk_argument& argument) {
+    if (argument.kind == NK_POINTER) {
+        return argument.dtype == parameter.dtype;
+    }
+    return argument.kind != NK_MATRIX || argument.value.matrix == nullptr || argument.value.matrix->dtype == parameter.dtype;
+}
+
 }  // namespace
 
 int32_t kind_of(const Parameter& parameter) {
@@ -115,10 +124,10 @@ int32_t kind_of(const Parameter& parameter) {
 }
 
 const Variant& choose(const nk_kernel& kernel, const nk_argument* arguments, size_t count) {
-    // for the message: of the variant that fits longest, the first argument that does not
+    // for the message: of the variant that fits longest, if possible one for this dtype, the first argument that does not fit
     const Parameter* unfit = nullptr;
     std::string reason;
-    size_t furthest = 0;
+    std::pair<size_t, bool> furthest;
     for (uint32_t v = kernel.variant; v < kernel.variant + kernel.variant_count; ++v) {
         const Variant& variant = table.variants[v];
         if (variant.parameter_count != count) {
@@ -134,13 +143,15 @@ const Variant& choose(const nk_kernel& kernel, const nk_argument* arguments, siz
         if (fitting == count) {
             return variant;
         }
-        if (unfit == nullptr || fitting >= furthest) {
-            unfit = &table.parameters[variant.parameter + fitting];
-            furthest = fitting;
+        const Parameter& parameter = table.parameters[variant.parameter + fitting];
+        const std::pair<size_t, bool> reached = {fitting, same_dtype(parameter, arguments[fitting])};
+        if (unfit == nullptr || reached >= furthest) {
+            unfit = &parameter;
+            furthest = reached;
             reason = wrong;
         }
     }
-    throw Failure{NK_BAD_ARGUMENT, std::string(kernel.function) + ": argument " + std::to_string(furthest) + ", " +
+    throw Failure{NK_BAD_ARGUMENT, std::string(kernel.function) + ": argument " + std::to_string(furthest.first) + ", " +
                                        unfit->name + ", " + reason + "; no variant in the library takes these arguments"};
 }
 

@@ -297,6 +297,16 @@ def test_another_ignore_index():
     check(fused, reference.linear_cross_entropy, given_, (0, 1), epsilon=EPSILON)
 
 
+def test_chunks_fill_rounds_of_the_input_gradient(monkeypatch):
+    calls = []
+    monkeypatch.setattr(FILE, "chunk_rows", lambda *given: calls.append(given[3][:2]) or 16)
+    x, weight, targets = inputs(9, 40, 60, torch.bfloat16)
+    with harness.products_with(harness.SMALL_TILES):
+        fused(x.requires_grad_(), weight, targets)
+        fused(x.detach(), weight.requires_grad_(), targets)
+    assert calls == [(harness.SMALL_TILES["BLOCK_M"], 2), (1, 1)]
+
+
 def test_a_target_outside_gives_nan_and_no_stray_access():
     """In the loss, and in the gradients of its row and of the weight."""
     x, weight, _ = inputs(3, 16, 40, torch.bfloat16)
@@ -306,6 +316,32 @@ def test_a_target_outside_gives_nan_and_no_stray_access():
         dx, dweight = torch.autograd.grad(values, (x, weight), torch.ones_like(values))
     assert values[0].isfinite() and values[1:].isnan().all()
     assert dx[0].isfinite().all() and dx[1:].isnan().all() and dweight.isnan().all()
+
+
+def test_a_target_outside_writes_nothing():
+    targets = torch.tensor([3, 40, -5], device=DEVICE)
+    ones, losses, around = (
+        torch.ones(1, 3, device=DEVICE),
+        torch.empty(3, device=DEVICE),
+        torch.zeros(3, 64, device=DEVICE),
+    )
+    KERNELS.launch_rows(
+        ones, targets, ones[0], None, losses, around[:, :40], torch.empty_like(losses), kernels.SOFTCAP, -1
+    )
+    assert around.nonzero().tolist() == [[0, 3]]
+    around = torch.zeros(56, 16, device=DEVICE)
+    KERNELS.add_target_rows(around[8:48], torch.ones(3, 16, device=DEVICE), targets, torch.ones(3, device=DEVICE))
+    assert around.any(1).nonzero().tolist() == [[8 + 3]]
+
+
+@pytest.mark.parametrize("parameters", harness.PRODUCTS)
+def test_losses_are_those_of_logits_in_float32(parameters):
+    """Also where torch computes the product, as of few rows."""
+    x, weight, targets = inputs(9, 32, 80, torch.bfloat16, ignored=0.0)
+    with harness.products_with(parameters):
+        found = fused(x, weight, targets, reduction="none")
+    exact = reference.linear_cross_entropy(x.double(), weight.double(), targets, reduction="none")
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -504,6 +540,12 @@ PLANTED_FAULTS = {
      "test_many_parts"),
     "parts of other rows": (STEM, "(start + part).to(tl.int64) * rows", "(start + part).to(tl.int64) * ROWS",
      "test_loss_and_gradients"),
+    "a target outside is written": (STEM, "value, mask=known & counts)", "value, mask=mask & counts)",
+     "test_a_target_outside_writes_nothing"),
+    "a target outside has a row of the weight": (STEM, "(target >= 0) & (target < vocabulary):", "(target >= 0):",
+     "test_a_target_outside_writes_nothing"),
+    "logits of few rows rounded": (STEM, "exponentials_on_hopper, exact=True)", "exponentials_on_hopper)",
+     "test_losses_are_those_of_logits_in_float32"),
     "32-bit rows": (STEM, "(start + part).to(tl.int64) * rows", "(start + part) * rows", "test_offsets_are_64_bits_wide"),
     "32-bit rows of targets": (STEM, "    position = tl.program_id(0).to(tl.int64)",
      "    position = tl.program_id(0)", "test_offsets_are_64_bits_wide"),
@@ -563,6 +605,8 @@ PLANTED_FAULTS = {
     "chunk too large": (OPERATION, "most = max(1, CHUNK_BYTES //", "most = 1 + max(1, CHUNK_BYTES //",
      "test_chunks_are_as_few_as_fit"),
     "more chunks than needed": (OPERATION, "+ ceil(rows / step) / 4", "", "test_chunks_are_as_few_as_fit"),
+    "rounds of the input gradient not counted": (OPERATION, "input_gradient_tiles(x, weight) if needs_dx else (1, 1, 1)", "(1, 1, 1)",
+     "test_chunks_fill_rounds_of_the_input_gradient"),
     "an unfinished round of tiles not counted": (OPERATION, "* across / at_once)", "* across) / at_once",
      "test_chunks_of_the_model"),
     "every part taken for one without a target": (STEM, "if tl.max(target, axis=0) >= 0:", "if tl.max(target, axis=0) > 0:",

@@ -48,6 +48,11 @@ def plain(x, w_q, w_k, w_v, cos, sin, offset=0, rstd=None, *buffers):
     return *reference.qkv_projection(x, w_q, w_k, w_v, cos, sin, offset), x.view_as(x)
 
 
+def differentiated(dtype: torch.dtype) -> list[int]:
+    """The inputs whose gradients the fused product computes."""
+    return [0, 1, 2, 3] if dtype == torch.bfloat16 else []
+
+
 def tables(positions: int, head_width: int, dtype: torch.dtype):
     angles = torch.arange(positions)[:, None] * kernels.ROPE_BASE ** (
         -torch.arange(0, head_width, 2).double() / head_width
@@ -90,14 +95,14 @@ def inputs(
 def test_qkv_projection(batch, tokens, width, heads, dtype, layout, adjacent, offset, parameters, seed):
     given_ = inputs(batch, tokens, width, *heads, dtype, 32, seed, layout, offset, offset, adjacent)
     with harness.products_with(parameters):
-        check(fused, plain, given_, [0, 1, 2, 3], seed)
+        check(fused, plain, given_, differentiated(dtype), seed)
 
 
 @pytest.mark.parametrize("tokens", [1023, 1024] if GPU else [6])
 @pytest.mark.parametrize(("head_width", "dtype"), [(64, torch.float16), (128, torch.bfloat16)])
 def test_wider_heads(head_width, dtype, tokens):
     heads, width = ((10, 5), 1280) if GPU else ((2, 1), 32)
-    check(fused, plain, inputs(2, tokens, width, *heads, dtype, head_width, offset=3, more=5), [0, 1, 2, 3])
+    check(fused, plain, inputs(2, tokens, width, *heads, dtype, head_width, offset=3, more=5), differentiated(dtype))
 
 
 @pytest.mark.parametrize(
@@ -121,7 +126,7 @@ def test_offset_of_each_row(dtype, parameters):
     given_ = inputs(3, 2, 24, 4, 2, dtype, more=40)
     offsets = torch.tensor([0, 40, 7], device=DEVICE)
     with harness.products_with(parameters):
-        check(fused, plain, [*given_[:-1], offsets], [0, 1, 2, 3])
+        check(fused, plain, [*given_[:-1], offsets], differentiated(dtype))
 
 
 def test_strided_offsets():
@@ -280,9 +285,8 @@ def test_results_that_are_not_used(used):
             assert float((a - b).norm() / b.norm()) < 0.01
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-def test_the_last_result_is_x_and_its_gradient_is_added(dtype):
-    given_ = inputs(2, 5, 24, 3, 1, dtype)
+def test_the_last_result_is_x_and_its_gradient_is_added():
+    given_ = inputs(2, 5, 24, 3, 1, torch.bfloat16)
     *_, same = fused(*given_)
     assert torch.equal(same, given_[0]) and same.data_ptr() == given_[0].data_ptr()
     upstream = harness.upstream_of(plain(*given_))
@@ -308,9 +312,8 @@ def test_upstream_gradients_of_any_strides(impl):
         assert all(map(harness.same, found, expected))
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-def test_rstd_of_x_may_be_given(dtype):
-    given_ = inputs(2, 5, 24, 3, 1, dtype)
+def test_rstd_of_x_may_be_given():
+    given_ = inputs(2, 5, 24, 3, 1, torch.bfloat16)
     rstd = FILE.row_rstd(given_[0].flatten(0, 1)).view(2, 5)
     torch.testing.assert_close(rstd, reference.with_rstd(given_[0])[1])
     upstream = harness.upstream_of(plain(*given_))
@@ -350,12 +353,39 @@ def test_scores_depend_only_on_the_distance():
     assert abs(score(10, 7) - score(10, 3)) > 0.2
 
 
+@pytest.mark.parametrize("parameters", PRODUCTS)
+def test_a_large_x_in_float16(parameters):
+    """Its product with the weights would overflow, the normed heads do not."""
+    x, *others = inputs(2, 5, 24, 1, 1, torch.float16)
+    x = x.clamp(-4, 4)
+    with harness.products_with(parameters):
+        small, large = fused(x, *others), fused(x * 2**13, *(8 * w for w in others[:3]), *others[3:])
+    torch.testing.assert_close(large[:2], small[:2], rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(large[2], 8 * small[2], rtol=2e-3, atol=2e-3)
+
+
+def test_float16_has_no_gradients():
+    """The gradient of the product is stored divided by x's size: float16 would lose it for a large x, and the weights' gradients."""
+    x, *others = inputs(2, 5, 24, 1, 1, torch.float16)
+    with pytest.raises(kernels.KernelRequestError, match="float16 cannot hold the gradient"):
+        fused(x.requires_grad_(), *others)
+    with torch.no_grad():
+        fused(x, *others)
+    x, found = 4096 * x.detach(), []
+    for run, dtype in ((kernels.qkv_projection, torch.float16), (plain, torch.float64)):
+        w_q, w_k, w_v, cos, sin = (t.to(dtype, copy=True) for t in others[:5])
+        v = run(x.to(dtype), w_q, w_k, w_v.requires_grad_(), cos, sin)[2]
+        v.backward(torch.full_like(v, 2.0**-13))
+        found.append(w_v.grad.double())
+    torch.testing.assert_close(*found, rtol=0.01, atol=2.0**-20)
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
 def test_empty_batch(shape, dtype):
     given_ = inputs(1, 3, 24, 4, 2, dtype)
     given_[0] = torch.empty(*shape, 24, device=DEVICE, dtype=dtype)
-    check(fused, plain, given_, [0, 1, 2, 3])
+    check(fused, plain, given_, differentiated(dtype))
 
 
 def test_zero_rows_have_no_nan():
@@ -368,7 +398,7 @@ def test_zero_rows_have_no_nan():
 @pytest.mark.parametrize("dtype", HALVES)
 def test_nan_and_infinity(dtype):
     """In x, a weight of q and of v, and in each upstream gradient."""
-    harness.check_nonfinite(fused, plain, inputs(1, 3, 24, 1, 1, dtype), [0, 1, 2, 3], only=(0, 1, 3))
+    harness.check_nonfinite(fused, plain, inputs(1, 3, 24, 1, 1, dtype), differentiated(dtype), only=(0, 1, 3))
 
 
 def test_autocast():
@@ -571,6 +601,9 @@ PLANTED_FAULTS = {
         "qkv_projection", "return dx if needed[0] else None, None, None, None", "return None, None, None, None",
         "test_results_that_are_not_used",
     ),
+    "a product in float16 rounded to it": ("matrix_product", "or x.dtype == torch.float16 or", "or", "test_a_large_x_in_float16"),
+    "float16 has gradients": ("qkv_projection", "x.dtype == torch.float16 and needs_gradient", "False and needs_gradient",
+     "test_float16_has_no_gradients"),
     "positions counted over the batch": (KERNELS, "(r % tokens).to(tl.int64) + offset", "r.to(tl.int64) + offset",
      "test_qkv_projection"),
     "offset ignored in forward": (KERNELS, "(r % tokens).to(tl.int64) + offset", "(r % tokens).to(tl.int64)",
