@@ -19,6 +19,9 @@ def main(arguments: list[str]) -> None:
     exporting.add_argument("--archs", nargs="+", default=["80", "90"], help="compute capabilities: 80, 90 or both")
     exporting.add_argument("--out", type=Path, required=True, help="folder that is written")
     exporting.add_argument("--kernels", nargs="*", default=[], help="only these kernels of the launch tables")
+    exporting.add_argument(
+        "--training-only", action="store_true", help="only the dtypes of training and the engine, mostly bfloat16"
+    )
     checking = commands.add_parser("check", help="check exported code: spills, shared memory, instructions, files")
     checking.add_argument("folder", type=Path)
     hub_command = commands.add_parser("hub", help="write the package in the layout of Hugging Face's kernels hub")
@@ -30,7 +33,7 @@ def main(arguments: list[str]) -> None:
         elif options.command == "hub":
             hub.write_hub(options.out)
         else:
-            export.export_all(options.archs, options.out, tuple(options.kernels))
+            export.export_all(options.archs, options.out, tuple(options.kernels), options.training_only)
     except (export.CannotExport, inspect.CannotRun, configs.LaunchTableError, OSError) as error:
         sys.exit(f"nanochat_kernels: error: {error}")
 

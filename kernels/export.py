@@ -132,10 +132,10 @@ def constants_of(launch: Launch) -> dict[str, Any]:
     return {name: getattr(value, "__name__", value) for name, value in sorted(launch.constants.items())}
 
 
-def export(architecture: str, folder: Path, only: tuple[str, ...] = ()) -> dict[str, Any]:
+def export(architecture: str, folder: Path, only: tuple[str, ...] = (), training_only: bool = False) -> dict[str, Any]:
     """Compile for an architecture into a folder and return its part of the manifest."""
     launches, codes, kernels, entries = [], {}, {}, []
-    for place, launch in inspect.recorded(architecture, only):
+    for place, launch in inspect.recorded(architecture, only, training_only):
         code = inspect.code_of(launch, architecture)
         kernel = identity(launch.kernel, launch.constants, fixed_of(launch))
         codes.setdefault(code, place)
@@ -161,8 +161,11 @@ def export(architecture: str, folder: Path, only: tuple[str, ...] = ()) -> dict[
     return {"kernels": kernels, "entries": entries}
 
 
-def export_all(architectures: list[str], folder: Path, only: tuple[str, ...] = ()) -> None:
-    """Compile for architectures such as "80" and write the folder. Raises CannotExport for an unknown architecture or kernel."""
+def export_all(architectures: list[str], folder: Path, only: tuple[str, ...] = (), training_only: bool = False) -> None:
+    """Compile for architectures such as "80" and write the folder. training_only: see inspect.recorded.
+
+    Raises CannotExport for an unknown architecture or kernel.
+    """
     unknown = {f"sm{number}" for number in architectures} - set(inspect.SHARED_MEMORY_LIMIT)
     if unknown:
         raise CannotExport(
@@ -171,7 +174,7 @@ def export_all(architectures: list[str], folder: Path, only: tuple[str, ...] = (
     names = [kernel.name for kernel in inspect.dispatch.tunable_kernels()]
     if set(only) - set(names):
         raise CannotExport(f"no kernel is called {', '.join(set(only) - set(names))}; there are {', '.join(names)}")
-    parts = {f"sm{number}": export(f"sm{number}", folder, only) for number in architectures}
+    parts = {f"sm{number}": export(f"sm{number}", folder, only, training_only) for number in architectures}
     manifest = {"versions": versions(), "architectures": parts}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, default=str) + "\n", "utf-8")
     write_table(manifest, folder)
@@ -180,8 +183,9 @@ def export_all(architectures: list[str], folder: Path, only: tuple[str, ...] = (
 def trains(place: Place) -> bool:
     """Whether training may launch it, with any batch: in its dtype, at a shape class of the launch table or a model's width."""
     kernel = next(kernel for kernel in inspect.dispatch.tunable_kernels() if kernel.name == place.kernel)
-    training = torch.bfloat16 if torch.bfloat16 in kernel.dtypes else torch.float32
-    return place.dtype == training and (place.key in kernel.keys or bool(set(MODEL_WIDTHS.values()) & set(place.key)))
+    return place.dtype in kernel.training_dtypes and (
+        place.key in kernel.keys or bool(set(MODEL_WIDTHS.values()) & set(place.key))
+    )
 
 
 def generality(variant: dict[str, Any]) -> tuple:

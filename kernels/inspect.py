@@ -151,14 +151,18 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
 
 
-def recorded(architecture: str, only: tuple[str, ...] = ()) -> Iterator[tuple[Place, Launch]]:
+def recorded(
+    architecture: str, only: tuple[str, ...] = (), training_only: bool = False
+) -> Iterator[tuple[Place, Launch]]:
     """Yield the launches of every kernel, or of those named in `only`, at its shape classes and further shapes.
 
-    Raises LaunchTableError if the table lacks an entry.
+    training_only: in the dtypes of training and the engine only. Raises LaunchTableError if the table lacks an entry.
     """
     with configs.tables_of(architecture):
         for kernel in dispatch.tunable_kernels():
-            for dtype in kernel.dtypes if not only or kernel.name in only else ():
+            if only and kernel.name not in only:
+                continue
+            for dtype in kernel.training_dtypes if training_only else kernel.dtypes:
                 for key in (*kernel.keys, *kernel.more_keys):
                     for flags, launches in record(kernel, key, dtype).items():
                         for number, launch in enumerate(launches):

@@ -65,6 +65,12 @@ class Kernel:
     """further shapes, such as the widest row and ragged sizes, that inspect compiles with the parameters of the nearest class"""
     few_rows: bool = False
     """a matrix product of so few rows that reading the weight is what takes its time"""
+    trained_in: tuple[torch.dtype, ...] = ()
+    """the dtypes in which training and the engine launch it; if empty, bfloat16, or float32 if it does not take that"""
+
+    @property
+    def training_dtypes(self) -> tuple[torch.dtype, ...]:
+        return self.trained_in or (torch.bfloat16 if torch.bfloat16 in self.dtypes else torch.float32,)
 
     @property
     def is_compute_bound(self) -> bool:

@@ -192,7 +192,15 @@ SPACE = tuple(
     for tma in (0, 1)
 )
 KERNELS = tuple(
-    Kernel(name, DTYPES[:2], keys_of(WIDTHS), SPACE, launches, (*MORE_KEYS, *keys_of(MORE_WIDTHS)))
+    Kernel(
+        name,
+        DTYPES[:2],
+        keys_of(WIDTHS),
+        SPACE,
+        launches,
+        (*MORE_KEYS, *keys_of(MORE_WIDTHS)),
+        trained_in=(torch.float16,),
+    )
     for name, keys_of, launches in (
         ("symmetric_product", symmetric_keys, launches_of(True)),
         ("matrix_product", product_keys, launches_of(False)),

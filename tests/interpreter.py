@@ -1,8 +1,9 @@
-"""Triton's interpreter without work that changes nothing, which takes more than half of its time."""
+"""Triton's interpreter without work that changes nothing, which takes three quarters of its time."""
 
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Callable
 
 from triton.runtime import interpreter
@@ -24,6 +25,41 @@ def quicken() -> None:
         of_scalar = functools.cache(interpreter._get_np_dtype)
         pointer = interpreter._get_np_dtype(tl.pointer_type(tl.int8))
         interpreter._get_np_dtype = lambda dtype: pointer if dtype.scalar.is_ptr() else of_scalar(dtype.scalar)
+    # each operation describes the types and shapes of its operands and results anew
+    semantic = type(getattr(interpreter, "interpreter_semantic", None))
+    if "shape" in vars(tl.block_type(tl.int32, [1])) and hasattr(semantic, "broadcast_impl_value"):
+        describe_once(semantic)
+
+
+def describe_once(semantic: type) -> None:
+    """Keep the descriptions of block types of numbers, and of the shapes of tensors; take operands of one shape as they are."""
+    describe, broadcast, known = tl.block_type.__init__, semantic.broadcast_impl_value, {}
+
+    def describe_block(self, element_ty, shape) -> None:
+        if type(element_ty) is not tl.dtype:  # a pointer's type is made anew each time
+            return describe(self, element_ty, shape)
+        key = element_ty.name, *[x.value if isinstance(x, tl.constexpr) else x for x in shape]
+        if key not in known:
+            describe(self, element_ty, shape)
+            known[key] = dict(vars(self))
+        vars(self).update(known[key])
+
+    @functools.cache
+    def sizes(shape: tuple[int, ...]) -> tuple:
+        return tl.constexpr(math.prod(shape)), tl.tuple([tl.constexpr(n) for n in shape])
+
+    def describe_tensor(self, handle, type) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.numel, self.shape = sizes(tuple(type.shape.values) if type.is_block() else ())
+
+    def broadcast_others(self, a, b) -> tuple:
+        return (a, b) if a.shape is b.shape else broadcast(self, a, b)
+
+    tl.block_type.__init__, tl.tensor.__init__, semantic.broadcast_impl_value = (
+        describe_block,
+        describe_tensor,
+        broadcast_others,
+    )
 
 
 def patch_once(patch: Callable, function: Callable):

@@ -14,7 +14,7 @@ import pytest
 from tests import forked
 from tests.conftest import copy_packages, environment
 
-LONGEST = 300  # seconds: a sound test takes a tenth of it
+LONGEST = 120  # seconds: a sound test takes a tenth of it
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 MODULES = [path.stem for path in sorted(HERE.glob("test_*.py")) if path.stem != Path(__file__).stem]
@@ -43,7 +43,19 @@ def run_in_copy(directory: Path, module: str, test: str, file: str = "", sound: 
     env = environment(None, PYTHONPATH=str(directory), ONLY_STATED_EXAMPLES="1", **mode)
     node = f"tests/kernels/{module}.py::{test}"
     return forked.run(
-        "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "", node, cwd=directory, env=env, timeout=LONGEST
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--assert=plain",
+        "-m",
+        "",
+        node,
+        cwd=directory,
+        env=env,
+        timeout=LONGEST,
     )
 
 

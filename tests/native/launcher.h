@@ -14,6 +14,7 @@ inline void (*set_context)(unsigned long long);
 inline void* const kX = reinterpret_cast<void*>(0x10000);
 inline void* const kRstd = reinterpret_cast<void*>(0x20000);
 inline const char* const kNorm[] = {"row_rstd", "bfloat16", "1280", "rstd"};
+inline const char* const kNormInFloat16[] = {"row_rstd", "float16", "1280", "rstd"};
 inline const char* const kProduct[] = {"relu2_mlp_input_gradient", "bfloat16", "65536x1280x5120", "residual"};
 
 // Whether the library has an entry for an architecture, with these words if they are given.
@@ -41,6 +42,11 @@ inline const nk_kernel* find(const char* const (&words)[4], int architecture) {
 // An architecture that the library was built for.
 inline int any_architecture() {
     return has(80) ? 80 : 90;
+}
+
+// Whether the library was built without NANOCHAT_TRAINING_ONLY.
+inline bool of_all_dtypes() {
+    return has(any_architecture(), kNormInFloat16);
 }
 
 inline std::vector<nk_argument> norm_arguments(int64_t rows = 64, int64_t stride = 1280) {

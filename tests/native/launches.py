@@ -1,6 +1,7 @@
 """Launch kernels from a library through Python and the driver of fake_driver.cpp, in place of libcuda.so.1. No GPU is needed.
 
 python -m tests.native.launches entries LIBRARY    every launch of the library's kernels that Python records for its tables
+python -m tests.native.launches training LIBRARY   the same in the dtypes of training only
 python -m tests.native.launches model LIBRARY      training steps, evaluations and the engine's passes of models
 python -m tests.native.launches uncovered          the same without a library: which of these launches one would lack, if it were built
 """
@@ -190,7 +191,7 @@ def fits(wanted: dict, given: dict) -> bool:
 def uncovered(architecture: str) -> list[str]:
     """Return the launches of models that a library would have no code for."""
     known: dict[str, list[dict]] = {}
-    for place, launch in inspect.recorded(architecture):
+    for place, launch in inspect.recorded(architecture, training_only=True):
         name = library.identity(launch.kernel, launch.constants, export.fixed_of(launch))
         for general in (launch, inspect.for_any_batch(launch))[: 1 + export.trains(place)]:
             wanted = requirements(general, architecture)
@@ -223,10 +224,10 @@ def main(what: str, path: str = "") -> None:
     for architecture in sorted(found.architectures):
         found.kernels.clear()
         library.architecture = lambda index, architecture=architecture: architecture
-        if what == "entries":
-            launches = [launch for _, launch in inspect.recorded(architecture, tuple(sys.argv[3:]))]
-        else:
+        if what == "model":
             launches = list(model_launches(architecture))
+        else:
+            launches = [x for _, x in inspect.recorded(architecture, tuple(sys.argv[3:]), what == "training")]
         total += len(launches)
         missing += [f"{architecture} {x.kernel.__name__}" for x in launches if not serves(found, driver, x)]
         for launch in [x for x in launches if export.fixed_of(x)][:1]:

@@ -57,7 +57,7 @@ def cases(architecture: str) -> Iterator[Case]:
     """Yield the launches of every kernel with every set of its flags, with the launch parameters of an architecture."""
     with configs.tables_of(architecture):
         for kernel in dispatch.tunable_kernels():
-            dtype = kernel.dtypes[0]
+            dtype = kernel.training_dtypes[0]
             for shape, runs in OWN.get(kernel.name, partial(small, kernel))(dtype):
                 for flags, run in runs.items():
                     with recorded_launches() as launches:
