@@ -21,7 +21,7 @@ def sample_answers(
     """For each prompt, in order, `samples` answers of up to max_tokens tokens, without the token that ends them.
 
     rows: answers that are generated at the same time, which changes none of them. sampling: temperature and top_k as in Engine.row,
-    with its errors.
+    with its errors; numbers as in Engine.stream.
     """
     found: list[list[Answer | None]] = [[None] * samples for _ in prompts]
     given = 0  # prompts whose answers have been given

@@ -66,12 +66,13 @@ def chat_scores(
     runtime: Runtime,
     options: ChatTaskOptions,
     names: tuple[str, ...],
+    engine: Callable[[], Engine] | None = None,
 ) -> tuple[list[Score], dict[str, str]]:
     """The score of each task; and in words, by name, how many answers did not fit into the model's positions, which count as wrong,
-    and under what conditions a task was judged."""
+    and under what conditions a task was judged. engine: returns the one that generates; by default, one of its own."""
     scores: list[Score] = []
     notes: dict[str, str] = {}
-    engine = cache(lambda: Engine(model, tokenizer))  # one for all tasks, whose graphs it captures once
+    engine = engine or engine_of(model, tokenizer)
     for name in names:
         task = TASKS[name](paths)
         count = len(task) if options.max_per_task < 0 else min(len(task), options.max_per_task)
@@ -92,6 +93,11 @@ def chat_scores(
         if hasattr(task, "conditions"):
             notes |= task.conditions()
     return scores, notes
+
+
+def engine_of(model: GPT, tokenizer: Tokenizer) -> Callable[[], Engine]:
+    """A function that makes one engine, whose graphs are captured once, when it is first called."""
+    return cache(lambda: Engine(model, tokenizer))
 
 
 def _categorical(model: GPT, tokenizer: Tokenizer, task, groups: list[range], advance) -> list[bool | None]:
@@ -127,15 +133,17 @@ def judged_answers(
     tokenizer = engine.tokenizer
     conversations = [task[index] for index in indices]
     prompts = [render_prompt(tokenizer, conversation) for conversation in conversations]
+    fitting = [n for n, prompt in enumerate(prompts) if len(prompt) < engine.positions]
     answers = sample_answers(
         engine,
-        [prompt for prompt in prompts if len(prompt) < engine.positions],
+        [prompts[n] for n in fitting],
         options.num_samples,
         options.rows,
         options.max_tokens,
         seed=42,
         temperature=options.temperature,
         top_k=options.top_k,
+        numbers=[indices[n] for n in fitting],  # the same for any number of processes
     )
     for conversation, prompt in zip(conversations, prompts, strict=True):
         if len(prompt) >= engine.positions:
@@ -165,7 +173,8 @@ def evaluate_chat(options: EvaluateChatOptions, paths: Paths, runtime: Runtime) 
         )
     model, tokenizer, meta = load_model(paths, options.stage, runtime, options.impl, options.checkpoint)
     names = tuple(dict.fromkeys(options.tasks or TASKS))
-    scores, notes = chat_scores(model, tokenizer, paths, runtime, sampling, names)
+    engine = engine_of(model, tokenizer)
+    scores, notes = chat_scores(model, tokenizer, paths, runtime, sampling, names, engine)
     scope = scope_of(options, "evaluate chat", paths, TASKS)
     mean = "" if scope.less else mean_of(names, sampling)
     results = as_results(scores, mean)
@@ -184,8 +193,7 @@ def evaluate_chat(options: EvaluateChatOptions, paths: Paths, runtime: Runtime) 
     older, sampled = not_newest(paths, options.stage, meta["step"]), sampling.conditions and "the answers were sampled"
     if reason := older or sampled or scope.kept:
         return results | {NOT_REPORTED: reason}
-    engine = Engine(model, tokenizer)
-    return results | {SAMPLES: [_sample(engine, prompt) for prompt in options.sample_prompts]}
+    return results | {SAMPLES: [_sample(engine(), prompt) for prompt in options.sample_prompts]}
 
 
 def not_newest(paths: Paths, stage: str, step: int) -> str:

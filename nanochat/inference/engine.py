@@ -9,7 +9,7 @@ the row's own seed. Kwon et al. 2023 (pages), Yu et al. 2022 (joining and leavin
 """
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -336,13 +336,20 @@ class Engine:
             row.expression.append(sampled)
         return sampled, False
 
-    def _rows(self, prompts: list[list[int]], max_tokens: int, samples: int = 1, **sampling) -> list[Row]:
+    def _rows(
+        self,
+        prompts: list[list[int]],
+        max_tokens: int,
+        samples: int = 1,
+        numbers: Sequence[int] | None = None,
+        **sampling,
+    ) -> list[Row]:
         check_sampling(prompts, max_tokens, sampling.get("temperature", 1.0), sampling.get("top_k"), samples)
-        rows, samples_of = [], Counter()  # a prompt that is given twice gets other random numbers the second time
-        for prompt in prompts:
-            first = samples_of[tuple(prompt)]
-            rows += [self.row(prompt, max_tokens, sample=first + number, **sampling) for number in range(samples)]
-            samples_of[tuple(prompt)] += samples
+        rows, times = [], Counter()  # a prompt that is given twice gets other random numbers the second time
+        for prompt, number in zip(prompts, numbers or [None] * len(prompts), strict=True):
+            first = samples * (times[tuple(prompt)] if number is None else number)
+            rows += [self.row(prompt, max_tokens, sample=first + more, **sampling) for more in range(samples)]
+            times[tuple(prompt)] += 1
         return rows
 
     def stream(
@@ -350,7 +357,8 @@ class Engine:
     ) -> Iterator[tuple[list[int | None], list[bool]]]:
         """Generate up to max_tokens tokens for len(prompts)·samples rows, one token of every row at a time.
 
-        sampling: samples of each prompt, 1 by default, which are adjacent rows; temperature, top_k and seed as in `row`. Each item is
+        sampling: samples of each prompt, 1 by default, which are adjacent rows; temperature, top_k and seed as in `row`; numbers, one
+        for each prompt, where equal prompts of several calls are to have other random numbers each. Each item is
         (tokens, sampled), with an entry for every row. A token is None once its row has ended: with assistant_end or bos, which are
         not returned, after max_tokens, or where the model has no more positions, however long the other rows are. sampled is False
         for a token that the calculator forced. Errors: those of `row`.

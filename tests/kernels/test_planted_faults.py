@@ -15,6 +15,7 @@ from tests import forked
 from tests.conftest import copy_packages, environment
 
 LONGEST = 120  # seconds: a sound test takes a tenth of it
+OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "--assert=plain", "-m", "")
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 MODULES = [path.stem for path in sorted(HERE.glob("test_*.py")) if path.stem != Path(__file__).stem]
@@ -42,21 +43,7 @@ def run_in_copy(directory: Path, module: str, test: str, file: str = "", sound: 
     mode = {"TRITON_INTERPRET": "1"} if "TRITON_INTERPRET" in os.environ else {}
     env = environment(None, PYTHONPATH=str(directory), ONLY_STATED_EXAMPLES="1", **mode)
     node = f"tests/kernels/{module}.py::{test}"
-    return forked.run(
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--assert=plain",
-        "-m",
-        "",
-        node,
-        cwd=directory,
-        env=env,
-        timeout=LONGEST,
-    )
+    return forked.run("-m", "pytest", *OPTIONS, node, cwd=directory, env=env, timeout=LONGEST)
 
 
 def test_fault_is_caught(planted, tmp_path):

@@ -73,8 +73,8 @@ def test_one_of_several_answers_has_to_be_right(tokenizer, world, cpu, monkeypat
         def __init__(self, *_):
             self.tokenizer, self.asked = tokenizer, []
 
-        def answers(self, prompts, max_tokens, rows, samples, seed, temperature, top_k):
-            assert (temperature, top_k) == (0.7, 9)
+        def answers(self, prompts, max_tokens, rows, samples, seed, temperature, top_k, numbers):
+            assert (temperature, top_k, numbers) == (0.7, 9, [0, 1, 2, 3])
             for number in range(len(prompts) * samples):
                 yield number, [Token(token, True, 0.0, []) for token in tokenizer.encode(str(number % samples))]
 

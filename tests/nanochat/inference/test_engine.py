@@ -59,6 +59,10 @@ def test_samples_share_a_prefill_and_differ(engine):
     assert rows[:3] == engine.generate([[1, 2, 3]], 8, samples=3, temperature=1.0, seed=1)
     twice = engine.generate([[1, 2, 3], [1, 2, 3]], 8, samples=3, temperature=1.0, seed=1)
     assert twice == engine.generate([[1, 2, 3]], 8, samples=6, temperature=1.0, seed=1)
+    parts = [
+        engine.generate([[1, 2, 3]], 8, samples=3, temperature=1.0, seed=1, numbers=[number]) for number in (0, 7, 1)
+    ]
+    assert parts[0] + parts[2] == twice and parts[1] not in (parts[0], parts[2])
     same = engine.generate([[1, 2, 3]], 8, samples=2, temperature=0.0)
     assert same[0] == same[1] == engine.generate([[1, 2, 3]], 8, temperature=0.0)[0]
 
