@@ -197,56 +197,97 @@ def store_attention(
         tl.store(lse_ptr + (tl.cast(head, tl.int64) * tokens + t), lse, mask=t < tokens)
 
 
-@triton.jit(do_not_specialize=["all_keys"])  # a growing cache must not compile again and again
+@triton.jit(do_not_specialize=["all_keys", "rows"])  # a growing cache or another batch must not compile again
 def decode_kernel(
     q_ptr, k_ptr, v_ptr, lengths_ptr, pages_ptr, sums_ptr, statistics_ptr, lengths_stride, tokens, all_keys, heads, share,
-    q_batch_stride, q_token_stride, q_head_stride, k_batch_stride, k_token_stride, k_head_stride,
+    rows, q_batch_stride, q_token_stride, q_head_stride, k_batch_stride, k_token_stride, k_head_stride,
     v_batch_stride, v_token_stride, v_head_stride,
     SCALE: tl.constexpr, SHIFT: tl.constexpr, BOUNDED: tl.constexpr, KEEP_LSE: tl.constexpr, LENGTHS: tl.constexpr,
-    PAGE: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr,
+    PAGE: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Sum over PART keys of a key/value head, for all tokens·share queries that read it (at most QUERIES).
+    """Sum over parts of PART keys of the key/value heads, for all tokens·share queries that read them (at most QUERIES).
+
+    Without ROWS a program has one part of a head of a row, or nothing to do where the row ends before. With ROWS, a power of two that
+    is no less than `rows`, few programs share the parts that there are: most of them are empty where most rows are short.
 
     Query i is that of token i // share and of the head i % share among those that share the keys. Stored are the sums of p·v
     (group of a row, part, query, WIDTH), and for each of these the sum of p, that of p rounded, and the highest score. PAGE: as in
     forward_kernel.
     """
     groups = heads // share
-    group, part = tl.program_id(0), tl.program_id(1)  # group: of all rows
-    batch = group // groups
-    keys = keys_of_row(lengths_ptr, lengths_stride, batch, all_keys, LENGTHS)
-    begin = part * PART
-    if begin < keys:
-        i = tl.arange(0, QUERIES)
-        known = i < tokens * share
-        position = i // share + keys - tokens
-        zero = tl.cast(0, tl.int32)
-        q_ptr = rows_of(q_ptr, group * share, heads, q_batch_stride, q_token_stride, q_head_stride, zero)
-        offsets = tl.cast(i // share, tl.int64) * q_token_stride + tl.cast(i % share, tl.int64) * q_head_stride
-        q = tl.load(q_ptr + offsets[:, None] + tl.arange(0, WIDTH)[None, :], mask=known[:, None], other=0.0)
-        k_row_stride = 0 if PAGE else k_batch_stride
-        v_row_stride = 0 if PAGE else v_batch_stride
-        k_ptr = rows_of(k_ptr, group, groups, k_row_stride, k_token_stride, k_head_stride, zero)
-        v_ptr = rows_of(v_ptr, group, groups, v_row_stride, v_token_stride, v_head_stride, zero)
-        if PAGE:
-            pages_ptr += tl.cast(batch, tl.int64) * (all_keys // PAGE)
-        sums = tl.zeros([QUERIES, WIDTH], tl.float32)
-        total = tl.zeros([QUERIES], tl.float32)
-        rounded = tl.zeros([QUERIES], tl.float32)
-        highest = tl.full([QUERIES], float("-inf"), tl.float32)
-        first_key = tl.zeros([QUERIES], tl.int32)
-        for start in tl.range(begin, tl.minimum(begin + PART, keys), BLOCK_N):
-            k_block_ptr = in_page(k_ptr, pages_ptr, start, k_batch_stride, k_token_stride, PAGE)
-            v_block_ptr = in_page(v_ptr, pages_ptr, start, v_batch_stride, v_token_stride, PAGE)
-            sums, total, rounded, highest = forward_block(
-                sums, total, rounded, highest, q, k_block_ptr, v_block_ptr, k_token_stride, v_token_stride, start,
-                position, keys, first_key, SCALE, SHIFT, BOUNDED, KEEP_LSE, False, BLOCK_N, WIDTH, True,
+    if ROWS:
+        row = tl.arange(0, ROWS)
+        length = tl.zeros([ROWS], tl.int32) + all_keys
+        if LENGTHS:
+            length = tl.load(lengths_ptr + row.to(tl.int64) * lengths_stride, mask=row < rows, other=0)
+            length = tl.minimum(tl.maximum(length, 0), all_keys).to(tl.int32)
+        parts = tl.where(row < rows, tl.cdiv(length, PART), 0)
+        ends = tl.cumsum(parts, 0)
+        for item in tl.range(tl.program_id(0), tl.sum(parts, 0) * groups, tl.num_programs(0)):
+            number = item // groups  # of the part, counted over the rows
+            here = tl.sum((ends <= number).to(tl.int32), 0)
+            decode_part(
+                q_ptr, k_ptr, v_ptr, pages_ptr, sums_ptr, statistics_ptr, tokens, all_keys, heads, share,
+                q_batch_stride, q_token_stride, q_head_stride, k_batch_stride, k_token_stride, k_head_stride,
+                v_batch_stride, v_token_stride, v_head_stride,
+                here * groups + item % groups, number - tl.sum(tl.where(row < here, parts, 0), 0),
+                tl.sum(tl.where(row == here, length, 0), 0),
+                SCALE, SHIFT, BOUNDED, KEEP_LSE, PAGE, WIDTH, QUERIES, BLOCK_N, PART,
             )  # fmt: skip
-        row = (tl.cast(group, tl.int64) * tl.num_programs(1) + part) * (tokens * share) + i
-        tl.store(sums_ptr + row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], sums, mask=known[:, None])
-        tl.store(statistics_ptr + row * 3, total, mask=known)
-        tl.store(statistics_ptr + row * 3 + 1, rounded, mask=known)
-        tl.store(statistics_ptr + row * 3 + 2, highest, mask=known)
+    else:
+        group, part = tl.program_id(0), tl.program_id(1)
+        keys = keys_of_row(lengths_ptr, lengths_stride, group // groups, all_keys, LENGTHS)
+        if part * PART < keys:
+            decode_part(
+                q_ptr, k_ptr, v_ptr, pages_ptr, sums_ptr, statistics_ptr, tokens, all_keys, heads, share,
+                q_batch_stride, q_token_stride, q_head_stride, k_batch_stride, k_token_stride, k_head_stride,
+                v_batch_stride, v_token_stride, v_head_stride, group, part, keys,
+                SCALE, SHIFT, BOUNDED, KEEP_LSE, PAGE, WIDTH, QUERIES, BLOCK_N, PART,
+            )  # fmt: skip
+
+
+@triton.jit
+def decode_part(
+    q_ptr, k_ptr, v_ptr, pages_ptr, sums_ptr, statistics_ptr, tokens, all_keys, heads, share,
+    q_batch_stride, q_token_stride, q_head_stride, k_batch_stride, k_token_stride, k_head_stride,
+    v_batch_stride, v_token_stride, v_head_stride, group, part, keys,
+    SCALE: tl.constexpr, SHIFT: tl.constexpr, BOUNDED: tl.constexpr, KEEP_LSE: tl.constexpr,
+    PAGE: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Sum over a part of the keys of a key/value head, `group` among those of all rows, whose row has `keys`."""
+    groups = heads // share
+    batch = group // groups
+    begin = part * PART
+    i = tl.arange(0, QUERIES)
+    known = i < tokens * share
+    position = i // share + keys - tokens
+    zero = tl.cast(0, tl.int32)
+    q_ptr = rows_of(q_ptr, group * share, heads, q_batch_stride, q_token_stride, q_head_stride, zero)
+    offsets = tl.cast(i // share, tl.int64) * q_token_stride + tl.cast(i % share, tl.int64) * q_head_stride
+    q = tl.load(q_ptr + offsets[:, None] + tl.arange(0, WIDTH)[None, :], mask=known[:, None], other=0.0)
+    k_row_stride = 0 if PAGE else k_batch_stride
+    v_row_stride = 0 if PAGE else v_batch_stride
+    k_ptr = rows_of(k_ptr, group, groups, k_row_stride, k_token_stride, k_head_stride, zero)
+    v_ptr = rows_of(v_ptr, group, groups, v_row_stride, v_token_stride, v_head_stride, zero)
+    if PAGE:
+        pages_ptr += tl.cast(batch, tl.int64) * (all_keys // PAGE)
+    sums = tl.zeros([QUERIES, WIDTH], tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    rounded = tl.zeros([QUERIES], tl.float32)
+    highest = tl.full([QUERIES], float("-inf"), tl.float32)
+    first_key = tl.zeros([QUERIES], tl.int32)
+    for start in tl.range(begin, tl.minimum(begin + PART, keys), BLOCK_N):
+        k_block_ptr = in_page(k_ptr, pages_ptr, start, k_batch_stride, k_token_stride, PAGE)
+        v_block_ptr = in_page(v_ptr, pages_ptr, start, v_batch_stride, v_token_stride, PAGE)
+        sums, total, rounded, highest = forward_block(
+            sums, total, rounded, highest, q, k_block_ptr, v_block_ptr, k_token_stride, v_token_stride, start,
+            position, keys, first_key, SCALE, SHIFT, BOUNDED, KEEP_LSE, False, BLOCK_N, WIDTH, True,
+        )  # fmt: skip
+    row = (tl.cast(group, tl.int64) * tl.cdiv(all_keys, PART) + part) * (tokens * share) + i
+    tl.store(sums_ptr + row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], sums, mask=known[:, None])
+    tl.store(statistics_ptr + row * 3, total, mask=known)
+    tl.store(statistics_ptr + row * 3 + 1, rounded, mask=known)
+    tl.store(statistics_ptr + row * 3 + 2, highest, mask=known)
 
 
 @triton.jit(do_not_specialize=["all_keys"])  # a growing cache must not compile again and again

@@ -194,9 +194,9 @@ SPACE = tuple(
 KERNELS = tuple(
     Kernel(
         name, DTYPES[:2], keys_of(WIDTHS), SPACE, launches, (*MORE_KEYS, *keys_of(MORE_WIDTHS)), trained_in=DTYPES[1:2]
-    )  # fmt: skip
+    )
     for name, keys_of, launches in (
         ("symmetric_product", symmetric_keys, launches_of(True)),
         ("matrix_product", product_keys, launches_of(False)),
     )
-)
+)  # fmt: skip

@@ -76,6 +76,21 @@ def test_pages_give_what_one_piece_gives(rows, tokens, pages, groups, share, dty
     torch.testing.assert_close(in_float32.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("has_lengths", [True, False])
+@pytest.mark.parametrize(("rows", "tokens", "groups", "share"), [(5, 1, 2, 1), (3, 2, 1, 2), (70, 1, 1, 1)])
+def test_programs_that_share_the_parts_change_no_bit(rows, tokens, groups, share, has_lengths):
+    """Also with rows without keys, and with all keys at the end of the batch."""
+    pages = 5 if rows < 64 else 3
+    q, k, v, table, lengths = inputs(rows, tokens, pages, groups, share, torch.bfloat16, 4)
+    lengths[0], lengths[1], lengths[-1] = tokens, 0, pages * PAGE
+    parameters = SMALL["attention_decode"] | {"BLOCK_N": PAGE}
+    given_ = q, k, v, lengths if has_lengths else None, math.sqrt(32), True
+    alone = LAUNCHES.decode(*given_, parameters, pages=table)
+    for count in (1, 3):
+        together = LAUNCHES.decode(*given_, parameters | {"PROGRAMS": count}, pages=table)
+        assert all(map(harness.same, alone, together))
+
+
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 @pytest.mark.parametrize("tokens", [1, 9, 70] if GPU else [1, 9])
 def test_a_row_does_not_depend_on_others(impl, tokens):
@@ -156,6 +171,12 @@ def test_wrong_arguments():
 
 
 PLANTED_FAULTS = {
+    "a part shared by two programs": ("attention_kernels", "(ends <= number)", "(ends < number)",
+     "test_programs_that_share_the_parts_change_no_bit"),
+    "parts counted from the first row": ("attention_kernels", "number - tl.sum(tl.where(row < here, parts, 0), 0)", "number",
+     "test_programs_that_share_the_parts_change_no_bit"),
+    "length of another row": ("attention_kernels", "tl.sum(tl.where(row == here, length, 0), 0)", "tl.max(length, 0)",
+     "test_programs_that_share_the_parts_change_no_bit"),
     "decoding reads another row's pages": (
         "attention_kernels", "pages_ptr += tl.cast(batch, tl.int64) * (all_keys // PAGE)", "pages_ptr += 0",
         "test_pages_give_what_one_piece_gives",
