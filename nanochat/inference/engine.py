@@ -9,7 +9,7 @@ the row's own seed. Kwon et al. 2023 (pages), Yu et al. 2022 (joining and leavin
 """
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -336,14 +336,7 @@ class Engine:
             row.expression.append(sampled)
         return sampled, False
 
-    def _rows(
-        self,
-        prompts: list[list[int]],
-        max_tokens: int,
-        samples: int = 1,
-        numbers: Sequence[int] | None = None,
-        **sampling,
-    ) -> list[Row]:
+    def _rows(self, prompts: list[list[int]], max_tokens: int, samples=1, numbers=None, **sampling) -> list[Row]:
         check_sampling(prompts, max_tokens, sampling.get("temperature", 1.0), sampling.get("top_k"), samples)
         rows, times = [], Counter()  # a prompt that is given twice gets other random numbers the second time
         for prompt, number in zip(prompts, numbers or [None] * len(prompts), strict=True):
