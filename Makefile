@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 help:
 	@echo "make speedrun   the whole pipeline on the embedded data, from text to a chat, in minutes"
 	@echo "make test       lint, and all tests except the long ones"
-	@echo "make check      the library of all kernels, the long tests, planted faults, a real Slurm"
+	@echo "make check      the library of the kernels, the long tests, planted faults, a real Slurm"
 	@echo "make bench      benchmarks of the data loader, the tokenizer, operations and a step on this machine"
 	@echo "make clean      removes .venv and build/; PYTHON=python3.12 chooses the Python for .venv"
 
@@ -21,8 +21,8 @@ test: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# what takes long: the library of all kernels, whose compiled code the other tests find in Triton's cache, tests marked long, every
-# planted fault, and the preset cpu under a real Slurm where that is installed
+# what takes long: the library of all kernels in the dtypes of training, whose compiled code the other tests find in Triton's cache,
+# tests marked long, every planted fault, and the preset cpu under a real Slurm where that is installed
 check: $(INSTALLED)
 	$(BIN)/python -m pytest tests/kernels/test_library.py -m long
 	$(BIN)/python -m pytest -n 2 --dist load -m long --ignore tests/slurm --ignore tests/kernels/test_library.py
