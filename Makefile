@@ -27,7 +27,7 @@ check: $(INSTALLED)
 	$(BIN)/python -m pytest tests/kernels/test_library.py -m long
 	$(BIN)/python -m pytest -n 2 --dist load -m long --ignore tests/slurm --ignore tests/kernels/test_library.py
 	$(BIN)/python -m pytest -n 2 --dist load tests/kernels/test_planted_faults.py --plant --timeout 1800
-	$(BIN)/python -m pytest tests/slurm -m long --slurm-preset cpu --timeout 1650
+	$(BIN)/python -m pytest tests/slurm -m long --slurm-preset cpu --timeout 2400
 
 bench: $(INSTALLED)
 	mkdir -p build

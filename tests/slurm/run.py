@@ -58,7 +58,7 @@ class Run:
         return shown["JobState"], int(shown["Restarts"])
 
     def wait(self, until) -> None:
-        end = time.monotonic() + 500
+        end = time.monotonic() + 1500
         while not until():
             assert time.monotonic() < end, f"{self.state()}\n{self.log()[-3000:]}"
             time.sleep(0.2)
