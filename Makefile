@@ -24,7 +24,7 @@ test: $(INSTALLED)
 # what takes long: the library of all kernels in the dtypes of training, whose compiled code the other tests find in Triton's cache,
 # tests marked long, every planted fault, and the preset cpu under a real Slurm where that is installed
 check: $(INSTALLED)
-	$(BIN)/python -m pytest tests/kernels/test_library.py -m long
+	$(BIN)/python -m pytest -n 2 --dist load tests/kernels/test_library.py -m long
 	$(BIN)/python -m pytest -n 2 --dist load -m long --ignore tests/slurm --ignore tests/kernels/test_library.py
 	$(BIN)/python -m pytest -n 2 --dist load tests/kernels/test_planted_faults.py --plant --timeout 1800
 	$(BIN)/python -m pytest tests/slurm -m long --slurm-preset cpu --timeout 2400

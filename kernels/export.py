@@ -183,9 +183,9 @@ def export_all(architectures: list[str], folder: Path, only: tuple[str, ...] = (
 def trains(place: Place) -> bool:
     """Whether training may launch it, with any batch: in its dtype, at a shape class of the launch table or a model's width."""
     kernel = next(kernel for kernel in inspect.dispatch.tunable_kernels() if kernel.name == place.kernel)
-    return place.dtype in kernel.training_dtypes and (
-        place.key in kernel.keys or bool(set(MODEL_WIDTHS.values()) & set(place.key))
-    )
+    if kernel.trained_in or place.dtype not in kernel.training_dtypes:
+        return False
+    return place.key in kernel.keys or bool(set(MODEL_WIDTHS.values()) & set(place.key))
 
 
 def generality(variant: dict[str, Any]) -> tuple:

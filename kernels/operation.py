@@ -66,7 +66,8 @@ class Kernel:
     few_rows: bool = False
     """a matrix product of so few rows that reading the weight is what takes its time"""
     trained_in: tuple[torch.dtype, ...] = ()
-    """the dtypes in which training and the engine launch it; if empty, bfloat16, or float32 if it does not take that"""
+    """the dtypes in which the optimizer launches it, and nothing whose sizes depend on a batch; if empty, training and the engine do,
+    in bfloat16, or in float32 if it does not take that"""
 
     @property
     def training_dtypes(self) -> tuple[torch.dtype, ...]:

@@ -26,6 +26,8 @@ IMPORTED = (
     "torch.distributed.checkpoint",
     "torch.distributed.run",
     "triton",
+    "pytest",
+    "hypothesis.strategies",
 )  # pyarrow starts a thread
 NEEDED_FROM_THE_START = ("PYTHONUNBUFFERED", "PYTHONHASHSEED", "OMP_", "MKL_", "TORCH_", "TRITON", "CUDA", "LD_")
 
