@@ -32,12 +32,22 @@ def preset(pytestconfig) -> str:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, slurm, preset) -> Run:
+def uninterrupted(tmp_path_factory, slurm, preset):
+    """A function that waits for an uninterrupted run and returns it. The run computes beside the test that first asks for it, since
+    each has one thread."""
     run = Run(slurm, tmp_path_factory.mktemp("uninterrupted"), preset=preset)
     command = [sys.executable, "-m", "nanochat", "speedrun", "--preset", preset]
-    done = subprocess.run(command, capture_output=True, text=True, env=run.env, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    return run
+    log = run.paths.base / "log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, env=run.env, cwd=ROOT)
+
+    def finished() -> Run:
+        assert process.wait() == 0, log.read_text()[-3000:]
+        return run
+
+    yield finished
+    process.kill()
+    process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +112,7 @@ def test_a_run_survives_time_limits_cancellation_and_kills(slurm, preset, uninte
     run.submit()
     assert run.end(*ENDED) == "COMPLETED", run.log()[-3000:]
     stages = ("base", "mid", "sft")
-    assert run.losses(*stages) == uninterrupted.losses(*stages)
+    assert run.losses(*stages) == uninterrupted().losses(*stages)
     assert f"preflight of {preset}: everything is there" in run.log()
     # where the signals fall is chance; the kill is in the middle of mid
     assert "finished before, skipped" in run.log() and "resuming mid at step" in run.log()
@@ -144,5 +154,5 @@ def status(run: Run) -> str:
 
 @pytest.mark.long
 def test_status_of_the_whole(uninterrupted, preset):
-    shown, steps = status(uninterrupted), PRESETS[preset]["train base"]["num_iterations"]
+    shown, steps = status(uninterrupted()), PRESETS[preset]["train base"]["num_iterations"]
     assert "done in" in shown and str(steps) in shown and "to come" not in shown
