@@ -207,8 +207,8 @@ def decode_kernel(
 ):  # fmt: skip
     """Sum over parts of PART keys of the key/value heads, for all tokens·share queries that read them (at most QUERIES).
 
-    Without ROWS a program has one part of a head of a row, or nothing to do where the row ends before. With ROWS, a power of two that
-    is no less than `rows`, few programs share the parts that there are: most of them are empty where most rows are short.
+    Without ROWS a program has one part of a head of a row, or nothing to do where the row ends before, as most have where most rows are
+    short. With ROWS, a power of two and no less than `rows`, programs share the parts that there are.
 
     Query i is that of token i // share and of the head i % share among those that share the keys. Stored are the sums of p·v
     (group of a row, part, query, WIDTH), and for each of these the sum of p, that of p rounded, and the highest score. PAGE: as in

@@ -17,6 +17,7 @@ from nanochat_kernels.triton_helpers import DTYPES, cdiv, launch, multiprocessor
 
 HEAD_WIDTHS = (32, 64, 128)
 LOG2E = math.log2(math.e)
+SHARED_ROWS = 64  # at most, of a step of decoding whose programs share the parts
 MOST_QUERIES = 64  # tokens times heads that read one key/value head, for which the keys are split
 WIDEST_RANGE = 100.0  # powers of two between the smallest and the largest p that a bound may allow
 FLOAT16_TOP, FLOAT16_RANGE = 15.0, 29.0  # p of at most 2¹⁵ and at least 2⁻¹⁴, below which float16 has fewer bits
@@ -109,14 +110,15 @@ def decode(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, bound: float | None, keep_lse: bool,
     parameters: dict[str, int] | None = None, *, pages: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """attention_forward by a program for each part of a row's keys, or with PROGRAMS as many on each multiprocessor that share the
-    parts; and one for each query that adds the parts."""
+    """attention_forward by a program for each part of a row's keys, or for few rows with PROGRAMS as many on each multiprocessor, which
+    share the parts; and one for each query that adds the parts."""
     q, k, v = as_read(q), as_read(k), as_read(v)
     out, lse = results_of(q, keep_lse)
     batch, tokens, heads, width = q.shape
     groups, share = k.size(2), heads // k.size(2)
     parameters = dict(parameters or launch_parameters("attention_decode", q.device, q.dtype, (width,)))
     parts_together, programs = parameters.pop("PARTS"), parameters.pop("PROGRAMS", 0)
+    programs = programs if batch <= SHARED_ROWS else 0
     keys, pages_ptr, page, parameters = page_arguments(k, pages, q, parameters)
     parts = cdiv(keys, parameters["PART"])
     sums = torch.empty(batch * groups, parts, tokens * share, width, dtype=torch.float32, device=q.device)
@@ -133,7 +135,7 @@ def decode(
             q, k, v, lengths_ptr, pages_ptr, sums, statistics, lengths_stride, tokens, keys, heads, share, batch,
             *strides(q, k, v),
             **{name: value for name, value in constants.items() if name not in ("LEAST", "MOST")}, **flags,
-            PAGE=page, QUERIES=max(power_of_2(tokens * share), 16), ROWS=max(power_of_2(batch), 64) if programs else 0,
+            PAGE=page, QUERIES=max(power_of_2(tokens * share), 16), ROWS=SHARED_ROWS if programs else 0,
             **parameters,
         )  # fmt: skip
         launch(
@@ -367,10 +369,9 @@ HOPPER_GRADIENTS = tuple(
 )
 QUERY_SPACE, KEYS_SPACE = QUERY_SPACE + HOPPER_GRADIENTS, KEYS_SPACE + HOPPER_GRADIENTS
 DECODE_SPACE = tuple(
-    {"BLOCK_N": n, "PART": part, "PARTS": 16, "num_warps": warps, "num_stages": stages} | programs
+    {"BLOCK_N": n, "PART": part, "PARTS": 16, "num_warps": warps, "num_stages": stages}
     for n, warps, stages in ((32, 2, 3), (64, 4, 3), (64, 2, 4), (128, 4, 2))
     for part in (128, 256, 512)
-    for programs in ({}, {"PROGRAMS": 2}, {"PROGRAMS": 4, "maxnreg": 128})
 )
 BY_WORD = tuple((*key, word) for word in ("whole", "any") for key in KEYS)
 KERNELS = (

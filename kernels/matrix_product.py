@@ -323,8 +323,7 @@ def product(
     others = [out if t is None else t for t in (first, second)]
     if "TORCH" in parameters:
         # in 16 bits it is faster; but in float16 it may be infinite where the result of the epilogue is not
-        exact = epilogue.exact or x.dtype == torch.float16 or out.dtype == torch.float32
-        multiply = float32_product if exact else torch.mm
+        multiply = float32_product if epilogue.exact or x.dtype == torch.float16 else torch.mm
         sums = multiply(x.t() if x_transposed else x, y.t() if y_transposed else y)[None]
     elif "SUMS" in parameters:
         sums = sums_of_slices(x, y, out, parameters, x_transposed, y_transposed)

@@ -66,8 +66,8 @@ class Kernel:
     few_rows: bool = False
     """a matrix product of so few rows that reading the weight is what takes its time"""
     trained_in: tuple[torch.dtype, ...] = ()
-    """the dtypes in which the optimizer launches it, and nothing whose sizes depend on a batch; if empty, training and the engine do,
-    in bfloat16, or in float32 if it does not take that"""
+    """of a kernel that only the optimizer launches, with sizes that depend on no batch: the dtypes there. Other kernels are launched in
+    bfloat16 by training and the engine, or in float32 if they do not take that."""
 
     @property
     def training_dtypes(self) -> tuple[torch.dtype, ...]:

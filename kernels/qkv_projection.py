@@ -249,7 +249,8 @@ def qkv_projection(
     q_gradient, k_gradient, v_gradient: contiguous float32 buffers with the weights' shapes. Backward adds the weights' gradients to
     them in place; a weight with a buffer gets no `.grad`. If neither x nor a weight requires a gradient, they stay untouched.
     Repeated calls are bitwise equal. Raises ValueError for mismatched shapes or devices, TypeError for mismatched dtypes
-    (autocast may mix them), and KernelRequestError (a ValueError) if the implementation named by impl does not support the call.
+    (autocast may mix them), and KernelRequestError (a ValueError) if the implementation named by impl does not support the call,
+    as `triton` does not compute gradients in float16.
     """
     given = x
     x, w_q, w_k, w_v = autocast_products(x, w_q, w_k, w_v)

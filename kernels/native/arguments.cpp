@@ -145,7 +145,7 @@ const Variant& choose(const nk_kernel& kernel, const nk_argument* arguments, siz
         }
         const Parameter& parameter = table.parameters[variant.parameter + fitting];
         const std::pair<size_t, bool> reached = {fitting, same_dtype(parameter, arguments[fitting])};
-        if (unfit == nullptr || reached >= furthest) {
+        if (reached >= furthest) {
             unfit = &parameter;
             furthest = reached;
             reason = wrong;

@@ -336,10 +336,10 @@ class Engine:
             row.expression.append(sampled)
         return sampled, False
 
-    def _rows(self, prompts: list[list[int]], max_tokens: int, samples=1, numbers=None, **sampling) -> list[Row]:
+    def _rows(self, prompts: list[list[int]], max_tokens: int, samples: int = 1, numbers=None, **sampling) -> list[Row]:
         check_sampling(prompts, max_tokens, sampling.get("temperature", 1.0), sampling.get("top_k"), samples)
         rows, times = [], Counter()  # a prompt that is given twice gets other random numbers the second time
-        for prompt, number in zip(prompts, numbers or [None] * len(prompts), strict=True):
+        for prompt, number in zip(prompts, [None] * len(prompts) if numbers is None else numbers, strict=True):
             first = samples * (times[tuple(prompt)] if number is None else number)
             rows += [self.row(prompt, max_tokens, sample=first + more, **sampling) for more in range(samples)]
             times[tuple(prompt)] += 1
@@ -351,7 +351,7 @@ class Engine:
         """Generate up to max_tokens tokens for len(prompts)·samples rows, one token of every row at a time.
 
         sampling: samples of each prompt, 1 by default, which are adjacent rows; temperature, top_k and seed as in `row`; numbers, one
-        for each prompt, where equal prompts of several calls are to have other random numbers each. Each item is
+        for each prompt: the same prompt has the same random numbers in any call with its number, and others with another. Each item is
         (tokens, sampled), with an entry for every row. A token is None once its row has ended: with assistant_end or bos, which are
         not returned, after max_tokens, or where the model has no more positions, however long the other rows are. sampled is False
         for a token that the calculator forced. Errors: those of `row`.

@@ -128,8 +128,19 @@ def test_an_unknown_architecture_is_named(tmp_path):
     )
 
 
+def test_the_library_of_training_has_the_dtypes_of_training():
+    """Also of Newton-Schulz, which is in float16, and whose sizes depend on no batch."""
+    names = "row_rstd", "matrix_product"
+    places = {name: [place for place, _ in export.inspect.recorded("sm90", (name,), True)] for name in names}
+    found = {name: {place.dtype for place in places[name]} for name in names}
+    assert found == {"row_rstd": {torch.bfloat16}, "matrix_product": {torch.float16}}
+    assert any(map(export.trains, places["row_rstd"])) and not any(map(export.trains, places["matrix_product"]))
+    all_of_them = {place.dtype for place, _ in export.inspect.recorded("sm90", ("row_rstd",))}
+    assert all_of_them == {torch.bfloat16, torch.float16, torch.float32}
+
+
 def test_every_kernel_has_cases_and_a_reference_in_cpp():
-    """The test of the whole library checks this too, and the numbers; this one notices a forgotten kernel without CMake."""
+    """The test of the library of training checks this too, and the numbers; this one notices a forgotten kernel without CMake."""
     names = {kernel.name for kernel in dispatch.tunable_kernels()}
     for name in architecture.ARCHITECTURES:
         without = names - {case.kernel for case in references.cases(name)}

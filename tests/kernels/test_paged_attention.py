@@ -77,12 +77,13 @@ def test_pages_give_what_one_piece_gives(rows, tokens, pages, groups, share, dty
 
 
 @pytest.mark.parametrize("has_lengths", [True, False])
-@pytest.mark.parametrize(("rows", "tokens", "groups", "share"), [(5, 1, 2, 1), (3, 2, 1, 2), (70, 1, 1, 1)])
+@pytest.mark.parametrize(("rows", "tokens", "groups", "share"), [(5, 1, 2, 1), (3, 2, 1, 2), (64, 1, 1, 1)])
 def test_programs_that_share_the_parts_change_no_bit(rows, tokens, groups, share, has_lengths):
-    """Also with rows without keys, and with all keys at the end of the batch."""
+    """Also with rows without keys, with all keys at the end of the batch, and with lengths that are a column and out of range."""
     pages = 5 if rows < 64 else 3
     q, k, v, table, lengths = inputs(rows, tokens, pages, groups, share, torch.bfloat16, 4)
-    lengths[0], lengths[1], lengths[-1] = tokens, 0, pages * PAGE
+    lengths[0], lengths[1], lengths[-2], lengths[-1] = tokens, 0, -1, pages * PAGE + 9
+    lengths = torch.stack([lengths] * 3, 1)[:, 1]
     parameters = SMALL["attention_decode"] | {"BLOCK_N": PAGE}
     given_ = q, k, v, lengths if has_lengths else None, math.sqrt(32), True
     alone = LAUNCHES.decode(*given_, parameters, pages=table)
@@ -175,6 +176,10 @@ PLANTED_FAULTS = {
      "test_programs_that_share_the_parts_change_no_bit"),
     "parts counted from the first row": ("attention_kernels", "number - tl.sum(tl.where(row < here, parts, 0), 0)", "number",
      "test_programs_that_share_the_parts_change_no_bit"),
+    "lengths that lie apart": ("attention_kernels", "row.to(tl.int64) * lengths_stride", "row.to(tl.int64)",
+     "test_programs_that_share_the_parts_change_no_bit"),
+    "more keys than there are": ("attention_kernels", "length = tl.minimum(tl.maximum(length, 0), all_keys)",
+     "length = tl.maximum(length, 0)", "test_programs_that_share_the_parts_change_no_bit"),
     "length of another row": ("attention_kernels", "tl.sum(tl.where(row == here, length, 0), 0)", "tl.max(length, 0)",
      "test_programs_that_share_the_parts_change_no_bit"),
     "decoding reads another row's pages": (

@@ -14,7 +14,7 @@ import pytest
 from tests import forked
 from tests.conftest import copy_packages, environment
 
-LONGEST = 120  # seconds: a sound test takes a tenth of it
+LONGEST = 180  # seconds: a sound test takes a tenth of it
 OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "--assert=plain", "-m", "")
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -372,7 +372,7 @@ def test_float16_has_no_gradients():
     with torch.no_grad():
         fused(x, *others)
     x, found = 4096 * x.detach(), []
-    for run, dtype in ((kernels.qkv_projection, torch.float16), (plain, torch.float64)):
+    for run, dtype in ((unfused, torch.float16), (plain, torch.float64)):
         w_q, w_k, w_v, cos, sin = (t.to(dtype, copy=True) for t in others[:5])
         v = run(x.to(dtype), w_q, w_k, w_v.requires_grad_(), cos, sin)[2]
         v.backward(torch.full_like(v, 2.0**-13))
@@ -601,7 +601,7 @@ PLANTED_FAULTS = {
         "qkv_projection", "return dx if needed[0] else None, None, None, None", "return None, None, None, None",
         "test_results_that_are_not_used",
     ),
-    "a product in float16 rounded to it": ("matrix_product", "or x.dtype == torch.float16 or", "or", "test_a_large_x_in_float16"),
+    "a product in float16 rounded to it": ("matrix_product", " or x.dtype == torch.float16", "", "test_a_large_x_in_float16"),
     "float16 has gradients": ("qkv_projection", "x.dtype == torch.float16 and needs_gradient", "False and needs_gradient",
      "test_float16_has_no_gradients"),
     "positions counted over the batch": (KERNELS, "(r % tokens).to(tl.int64) + offset", "r.to(tl.int64) + offset",

@@ -63,19 +63,11 @@ inline nk_status launch_with(const nk_kernel* kernel, size_t position, nk_argume
     return launch(kernel, arguments);
 }
 
-// Arguments that the first variant for the matrix's dtype takes, with the same matrix for all of its matrices.
+// Arguments that the first variant takes, with the same matrix for all of its matrices.
 inline std::vector<nk_argument> product_arguments(const nk_kernel* kernel, const nk_matrix* matrix) {
     nk_parameter parameters[32];
-    size_t count = 0, variants = 0;
-    const char* function = nullptr;
-    CHECK_STATUS(nk_describe(kernel, &function, &variants), NK_OK, "");
-    for (size_t variant = 0; variant < variants; ++variant) {
-        CHECK_STATUS(nk_parameters(kernel, variant, parameters, 32, &count), NK_OK, "");
-        if (std::any_of(parameters, parameters + count,
-                        [=](const nk_parameter& p) { return p.kind == NK_MATRIX && p.dtype == matrix->dtype; })) {
-            break;
-        }
-    }
+    size_t count = 0;
+    CHECK_STATUS(nk_parameters(kernel, 0, parameters, 32, &count), NK_OK, "");
     std::vector<nk_argument> arguments;
     for (size_t i = 0; i < count; ++i) {
         const nk_parameter& parameter = parameters[i];

@@ -219,7 +219,7 @@ void test_a_launch_describes_its_matrices() {
     matrix.data = nullptr;
     rejects("must begin at a multiple of 16 bytes");
     matrix.dtype = NK_FLOAT32;
-    rejects("got float32");
+    rejects("must be a matrix of bfloat16, got float32");
     matrix.rank = 3;
     rejects("must have rank 2, got 3");
     matrix.shape[1] = 0;

@@ -33,8 +33,8 @@ def preset(pytestconfig) -> str:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, slurm, preset):
-    """A function that waits for an uninterrupted run and returns it. The run computes beside the test that first asks for it, since
-    each has one thread."""
+    """A function that waits for an uninterrupted run and returns it. The run is started here and computes while a test runs: each has
+    one thread."""
     run = Run(slurm, tmp_path_factory.mktemp("uninterrupted"), preset=preset)
     command = [sys.executable, "-m", "nanochat", "speedrun", "--preset", preset]
     log = run.paths.base / "log"

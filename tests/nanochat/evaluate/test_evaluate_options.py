@@ -85,6 +85,28 @@ def test_one_of_several_answers_has_to_be_right(tokenizer, world, cpu, monkeypat
     assert found == {"guess, temperature 0.7" if samples == 1 else f"guess, any of {samples}": right}  # and no ChatCORE
 
 
+def test_the_random_numbers_of_an_answer_are_those_of_its_question(tokenizer):
+    """Whichever questions this process has, and whatever does not fit."""
+    given = []
+
+    class Silent:
+        positions = 40
+
+        def answers(self, prompts, max_tokens, rows, numbers, **sampling):
+            given.append((len(prompts), numbers))
+            return ((number, []) for number in range(len(prompts)))
+
+    class Long(Guess):
+        def __getitem__(self, index: int) -> dict:
+            text = "too long " * 40 if index == 3 else str(index)
+            return {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": ""}]}
+
+    engine = Silent()
+    engine.tokenizer = tokenizer
+    judged = chat.judged_answers(engine, Long(), [1, 3, 7], ChatTaskOptions())
+    assert list(judged) == [[True], [None], [True]] and given == [(2, [1, 7])]
+
+
 def test_a_step_and_tasks_are_chosen_and_the_scores_are_beside_the_report(trained_base, tmp_path):
     paths = Paths(shutil.copytree(trained_base, tmp_path / "base"))
     first, last = steps_in(paths.checkpoints("sft"))
