@@ -577,7 +577,7 @@ PLANTED_FAULTS = {
         "qkv_projection", "positions, (heads + kv_heads) * width, EPS", "positions, heads * width, EPS",
         "test_qkv_projection",
     ),
-    "the first value head normed": (KERNELS, "if column < normed:", "if column <= normed:",
+    "the last key head not normed": (KERNELS, "if column < normed:", "if column + 2 * HALF < normed:",
      "test_qkv_projection"),
     "strides of the tables ignored": ("qkv_projection", "cos, sin = cos.contiguous(), sin.contiguous()", "pass",
      "test_strided_tables"),

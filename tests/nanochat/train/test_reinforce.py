@@ -326,7 +326,7 @@ def test_answers_are_sampled_as_the_options_say(tokenizer, midtrained, cpu):
         next(batches), next(batches)
     assert len({seed for _, seed, _ in engine.calls}) == 4  # of two steps with two seeds
     pass_rates(engine, task, options, cpu)
-    assert [given for *_, given in engine.calls] == [sampling] * 5
+    assert [given for *_, given in engine.calls] == [*[sampling] * 4, sampling | {"numbers": [0, 1, 2, 3]}]
 
 
 def test_each_process_measures_its_own_questions(tokenizer, midtrained, cpu, monkeypatch):
