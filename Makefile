@@ -21,8 +21,8 @@ test: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# what takes long: the library of all kernels in the dtypes of training, tests marked long,
-# every planted fault, and the preset cpu under a real Slurm where that is installed
+# what takes long: the library of all kernels in the dtypes of training, tests marked long, every planted fault, and the preset cpu
+# under a real Slurm where that is installed
 check: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist load tests/kernels/test_library.py -m long
 	$(BIN)/python -m pytest -n 2 --dist load -m long --ignore tests/slurm --ignore tests/kernels/test_library.py

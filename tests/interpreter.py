@@ -1,4 +1,4 @@
-"""Triton's interpreter without work that changes nothing, which takes three quarters of its time."""
+"""Triton's interpreter without work that changes nothing, which takes more than half of its time."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ def quicken() -> None:
         of_scalar = functools.cache(interpreter._get_np_dtype)
         pointer = interpreter._get_np_dtype(tl.pointer_type(tl.int8))
         interpreter._get_np_dtype = lambda dtype: pointer if dtype.scalar.is_ptr() else of_scalar(dtype.scalar)
-    # each operation describes the types and shapes of its operands and results anew
+    # each operation creates the types and shapes of its operands and results again
     semantic = type(getattr(interpreter, "interpreter_semantic", None))
     if "shape" in vars(tl.block_type(tl.int32, [1])) and hasattr(semantic, "broadcast_impl_value"):
         describe_once(semantic)
@@ -36,7 +36,7 @@ def describe_once(semantic: type) -> None:
     describe, broadcast, known = tl.block_type.__init__, semantic.broadcast_impl_value, {}
 
     def describe_block(self, element_ty, shape) -> None:
-        if type(element_ty) is not tl.dtype:  # a pointer's type is made anew each time
+        if type(element_ty) is not tl.dtype:  # each operation creates its own pointer types
             return describe(self, element_ty, shape)
         key = element_ty.name, *[x.value if isinstance(x, tl.constexpr) else x for x in shape]
         if key not in known:
