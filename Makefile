@@ -26,7 +26,7 @@ test: $(INSTALLED)
 check: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist load tests/kernels/test_library.py -m long
 	$(BIN)/python -m pytest -n 2 --dist load -m long --ignore tests/slurm --ignore tests/kernels/test_library.py
-	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/slurm tests/kernels/test_planted_faults.py -m "" --plant --slurm-preset cpu --timeout 2400
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/slurm tests/kernels/test_planted_faults.py -m "" --plant --slurm-preset cpu --timeout 2400
 
 bench: $(INSTALLED)
 	mkdir -p build

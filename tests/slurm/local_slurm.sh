@@ -6,7 +6,7 @@ command="$1" dir="$(mkdir -p "$2" && cd "$2" && pwd)"
 export SLURM_CONF="$dir/slurm.conf"
 
 stop() {
-    scontrol shutdown > /dev/null 2>&1 || true
+    timeout 5 scontrol shutdown > /dev/null 2>&1 || true
     for name in slurmd slurmctld munged; do
         # a daemon that the shutdown has reached removes its file, perhaps between a look at it and reading it
         pid="$(cat "$dir/$name.pid" 2> /dev/null)" || continue
@@ -14,8 +14,19 @@ stop() {
     done
 }
 
+failed() {
+    stop
+    echo "Slurm did not come up. What its daemons last said:" >&2
+    tail -n 8 "$dir"/*.log >&2
+}
+
 start() {
+    trap failed EXIT
     host="$(hostname -s)" cpus="$(nproc)"
+    # ports that are free now, so that several such Slurms can live on one machine
+    read -r controller_port node_port < <(python3 -c 'import socket
+sockets = [socket.create_server(("", 0)) for _ in range(2)]
+print(*(each.getsockname()[1] for each in sockets))')
     mkdir -p "$dir/state" "$dir/spool" "$dir/munge"
     for i in 0 1 2 3 4 5 6 7; do [[ -e "$dir/gpu$i" ]] || mknod "$dir/gpu$i" c 1 3; done
     head -c 128 /dev/urandom > "$dir/munge.key"
@@ -26,8 +37,8 @@ start() {
 ClusterName=local
 SlurmctldHost=$host(127.0.0.1)
 SlurmUser=root
-SlurmctldPort=16817
-SlurmdPort=16818
+SlurmctldPort=$controller_port
+SlurmdPort=$node_port
 AuthType=auth/munge
 AuthInfo=socket=$dir/munge/socket
 StateSaveLocation=$dir/state
@@ -58,11 +69,10 @@ EOF
     fi
     slurmctld -f "$SLURM_CONF" -c
     slurmd -f "$SLURM_CONF" -N "$host"
-    for _ in $(seq 100); do
-        sinfo -h -o %T 2> /dev/null | grep -q -e idle -e mixed && return
+    until (( SECONDS > 30 )); do
+        timeout 3 sinfo -h -o %T 2> /dev/null | grep -q -e idle -e mixed && { trap - EXIT; return; }
         sleep 0.2
     done
-    echo "Slurm did not come up; see $dir/slurmctld.log and $dir/slurmd.log" >&2
     exit 1
 }
 

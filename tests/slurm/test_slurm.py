@@ -12,13 +12,10 @@ import pytest
 from nanochat.options.presets import PRESETS
 from tests.slurm.run import ENDED, HERE, ROOT, Run
 
-pytestmark = [
-    pytest.mark.xdist_group("slurm"),  # one worker has them all, while others have the planted faults
-    pytest.mark.skipif(
-        shutil.which("slurmctld") is None or os.geteuid() != 0,
-        reason="needs Slurm and root: apt-get install slurm-wlm munge",
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    shutil.which("slurmctld") is None or os.geteuid() != 0,
+    reason="needs Slurm and root: apt-get install slurm-wlm munge",
+)
 
 
 @pytest.fixture(scope="module")
