@@ -24,6 +24,7 @@ from tests.kernels.int64 import narrow_offsets
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU = torch.cuda.is_available()
+SM90 = GPU and torch.cuda.get_device_capability()[0] == 9
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # tiles of a matrix product, so small that an interpreted small matrix has several

@@ -19,7 +19,7 @@ from nanochat_kernels import reference
 from nanochat_kernels.operation import RunShape
 from nanochat_kernels.triton_helpers import recorded_launches
 from tests.kernels import harness
-from tests.kernels.harness import DEVICE, GPU, check_compiled, check_graph_replay, randn, same
+from tests.kernels.harness import DEVICE, GPU, SM90, check_compiled, check_graph_replay, randn, same
 from tests.kernels.int64 import narrow_offsets
 
 FILE = importlib.import_module("nanochat_kernels.attention")
@@ -119,7 +119,7 @@ def inputs(batch, tokens, keys, groups, share, width, dtype, seed=0):
 
 def assert_taken(q, k, v):
     """Check that on sm_90 the Gluon kernels take the call if it has whole tiles, as tests of WHOLE sizes mean it."""
-    if GPU and torch.cuda.get_device_capability()[0] == 9 and q.size(1) % HOPPER.TILE == 0:
+    if SM90 and q.size(1) % HOPPER.TILE == 0:
         assert HOPPER.takes(q, k, v)
 
 

@@ -11,7 +11,7 @@ import nanochat_kernels as kernels
 from nanochat_kernels import configs
 from nanochat_kernels.oracle import over_budget
 from nanochat_kernels.triton_helpers import recorded_launches
-from tests.kernels.harness import GPU, poisoned, randn, without_interpreter
+from tests.kernels.harness import SM90, poisoned, randn, without_interpreter
 from tests.kernels.test_attention import inputs, plain
 
 LAUNCHES = importlib.import_module("nanochat_kernels.attention_launches")
@@ -19,9 +19,7 @@ HOPPER = importlib.import_module("nanochat_kernels.hopper_attention")
 KERNELS = {
     kernel.name.removeprefix("attention_"): kernel for kernel in LAUNCHES.KERNELS if kernel.name != "attention_decode"
 }
-hopper = pytest.mark.skipif(
-    not GPU or torch.cuda.get_device_capability()[0] != 9, reason="the kernels run on sm_90 only"
-)
+hopper = pytest.mark.skipif(not SM90, reason="the kernels run on sm_90 only")
 
 COMPILE = """
 import torch

@@ -7,15 +7,13 @@ import torch
 
 from nanochat_kernels import reference
 from nanochat_kernels.linear import scaled_rows
-from tests.kernels.harness import DEVICE, GPU, poisoned, randn, without_interpreter
+from tests.kernels.harness import DEVICE, SM90, poisoned, randn, without_interpreter
 
 FOLDED = importlib.import_module("nanochat_kernels.folded_norm")
 QKV = importlib.import_module("nanochat_kernels.qkv_projection")
 SPACE = importlib.import_module("nanochat_kernels.product_configurations").SPACE
 CONFIGURATIONS = [parameters for parameters in SPACE if "STAGES" in parameters]
-hopper = pytest.mark.skipif(
-    not GPU or torch.cuda.get_device_capability()[0] != 9, reason="the kernel runs on sm_90 only"
-)
+hopper = pytest.mark.skipif(not SM90, reason="the kernel runs on sm_90 only")
 
 
 COMPILE = """

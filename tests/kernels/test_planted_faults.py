@@ -1,7 +1,7 @@
 """Test the tests: each planted fault in a copy of the kernels must make a test fail. Run with pytest --plant.
 
 Every tests/kernels/test_*.py may list PLANTED_FAULTS: name → (file of kernels/ without its suffix, correct text, faulty text,
-the test in that module which must fail).
+the test in that module which must fail). PLANTED_ON_HOPPER: those in code that runs on sm_90 only.
 """
 
 import importlib
@@ -13,18 +13,26 @@ import pytest
 
 from tests import forked
 from tests.conftest import copy_packages, environment
+from tests.kernels.harness import SM90
 
 LONGEST = 180  # seconds: a sound test takes a tenth of it
 OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "--assert=plain", "-m", "")
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 MODULES = [path.stem for path in sorted(HERE.glob("test_*.py")) if path.stem != Path(__file__).stem]
-# (test module, name) → fault
-FAULTS = {
-    (module, name): fault
-    for module in MODULES
-    for name, fault in getattr(importlib.import_module(f"tests.kernels.{module}"), "PLANTED_FAULTS", {}).items()
-}
+
+
+def listed(where: str) -> dict[tuple[str, str], tuple[str, ...]]:
+    """Return (test module, name) → fault."""
+    return {
+        (module, name): fault
+        for module in MODULES
+        for name, fault in getattr(importlib.import_module(f"tests.kernels.{module}"), where, {}).items()
+    }
+
+
+ON_HOPPER = {(module, f"{name} (sm_90)"): fault for (module, name), fault in listed("PLANTED_ON_HOPPER").items()}
+FAULTS = listed("PLANTED_FAULTS") | ON_HOPPER
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -47,6 +55,8 @@ def run_in_copy(directory: Path, module: str, test: str, file: str = "", sound: 
 
 
 def test_fault_is_caught(planted, tmp_path):
+    if planted in ON_HOPPER and not SM90:
+        pytest.skip("in code that runs on sm_90 only")
     file, sound, faulty, test = FAULTS[planted]
     try:
         done = run_in_copy(tmp_path, planted[0], test, file, sound, faulty)
