@@ -1,6 +1,7 @@
-"""Fused operations of the GPT, such as nanochat_kernels.rms_norm: one public function and one file for each.
+"""Fused operations of the GPT, each a public function such as nanochat_kernels.rms_norm.
 
-Every function takes impl="auto" or the name of an implementation; `nanochat kernels list` prints the names.
+Every function takes impl="auto" or the name of an implementation; `nanochat kernels list` prints the names. The module in which an
+operation is defined has its name too: importlib.import_module("nanochat_kernels.rms_norm") returns the module.
 """
 
 from nanochat_kernels.dispatch import KernelRequestError, check_request, operations

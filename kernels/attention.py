@@ -33,7 +33,7 @@ from nanochat_kernels.attention_launches import (
     query_gradient,
     table_of,
 )
-from nanochat_kernels.checks import autocast_products, check_float, check_integers, check_shape
+from nanochat_kernels.checks import autocast_products, check_float, check_heads, check_integers, check_shape
 from nanochat_kernels.dispatch import serve
 from nanochat_kernels.operation import DECODED_ROWS, Benchmark, Implementation, Operation, Trial
 from nanochat_kernels.tracing import opaque
@@ -88,10 +88,12 @@ def document_limits(cu_seqlens: Tensor | None, q: Tensor) -> tuple[Tensor | None
         return None, None
     batch, tokens = q.shape[:2]
     token = torch.arange(batch * tokens, device=q.device, dtype=cu_seqlens.dtype)
-    document = torch.searchsorted(cu_seqlens.contiguous(), token, right=True)
+    # tokens outside of the documents are documents too, so that no index lies outside
+    limits = F.pad(F.pad(cu_seqlens, (1, 0)), (0, 1), value=batch * tokens)
+    document = torch.searchsorted(limits, token, right=True)
     row = token - token % tokens if tokens else token
-    starts = cu_seqlens[document - 1].maximum(row) - row
-    ends = cu_seqlens[document].minimum(row + tokens) - row
+    starts = limits[document - 1].maximum(row) - row
+    ends = limits[document].minimum(row + tokens) - row
     return tuple(x.to(torch.int32).view(batch, tokens) for x in (starts, ends))
 
 
@@ -244,14 +246,15 @@ def check(q, k, v, lengths, cu_seqlens, bound, pages, return_lse) -> None:
         if lengths is None or cu_seqlens is not None or return_lse:
             raise ValueError("attention: keys in pages need lengths, and have neither packed documents nor lse")
         keys *= pages.size(1)
-    if k.size(2) == 0 or heads % k.size(2):
-        raise ValueError(f"attention: {heads} query heads are not a multiple of {k.size(2)} key heads")
+    check_heads("attention", heads, k.size(2))
     if keys < tokens:
         raise ValueError(f"attention: {tokens} queries need at least as many keys, got {keys}")
     check_integers("attention", q, "lengths", lengths, batch)
     check_integers("attention", q, "cu_seqlens", cu_seqlens, "documents + 1")
     if cu_seqlens is not None and (lengths is not None or k.size(1) != tokens):
         raise ValueError("attention: packed documents have as many keys as queries, and no lengths")
+    if not isinstance(bound, int | float | None):
+        raise TypeError(f"attention: bound must be None or a number, got {bound!r}")
     if bound is not None and not bound > 0:
         raise ValueError(f"attention: bound must be positive, got {bound}")
 

@@ -6,6 +6,7 @@ Notation: B rows, S positions of the cache, T new tokens, G key/value heads of w
 import torch
 from torch import Tensor
 
+from nanochat_kernels import reference
 from nanochat_kernels.checks import check_float, check_integers, check_shape
 from nanochat_kernels.configs import launch_parameters
 from nanochat_kernels.dispatch import choose
@@ -14,7 +15,6 @@ from nanochat_kernels.triton_helpers import (
     DTYPES,
     cdiv,
     launch,
-    needs_gradient,
     power_of_2,
     tl,
     triton,
@@ -62,16 +62,7 @@ def run(
         )  # fmt: skip
 
 
-def run_reference(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> None:
-    positions = lengths[:, None] + torch.arange(k.size(1), device=k.device)
-    row = torch.arange(k.size(0), device=k.device) if keys.size(0) == k.size(0) else torch.zeros_like(lengths)
-    at = row[:, None], positions
-    keys[at], values[at] = k, v
-
-
 def unsupported_reason(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> str | None:
-    if needs_gradient(keys, values, k, v):
-        return "it computes no gradient; call it under torch.no_grad()"
     if keys.stride(3) != 1 or values.stride(3) != 1:
         return "the channels of a head must lie next to each other in the cache"
     if k.size(0) > 65_535:
@@ -87,8 +78,9 @@ def cache_append(
     keys and values may also be (1, S, G, D), one memory for all rows, in which lengths says where each row's tokens belong: of two
     rows with the same place either one is stored.
     lengths (B,): integers. The caller makes sure that all positions lie inside the cache: the fused implementation stores nothing
-    outside it, and the reference raises an error past its end. Raises ValueError for mismatched shapes or devices, TypeError for
-    mismatched dtypes, and KernelRequestError (a ValueError) if the implementation named by impl does not support the call.
+    outside it; the reference raises an error past its end, and counts a negative position from there. There is no gradient.
+    Raises ValueError for mismatched shapes or devices and for tensors that require a gradient, TypeError for mismatched dtypes, and
+    KernelRequestError (a ValueError) if the implementation named by impl does not support the call.
     """
     check_float("cache_append", keys=keys, values=values, k=k, v=v)
     check_shape("cache_append", "keys", keys, "B or 1", "S", "G", "D")
@@ -96,6 +88,10 @@ def cache_append(
     check_shape("cache_append", "k", k, "B" if keys.size(0) == 1 else keys.size(0), "T", *keys.shape[2:])
     check_shape("cache_append", "v", v, *k.shape)
     check_integers("cache_append", k, "lengths", lengths, k.size(0))
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (keys, values, k, v)):
+        raise ValueError(
+            "cache_append: it computes no gradient, but a tensor requires one; call it under torch.no_grad()"
+        )
     choose(CACHE_APPEND, impl, keys, values, k, v, lengths)(keys, values, k, v, lengths)
 
 
@@ -128,7 +124,7 @@ def trials(shape, device: torch.device, dtype: torch.dtype):
 
 
 CACHE_APPEND = Operation(
-    "cache_append", cache_append, run_reference, {"triton": Implementation(run, unsupported_reason)}, KERNELS, trials,
+    "cache_append", cache_append, reference.cache_append, {"triton": Implementation(run, unsupported_reason)}, KERNELS, trials,
     Benchmark(
         ("d12", "d20", "d26", "d32"),
         lambda shape, dtype, device: inputs(64, 1, {"d12": 6, "d20": 10, "d26": 13, "d32": 16}[shape], 128, 2048, dtype, device),

@@ -1,6 +1,7 @@
 """Checks that the public functions run on their arguments before any work; each message names the argument."""
 
 from functools import lru_cache
+from math import inf
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from nanochat_kernels.tracing import constant_when_traced
 
 def check_float(operation: str, **tensors: Tensor) -> None:
     """Raise TypeError unless all tensors are floating point with one dtype, and ValueError unless all are on one device."""
+    check_tensors(operation, **tensors)
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
@@ -21,8 +23,26 @@ def check_float(operation: str, **tensors: Tensor) -> None:
     check_device(operation, **tensors)
 
 
+def check_tensors(operation: str, **tensors: Tensor) -> None:
+    """Raise TypeError unless all are tensors."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{operation}: {name} must be a tensor, got {tensor!r}")
+
+
+def row_width(operation: str, x: Tensor) -> int:
+    """Return the number of channels C of x (…, C). Raises ValueError if x has no axis."""
+    check_tensors(operation, x=x)
+    if x.dim() == 0:
+        raise ValueError(
+            f"{operation}: x must have shape (…, C), got a single number; give it an axis for the channels"
+        )
+    return x.size(-1)
+
+
 def check_device(operation: str, **tensors: Tensor) -> None:
     """Raise ValueError unless all tensors are on the same device."""
+    check_tensors(operation, **tensors)
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         if tensor.device != first.device:
@@ -33,6 +53,7 @@ def check_device(operation: str, **tensors: Tensor) -> None:
 
 def check_shape(operation: str, name: str, tensor: Tensor, *expected: int | str) -> None:
     """Raise ValueError unless the tensor has the expected shape, given as sizes, and as letters where any size is allowed."""
+    check_tensors(operation, **{name: tensor})
     wrong = tensor.dim() != len(expected) or any(
         isinstance(want, int) and want != got for want, got in zip(expected, tensor.shape, strict=False)
     )
@@ -53,8 +74,14 @@ def check_targets(
         raise ValueError(f"{operation}: reduction must be 'mean' or 'none', got {reduction!r}")
     if vocabulary == 0 and targets.numel():
         raise ValueError(f"{operation}: the vocabulary is empty, but there are {targets.numel()} targets")
-    if not softcap > 0:  # true for NaN too
-        raise ValueError(f"{operation}: softcap must be positive, got {softcap}")
+    check_softcap(operation, softcap)
+
+
+def check_softcap(operation: str, softcap: float) -> None:
+    if not 0 < softcap < inf:  # true for NaN too
+        raise ValueError(
+            f"{operation}: softcap must be positive and finite, got {softcap}; one of 1e4 leaves logits almost unchanged"
+        )
 
 
 def check_loss_weight(operation: str, targets: Tensor, loss_weight: Tensor | None) -> None:
@@ -71,7 +98,7 @@ def check_loss_weight(operation: str, targets: Tensor, loss_weight: Tensor | Non
 
 def under_autocast(x: Tensor) -> bool:
     """Return whether autocast is on for x's device; never for the meta device, for which torch raises an error."""
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    return isinstance(x, Tensor) and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def normed_dtype(x: Tensor) -> torch.dtype:
@@ -105,7 +132,7 @@ def autocast_products(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not under_autocast(tensors[0]):
         return tensors
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return tuple(x.to(dtype) if x.dtype != torch.float64 else x for x in tensors)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
 def check_gradient_buffer(operation: str, name: str, weight: Tensor, gradient: Tensor | None) -> None:
@@ -117,6 +144,11 @@ def check_gradient_buffer(operation: str, name: str, weight: Tensor, gradient: T
     if gradient.dtype != torch.float32 or not gradient.is_contiguous():
         raise TypeError(
             f"{operation}: {name} must be contiguous float32, got {gradient.dtype} with strides {gradient.stride()}"
+        )
+    if gradient is weight or gradient.requires_grad:
+        raise ValueError(
+            f"{operation}: {name} must be memory of its own that requires no gradient, as torch.zeros makes, got "
+            f"{'the weight' if gradient is weight else 'a tensor that requires one'}"
         )
 
 
@@ -148,9 +180,19 @@ def check_offset(operation: str, x: Tensor, tokens: int, positions: int, offset:
         check_integers(operation, x, "offset", offset, x.size(0))
     elif isinstance(offset, bool) or not isinstance(offset, int):
         raise TypeError(f"{operation}: offset must be an int or a tensor of ints, got {offset}")
-    elif offset < 0 or offset + tokens > positions:
+    elif not 0 <= offset <= positions:
+        raise ValueError(f"{operation}: offset must be from 0 to {positions}, the rows of the tables, got {offset}")
+    elif offset + tokens > positions:
         raise ValueError(
-            f"{operation}: positions {offset} to {offset + tokens - 1} exceed the {positions} rows of the tables"
+            f"{operation}: positions {offset} to {offset + tokens - 1} exceed the {positions} rows of the tables; make them longer"
+        )
+
+
+def check_heads(operation: str, heads: int, kv_heads: int) -> None:
+    """Raise ValueError unless each key head serves the same number of query heads."""
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(
+            f"{operation}: {heads} query heads are not a multiple of {kv_heads} key heads; each of these serves as many queries"
         )
 
 

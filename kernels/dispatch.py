@@ -1,8 +1,8 @@
 """Choose the implementation that serves a call.
 
-On CUDA, impl="auto" takes the implementation that the launch table of the device names. If the table names none, or one that
-does not support the call, it takes the first one that does. On other devices it takes the reference. An implementation requested
-by name either runs or raises an error: it never falls back to another one.
+On CUDA, impl="auto" takes what the launch table of the device names, which may be the reference. If the table names none, or one
+that does not support the call, it takes the first one that does. On other devices it takes the reference. An implementation
+requested by name either runs or raises an error: it never falls back to another one.
 """
 
 import pkgutil

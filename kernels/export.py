@@ -166,7 +166,7 @@ def export_all(architectures: list[str], folder: Path, only: tuple[str, ...] = (
 
     Raises CannotExport for an unknown architecture or kernel.
     """
-    unknown = {f"sm{number}" for number in architectures} - set(inspect.SHARED_MEMORY_LIMIT)
+    unknown = {number for number in architectures if f"sm{number}" not in inspect.SHARED_MEMORY_LIMIT}
     if unknown:
         raise CannotExport(
             f"there are launch tables for the architectures 80 and 90, not for {', '.join(sorted(unknown))}"
@@ -214,8 +214,11 @@ def defects(manifest: dict[str, Any]) -> list[str]:
 
 def check(folder: Path) -> str:
     """Return what a folder that was exported contains. Raises CannotExport if some of its code has a defect or is missing."""
-    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-    found = defects(manifest)
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        found = defects(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CannotExport(f"{folder / 'manifest.json'} is damaged ({error!r}); build again") from error
     lines = []
     for architecture, part in manifest["architectures"].items():
         variants = {v["code"]: v for kernel in part["kernels"].values() for v in kernel["variants"]}

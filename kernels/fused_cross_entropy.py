@@ -24,7 +24,7 @@ from torch import Tensor
 from nanochat_kernels.fused_cross_entropy_kernels import EXPONENTIALS, add_target_rows, launch_rows
 from nanochat_kernels.linear import scaled_rows
 from nanochat_kernels.matrix_product import product, product_parameters
-from nanochat_kernels.operation import MODEL_WIDTHS, MORE_WIDTHS, TUNED_WIDTHS, Kernel
+from nanochat_kernels.operation import MODEL_WIDTHS, MORE_WIDTHS, TUNED_WIDTHS, VOCABULARY, Kernel
 from nanochat_kernels.product_configurations import SPACE
 from nanochat_kernels.reference import SOFTCAP
 from nanochat_kernels.softcap_cross_entropy import factor_of, reduced, unsupported_reason_for
@@ -285,7 +285,6 @@ def target_rows_launches(key, dtype: torch.dtype, device: torch.device):
     return {"targets": lambda parameters: add_target_rows(dweight, x, targets, coefficients, parameters)}
 
 
-VOCABULARY = 65_536
 CHUNKS = tuple((rows, VOCABULARY, width) for width in TUNED_WIDTHS for rows in (1024, 8192))
 MORE_CHUNKS = tuple((8192, VOCABULARY, width) for width in MORE_WIDTHS)
 MORE_CHUNKS += tuple((rows, VOCABULARY, width) for width in MODEL_WIDTHS.values() for rows in (200, 1001, 8101))

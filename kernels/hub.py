@@ -26,14 +26,14 @@ def relative_imports(text: str, depth: int) -> str:
 
 
 def write_hub(folder: Path) -> None:
-    """Replace folder/build by the variants of this package."""
+    """Replace the variants of this package in folder/build."""
     files = [
         path for path in sorted(SOURCE.rglob("*")) if path.suffix in (".py", ".json") and path.name not in LEFT_OUT
     ]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
-    shutil.rmtree(folder / "build", ignore_errors=True)
     for backend in ("cuda", "cpu"):
         variant = folder / "build" / f"torch-{backend}"
+        shutil.rmtree(variant, ignore_errors=True)
         for path in files:
             name = path.relative_to(SOURCE)
             text = path.read_text("utf-8")

@@ -239,13 +239,13 @@ def in_use() -> Library | None:
     return _library
 
 
-def use(path: Path | None) -> None:
+def use(path: str | Path | None) -> None:
     """Take the code of every launch from a library, given by its file or the folder it was installed in, or from Triton for None.
 
     Raises LibraryError if it cannot be loaded.
     """
     global _library
-    path = path.absolute() if path else None  # dlopen would look for a bare name elsewhere
+    path = Path(path).absolute() if path else None  # dlopen would look for a bare name elsewhere
     if path and path.is_dir():
         name = "libnanochat_kernels.so"
         folders = (path, path / "lib", path / "lib64")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat_kernels.checks import autocast_products, check_float, check_gradient_buffer, check_shape
+from nanochat_kernels.checks import autocast_products, check_float, check_gradient_buffer, check_shape, row_width
 from nanochat_kernels.dispatch import choose
 from nanochat_kernels.matrix_product import SCALE_ROWS, float32_product, product, product_parameters
 from nanochat_kernels.operation import BENCHMARK_TOKENS, MODEL_WIDTHS, Benchmark, Operation
@@ -103,12 +103,12 @@ def linear(x: Tensor, weight: Tensor, weight_gradient: Tensor | None = None, *, 
     """Return x·weightᵀ for x (…, C) and weight (F, C): a tensor (…, F) in x's dtype.
 
     weight_gradient (F, C), contiguous float32: backward adds the weight's gradient to it in place, and weight gets no `.grad`.
-    If neither x nor weight requires a gradient, the buffer stays untouched. Raises ValueError for mismatched shapes or devices
-    and TypeError for mismatched dtypes.
+    If neither x nor weight requires a gradient, the buffer stays untouched. Raises ValueError for mismatched shapes or devices,
+    TypeError for mismatched dtypes, and KernelRequestError (a ValueError) for an impl other than "auto" and "reference".
     """
     x, weight = autocast_products(x, weight)
     check_float("linear", x=x, weight=weight)
-    check_shape("linear", "weight", weight, "F", x.size(-1))
+    check_shape("linear", "weight", weight, "F", row_width("linear", x))
     check_gradient_buffer("linear", "weight_gradient", weight, weight_gradient)
     return choose(LINEAR, impl, x, weight, weight_gradient)(x, weight, weight_gradient)
 
@@ -126,6 +126,7 @@ def elements(arguments: tuple, part: str) -> float:
 
 
 def flops(arguments: tuple, part: str, variant: str) -> float:
+    """Count the product x·weightᵀ of the first two arguments, and in backward the two of its gradients."""
     x, weight = arguments[:2]
     return (2 if part == "fwd" else 4) * x.numel() * weight.size(0)
 

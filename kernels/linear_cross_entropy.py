@@ -29,12 +29,13 @@ from nanochat_kernels.cross_entropy_kernels import (
     launch_on_chip,
 )
 from nanochat_kernels.dispatch import choose
-from nanochat_kernels.linear import add_product, plain_linear, scaled_rows
+from nanochat_kernels.linear import add_product, flops, plain_linear, scaled_rows
 from nanochat_kernels.operation import (
     BENCHMARK_TOKENS,
     MODEL_WIDTHS,
     MORE_WIDTHS,
     TUNED_WIDTHS,
+    VOCABULARY,
     Benchmark,
     Implementation,
     Kernel,
@@ -137,17 +138,17 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Return the loss in nats of the logits x·weightᵀ, for x (N, C), weight (V, C) and int64 targets (N,).
 
-    The loss of a row whose target is ignore_index is 0. reduction "mean" returns a float32 scalar, the mean over the targets that
-    are not ignored, or 0 if all are; "none" returns one loss per row (N,).
-    loss_weight: a float32 scalar on the device, or one weight per row (N,). It multiplies the losses before the reduction; the
-    mean still divides by the number of targets. NaN and infinite weights make the same elements NaN or infinite as in the
-    reference, but some elements of the weight's gradient may be NaN in one of the two and infinite in the other. A bfloat16
-    gradient overflows for weights above about 1e31, the reference's above about 1e38.
+    The loss of a row whose target is ignore_index is 0. reduction "mean" returns a scalar, in float32 or x's wider dtype, the mean
+    over the targets that are not ignored, or 0 if all are; "none" returns one loss per row (N,).
+    loss_weight: a float32 scalar on the device, or one weight per row (N,). It multiplies the losses before the reduction; the mean
+    still divides by the number of targets. NaN and infinite weights make the same elements NaN or infinite as in the reference, but
+    some elements of the weight's gradient may be NaN in one of the two and infinite in the other. A bfloat16 gradient overflows for
+    weights above about 1e31, the reference's above about 1e38.
     weight_gradient (V, C), contiguous float32: backward adds the weight's gradient to it in place, and weight gets no `.grad`. If
     neither x nor weight requires a gradient, the buffer stays untouched.
     Raises ValueError for mismatched shapes or devices or an unknown reduction, TypeError for mismatched dtypes (autocast may mix
-    them), and KernelRequestError (a ValueError) if the implementation named by impl does not support the call. Repeated calls
-    are bitwise equal.
+    them), and KernelRequestError (a ValueError) if the implementation named by impl does not support the call. Repeated calls are
+    bitwise equal.
     """
     x, weight = autocast_products(x, weight)
     check_float("linear_cross_entropy", x=x, weight=weight)
@@ -197,7 +198,7 @@ def input_gradient_launches(key, dtype: torch.dtype, device: torch.device):
     }
 
 
-ROWS, VOCABULARY = (1024, 16_384), 65_536
+ROWS = 1024, 16_384
 LOGITS, MORE_LOGITS = (
     tuple((rows, VOCABULARY, width) for width in widths for rows in all_rows)
     for widths, all_rows in ((TUNED_WIDTHS, ROWS), ((*MORE_WIDTHS, *MODEL_WIDTHS.values()), (*ROWS, *RAGGED_ROWS)))
@@ -284,11 +285,6 @@ def elements(arguments: tuple, part: str) -> float:
     x, weight = arguments[:2]
     logits = x.size(0) * weight.size(0)
     return x.numel() + weight.numel() + (3 if part == "fwd" else 2) * logits
-
-
-def flops(arguments: tuple, part: str, variant: str) -> float:
-    x, weight = arguments[:2]
-    return (2 if part == "fwd" else 4) * x.numel() * weight.size(0)
 
 
 LINEAR_CROSS_ENTROPY = Operation(

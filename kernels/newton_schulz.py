@@ -27,6 +27,7 @@ from nanochat_kernels.operation import Benchmark, Implementation, Kernel, Operat
 from nanochat_kernels.scaled_product import KERNELS as PRODUCT_KERNELS
 from nanochat_kernels.scaled_product import scaled_product
 from nanochat_kernels.timing import Graph
+from nanochat_kernels.tracing import NAMESPACE
 from nanochat_kernels.triton_helpers import (
     DTYPES,
     KernelFunction,
@@ -158,7 +159,7 @@ class NewtonSchulz(KernelFunction):
         )
 
 
-@torch.library.custom_op(f"{__package__}::newton_schulz", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::newton_schulz", mutates_args=())
 def newton_schulz_op(
     gradients: Tensor, coefficients: list[float], algorithm: str, squares: Tensor | None = None
 ) -> Tensor:  # fmt: skip
@@ -218,19 +219,19 @@ def newton_schulz(
     """Orthogonalise each matrix of gradients (…, m, n); the result has the same shape and dtype.
 
     coefficients: "model", "polar_express", "you", one (a, b, c), or one (a, b, c) per step; if there are fewer than `steps`, the
-    last is repeated. algorithm: "standard", "gram", or "auto", which takes the one with fewer operations for the shape.
-    squares (B, 64), float64: partial sums of the squares of each matrix of (B, m, n), if they are already known.
-    With the default coefficients, singular values of at least 0.01 ‖G‖ end in [0.68, 1.14] and smaller ones below 1.21. A matrix
-    with a NaN or an infinity becomes NaN and changes no other matrix; a matrix of zeros stays zero. Repeated calls are bitwise
-    equal. Raises ValueError for fewer than two axes, negative steps, unknown coefficients or an unknown algorithm, TypeError for a
-    dtype that is not floating point, and KernelRequestError (a ValueError) if the implementation named by impl does not support
-    the call. The fused kernels have no derivative and raise RuntimeError in backward.
+    last is repeated. algorithm: "standard", "gram", or "auto", which takes the one with fewer operations for the shape. squares (B,
+    64), float64: partial sums of the squares of each matrix of (B, m, n), if they are already known. With the default coefficients,
+    singular values of at least 0.01 ‖G‖ end in [0.68, 1.14] and smaller ones below 1.21. A matrix with a NaN or an infinity becomes
+    NaN and changes no other matrix; a matrix of zeros stays zero. Repeated calls are bitwise equal. Raises ValueError for fewer
+    than two axes, negative steps, unknown coefficients, an unknown algorithm, and "gram" with coefficients whose factors float16
+    cannot hold, TypeError for a dtype that is not floating point, and KernelRequestError (a ValueError) if the implementation named
+    by impl does not support the call. The fused kernels have no derivative and raise RuntimeError in backward.
     """
     check_float("newton_schulz", gradients=gradients)
     if gradients.dim() < 2:
         raise ValueError(f"newton_schulz: gradients must be (…, m, n), got shape {tuple(gradients.shape)}")
-    if steps < 0:
-        raise ValueError(f"newton_schulz: steps must not be negative, got {steps}")
+    if not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"newton_schulz: steps must be an integer of at least 0, got {steps!r}")
     if algorithm not in ALGORITHMS:
         raise ValueError(f"newton_schulz: algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
     if squares is not None:

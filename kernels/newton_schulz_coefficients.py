@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import combinations
 
 import torch
 
@@ -41,26 +40,32 @@ def coefficients_of(steps: int, coefficients: str | Sequence) -> Coefficients:
                 f"newton_schulz: coefficients must be one of {', '.join(COEFFICIENTS)} or numbers, got {coefficients!r}"
             )
         coefficients = COEFFICIENTS[coefficients]
-    if coefficients and not isinstance(coefficients[0], Sequence):
+    if isinstance(coefficients, Sequence) and coefficients and not isinstance(coefficients[0], Sequence):
         coefficients = (coefficients,)
-    if not coefficients or any(len(step) != 3 for step in coefficients):
+    if not isinstance(coefficients, Sequence) or not coefficients or any(len(step) != 3 for step in coefficients):
         raise ValueError(f"newton_schulz: coefficients must be one (a, b, c) or one per step, got {coefficients!r}")
     triples = tuple(tuple(map(float, step)) for step in coefficients[:steps])
     return triples + (triples[-1:] * (steps - len(triples)))
 
 
-def conditions(coefficients: Coefficients, ends: Sequence[int]) -> list[float]:
-    """Return, for the steps up to each of `ends`, the ratio of the largest to the smallest factor on singular values in [0, 1]."""
+def conditions(coefficients: Coefficients) -> list[list[float]]:
+    """Return, at [start][end], the ratio of the largest to the smallest factor of the steps between, on singular values in [0, 1]."""
     x = torch.linspace(0, 1, 10_001, dtype=torch.float64)
-    found, start = [], 0
-    for end in ends:
-        factor = torch.ones_like(x)
-        for a, b, c in coefficients[start:end]:
-            step = a + b * x**2 + c * x**4
-            factor, x = factor * step, x * step
-        found.append(float(factor.abs().max() / factor.abs().min()))
-        start = end
+    found = []
+    for start, first in enumerate(coefficients):
+        factor, value, row = torch.ones_like(x), x, [1.0] * (start + 1)
+        for step in coefficients[start:]:
+            factor, value = factor * multiplier(step, value), value * multiplier(step, value)
+            row.append(float(factor.abs().max() / factor.abs().min()))
+        found.append(row)
+        x = x * multiplier(first, x)
     return found
+
+
+def multiplier(step: tuple[float, float, float], x: torch.Tensor) -> torch.Tensor:
+    """Return what a step multiplies the singular values x by."""
+    a, b, c = step
+    return a + b * x**2 + c * x**4
 
 
 @lru_cache
@@ -70,14 +75,20 @@ def restarts(coefficients: Coefficients) -> tuple[int, ...]:
     Among equally many it takes the steps with the smallest condition number. Raises ValueError if there are none, as for
     polynomials with a zero in [0, 1].
     """
-    steps = len(coefficients)
-    for count in range(steps):
-        chosen = min(
-            combinations(range(1, steps), count),
-            key=lambda inner: max(conditions(coefficients, (*inner, steps))),
-        )
-        if max(conditions(coefficients, (*chosen, steps))) <= LARGEST_CONDITION:
-            return chosen
+    steps, between = len(coefficients), conditions(coefficients)
+    # for every end, the largest condition number up to it, and the restarts before it: at first without any
+    best = [(between[0][end], ()) for end in range(steps + 1)] if steps else [(1.0, ())]
+    for _ in range(steps):
+        if best[-1][0] <= LARGEST_CONDITION:
+            return best[-1][1]
+        best = [
+            min(
+                ((max(best[start][0], between[start][end]), (*best[start][1], start)) for start in range(1, end)),
+                key=lambda found: found[0],
+                default=(float("inf"), ()),
+            )
+            for end in range(steps + 1)
+        ]
     raise ValueError(
         f"newton_schulz: algorithm 'gram' needs coefficients that keep the condition number of its factors within "
         f"{LARGEST_CONDITION}, got {coefficients}; take algorithm 'standard'"

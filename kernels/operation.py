@@ -14,6 +14,8 @@ from torch import Tensor
 
 from nanochat_kernels.oracle import FEWEST_ROWS
 
+VOCABULARY = 65_536
+"""of the models"""
 MODEL_WIDTHS = {"d12": 768, "d20": 1280, "d26": 1664, "d32": 2048}
 """the models at whose widths operations are measured and compiled ahead of time"""
 TUNED_WIDTHS = (768, 1280, 2048)

@@ -8,11 +8,18 @@ import torch
 from torch import Tensor
 
 from nanochat_kernels import matrix_product, reference
-from nanochat_kernels.checks import autocast_products, check_float, check_gradient_buffer, check_residual, check_shape
+from nanochat_kernels.checks import (
+    autocast_products,
+    check_float,
+    check_gradient_buffer,
+    check_residual,
+    check_shape,
+    row_width,
+)
 from nanochat_kernels.dispatch import choose
 from nanochat_kernels.folded_norm import KERNELS as NORM_KERNELS
 from nanochat_kernels.folded_norm import add_residual, residual_launches
-from nanochat_kernels.linear import add_product, plain_linear, scaled_rows
+from nanochat_kernels.linear import add_product, flops, plain_linear, scaled_rows
 from nanochat_kernels.operation import (
     BENCHMARK_TOKENS,
     DECODED_ROWS,
@@ -67,6 +74,8 @@ class Backward(KernelFunction):
     def forward(dy, x, weight, weight_gradient, needed):
         upstream, rows = dy.reshape(-1, dy.size(-1)), x.reshape(-1, x.size(-1))
         dweight = None
+        if not any(needed):  # the residual alone requires a gradient
+            return None, None
         if weight_gradient is not None:
             add_product(weight_gradient, upstream, rows)
         elif needed[1]:
@@ -98,16 +107,16 @@ def output_projection(
 ) -> tuple[Tensor, Tensor]:
     """Return y = residual + x·weightᵀ for x (…, K), weight (C, K) and residual (…, C), and rstd of its rows.
 
-    y is (…, C) in x's dtype, or under autocast in the residual's if that is wider. rstd (…) is float32: (mean of a row's squares +
-    eps)^−½, as the next operation with a folded norm takes it. Gradients do not flow through rstd. weight_gradient (C, K),
-    contiguous float32: backward adds the weight's gradient to it in place, and weight gets no `.grad`. If none of x, weight and
-    residual requires a gradient, the buffer stays untouched.
-    Repeated calls are bitwise equal. Raises ValueError for mismatched shapes or devices, TypeError for mismatched dtypes
-    (autocast may mix them), and KernelRequestError (a ValueError) if the implementation named by impl does not support the call.
+    y is (…, C) in x's dtype, or under autocast in the residual's if that is wider. rstd (…) is float32 or x's wider dtype: (mean of
+    a row's squares + eps)^−½, as the next operation with a folded norm takes it. Gradients do not flow through rstd.
+    weight_gradient (C, K), contiguous float32: backward adds the weight's gradient to it in place, and weight gets no `.grad`. If
+    neither x nor weight requires a gradient, the buffer stays untouched.
+    Repeated calls are bitwise equal. Raises ValueError for mismatched shapes or devices, TypeError for mismatched dtypes (autocast
+    may mix them), and KernelRequestError (a ValueError) if the implementation named by impl does not support the call.
     """
     x, weight = autocast_products(x, weight)
     check_float("output_projection", x=x, weight=weight)
-    check_shape("output_projection", "weight", weight, "C", x.size(-1))
+    check_shape("output_projection", "weight", weight, "C", row_width("output_projection", x))
     check_residual("output_projection", x, residual, (*x.shape[:-1], weight.size(0)))
     check_gradient_buffer("output_projection", "weight_gradient", weight, weight_gradient)
     arguments = (x, weight, residual, weight_gradient)
@@ -158,11 +167,6 @@ def elements(arguments: tuple, part: str) -> float:
     if part == "fwd":
         return x.numel() + weight.numel() + 2 * residual.numel()
     return 2 * (x.numel() + weight.numel() + residual.numel())
-
-
-def flops(arguments: tuple, part: str, variant: str) -> float:
-    x, weight = arguments[:2]
-    return (2 if part == "fwd" else 4) * x.numel() * weight.size(0)
 
 
 OUTPUT_PROJECTION = Operation(

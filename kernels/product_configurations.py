@@ -65,7 +65,7 @@ SPACE = (
         )
         for group in groups
     ),
-    # for sm_80, this file
+    # for sm_80, matrix_product.py
     *(
         configuration(m, n, k, part, 0, 0, warps, stages) | {"GROUP": group}
         for m, n, k, warps, stages, parts, groups in (

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from nanochat_kernels import reference
-from nanochat_kernels.checks import check_device, check_float, check_offset, check_shape, normed_dtype, under_autocast
+from nanochat_kernels.checks import (
+    check_device,
+    check_float,
+    check_heads,
+    check_offset,
+    check_shape,
+    normed_dtype,
+    under_autocast,
+)
 from nanochat_kernels.configs import launch_parameters
 from nanochat_kernels.dispatch import serve
 from nanochat_kernels.operation import DECODED_ROWS, Benchmark, Implementation, Kernel, Operation, Trial
@@ -182,8 +190,9 @@ def qk_norm_rope(
     """Rotate and normalise q (B, T, H, D) and k (B, T, G, D); the results have their shapes and dtypes.
 
     cos, sin: (positions, D/2). offset: the position of the first token, as an integer or a tensor with one for each row (B,). The
-    values of a tensor are not checked: a position outside the tables raises an error in the reference and gives NaN from the
-    kernel. Under autocast q and k may have different dtypes, and the results have the dtypes of the plain operations.
+    values of a tensor are not checked: a position outside the tables gives NaN from the kernel; in the reference it raises an
+    error, or counts from the end if it is negative. Under autocast q and k may have different dtypes, and the results have the
+    dtypes of the plain operations.
     Raises ValueError for an odd D, for a number of heads that is not a multiple of the key heads and for mismatched or too short
     tables, TypeError for mismatched dtypes, and KernelRequestError (a ValueError) if the implementation named by impl does not
     support the call. Repeated calls are bitwise equal.
@@ -203,8 +212,7 @@ def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int | Tensor) 
     check_shape("qk_norm_rope", "k", k, batch, tokens, "G", width)
     if width % 2 or width == 0:
         raise ValueError(f"qk_norm_rope: the head width must be even to be rotated in halves, got {width}")
-    if k.size(2) == 0 or heads % k.size(2):
-        raise ValueError(f"qk_norm_rope: {heads} query heads are not a multiple of {k.size(2)} key heads")
+    check_heads("qk_norm_rope", heads, k.size(2))
     check_float("qk_norm_rope", cos=cos, sin=sin)
     check_shape("qk_norm_rope", "cos", cos, "positions", width // 2)
     check_shape("qk_norm_rope", "sin", sin, *cos.shape)

@@ -18,6 +18,7 @@ from nanochat_kernels.checks import (
     check_device,
     check_float,
     check_gradient_buffer,
+    check_heads,
     check_offset,
     check_rstd,
     check_shape,
@@ -30,10 +31,10 @@ from nanochat_kernels.linear import add_product, plain_linear
 from nanochat_kernels.matrix_product import product, product_parameters
 from nanochat_kernels.operation import DECODED_ROWS, MODEL_WIDTHS, Benchmark, Implementation, Kernel, Operation, Trial
 from nanochat_kernels.product_configurations import SPACE, few_rows_kernel, more_product_keys, product_keys
-from nanochat_kernels.qk_norm_rope import qk_norm_rope, tables
+from nanochat_kernels.qk_norm_rope import QK_NORM_ROPE, qk_norm_rope, tables
 from nanochat_kernels.qkv_projection_kernels import QKV, product_gradient
 from nanochat_kernels.reference import EPS
-from nanochat_kernels.rms_norm import rms_norm
+from nanochat_kernels.rms_norm import RMS_NORM, rms_norm
 from nanochat_kernels.tracing import opaque
 from nanochat_kernels.triton_helpers import (
     DTYPES,
@@ -42,7 +43,6 @@ from nanochat_kernels.triton_helpers import (
     derivative,
     differentiable,
     needs_gradient,
-    triton_unsupported_reason,
 )
 
 HEAD_WIDTHS = (32, 64, 128)
@@ -152,7 +152,7 @@ class Backward(KernelFunction):
         v_gradient, needed,
     ):  # fmt: skip
         weights, buffers = (w_q, w_k, w_v), (q_gradient, k_gradient, v_gradient)
-        if dq is None and dk is None and dv is None:
+        if (dq is None and dk is None and dv is None) or not any(needed):
             return dx if needed[0] else None, None, None, None
         sizes = [w.size(0) // qkv.size(3) for w in weights]
         dq, dk, dv = (
@@ -194,8 +194,14 @@ def run(x, w_q, w_k, w_v, cos, sin, offset, rstd, *buffers):
 
 
 def run_unfused(x, w_q, w_k, w_v, cos, sin, offset, rstd, *buffers):
-    """The same with torch's products, rms_norm and qk_norm_rope: for heads that do not fill the part of a tile."""
+    """The same from torch's products, rms_norm and qk_norm_rope: for heads that do not fill the part of a tile."""
     return from_parts(x, (w_q, w_k, w_v), cos, sin, offset, buffers, "triton")
+
+
+def unfused_unsupported_reason(x, w_q, w_k, w_v, cos, sin, offset, *_) -> str | None:
+    q, k = (x[..., :1, None].expand(-1, -1, w.size(0) // (2 * cos.size(1)), 2 * cos.size(1)) for w in (w_q, w_k))
+    norm, rope = (part.implementations["triton"].unsupported_reason for part in (RMS_NORM, QK_NORM_ROPE))
+    return norm(x) or rope(q, k, cos, sin, offset)
 
 
 def run_reference(x, w_q, w_k, w_v, cos, sin, offset=0, rstd=None, *buffers):
@@ -276,10 +282,7 @@ def check(operation, x, w_q, w_k, w_v, cos, sin, offset, rstd, q_gradient, k_gra
                 f"{operation}: {name} has {weight.size(0)} rows, which is no multiple of the head width {width}"
             )
     check_shape(operation, "w_v", w_v, *w_k.shape)
-    if w_k.size(0) == 0 or w_q.size(0) % w_k.size(0):
-        raise ValueError(
-            f"{operation}: {w_q.size(0) // width} query heads are not a multiple of {w_k.size(0) // width} key heads"
-        )
+    check_heads(operation, w_q.size(0) // width, w_k.size(0) // width)
     check_offset(operation, x, x.size(1), cos.size(0), offset)
     check_rstd(operation, x, rstd)
 
@@ -386,7 +389,7 @@ QKV_PROJECTION = Operation(
     "qkv_projection", qkv_projection, run_reference,
     {
         "triton": Implementation(run, unsupported_reason),
-        "unfused": Implementation(run_unfused, lambda x, *_: triton_unsupported_reason(x)),
+        "unfused": Implementation(run_unfused, unfused_unsupported_reason),
     },
     KERNELS, trials,
     Benchmark(

@@ -59,6 +59,8 @@ def named(name: str, is_operation: bool = False) -> Callable[[Callable], Callabl
             with _range(name):
                 return function(*arguments, **options)
 
+        if is_operation:
+            call.__module__ = __package__  # whose attribute it is, as pickle wants to know
         return call
 
     return decorate

@@ -196,6 +196,11 @@ def softcapped(z: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(z / softcap)
 
 
+def softcapped_logits(x: Tensor, weight: Tensor, softcap: float = SOFTCAP) -> Tensor:
+    """softcapped(x·weightᵀ) of x (…, C) and weight (V, C)."""
+    return softcapped(x @ weight.t(), softcap)
+
+
 def softcap_cross_entropy(
     logits: Tensor,
     targets: Tensor,
@@ -228,6 +233,14 @@ def linear_cross_entropy(
 ) -> Tensor:
     """softcap_cross_entropy of the logits x·weightᵀ with x (N, C), weight (V, C)."""
     return softcap_cross_entropy(F.linear(x, weight), targets, softcap, ignore_index, reduction, loss_weight)
+
+
+def cache_append(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> None:
+    """Store k and v (B, T, G, D) in keys and values (B or 1, S, G, D), in place, from position lengths[b] of row b on."""
+    positions = lengths[:, None] + torch.arange(k.size(1), device=k.device)
+    row = torch.arange(k.size(0), device=k.device) if keys.size(0) == k.size(0) else torch.zeros_like(lengths)
+    at = row[:, None], positions
+    keys[at], values[at] = k, v
 
 
 def newton_schulz(
@@ -267,7 +280,7 @@ def adamw(
     factor: float, betas: tuple[float, float], eps: float, copy: Tensor | None = None,
 ) -> None:  # fmt: skip
     """One step of AdamW without decay, in place; `copy`, if given, receives the new weight in its own dtype."""
-    gradient = gradient * clip
+    gradient = gradient.to(mean.dtype) * clip
     mean.lerp_(gradient, 1 - betas[0])
     variance.lerp_(gradient.square(), 1 - betas[1])
     weight.sub_((mean / biases[0]) / ((variance / biases[1]).sqrt() + eps) * (factor * rate))

@@ -22,6 +22,7 @@ from nanochat_kernels.checks import (
     check_residual,
     check_rstd,
     check_shape,
+    row_width,
 )
 from nanochat_kernels.dispatch import choose
 from nanochat_kernels.folded_norm import KERNELS as NORM_KERNELS
@@ -208,6 +209,8 @@ class Backward(KernelFunction):
     @staticmethod
     def forward(dy, x, w_up, w_down, h, rstd, up_gradient, down_gradient, needed, is_residual):
         dw_up = dw_down = dx = None
+        if not any(needed):  # the residual alone requires a gradient
+            return dx, dw_up, dw_down
         h = relu2_mlp_hidden(x, w_up, rstd) if h is None else h
         upstream = dy.reshape(-1, dy.size(-1))
         if down_gradient is not None:
@@ -272,20 +275,21 @@ def relu2_mlp(
 ) -> tuple[Tensor, Tensor]:
     """Return residual + relu(norm(x)·w_upᵀ)²·w_downᵀ for x (…, C), w_up (F, C), w_down (C, F), and rstd of its rows.
 
-    The first result is (…, C) in x's dtype, or under autocast in the residual's if that is wider. rstd (…) is float32: (mean of a
-    row's squares + eps)^−½, as the next operation with a folded norm takes it. Gradients do not flow through rstd. residual (…, C)
-    is usually x itself: pass the same tensor, so that one product computes its whole gradient. rstd (…): that of x, if it is known.
-    up_gradient, down_gradient: contiguous float32 buffers with the weights' shapes. Backward adds the weights' gradients to
-    them in place; a weight with a buffer gets no `.grad`. If none of x, w_up and w_down requires a gradient, there is no
-    backward and the buffers stay untouched. If w_down alone requires one, the reference leaves up_gradient untouched too.
+    The first result is (…, C) in x's dtype, or under autocast in the residual's if that is wider. rstd (…) is float32 or x's wider
+    dtype: (mean of a row's squares + eps)^−½, as the next operation with a folded norm takes it. Gradients do not flow through
+    rstd. residual (…, C) is usually x itself: pass the same tensor, so that one product computes its whole gradient.
+    rstd (…): that of x, if it is known.
+    up_gradient, down_gradient: contiguous float32 buffers with the weights' shapes. Backward adds the weights' gradients to them in
+    place; a weight with a buffer gets no `.grad`. If none of x, w_up and w_down requires a gradient, there is no backward and the
+    buffers stay untouched. If w_down alone requires one, the reference leaves up_gradient untouched too.
     recompute: backward computes relu(z)² again in place of saving it, F numbers a row, which takes one more product and changes no
     bit; the reference computes all of forward again.
-    Repeated calls are bitwise equal. Raises ValueError for mismatched shapes or devices, TypeError for mismatched dtypes
-    (autocast may mix them), and KernelRequestError (a ValueError) if the implementation named by impl does not support the call.
+    Repeated calls are bitwise equal. Raises ValueError for mismatched shapes or devices, TypeError for mismatched dtypes (autocast
+    may mix them), and KernelRequestError (a ValueError) if the implementation named by impl does not support the call.
     """
     x, w_up, w_down = autocast_products(x, w_up, w_down)
     check_float("relu2_mlp", x=x, w_up=w_up, w_down=w_down)
-    check_shape("relu2_mlp", "w_up", w_up, "F", x.size(-1))
+    check_shape("relu2_mlp", "w_up", w_up, "F", row_width("relu2_mlp", x))
     check_shape("relu2_mlp", "w_down", w_down, x.size(-1), w_up.size(0))
     check_residual("relu2_mlp", x, residual, tuple(x.shape))
     check_rstd("relu2_mlp", x, rstd)

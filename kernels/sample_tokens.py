@@ -1,8 +1,8 @@
 """The next token of each row of logits, drawn from the most likely ones or from all, and log-probabilities: two launches.
 
 The first one reads the logits and stores, for each group of GROUP tokens, its largest logit and Σ exp(logit − largest). The most
-likely tokens are in the groups with the largest of these, as many groups as tokens are wanted: every other group has a larger
-logit in each of them. So the second launch ranks the groups, and then the tokens of the best ones.
+likely tokens are in the groups with the largest of these, as many groups as tokens are wanted: every token of another group is less
+likely than one token in each of these. So the second launch ranks the groups, and then the tokens of the best ones.
 
 The score of a token is (logit − largest logit)/temperature + Gumbel noise, and the largest score is chosen. Numbers are compared as
 integers that order them, followed by the token, so that no two are equal; sums are of integers. Therefore results depend neither on
@@ -20,7 +20,7 @@ from nanochat_kernels import reference
 from nanochat_kernels.checks import check_device, check_integers, check_shape
 from nanochat_kernels.configs import launch_parameters
 from nanochat_kernels.dispatch import choose
-from nanochat_kernels.operation import DECODED_ROWS, Benchmark, Implementation, Kernel, Operation, Trial
+from nanochat_kernels.operation import DECODED_ROWS, VOCABULARY, Benchmark, Implementation, Kernel, Operation, Trial
 from nanochat_kernels.triton_helpers import (
     cdiv,
     launch,
@@ -270,14 +270,18 @@ def sample_tokens(
     """Return (R, 1 + alternatives) the next token of each row, followed by its most likely ones, best first; and the natural
     logarithms of their probabilities at temperature 1, float32.
 
-    logits (R, V) float32. keys (R, 2) int64 and steps (R,) integers, all below 2³²: what the random numbers are made from. top_k (R,)
-    integers: each row draws among as many of its most likely tokens; 1 takes the most likely one, 0 draws among all. temperature (R,)
-    float32, positive. candidates: the largest top_k or more, and no fewer than alternatives; any_all: a row has top_k 0.
+    logits (R, V) float32. keys (R, 2) int64 and steps (R,) integers, all below 2³²: what the random numbers are made from. top_k
+    (R,) integers: each row draws among as many of its most likely tokens; 1 takes the most likely one, 0 draws among all.
+    temperature (R,) float32, positive. candidates: the largest top_k or more, and no fewer than alternatives; any_all: a row has
+    top_k 0.
     Of equal logits the smaller token comes first, and NaN before all numbers; a row with NaN or +inf takes its first token in that
-    order. A row's results depend neither on other rows nor on candidates and any_all. The noise of both implementations may differ by
+    order.
+    The values of tensors are not checked: with a top_k above candidates a token is drawn from the candidates, and negative steps
+    give other noise in one implementation than in the other.
+    A row's results depend neither on other rows nor on candidates and any_all. The noise of both implementations may differ by
     rounding, and with it, rarely, the choice.
-    Raises ValueError for mismatched shapes or devices, or counts out of range, TypeError for wrong dtypes, and KernelRequestError (a
-    ValueError) if the implementation named by impl does not support the call.
+    Raises ValueError for mismatched shapes or devices, or counts out of range, TypeError for wrong dtypes, and KernelRequestError
+    (a ValueError) if the implementation named by impl does not support the call.
     """
     check_shape("sample_tokens", "logits", logits, "R", "V")
     rows, vocabulary = logits.shape
@@ -329,7 +333,6 @@ def launches_of_choice(key, dtype: torch.dtype, device: torch.device):
     }
 
 
-VOCABULARY = 65_536  # of the model
 KERNELS = (
     Kernel(
         "sample_tokens_groups", (torch.float32,), ((1, VOCABULARY), (64, VOCABULARY)),

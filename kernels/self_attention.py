@@ -100,7 +100,7 @@ class Backward(KernelFunction):
         dout, dx, x, w_q, w_k, w_v, qkv, out, lse, rstd, head_rstd, cos, sin, starts, ends, offset, q_gradient,
         k_gradient, v_gradient, needed,
     ):  # fmt: skip
-        if dout is None:
+        if dout is None or not any(needed):
             return dx if needed[0] else None, None, None, None
         weights = w_q, w_k, w_v
         dz, whole = self_attention_backward(
@@ -171,9 +171,9 @@ def self_attention(
     """Return the attention (B, T, H, D) of norm(x) over itself, and x itself, for x (B, T, C).
 
     The arguments are those of qkv_projection, whose heads attend to each other as in attention, cu_seqlens that of attention. All
-    tokens of a row are at successive positions, the first at `offset`. qkv_impl, attention_impl: the implementations of the two
-    for impl="parts", which "auto" takes if either is named. Repeated calls are bitwise equal with impl="triton".
-    Raises ValueError for mismatched shapes or devices, TypeError for mismatched dtypes (autocast may mix them), and
+    tokens of a row are at successive positions, the first at `offset`. qkv_impl, attention_impl: the implementations of the two for
+    impl="parts", which "auto" takes if either is named; another impl does not use them. Repeated calls are bitwise equal with
+    impl="triton". Raises ValueError for mismatched shapes or devices, TypeError for mismatched dtypes (autocast may mix them), and
     KernelRequestError (a ValueError) if the implementation named by impl does not support the call.
     """
     given = x

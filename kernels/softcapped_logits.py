@@ -7,7 +7,8 @@ linear_cross_entropy, which stores no logits. Gemma Team 2024 (softcap).
 import torch
 from torch import Tensor
 
-from nanochat_kernels.checks import autocast_products, check_float, check_shape
+from nanochat_kernels import reference
+from nanochat_kernels.checks import autocast_products, check_float, check_shape, check_softcap, row_width
 from nanochat_kernels.dispatch import choose
 from nanochat_kernels.matrix_product import Epilogue, product, product_parameters, store_block, unsupported_reason
 from nanochat_kernels.operation import (
@@ -15,6 +16,7 @@ from nanochat_kernels.operation import (
     MODEL_WIDTHS,
     MORE_WIDTHS,
     TUNED_WIDTHS,
+    VOCABULARY,
     Benchmark,
     Implementation,
     Kernel,
@@ -22,11 +24,8 @@ from nanochat_kernels.operation import (
     Trial,
 )
 from nanochat_kernels.product_configurations import FEW_ROWS_SPACE, FEWEST_ROWS, RAGGED_FEW_ROWS
-from nanochat_kernels.reference import SOFTCAP
 from nanochat_kernels.tracing import opaque
 from nanochat_kernels.triton_helpers import DTYPES, as_rows, exp2, needs_gradient, tl, triton
-
-VOCABULARY = 65_536  # of the benchmark
 
 
 @triton.jit
@@ -67,10 +66,6 @@ def launch_logits(x: Tensor, weight: Tensor, softcap: float, parameters: dict[st
     return logits.view(*x.shape[:-1], weight.size(0))
 
 
-def run_reference(x: Tensor, weight: Tensor, softcap: float) -> Tensor:
-    return softcap * torch.tanh((x @ weight.t()).float() / softcap)
-
-
 def unsupported(x: Tensor, weight: Tensor, softcap: float) -> str | None:
     if needs_gradient(x, weight):
         return "it computes no gradient; the loss of the same head is linear_cross_entropy"
@@ -81,7 +76,7 @@ def unsupported(x: Tensor, weight: Tensor, softcap: float) -> str | None:
     return unsupported_reason(x)
 
 
-def softcapped_logits(x: Tensor, weight: Tensor, softcap: float = SOFTCAP, *, impl: str = "auto") -> Tensor:
+def softcapped_logits(x: Tensor, weight: Tensor, softcap: float = reference.SOFTCAP, *, impl: str = "auto") -> Tensor:
     """Return softcap·tanh(x·weightᵀ/softcap) (…, V) in float32, for x (…, C) and weight (V, C).
 
     The reference rounds the product to x's dtype first; the fused implementation rounds nothing. Repeated calls are bitwise equal.
@@ -90,9 +85,8 @@ def softcapped_logits(x: Tensor, weight: Tensor, softcap: float = SOFTCAP, *, im
     """
     x, weight = autocast_products(x, weight)
     check_float("softcapped_logits", x=x, weight=weight)
-    check_shape("softcapped_logits", "weight", weight, "V", x.size(-1))
-    if not softcap > 0:
-        raise ValueError(f"softcapped_logits: softcap must be positive, got {softcap}")
+    check_shape("softcapped_logits", "weight", weight, "V", row_width("softcapped_logits", x))
+    check_softcap("softcapped_logits", softcap)
     return choose(SOFTCAPPED_LOGITS, impl, x, weight, softcap)(x, weight, softcap)
 
 
@@ -100,7 +94,7 @@ def inputs(rows: int, width: int, vocab: int, dtype: torch.dtype, device: torch.
     """Return random normed rows, weights whose logits reach the softcap, and the softcap."""
     x = torch.empty(rows, width, device=device, dtype=dtype).normal_()
     weight = torch.empty(vocab, width, device=device, dtype=dtype).normal_()
-    return x, weight.mul_(4 * width**-0.5), SOFTCAP
+    return x, weight.mul_(4 * width**-0.5), reference.SOFTCAP
 
 
 def launches(key, dtype: torch.dtype, device: torch.device):
@@ -135,7 +129,7 @@ def flops(arguments: tuple, part: str, variant: str) -> float:
 
 
 SOFTCAPPED_LOGITS = Operation(
-    "softcapped_logits", softcapped_logits, run_reference, {"triton": Implementation(
+    "softcapped_logits", softcapped_logits, reference.softcapped_logits, {"triton": Implementation(
         lambda x, weight, softcap: softcapped_logits_forward(x, weight, float(softcap)), unsupported
     )},
     KERNELS, trials,

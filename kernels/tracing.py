@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import torch
 
+NAMESPACE = __package__.replace(".", "_")  # of the operations, in torch.ops
+
 
 def constant_when_traced(function: Callable) -> Callable:
     """Mark a function that torch.compile calls while it traces a caller, and whose result it keeps as a constant.
@@ -23,7 +25,7 @@ def opaque(shapes: Callable) -> Callable:
     """
 
     def decorate(function: Callable) -> Callable:
-        operation = torch.library.custom_op(f"{__package__}::{function.__name__}", function, mutates_args=())
+        operation = torch.library.custom_op(f"{NAMESPACE}::{function.__name__}", function, mutates_args=())
         operation.register_fake(shapes)
 
         @functools.wraps(function)

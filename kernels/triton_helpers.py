@@ -144,12 +144,19 @@ def derivative(function: type[KernelFunction], *arguments):
 
 def _one_slice_after_another(function: type[KernelFunction], batch_size: int, in_dims: tuple, arguments: tuple):
     """The vmap rule of every KernelFunction: returns (results stacked along a new first axis, 0 for each of them)."""
+    if batch_size == 0:  # a slice of zeros tells the shapes of the results
+        arguments = [
+            x.new_zeros((*x.shape[:d], 1, *x.shape[d + 1 :])) if isinstance(d, int) else x
+            for x, d in zip(arguments, in_dims, strict=True)
+        ]
     results = []
-    for index in range(batch_size):
+    for index in range(max(batch_size, 1)):
         slices = [x.select(d, index) if isinstance(d, int) else x for x, d in zip(arguments, in_dims, strict=True)]
         result = differentiable(function, *slices)
         results.append(result if isinstance(result, tuple) else (result,))
-    stacked = tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*results, strict=True))
+    stacked = tuple(
+        None if parts[0] is None else torch.stack(parts)[:batch_size] for parts in zip(*results, strict=True)
+    )
     dims = tuple(None if x is None else 0 for x in stacked)
     return (stacked, dims) if isinstance(result, tuple) else (stacked[0], dims[0])
 

@@ -1,7 +1,7 @@
 """Launch tables: the block sizes and numbers of warps of every kernel, one file for each architecture.
 
 sm80.json (A100) and sm90.json (H100, H200) are written by `nanochat kernels tune` and contain
-    launch: kernel → dtype → shape class → parameters; the name of a class is its key joined by "x": "2048x128", "1280xmasked"
+    launch: kernel → dtype → shape class → parameters; the name of a class is its key joined by "x": "2048x128", "65536xwhole"
     auto:   operation → {impl, why}: the implementation that impl="auto" takes on that architecture
     measured_on, versions, command: where the numbers come from; measured_elsewhere: kernel → GPU, for others than on that one
 A device without a table of its own uses the table of the nearest architecture below it, or sm80.

@@ -6,6 +6,7 @@ This file is long because the operation is five kernels, each with and without a
 import importlib
 import itertools
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -83,6 +84,24 @@ class Rounded(torch.autograd.Function):
         dv = torch.einsum("bhts,bthd->bshd", p.to(q.dtype).float(), dout).unflatten(2, (-1, share)).sum(3)
         root = math.sqrt(q.size(3))
         return (dq / root).to(q.dtype), (dk / root).to(q.dtype), dv.to(q.dtype), None
+
+
+@pytest.mark.parametrize("ends", [(0, 4), (3, 6), (0, 3, 100), (5,)])
+def test_tokens_outside_of_the_documents_are_documents_too(ends):
+    """As in the reference, so that wrong limits read nothing outside of any tensor."""
+    q, k, v = inputs(2, 3, 3, 1, 1, 32, torch.float16, 0)
+    cu_seqlens = torch.tensor(ends, device=DEVICE)
+    found, expected = (
+        harness.evaluate(
+            partial(kernels.attention, impl=impl),
+            [q, k, v, None, cu_seqlens],
+            [randn(*q.shape, dtype=q.dtype)],
+            [0, 1, 2],
+        )
+        for impl in ("triton", "reference")
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.01, atol=0.01)
 
 
 def plain(q, k, v, lengths=None, cu_seqlens=None):
@@ -685,6 +704,8 @@ def test_bad_input():
     rejected(TypeError, "cu_seqlens must be int32 or int64", q, q, q, None, integers.float())
     rejected(ValueError, "no lengths", q, q, q, integers, integers)
     rejected(ValueError, "as many keys as queries", q, k, v, None, integers)
+    for bound in (torch.tensor(5.0), "high"):
+        rejected(TypeError, "bound must be None or a number", q, k, v, bound=bound)
     for bound in (0.0, -1.0, math.nan):
         rejected(ValueError, "bound must be positive", q, k, v, bound=bound)
     wide = q.repeat(1, 1, 1, 8)

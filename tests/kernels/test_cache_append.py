@@ -79,8 +79,12 @@ def test_wrong_arguments():
         kernels.cache_append(keys, values, k[:2], k, lengths)
     with pytest.raises(TypeError, match="int32 or int64"):
         kernels.cache_append(keys, values, k, k, lengths.float())
-    with pytest.raises(kernels.KernelRequestError, match="no gradient"):
-        kernels.cache_append(keys, values, k.clone().requires_grad_(), k, lengths, impl="triton")
+    for impl in ("triton", "reference"):
+        with pytest.raises(
+            ValueError, match="computes no gradient, but a tensor requires one; call it under torch.no_grad"
+        ):
+            kernels.cache_append(keys, values, k.clone().requires_grad_(), k, lengths, impl=impl)
+    assert not keys.requires_grad
     with pytest.raises(kernels.KernelRequestError, match="65,536 rows exceed the 65,535 of one launch; split them"):
         kernels.cache_append(
             keys[:1], values[:1], *[k[:1].expand(2**16, 2, 1, 8)] * 2, lengths[:1].expand(2**16), impl="triton"

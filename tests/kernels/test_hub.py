@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,14 @@ def test_imports_become_relative():
 
 
 def test_each_variant_is_complete(tmp_path):
+    """What stood in its folder is gone, and what else is in the folder of builds is not."""
+    kept, old = tmp_path / "build" / "mine" / "x", tmp_path / "build" / "torch-cpu" / "old.py"
+    for path in (kept, old):
+        path.parent.mkdir(parents=True)
+        path.touch()
     hub.write_hub(tmp_path)
+    assert kept.is_file() and not old.exists()
+    shutil.rmtree(kept.parent)
     names = {path.name for path in (tmp_path / "build").iterdir()}
     assert names == {"torch-cuda", "torch-cpu"}
     for name in names:
@@ -53,6 +61,15 @@ ours = importlib.import_module("nanochat_kernels")  # beside the installed packa
 torch.testing.assert_close(ours.rms_norm(x), y)
 print("loaded", len(found.operations()))
 """
+
+
+def test_it_can_be_a_part_of_another_package(tmp_path):
+    hub.write_hub(tmp_path)
+    shutil.copytree(tmp_path / "build" / "torch-cpu", tmp_path / "other" / "kernels")
+    (tmp_path / "other" / "__init__.py").touch()
+    code = "import torch, other.kernels as k; print(k.rms_norm(torch.ones(2, 4)).shape, hasattr(torch.ops, 'other_kernels'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "torch.Size([2, 4]) True\n", done.stderr
 
 
 def test_the_library_loads_it(tmp_path):

@@ -7,7 +7,7 @@ import torch
 
 import nanochat_kernels as kernels
 from nanochat_kernels import reference
-from nanochat_kernels.newton_schulz_coefficients import COEFFICIENTS
+from nanochat_kernels.newton_schulz_coefficients import COEFFICIENTS, LARGEST_CONDITION, conditions
 from nanochat_kernels.operation import RunShape
 from tests.kernels import harness
 from tests.kernels.gradients import saved
@@ -125,6 +125,22 @@ def test_restarts_keep_the_condition(coefficients, where, bound):
         for a, b, c in steps[first:last]:
             y = a * y + b * y**3 + c * y**5
         assert (y / x).max() / (y / x).min() <= bound
+
+
+@pytest.mark.timeout(60)
+def test_restarts_of_many_steps():
+    """All choices would be 2²⁹. No fewer restarts would do."""
+    steps = FILE.coefficients_of(30, "polar_express")
+    ends = (0, *FILE.restarts(steps), 30)
+    between = conditions(steps)
+    assert max(between[a][b] for a, b in zip(ends, ends[1:], strict=False)) <= LARGEST_CONDITION
+    start = fewest = 0
+    while between[start][30] > LARGEST_CONDITION:  # as far as each factor goes
+        start = max(end for end in range(start + 1, 30) if between[start][end] <= LARGEST_CONDITION)
+        fewest += 1
+    assert len(ends) - 2 == fewest
+    with pytest.raises(ValueError, match="take algorithm 'standard'"):
+        FILE.restarts(16 * ((1.0, -1.5, 0.5),))
 
 
 def test_one_restart_is_better_than_none():

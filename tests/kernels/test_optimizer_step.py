@@ -142,6 +142,15 @@ def adamw(weight, gradient, mean, variance, copy=None, impl="triton"):
     return weight, mean, variance
 
 
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_adamw_of_a_gradient_in_16_bits(impl):
+    narrow = randn(5, 40, dtype=torch.bfloat16, seed=1)
+    state = [[randn(5, 40, dtype=torch.float32, seed=2).abs() for _ in range(3)] for _ in range(2)]
+    for gradient, (weight, mean, variance) in zip((narrow, narrow.float()), state, strict=True):
+        adamw(weight, gradient, mean, variance, impl=impl)
+    assert all(map(torch.equal, *state))
+
+
 def test_rows_that_were_never_seen_stay():
     """For a row of an embedding that had no gradient yet, 0/(√0 + eps) is 0; without eps it would be NaN."""
     weight, zeros = randn(5, 40, dtype=torch.float32), [torch.zeros(5, 40, device=DEVICE) for _ in range(3)]

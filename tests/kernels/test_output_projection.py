@@ -157,6 +157,9 @@ def test_the_buffer_stays_untouched_where_no_input_requires_a_gradient(impl):
     given_ = inputs((5,), 12, 20, torch.float32)
     buffer = torch.zeros(12, 20, device=DEVICE)
     assert not kernels.output_projection(*given_, buffer, impl=impl)[0].requires_grad
+    residual = given_[2].clone().requires_grad_()
+    kernels.output_projection(*given_[:2], residual, buffer, impl=impl)[0].sum().backward()
+    assert not buffer.any() and bool((residual.grad == 1.0).all())
     for i in range(2):
         leaves = [t.clone().requires_grad_(i == j) for j, t in enumerate(given_)]
         buffer.zero_()

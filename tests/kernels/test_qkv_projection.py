@@ -388,6 +388,18 @@ def test_empty_batch(shape, dtype):
     check(fused, plain, given_, differentiated(dtype))
 
 
+def test_auto_falls_back_where_a_part_of_the_unfused_one_does_not_serve():
+    """Heads of 64 without a power of two's tile are unfused; neither serves tables that require a gradient."""
+    x, *weights, cos, sin, _ = inputs(1, 3, 24, 4, 2, torch.bfloat16)
+    given_ = x, *weights, cos.clone().requires_grad_(), sin, 0, None
+    for name, implementation in FILE.QKV_PROJECTION.implementations.items():
+        assert "no gradient for cos and sin" in implementation.unsupported_reason(*given_), name
+    with pytest.raises(kernels.KernelRequestError, match="qkv_projection: impl='unfused' does not support this call"):
+        kernels.qkv_projection(*given_[:6], impl="unfused")
+    wide = torch.empty(1, 1, 20_000, device="meta")
+    assert "20000 elements" in FILE.unfused_unsupported_reason(wide, *[wide.new_empty(64, 20_000)] * 3, cos, sin, 0)
+
+
 def test_zero_rows_have_no_nan():
     given_ = inputs(1, 3, 24, 4, 2, torch.bfloat16)
     given_[0] = torch.zeros_like(given_[0])

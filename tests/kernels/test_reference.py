@@ -1,6 +1,7 @@
 """The reference itself, against formulas written out in float64 and by properties that must hold."""
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -185,6 +186,7 @@ def test_newton_schulz_orthogonalises(m, n, scale, seed):
 def test_bad_input_is_named():
     x = randn(4, 6)
     cos, sin = tables(8, 6)
+    weight = randn(5, 6, dtype=torch.float32)
     cases = [
         (TypeError, "floating point", lambda: kernels.rms_norm(torch.ones(3, dtype=torch.int64))),
         (ValueError, "C at least 1, got shape", lambda: kernels.rms_norm(torch.tensor(1.0))),
@@ -207,10 +209,60 @@ def test_bad_input_is_named():
         (ValueError, "reduction", lambda: kernels.linear_cross_entropy(x, x, torch.zeros(4).long(), reduction="sum")),
         (ValueError, "steps", lambda: kernels.newton_schulz(x, -1)),
         (ValueError, "must be", lambda: kernels.newton_schulz(x[0])),
+        (ValueError, "integer of at least 0, got 2.5", lambda: kernels.newton_schulz(x, 2.5)),
+        (ValueError, "one per step, got 3.0", lambda: kernels.newton_schulz(x, 5, 3.0)),
+        (TypeError, "linear: x must be a tensor, got None", lambda: kernels.linear(None, x)),
+        (TypeError, "rms_norm: x must be a tensor, got 1", lambda: kernels.rms_norm(1)),
+        (ValueError, "linear: x must have shape .* got a single number", lambda: kernels.linear(x[0, 0], x)),
+        (
+            TypeError,
+            "loss_weight must be a tensor, got 0.5",
+            lambda: kernels.softcap_cross_entropy(x, torch.zeros(4).long(), loss_weight=0.5),
+        ),
+        (ValueError, "got the weight", lambda: kernels.linear(x.float(), weight, weight)),
+        (
+            ValueError,
+            "requires no gradient, .* got a tensor that requires one",
+            lambda: kernels.relu2_mlp(
+                x.float(), weight, weight.t().contiguous(), None, None, weight.clone().requires_grad_()
+            ),
+        ),
+        (ValueError, "positive and finite, got inf", lambda: kernels.softcapped_logits(x, x, math.inf)),
+        (
+            ValueError,
+            "positive and finite, got inf",
+            lambda: kernels.linear_cross_entropy(x, x, torch.zeros(4).long(), math.inf),
+        ),
+        (
+            ValueError,
+            "offset must be from 0 to 8, the rows of the tables, got -1",
+            lambda: kernels.qk_norm_rope(randn(1, 4, 2, 6), randn(1, 4, 2, 6), cos, sin, -1),
+        ),
     ]
     for kind, message, call in cases:
         with pytest.raises(kind, match=message):
             call()
+
+
+def test_autocast_casts_floating_point_only():
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(TypeError, match="x must be floating point, got torch.int64"),
+    ):
+        kernels.linear(torch.ones(2, 4, dtype=torch.int64), torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_operations_can_be_pickled(operation):
+    function = getattr(kernels, operation)
+    assert pickle.loads(pickle.dumps(function)) is function
+
+
+@pytest.mark.parametrize("call", [
+    lambda x: kernels.linear(x, x.new_ones(5, 4), torch.zeros(5, 4)), lambda x: kernels.newton_schulz(x, impl="triton"),
+])  # fmt: skip
+def test_vmap_over_nothing(call):
+    assert torch.vmap(call)(torch.ones(3, 2, 4).half()[:0]).shape[0] == 0
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

@@ -183,6 +183,9 @@ def test_buffers_stay_untouched_where_no_input_requires_a_gradient(impl):
     x, w_up, w_down, _ = inputs((5,), 12, 20, torch.float32)
     up, down = torch.zeros(20, 12, device=DEVICE), torch.zeros(12, 20, device=DEVICE)
     assert not kernels.relu2_mlp(x, w_up, w_down, x, None, up, down, impl=impl)[0].requires_grad
+    residual = x.clone().requires_grad_()
+    kernels.relu2_mlp(x, w_up, w_down, residual, None, up, down, impl=impl)[0].sum().backward()
+    assert not up.any() and not down.any() and bool((residual.grad == 1.0).all())
     for i in range(3):
         leaves = [t.clone().requires_grad_(i == j) for j, t in enumerate((x, w_up, w_down))]
         up.zero_(), down.zero_()
