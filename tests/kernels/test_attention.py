@@ -724,6 +724,8 @@ def test_bad_input():
 # faults that a test must catch: see test_planted_faults.py
 K, G, F, L = "attention_kernels", "attention_gradient_kernels", "attention", "attention_launches"
 PLANTED_FAULTS = {
+    "tokens behind the documents": ("attention", "F.pad(F.pad(cu_seqlens, (1, 0)), (0, 1), value=batch * tokens)",
+     "cu_seqlens", "test_tokens_outside_of_the_documents_are_documents_too"),
     "a key after the query is seen": (K, "return before >= 0", "return before >= -1",
      "test_attention"),
     "the block on the diagonal is taken as seen whole": (K, "first_query + queries_before + 1, 0) // BLOCK_N",

@@ -280,6 +280,8 @@ def test_nothing_to_sum(impl, dtype, monkeypatch):
 
 # faults that a test must catch: see test_planted_faults.py
 PLANTED_FAULTS = {
+    "gradient of the weight for the residual alone": ("output_projection", "if not any(needed):", "if False:",
+     "test_the_buffer_stays_untouched_where_no_input_requires_a_gradient"),
     "residual not added": ("folded_norm", "sums += residual.to(tl.float32)", "sums += 0 * residual.to(tl.float32)",
      "test_output_projection"),
     "stride of the residual ignored": ("folded_norm", "residual_ptr, residual_stride, row", "residual_ptr, out_stride, row",

@@ -384,20 +384,17 @@ PLANTED_FAULTS = {
     ),
     "gradient of another residual dropped": ("relu2_mlp", "*gradients, dy if needed[3] else None", "*gradients, None",
      "test_relu2_mlp"),
-    "rstd of the branch under autocast": (
-        "relu2_mlp", "return reference.with_rstd(residual + y)", "return residual + y, y_rstd", "test_autocast",
-    ),
+    "rstd of the branch under autocast": ("relu2_mlp", "return reference.with_rstd(residual + y)", "return residual + y, y_rstd",
+     "test_autocast"),
     "x as the residual cast under autocast": (
         "relu2_mlp", "    x, w_up, w_down = autocast_products(x, w_up, w_down)\n",
         "    is_residual = residual is x\n    x, w_up, w_down = autocast_products(x, w_up, w_down)\n"
         "    residual = x if is_residual else residual\n", "test_autocast",
     ),
-    "up gradient not added": (
-        "relu2_mlp", "add_product(up_gradient, dz, rows)", "up_gradient.copy_(dz.t() @ rows)",
-        "test_gradients_are_added_to_buffers",
-    ),
-    "torch.compile told another shape": (
-        "relu2_mlp", "x.new_empty(x.shape if needs_dx else 0)", "x.new_empty(x.shape)",
-        "test_products_are_opaque_to_the_compiler",
-    ),
+    "up gradient not added": ("relu2_mlp", "add_product(up_gradient, dz, rows)", "up_gradient.copy_(dz.t() @ rows)",
+     "test_gradients_are_added_to_buffers"),
+    "gradients of weights for the residual alone": ("relu2_mlp", "if not any(needed):", "if False:",
+     "test_buffers_stay_untouched_where_no_input_requires_a_gradient"),
+    "torch.compile told another shape": ("relu2_mlp", "x.new_empty(x.shape if needs_dx else 0)", "x.new_empty(x.shape)",
+     "test_products_are_opaque_to_the_compiler"),
 }  # fmt: skip
