@@ -31,14 +31,35 @@ def narrow_offsets(*kernels: str) -> str:
     return done.stdout + done.stderr[-2000:]
 
 
+class Reached(Exception):
+    """The compiler has come to the intermediate representation, which is the argument."""
+
+
 def intermediate_representation(launch) -> str:
-    """Return a recorded launch in Triton's intermediate representation for an A100, as text."""
+    """Return a recorded launch in Triton's intermediate representation for an A100, as text, without making code of it."""
     import triton
 
     from nanochat_kernels.inspect import specialize, target_of
 
+    def stop_there(backend=None, stages=None, *_):
+        if stages is None:
+            return "intermediate representation", "alone"  # what Triton's cache knows it by
+        compute = stages["ttir"]
+
+        def stage(module, metadata):
+            raise Reached(str(compute(module, metadata)))
+
+        stages["ttir"] = stage
+        return None
+
     source, options = specialize(launch, "sm80")
-    return triton.compile(source, target=target_of("sm80"), options=options).asm["ttir"]
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.add_stages_inspection_hook = stop_there
+        try:
+            triton.compile(source, target=target_of("sm80"), options=options)
+        except Reached as found:
+            return found.args[0]
+    raise RuntimeError("Triton compiled a kernel without its stage 'ttir'")
 
 
 def faults(text: str, only_scalars: bool = False, narrow_rows: bool = False) -> list[str]:
