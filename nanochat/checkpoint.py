@@ -314,7 +314,7 @@ def find_checkpoint(
             f"no checkpoint of {wanted}; there are: {', '.join(trained) or 'none'}; {remedy}{paths.other_runs}"
         )
     path = store.path(steps[-1] if step is None else step)
-    tokenizer = Tokenizer.load(paths.tokenizer)
+    tokenizer = Tokenizer.load(paths.tokenizer, paths.make_tokenizer)
     return path, tokenizer, read_meta(path, tokenizer)
 
 
@@ -332,11 +332,19 @@ def create_model(path: Path, config: GPTConfig, runtime: Runtime, meta: dict) ->
 def save_model(store: CheckpointStore, step: int, config: GPTConfig, weights: dict[str, Tensor], meta: dict) -> Path:
     """Write a checkpoint of weights alone, by their names in a GPT: training of its stage cannot resume from it."""
     with fresh_directory(store.path(step)) as directory:
-        save_file(weights, directory / WEIGHTS)
+        save_tensors(weights, directory / WEIGHTS)
         content = {"bytes": (directory / WEIGHTS).stat().st_size, "sha256": sha256_of(directory / WEIGHTS)}
         meta = {"step": step, "config": config.to_dict(), **meta, "files": {WEIGHTS: content}}
         (directory / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
     return store.path(step)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a file of safetensors; what the disk does not take is an OSError as for any other file."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise _as_os_error(error, path) from error
 
 
 def _remove(path: Path) -> None:
@@ -346,7 +354,7 @@ def _remove(path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _as_os_error(error: BaseException) -> OSError:
+def _as_os_error(error: BaseException, path: Path | None = None) -> OSError:
     """The operating system's error in the chain of causes; an error of the disk with the same message if there is none."""
     cause: BaseException | None = error
     while cause is not None:
@@ -354,4 +362,6 @@ def _as_os_error(error: BaseException) -> OSError:
             return OSError(cause.errno, os.strerror(cause.errno))
         cause = cause.__cause__ or cause.__context__
     message = (str(error) or repr(error)).splitlines()[0]
-    return OSError(errno.ENOSPC if "No space left" in str(error) else errno.EIO, message)
+    if "No space left" in str(error):
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path) if path else None)
+    return OSError(errno.EIO, message, str(path) if path else None)

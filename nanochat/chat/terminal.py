@@ -24,7 +24,9 @@ def chat(options: ChatOptions, paths: Paths) -> None:
         model, tokenizer, _ = load_model(paths, options.source, runtime, options.impl)
     sampling = {"temperature": options.temperature, "top_k": options.top_k, "seed": options.seed}
     session = Session(Engine(model, tokenizer, frozen=True), options.max_tokens, **sampling)
-    if options.prompt:
+    if options.prompt is not None:
+        if not options.prompt.strip():
+            raise UserError("the prompt is empty; give a text, or leave --prompt out to chat")
         if not print_answer(session, options.prompt):
             raise KeyboardInterrupt  # the command ends as any other that is interrupted
         return
@@ -80,11 +82,13 @@ def print_answer(session: Session, text: str) -> bool:
     An interrupt (Ctrl-C) ends the answer, not the chat.
     """
     whole = True
-    console.print("[bold]nanochat:[/bold] ", end="")
     answer = session.ask(text)
+    pieces, name = shown(answer), "[bold]nanochat:[/bold] "
     try:
-        for piece in shown(answer):
+        for piece in pieces:
+            console.print(name, end="")  # only now: a message that is too long has no answer
             console.print(piece, end="", markup=False)
+            name = ""
     except KeyboardInterrupt:
         whole = False
         with contextlib.suppress(KeyboardInterrupt):

@@ -12,9 +12,10 @@ from rich.table import Table
 from nanochat.cluster.submit import log_of
 from nanochat.options.cluster import StatusOptions
 from nanochat.platform.console import format_duration, say, show_table
+from nanochat.platform.errors import UserError
 from nanochat.platform.files import json_lines, read_json
 from nanochat.platform.lock import described, holder
-from nanochat.platform.paths import Paths, steps_in
+from nanochat.platform.paths import TRAINING_STAGES, Paths, steps_in
 from nanochat.report.sections import read_section
 from nanochat.speedrun.records import record_path
 from nanochat.speedrun.stages import STAGES, Stage
@@ -125,6 +126,8 @@ class Progress:
 
 def status(options: StatusOptions, paths: Paths) -> None:
     """Print a table of the stages, what works on the run or how it goes on, and the run's last jobs."""
+    if not paths.run.exists() and paths.runs and not any(job.get("run") == paths.run_name for job in _noted(paths)):
+        raise UserError(f"there is no run {paths.run_name} in {paths.base}{paths.other_runs}")
     stages = [Progress.of(paths, stage) for stage in STAGES if stage.name != "data" or paths.embedded.exists()]
     stages = [progress for progress in stages if not progress.stage.optional or progress.has_begun]
     table = Table("stage", "state", "step", "loss", "tokens/s", "left", box=None)
@@ -137,8 +140,9 @@ def status(options: StatusOptions, paths: Paths) -> None:
         say(f"stage {progress.stage.name} is running: {described(progress.holder)}")
     if not running and holder(paths.lock("speedrun")) is None:
         finished = [number for number, progress in enumerate(stages) if progress.seconds is not None]
-        ahead = [progress for progress in stages if progress.stopped] or stages[finished[-1] + 1 if finished else 0 :]
-        for progress in ahead[:1]:
+        removed = [progress for progress in stages if progress.seconds is None and _said(paths, progress.stage)]
+        later = stages[finished[-1] + 1 if finished else 0 :]
+        for progress in ([progress for progress in stages if progress.stopped] or removed or later)[:1]:
             say(progress.how_it_goes_on(jobs))
     for job in jobs:
         say(f"job {job.id} {job.name}: {job.state}, {job.ran} of {job.limit}, {job.reason}")
@@ -156,17 +160,30 @@ def _seconds(paths: Paths, stage: Stage, last: dict) -> float | None:
 
     A stage that was run by itself has no record. One that is trained again has a section, of another number of steps.
     """
+    trained = stage.name.removesuffix("-eval")
+    if trained in TRAINING_STAGES and not steps_in(paths.checkpoints(trained)):
+        return None  # the checkpoints were removed
     section = read_section(paths, stage.name)
     if section and last and section["results"].get("steps") != last["step"] + 1:
         return None
-    finished = read_json(record_path(paths, stage), {"seconds": float}) or section
+    finished = _said(paths, stage)
     return finished["seconds"] if finished else None
+
+
+def _said(paths: Paths, stage: Stage) -> dict | None:
+    """The record of a stage that finished, or its section; its files may have been removed since."""
+    return read_json(record_path(paths, stage), {"seconds": float}) or read_section(paths, stage.name)
+
+
+def _noted(paths: Paths) -> list[dict]:
+    """The jobs that were submitted, of all runs."""
+    noted = [job for _, job in json_lines(paths.jobs)] if paths.jobs.exists() else []
+    return [job for job in noted if isinstance(job, dict) and "id" in job]  # a line may be cut off
 
 
 def _jobs(paths: Paths) -> Iterator[SubmittedJob]:
     """The last jobs of the run that Slurm still knows; of all runs while the run has no files, as before its first job starts."""
-    noted = [job for _, job in json_lines(paths.jobs)] if paths.jobs.exists() else []
-    noted = [job for job in noted if isinstance(job, dict) and "id" in job]  # a line may be cut off
+    noted = _noted(paths)
     if paths.run.exists():
         noted = [job for job in noted if job.get("run", job.get("preset")) == paths.run_name]
     ids = [str(job["id"]) for job in noted[-SHOWN:]]

@@ -18,11 +18,18 @@ from nanochat.platform import environment
 from nanochat.platform.console import say
 from nanochat.platform.errors import UserError, remedy_for
 from nanochat.platform.paths import Paths
-from nanochat.speedrun.stages import check_stage
+from nanochat.speedrun.stages import check_order, check_stage
 from nanochat.tasks import CustomJSON
 
 EARLY = 60  # seconds by which Slurm may send a signal before it is due
 START_UP = 120  # seconds for modules, preflight, imports and the compilation of kernels, before the first step
+# what the gate needs: one GPU, and the memory for a model's weights and the compiler
+GATE_NEEDS = {"memory": "64G", "time": "1:00:00"}
+# the options that only a speedrun has
+OF_SPEEDRUN = {
+    "first": "--from", "last": "--to", "rl": "--rl", "custom_json": "--custom-json", "changed": "--changed", "nodes": "--nodes",
+    "after_gate": "--after-gate", "tasks_per_node": "--tasks-per-node",
+}  # fmt: skip
 
 
 def submit(options: SubmitOptions) -> None:
@@ -72,9 +79,18 @@ def _jobs(options: SubmitOptions, site: Site) -> list[Job]:
     for option, name in (("--from", options.first), ("--to", options.last)):
         if name:
             check_stage(option, name, options.rl)
+    if options.first and options.last:
+        check_order(options.first, options.last)
     shared = Job(options.job, options.preset, time=options.time, mail=site.mail_user, run_name=options.run_name)
     alone = replace(shared, gpus=min(gpus, 1))
     if options.job != "speedrun":
+        chosen = [
+            name for name, option in OF_SPEEDRUN.items() if getattr(options, name) != getattr(SubmitOptions(), name)
+        ]
+        if chosen:
+            raise UserError(
+                f"{', '.join(OF_SPEEDRUN[name] for name in chosen)} belong to the job speedrun; leave them out"
+            )
         return [alone]
     for path in options.custom_json:
         CustomJSON(path)  # a mistake in it is found now, and not when the job begins
@@ -97,6 +113,8 @@ def _jobs(options: SubmitOptions, site: Site) -> list[Job]:
 
 def _asked_of(site: Site, job: Job) -> Site:
     """The site with what a job asks of it: less than a node for a run on CPUs."""
+    if job.name == "gate":
+        return reduced(site, GATE_NEEDS)
     return reduced(site, ON_CPU_NEEDS) if job.name == "speedrun" and job.preset in ON_CPU else site
 
 

@@ -51,7 +51,7 @@ ENCODINGS = {
 
 def evaluate_tokenizer(options: TokenizerEvalOptions, paths: Paths) -> dict[str, float]:
     """`nanochat tokenizer eval`: print UTF-8 bytes per token for each text and encoding; returns them as "text", "text (gpt2)"."""
-    tokenizer = Tokenizer.load(paths.tokenizer, f"nanochat tokenizer train{paths.as_option}")
+    tokenizer = Tokenizer.load(paths.tokenizer, paths.make_tokenizer)
     texts = dict(TEXTS)
     for split in ("train", "val"):
         texts[split] = "\n".join(islice(Shards.of(paths, split).documents(), 200))
@@ -70,13 +70,12 @@ def evaluate_tokenizer(options: TokenizerEvalOptions, paths: Paths) -> dict[str,
 
 def _other_encodings(paths: Paths) -> Iterator[tuple[str, Callable[[str], Sequence[int]]]]:
     for name, files in ENCODINGS.items():
-        missing = [
-            path
-            for path in (paths.encodings / hashlib.sha1((_ORIGIN + file).encode()).hexdigest() for file in files)
-            if not path.exists()
-        ]
+        places = {
+            _ORIGIN + file: paths.encodings / hashlib.sha1((_ORIGIN + file).encode()).hexdigest() for file in files
+        }
+        missing = [f"{address} as {path}" for address, path in places.items() if not path.exists()]
         if missing:
-            say(f"{name}: left out, {missing[0]} is not there")
+            say(f"{name}: left out; to compare with it, store {' and '.join(missing)}")
             continue
         os.environ["TIKTOKEN_CACHE_DIR"] = str(paths.encodings)  # read by tiktoken alone
         yield name, partial(encode_ordinary, tiktoken.get_encoding(name))

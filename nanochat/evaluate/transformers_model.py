@@ -4,6 +4,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from huggingface_hub.utils import logging
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -57,6 +58,7 @@ def load_transformers(name: str, runtime: Runtime) -> tuple[TransformersModel, T
         raise UserError(
             f"--hf-path needs the package transformers ({error}); install it with: pip install transformers"
         ) from error
+    logging.set_verbosity_error()  # of each attempt to reach the hub; what came of it is said below
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(

@@ -6,13 +6,15 @@ tokenizer.json, tokenizer_config.json     the tokenizer
 chat_template.jinja                       the chat format
 """
 
+import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from nanochat.checkpoint import CheckpointStore, load_model, save_model
+from nanochat.checkpoint import CheckpointStore, load_model, save_model, save_tensors
 from nanochat.gpt import GPT
 from nanochat.huggingface.model import config_of, names_of, sizes_of, weights_from
 from nanochat.huggingface.tokenizer import CHAT_TEMPLATE, tokenizer_config, tokenizer_from, tokenizer_json
@@ -31,15 +33,15 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 def export_model(options: ExportOptions, paths: Paths) -> None:
     """Write a checkpoint as a directory for transformers. Raises UserError if it would replace files that nanochat did not write."""
     output = (options.output or paths.run / "export" / options.stage).resolve()
+    # before anything is made: a mistyped run leaves none behind
+    with start_runtime("cpu") as runtime:
+        step = None if options.step < 0 else options.step
+        model, tokenizer, meta = load_model(paths, options.stage, runtime, step=step)
     with locked(output.with_name(f"{output.name}.lock"), "export"):
         if output.exists() and (not output.is_dir() or (foreign := foreign_files(output))):
             what = name_some(foreign) if output.is_dir() else output
             raise UserError(
                 f"nanochat did not write {what}, and exporting would replace it; move it away or give another --output"
-            )
-        with start_runtime("cpu") as runtime:
-            model, tokenizer, meta = load_model(
-                paths, options.stage, runtime, step=None if options.step < 0 else options.step
             )
         with fresh_directory(output) as directory:
             write_model(directory, model, tokenizer)
@@ -54,7 +56,7 @@ def write_model(directory: Path, model: GPT, tokenizer: Tokenizer) -> None:
     names, weights = names_of(model.config), dict(model.named_parameters())
     # transformers wants to know what the tensors were made for
     renamed = {theirs: weights[ours].detach().cpu().contiguous() for ours, theirs in names.items()}
-    save_file(renamed, directory / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(renamed, directory / WEIGHTS, metadata={"format": "pt"})
     end, bos = tokenizer.special("assistant_end"), tokenizer.bos
     write_json(directory / "config.json", config_of(model.config, tokenizer))
     write_json(
@@ -87,13 +89,22 @@ def import_model(options: ImportOptions, paths: Paths) -> None:
             raise UserError(
                 f"{store.directory} has checkpoints already; import into a run of its own: --run-name NAME, or move them away"
             )
-        if (paths.tokenizer / "tokenizer.json").exists() and Tokenizer.load(paths.tokenizer).hash != tokenizer.hash:
+        is_new = not (paths.tokenizer / "tokenizer.json").exists()
+        if not is_new and Tokenizer.load(paths.tokenizer, paths.make_tokenizer).hash != tokenizer.hash:
             raise UserError(
                 f"the run {paths.run_name} has another tokenizer in {paths.tokenizer}; import into a run of its own: --run-name NAME"
             )
-        tokenizer.save(paths.tokenizer)
-        meta = {"tokenizer": tokenizer.hash, "imported_from": str(source)}
-        path = save_model(store, options.step, config, weights, meta)
+        try:
+            tokenizer.save(paths.tokenizer)
+            meta = {"tokenizer": tokenizer.hash, "imported_from": str(source)}
+            path = save_model(store, options.step, config, weights, meta)
+        except BaseException:  # half a run would be taken for one
+            if is_new:
+                shutil.rmtree(paths.tokenizer, ignore_errors=True)
+            with suppress(OSError):  # there are other stages
+                store.directory.rmdir()
+                store.directory.parent.rmdir()
+            raise
     say(f"imported {source} as {path}; chat with it: nanochat chat --source {options.stage}{paths.as_option}")
 
 

@@ -14,7 +14,7 @@ from nanochat.options.ranges import AnyInteger, AtLeast, Between
 class ChatOptions(NewestRun):
     """Chat with a model: type to talk, /clear to start a new conversation, /quit to leave."""
 
-    prompt: Annotated[str, tyro.conf.arg(aliases=["-p"])] = ""
+    prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
     """answer only this prompt, without a chat"""
     source: Annotated[Literal["base", "mid", "sft", "rl"], tyro.conf.arg(aliases=["--stage"])] = "sft"
     """training stage whose newest checkpoint is used; --stage, as other commands call it, is the same"""

@@ -10,8 +10,16 @@ from nanochat.platform.errors import UserError
 
 def configured_base_directory() -> Path | None:
     """NANOCHAT_BASE_DIR as an absolute path; None when it is not set."""
-    value = os.environ.get("NANOCHAT_BASE_DIR")
-    return Path(value).expanduser().absolute() if value else None
+    return _path_in("NANOCHAT_BASE_DIR")
+
+
+def _path_in(variable: str) -> Path | None:
+    """The absolute path in a variable, with ~ replaced; None when it is not set. Raises UserError for an unknown user."""
+    value = os.environ.get(variable)
+    try:
+        return Path(value).expanduser().absolute() if value else None
+    except RuntimeError as error:
+        raise UserError(f"{variable}={value}: there is no such user; give an absolute path") from error
 
 
 def home_directory() -> Path | None:
@@ -33,8 +41,7 @@ def collective_timeout() -> timedelta:
 
 def kernel_library() -> Path | None:
     """NANOCHAT_AOT: the library of the kernels that CMake built, or the folder it is in; None where Triton compiles them."""
-    value = os.environ.get("NANOCHAT_AOT")
-    return Path(value).expanduser().absolute() if value else None
+    return _path_in("NANOCHAT_AOT")
 
 
 def processes_here() -> int:

@@ -24,10 +24,22 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes may write the same file
     remove_leftovers(path.parent, f".{path.name}.*.tmp")
     try:
-        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        temporary.replace(path)
+        with names_the_file(path):
+            temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def names_the_file(path: Path) -> Iterator[None]:
+    """Errors of the system in the block, such as a full disk, which writing does not say the file of, name this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise
 
 
 def remove_leftovers(directory: Path, pattern: str) -> None:
@@ -147,8 +159,15 @@ def write_manifest(directory: Path) -> None:
 def foreign_files(directory: Path) -> list[Path]:
     """The files of a directory that were added, or changed, since its manifest was written; all of them if it has none."""
     known = read_json(directory / MANIFEST) or {}
-    files = [path for path in all_files(directory) if not known or path != directory / MANIFEST]
-    return [p for p in files if p.is_symlink() or known.get(str(p.relative_to(directory))) != sha256_of(p)]
+    if not known:
+        return all_files(directory)
+    files = [path for path in all_files(directory) if path != directory / MANIFEST]
+    return [path for path in files if not _has_hash(path, known.get(str(path.relative_to(directory))))]
+
+
+def _has_hash(path: Path, digest: str | None) -> bool:
+    """Whether it is a file with this content; other things, such as a pipe, are not opened."""
+    return digest is not None and not path.is_symlink() and path.is_file() and sha256_of(path) == digest
 
 
 def name_some(files: list[Path]) -> str:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from nanochat.platform.console import say
 from nanochat.platform.environment import slurm_job_id
 from nanochat.platform.errors import UserError
-from nanochat.platform.files import remove_leftovers
+from nanochat.platform.files import names_the_file, remove_leftovers
 from nanochat.platform.shapes import check_shape
 
 BEAT = 10.0  # seconds between two heartbeats, each of which changes the time of the file
@@ -47,7 +47,7 @@ def locked(path: Path, command: str) -> Iterator[None]:
         "command": command,
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
-    made = not path.parent.exists()
+    made = [directory for directory in path.parents if not directory.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     _acquire(path, mine)
     released = threading.Event()
@@ -62,9 +62,9 @@ def locked(path: Path, command: str) -> Iterator[None]:
         released.set()
         heart.join()
         _remove(path, mine)
-        if made:
-            with suppress(OSError):  # it has files
-                path.parent.rmdir()
+        with suppress(OSError):  # one has files
+            for directory in made:
+                directory.rmdir()
 
 
 HOLDER = {"host": str, "process": int, "started": str, "job": str, "since": str}
@@ -75,8 +75,9 @@ def _acquire(path: Path, mine: dict) -> None:
         with suppress(FileExistsError):
             with path.open("x", encoding="utf-8") as file:
                 try:
-                    file.write(json.dumps(mine))
-                    file.flush()
+                    with names_the_file(path):
+                        file.write(json.dumps(mine))
+                        file.flush()
                 except OSError:
                     path.unlink(missing_ok=True)  # an empty lock would seem to be another's
                     raise

@@ -64,7 +64,7 @@ class Paths:
                 path.stat().st_mtime for path in (run, *run.glob("[!.]*"), *run.glob("[!.]*/*")) if path.is_dir()
             )
             for run in (self.base / "runs").glob("[!.]*")
-            if run.is_dir()
+            if any((run / part).exists() for part in ("embedded", *PARTS_OF_A_RUN))
         }
         return sorted(changed, key=lambda name: changed[name])
 
@@ -93,6 +93,11 @@ class Paths:
     def reads_embedded(self) -> bool:
         """Whether the run's data are the embedded ones, whose tests stand in for the benchmarks that they are named after."""
         return self.embedded.exists()
+
+    @property
+    def make_tokenizer(self) -> str:
+        """The command that makes the run's tokenizer, for a message."""
+        return f"nanochat tokenizer train{self.as_option}, with the --preset or --vocab-size of the run"
 
     @property
     def get_data(self) -> str:
@@ -214,8 +219,10 @@ def base_paths(only_reads: bool = False) -> Paths:
     try:
         base.mkdir(parents=True, exist_ok=True)
         probe = base / f".write-probe-{os.getpid()}"
-        probe.write_bytes(b"probe")
-        probe.unlink()
+        try:
+            probe.write_bytes(b"probe")
+        finally:
+            probe.unlink(missing_ok=True)
         remove_leftovers(base, ".write-probe-*")
     except OSError as error:
         raise UserError(

@@ -4,7 +4,10 @@ It needs no network and starts no work on a GPU.
 """
 
 import shutil
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from nanochat.checkpoint import leftovers
@@ -45,7 +48,10 @@ def preflight(options: PreflightOptions, paths: Paths) -> None:
         else:
             say(f"ok   {asset.name}: {rows:,} {'shards' if asset.name == 'text' else 'rows'}")
     if options.preset in EMBEDDED:
-        say("ok   data: the run generates them")
+        unreadable = [problem for path in all_files(paths.embedded) if (problem := _problem_of(path))]
+        failures += unreadable
+        if not unreadable:
+            say(f"ok   data: {'the run generated them' if paths.embedded.exists() else 'the run generates them'}")
     if not options.data_only:
         failures += _check_machine(options, paths)
     for failure in failures:
@@ -57,6 +63,18 @@ def preflight(options: PreflightOptions, paths: Paths) -> None:
     say(f"preflight of {options.preset}: everything is there")
 
 
+def _problem_of(path: Path) -> str:
+    """What is wrong with a file of generated data; empty for one that can be read."""
+    try:
+        if path.suffix == ".parquet":
+            pq.ParquetFile(path).metadata.num_rows  # noqa: B018
+        else:
+            path.read_text("utf-8")
+    except (OSError, ValueError, pa.ArrowException) as error:
+        return f"{path} cannot be read ({error}); write it again with: nanochat data generate --changed replace"
+    return ""
+
+
 def _check_machine(options: PreflightOptions, paths: Paths) -> list[str]:
     """Check GPUs, disk, time and gate file; returns the failures."""
     failures = []
@@ -66,7 +84,7 @@ def _check_machine(options: PreflightOptions, paths: Paths) -> list[str]:
             "there is no GPU here, and the preset needs one; request GPUs with: nanochat cluster submit --gpus"
         )
     base = with_preset(TrainBaseOptions(), "train base", options.preset)
-    vocabulary = Tokenizer.load(paths.tokenizer).vocab_size if paths.tokenizer.exists() else 65536
+    vocabulary = Tokenizer.load(paths.tokenizer, paths.make_tokenizer).vocab_size if paths.tokenizer.exists() else 65536
     model = GPTConfig.from_depth(base.depth, vocabulary, base.context_length, base.n_kv_head)
     # a checkpoint has 4 bytes for each weight, each momentum of a matrix, and each mean and variance of embedding and head
     embeddings = 2 * model.vocab_size * model.width

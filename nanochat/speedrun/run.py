@@ -21,6 +21,7 @@ from nanochat.options.presets import EMBEDDED
 from nanochat.options.speedrun import SpeedrunOptions
 from nanochat.platform import environment
 from nanochat.platform.console import console, output, say
+from nanochat.platform.distributed import pick_device
 from nanochat.platform.errors import TrainingStopped, UserError
 from nanochat.platform.files import name_some, sha256_of
 from nanochat.platform.lock import locked
@@ -29,7 +30,7 @@ from nanochat.platform.signals import end_with_parent, handled
 from nanochat.report.sections import read_samples
 from nanochat.speedrun.assets import problems, remedy
 from nanochat.speedrun.records import changed_files, hash_of, valid_record, write_record
-from nanochat.speedrun.stages import NAMES, STAGES, Stage, check_stage, command_of
+from nanochat.speedrun.stages import NAMES, STAGES, Stage, check_order, check_stage, command_of
 from nanochat.tasks import CustomJSON
 
 ERROR = "nanochat: error: "  # how the last line of a command that fails begins
@@ -53,6 +54,7 @@ def speedrun(options: SpeedrunOptions, paths: Paths) -> None:
 def run_stages(options: SpeedrunOptions, paths: Paths, stages: Sequence[Stage] = STAGES) -> None:
     """Run the stages from options.first to options.last that are not finished."""
     first, last = _chosen_range(options)
+    pick_device(options.device)  # before a stage is run
     preset = options.preset or "cpu"
     embedded = preset in EMBEDDED
     stages = [stage for stage in stages if (embedded or stage.name != "data") and (options.rl or not stage.optional)]
@@ -110,10 +112,8 @@ def _chosen_range(options: SpeedrunOptions) -> tuple[int, int]:
     """The indices of the first and the last stage to run. Raises UserError for an unknown name and for a wrong order."""
     for option, name in (("--from", options.first), ("--to", options.last)):
         check_stage(option, name, options.rl)
-    first, last = NAMES.index(options.first), NAMES.index(options.last)
-    if first > last:
-        raise UserError(f"--from {options.first} comes after --to {options.last}; the order is: {', '.join(NAMES)}")
-    return first, last
+    check_order(options.first, options.last)
+    return NAMES.index(options.first), NAMES.index(options.last)
 
 
 class Stop:

@@ -72,6 +72,12 @@ def check_stage(option: str, name: str, rl: bool) -> None:
         raise UserError(f"{option} {name}: this stage runs only with --rl; add it")
 
 
+def check_order(first: str, last: str) -> None:
+    """Raise UserError if the first stage comes after the last one."""
+    if NAMES.index(first) > NAMES.index(last):
+        raise UserError(f"--from {first} comes after --to {last}; the order is: {', '.join(NAMES)}")
+
+
 def command_of(stage: Stage, preset: str, device: str, run_name: str, custom_json: Sequence[str] = ()) -> list[str]:
     """The words after `nanochat` that run a stage."""
     command = [*stage.command]

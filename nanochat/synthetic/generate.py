@@ -18,8 +18,18 @@ from nanochat.data.splits import digest, in_test
 from nanochat.options.data import GenerateOptions
 from nanochat.platform.console import progress, say
 from nanochat.platform.errors import UserError
-from nanochat.platform.files import all_files, foreign_files, fresh_directory, name_some, write_manifest
-from nanochat.platform.paths import Paths
+from nanochat.platform.files import (
+    MANIFEST,
+    all_files,
+    foreign_files,
+    fresh_directory,
+    name_some,
+    names_the_file,
+    read_json,
+    write_manifest,
+)
+from nanochat.platform.lock import described, holder
+from nanochat.platform.paths import TRAINING_STAGES, Paths, steps_in
 from nanochat.synthetic import world
 from nanochat.synthetic.identity import identity_conversations
 from nanochat.tasks.humaneval import code_messages
@@ -45,7 +55,24 @@ def generate(options: GenerateOptions, paths: Paths) -> dict[str, int]:
     with fresh_directory(paths.embedded) as directory:
         counts = _write_data(options, directory)
         write_manifest(directory)
+        if read_json(paths.embedded / MANIFEST) not in (None, read_json(directory / MANIFEST)):
+            _check_unused(paths)
     return counts
+
+
+def _check_unused(paths: Paths) -> None:
+    """Raise UserError if a training reads the data, or checkpoints were made from them."""
+    stages = ", ".join(stage for stage in TRAINING_STAGES if steps_in(paths.checkpoints(stage)))
+    found = f"checkpoints depend on them: {stages}" if stages else ""
+    for stage in TRAINING_STAGES:
+        reader = holder(paths.lock(stage))
+        if reader is not None:
+            found = f"{stage} reads them now ({described(reader)})"
+    if found:
+        raise UserError(
+            f"the data in {paths.embedded} would change, but {found}; give the new data a run of its own: --run-name NAME, or move "
+            "those checkpoints away first"
+        )
 
 
 def _write_data(options: GenerateOptions, directory: Path) -> dict[str, int]:
@@ -84,11 +111,13 @@ def _by_name(facts: list[world.Fact]) -> dict[str, list[world.Fact]]:
 
 
 def _write_parquet(path: Path, table: pa.Table) -> None:
-    pq.write_table(table, path, row_group_size=ROW_GROUP, compression="zstd")
+    with names_the_file(path):
+        pq.write_table(table, path, row_group_size=ROW_GROUP, compression="zstd")
 
 
 def _write_lines(path: Path, rows: list) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    with names_the_file(path):
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,9 @@ def train_tokenizer(options: TokenizerTrainOptions, paths: Paths) -> dict:
 
     with progress("read text for the tokenizer", len(shards.row_groups)) as advance:
         tokenizer = Tokenizer.train(texts(advance), options.vocab_size)
-    existing = Tokenizer.load(paths.tokenizer) if (paths.tokenizer / "tokenizer.json").exists() else None
+    existing = (
+        Tokenizer.load(paths.tokenizer, paths.make_tokenizer) if (paths.tokenizer / "tokenizer.json").exists() else None
+    )
     if existing is not None and existing.hash != tokenizer.hash:
         dependent = [stage for stage in TRAINING_STAGES if steps_in(paths.checkpoints(stage))]
         if dependent:

@@ -100,7 +100,7 @@ def run_gate(options: KernelsGateOptions, paths: Paths) -> None:
     """
     base = with_preset(TrainBaseOptions(), "train base", options.preset)
     vocabulary = options.vocab_size or (
-        Tokenizer.load(paths.tokenizer).vocab_size if paths.tokenizer.exists() else 65536
+        Tokenizer.load(paths.tokenizer, paths.make_tokenizer).vocab_size if paths.tokenizer.exists() else 65536
     )
     model = GPTConfig.from_depth(
         options.depth or base.depth, vocabulary, options.context_length or base.context_length,

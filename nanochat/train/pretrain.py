@@ -26,7 +26,7 @@ from nanochat.train.trainer import Trainer
 
 def pretrain(options: TrainBaseOptions, paths: Paths, runtime: Runtime) -> dict:
     """`nanochat train base`: run or resume pretraining; returns its results."""
-    tokenizer = Tokenizer.load(paths.tokenizer, f"nanochat tokenizer train{paths.as_option}{paths.other_runs}")
+    tokenizer = Tokenizer.load(paths.tokenizer, f"{paths.make_tokenizer}{paths.other_runs}")
     shape = GPTConfig.from_depth(
         options.depth, tokenizer.vocab_size, options.context_length, options.n_kv_head, impl=options.impl,
         recompute=options.run.recompute,

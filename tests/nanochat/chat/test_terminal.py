@@ -44,6 +44,9 @@ def test_chat_and_evaluation_of_a_trained_model(trained_base, tmp_path):
     base = shutil.copytree(trained_base, tmp_path / "base")
     result = nanochat(base, "chat", "-p", "Where does Tilda live?", "--max-tokens", "5")
     assert result.returncode == 0 and result.stdout.startswith("nanochat: "), result.stderr
+    for prompt, problem in (("b" * 3000, "the message has"), ("", "the prompt is empty; give a text")):
+        result = nanochat(base, "chat", "-p", prompt)
+        assert result.returncode == 1 and not result.stdout and problem in result.stderr
     talk = forked.run(
         *command("chat", "--max-tokens", "4", "--source", "mid")[1:], env=environment(base),
         given="hello\n/clear\n/help\n/nonsense\nhi again\n/quit\nnever read\n",

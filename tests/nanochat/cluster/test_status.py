@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
 from nanochat.cluster.status import status
 from nanochat.options.cluster import StatusOptions
+from nanochat.platform.errors import UserError
 from nanochat.platform.lock import locked
 from nanochat.platform.paths import Paths
 from nanochat.report.sections import write_section
@@ -205,3 +208,19 @@ def test_a_job_that_never_starts_says_why(paths, shown, state, reason, advice):
     assert advice in told and f"{state}, 0:00 of 1:00:00, {reason}" in told
     never = bool(advice) and "held" not in advice
     assert ("it never starts" in told) == never and ("the same command again" in told) == never
+
+
+def test_a_stage_whose_checkpoints_were_removed_is_not_done(paths, shown):
+    for name in ("base", "base-eval", "mid", "mid-eval", "report"):
+        write_record(paths, BY_NAME[name], [], "", 2.0)
+    for stage in ("base", "mid"):
+        shutil.rmtree(paths.checkpoints(stage), ignore_errors=True)
+    paths.metrics("base").unlink()
+    for stage in ("base", "base-eval", "mid", "mid-eval"):
+        assert "to come" in row(shown(), stage)
+    assert "stage base has not started; the same command again starts it" in shown()
+
+
+def test_a_mistyped_run_is_none(paths):
+    with pytest.raises(UserError, match="there is no run typo in .*; this is about the run typo, other runs: mine"):
+        status(StatusOptions(), replace(paths, run_name="typo"))

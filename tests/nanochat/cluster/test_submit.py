@@ -62,6 +62,7 @@ def test_a_dry_run_calls_nothing(tmp_path):
     )  # fmt: skip
     gate, speedrun = shown.stdout.splitlines()
     assert "slurm/gate.sbatch" in gate and "--gres=gpu:a100:1" in gate
+    assert "--time=1:00:00" in gate and "--mem=64G" in gate and "--time=12:00:00" in speedrun  # the gate takes minutes
     assert all("--account=abc123" in call and ",NANOCHAT_RUN_NAME=other" in call for call in (gate, speedrun))
     assert "NANOCHAT_STAGES=--to rl --rl" in speedrun and "--rl" not in gate
     assert "afterok:<gate>" in speedrun and "--gres=gpu:a100:8" in speedrun
@@ -238,6 +239,7 @@ def test_what_is_wrong_is_named(repository, monkeypatch):
         (["--nodes", "0"], ("must be at least 1, got 0",)),
         (["--tasks-per-node", "2"], ("one task per node serves all of its GPUs",)),
         (["--from", "bas"], ("--from bas: no such stage", "tokenizer")),
+        (["--from", "sft", "--to", "mid"], ("--from sft comes after --to mid; the order is: data, tokenizer",)),
         (["--to", "rl-eval"], ("--to rl-eval: this stage runs only with --rl",)),
     ],
 )
@@ -245,6 +247,11 @@ def test_invalid_submissions_are_rejected(tmp_path, options, parts):
     assert_fails_with(
         nanochat(tmp_path, "cluster", "submit", "speedrun", "--site", "ptolemy", "--dry-run", *options), *parts
     )
+
+
+def test_options_of_the_speedrun_are_no_options_of_other_jobs(tmp_path):
+    result = nanochat(tmp_path, *"cluster submit gate --site ptolemy --dry-run --from mid --rl --nodes 2".split())
+    assert_fails_with(result, "--from, --rl, --nodes belong to the job speedrun; leave them out")
 
 
 def test_without_slurm_it_says_so(tmp_path):

@@ -1,5 +1,6 @@
 """What is exported is the same model in the transformers library, to the token and to float32's rounding, and comes back as it was."""
 
+import errno
 import json
 import shutil
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nanochat.checkpoint import load_model
@@ -280,3 +282,25 @@ def test_weights_in_several_files_and_in_bfloat16_are_read(exported, tmp_path, c
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="names the file '../other.safetensors', which is not in"):
         import_model(ImportOptions(source=source, stage="sft"), Paths(tmp_path / "base"))
+
+
+def test_a_mistyped_run_leaves_nothing(tmp_path):
+    paths = Paths(tmp_path, "mistyped")
+    with pytest.raises(UserError, match="no checkpoint of sft"):
+        export_model(ExportOptions(), paths)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_import_onto_a_full_disk_leaves_nothing(exported, tmp_path, monkeypatch):
+    """Of the import. safetensors has an error of its own for it."""
+
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("nanochat.checkpoint.save_file", full)
+    paths = Paths(tmp_path, "new")
+    with pytest.raises(OSError, match="No space left on device: .*model.safetensors") as found:
+        import_model(ImportOptions(exported[2]), paths)
+    assert found.value.errno == errno.ENOSPC and not paths.runs and not [p for p in tmp_path.rglob("*") if p.is_file()]
+    with pytest.raises(OSError, match="No space left"):
+        write_model(tmp_path, *exported[:2])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nanochat.platform import files
 from nanochat.platform.errors import UserError
 from nanochat.platform.files import fresh_directory, read_json, sha256_of, write_atomically, write_json
 
@@ -123,3 +124,23 @@ def test_an_error_between_the_renames_puts_the_old_directory_back(tmp_path, monk
 def test_hash(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
     assert sha256_of(tmp_path / "x").startswith("ba7816bf")
+
+
+def test_foreign_files_are_not_read_where_nothing_is_known_of_them(tmp_path, monkeypatch):
+    """Neither a whole home directory nor a pipe, which nobody may ever write to."""
+    (tmp_path / "mine").touch()
+    os.mkfifo(tmp_path / "pipe")
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sha256_of", lambda path: pytest.fail(f"{path} was read"))
+        assert files.foreign_files(tmp_path) == [tmp_path / "mine", tmp_path / "pipe"]
+    files.write_json(tmp_path / files.MANIFEST, {"mine": files.sha256_of(tmp_path / "mine"), "pipe": "0"})
+    assert files.foreign_files(tmp_path) == [tmp_path / "pipe"]
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'here'}'"):
+        files.write_atomically(tmp_path / "here", "text")

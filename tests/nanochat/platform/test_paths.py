@@ -1,8 +1,13 @@
+import errno
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from nanochat.platform.errors import UserError
+from nanochat.platform.paths import Paths, base_paths
 from tests.conftest import assert_fails_with, environment, nanochat
 
 
@@ -73,3 +78,29 @@ def test_an_unwritable_base_directory_is_refused(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("not a directory")
     assert_fails_with(nanochat(blocked / "base", "data", "generate"), str(blocked / "base"), "NANOCHAT_BASE_DIR")
+
+
+def test_a_full_disk_leaves_no_probe(tmp_path, monkeypatch):
+    def full(path, content, write=Path.write_bytes):
+        write(path, b"")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match="cannot write to the base directory .*No space left"):
+        base_paths()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_base_directory_of_an_unknown_user(monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", "~nobody-of-this-name/x")
+    with pytest.raises(
+        UserError, match="NANOCHAT_BASE_DIR=~nobody-of-this-name/x: there is no such user; give an absolute path"
+    ):
+        base_paths()
+
+
+def test_a_directory_without_a_part_of_a_run_is_none(tmp_path):
+    (tmp_path / "runs" / "typo").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "tokenizer").mkdir(parents=True)
+    assert Paths(tmp_path).runs == ["mine"]

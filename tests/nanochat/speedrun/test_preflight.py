@@ -21,8 +21,10 @@ from nanochat.speedrun.assets import assets, note_fetched, problems
 from nanochat.speedrun.preflight import _estimate, preflight
 from nanochat.speedrun.run import run_stages
 from nanochat.speedrun.stages import NAMES
+from nanochat.synthetic.generate import generate
 from nanochat.train.finetune import sft_mixture
 from nanochat.train.midtrain import mid_mixture
+from tests.conftest import TINY_DATA
 from tests.nanochat.models import on_card
 from tests.nanochat.speedrun.world_of_d20 import on_disk, parquet
 
@@ -214,3 +216,14 @@ def test_the_disk_is_checked_for_the_stages_that_the_run_has(tmp_path, capsys):
     checkpoint = gigabytes(rl=False) / 7
     for stages, rl, wanted in (((), True, 9), (("rl",), False, 7), (("rl",), True, 8), (("sft", "rl"), False, 6)):
         assert gigabytes(*stages, rl=rl) == pytest.approx(wanted * checkpoint, abs=0.2), (stages, rl)
+
+
+def test_generated_data_that_cannot_be_read(tmp_path, capsys):
+    paths = Paths(tmp_path, "tiny")
+    generate(TINY_DATA, paths)
+    preflight(PreflightOptions("tiny", data_only=True), paths)
+    assert "ok   data: the run generated them" in capsys.readouterr().out
+    shard = paths.text / "shard_00000.parquet"
+    shard.write_bytes(shard.read_bytes()[:5000])
+    with pytest.raises(UserError, match=f"{shard} cannot be read .*data generate --changed replace"):
+        preflight(PreflightOptions("tiny", data_only=True), paths)

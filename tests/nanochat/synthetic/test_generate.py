@@ -2,8 +2,13 @@
 
 import random
 import re
+from dataclasses import replace
+
+import pytest
 
 from nanochat.data.shards import Shards
+from nanochat.platform.errors import UserError
+from nanochat.platform.lock import locked
 from nanochat.platform.paths import Paths
 from nanochat.synthetic import world as closed_world
 from nanochat.synthetic.generate import _letters, generate
@@ -68,3 +73,22 @@ def test_challenge_facts_are_told_but_never_asked(world):
     for fact in facts:
         assert not fact.questions("train") and fact.questions("challenge")
         assert any(sentence in text for sentence in fact.sentences())
+
+
+def test_data_that_are_in_use_do_not_change(tmp_path):
+    """Neither under checkpoints nor under a training that reads them; the same data may be written again."""
+    paths = Paths(tmp_path)
+    generate(TINY_DATA, paths)
+    before = {path: path.read_bytes() for path in paths.embedded.rglob("*") if path.is_file()}
+    other = replace(TINY_DATA, seed=TINY_DATA.seed + 1)
+    with (
+        locked(paths.lock("sft"), "train sft"),
+        pytest.raises(UserError, match=r"sft reads them now \(process .*--run-name NAME"),
+    ):
+        generate(other, paths)
+    (paths.checkpoints("base") / "step_000003").mkdir(parents=True)
+    (paths.checkpoints("base") / "step_000003" / "meta.json").touch()
+    with pytest.raises(UserError, match="would change, but checkpoints depend on them: base; give the new data a run"):
+        generate(other, paths)
+    generate(TINY_DATA, paths)
+    assert before == {path: path.read_bytes() for path in paths.embedded.rglob("*") if path.is_file()}
