@@ -3,6 +3,7 @@
 report and compare: write a report of such results, or compare two of them. train: time micro-steps and whole steps of training.
 picture: draw what train measured.
 parity and gradients: does fused training learn what plain training learns, and are the gradients of a step precise enough?
+errors: how far the results and gradients of an operation are from float64, beside those of other libraries.
 scaling: time steps on several GPUs. profile: one page about where the time and the memory of a step go.
 memory: the largest micro-batch that fits on a card. simulate: predict the step of training on eight A100s.
 eight: what several GPUs of one machine do together, from steps to the whole speedrun with processes that are killed.
@@ -16,6 +17,7 @@ python -m bench picture build/train.json
 python -m bench scaling --depth 20 --gpus 1 2
 python -m bench parity --depth 4 --steps 1000
 python -m bench gradients --depth 20
+python -m bench errors --op linear_cross_entropy --shape d20/8192
 python -m bench profile --depth 20 --out build/profile
 python -m bench memory
 python -m bench simulate
@@ -49,6 +51,7 @@ VERBS = (
     "scaling",
     "parity",
     "gradients",
+    "errors",
     "profile",
     "memory",
     "simulate",
