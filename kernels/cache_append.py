@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nanochat_kernels import reference
-from nanochat_kernels.checks import check_float, check_integers, check_shape
+from nanochat_kernels.checks import check_float, check_integers, check_shape, check_tensors
 from nanochat_kernels.configs import launch_parameters
 from nanochat_kernels.dispatch import choose
 from nanochat_kernels.operation import DECODED_ROWS, Benchmark, Implementation, Kernel, Operation, Trial
@@ -83,6 +83,7 @@ def cache_append(
     KernelRequestError (a ValueError) if the implementation named by impl does not support the call.
     """
     check_float("cache_append", keys=keys, values=values, k=k, v=v)
+    check_tensors("cache_append", lengths=lengths)
     check_shape("cache_append", "keys", keys, "B or 1", "S", "G", "D")
     check_shape("cache_append", "values", values, *keys.shape)
     check_shape("cache_append", "k", k, "B" if keys.size(0) == 1 else keys.size(0), "T", *keys.shape[2:])

@@ -1,7 +1,6 @@
 """Checks that the public functions run on their arguments before any work; each message names the argument."""
 
 from functools import lru_cache
-from math import inf
 
 import torch
 from torch import Tensor
@@ -78,9 +77,10 @@ def check_targets(
 
 
 def check_softcap(operation: str, softcap: float) -> None:
-    if not 0 < softcap < inf:  # true for NaN too
+    largest = torch.finfo(torch.float32).max
+    if not isinstance(softcap, int | float) or not 0 < softcap <= largest:  # true for NaN too
         raise ValueError(
-            f"{operation}: softcap must be positive and finite, got {softcap}; one of 1e4 leaves logits almost unchanged"
+            f"{operation}: softcap must be positive and finite, got {softcap!r}; one of 1e4 leaves logits almost unchanged"
         )
 
 
@@ -119,7 +119,9 @@ def _autocast_norms_in_float32(device_type: str) -> bool:
 
 def promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, cast the tensors to the widest dtype among them, as torch's addition does; otherwise return them unchanged."""
-    if all(x.dtype == tensors[0].dtype for x in tensors) or not under_autocast(tensors[0]):
+    if not all(isinstance(x, Tensor) for x in tensors) or not under_autocast(tensors[0]):
+        return tensors
+    if all(x.dtype == tensors[0].dtype for x in tensors):
         return tensors
     dtype = tensors[0].dtype
     for x in tensors[1:]:
@@ -132,7 +134,10 @@ def autocast_products(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not under_autocast(tensors[0]):
         return tensors
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+    return tuple(
+        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in tensors
+    )
 
 
 def check_gradient_buffer(operation: str, name: str, weight: Tensor, gradient: Tensor | None) -> None:
@@ -145,11 +150,18 @@ def check_gradient_buffer(operation: str, name: str, weight: Tensor, gradient: T
         raise TypeError(
             f"{operation}: {name} must be contiguous float32, got {gradient.dtype} with strides {gradient.stride()}"
         )
-    if gradient is weight or gradient.requires_grad:
+    if gradient.requires_grad or _begins_where(gradient, weight):
         raise ValueError(
             f"{operation}: {name} must be memory of its own that requires no gradient, as torch.zeros makes, got "
-            f"{'the weight' if gradient is weight else 'a tensor that requires one'}"
+            f"{'a tensor that requires one' if gradient.requires_grad else 'that of the weight'}"
         )
+
+
+def _begins_where(gradient: Tensor, weight: Tensor) -> bool:
+    """Whether two tensors begin at the same place in memory; tensors without memory, as in a trace or under vmap, do not."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or weight.device.type == "meta":
+        return False
+    return gradient.numel() > 0 and gradient.data_ptr() == weight.data_ptr()
 
 
 def check_residual(operation: str, x: Tensor, residual: Tensor | None, shape: tuple[int, ...]) -> None:

@@ -42,10 +42,14 @@ def coefficients_of(steps: int, coefficients: str | Sequence) -> Coefficients:
         coefficients = COEFFICIENTS[coefficients]
     if isinstance(coefficients, Sequence) and coefficients and not isinstance(coefficients[0], Sequence):
         coefficients = (coefficients,)
-    if not isinstance(coefficients, Sequence) or not coefficients or any(len(step) != 3 for step in coefficients):
+    if not isinstance(coefficients, Sequence) or not coefficients or not all(map(is_triple, coefficients)):
         raise ValueError(f"newton_schulz: coefficients must be one (a, b, c) or one per step, got {coefficients!r}")
     triples = tuple(tuple(map(float, step)) for step in coefficients[:steps])
     return triples + (triples[-1:] * (steps - len(triples)))
+
+
+def is_triple(step: object) -> bool:
+    return isinstance(step, Sequence) and len(step) == 3 and all(isinstance(number, int | float) for number in step)
 
 
 def conditions(coefficients: Coefficients) -> list[list[float]]:

@@ -80,8 +80,8 @@ def softcapped_logits(x: Tensor, weight: Tensor, softcap: float = reference.SOFT
     """Return softcap·tanh(x·weightᵀ/softcap) (…, V) in float32, for x (…, C) and weight (V, C).
 
     The reference rounds the product to x's dtype first; the fused implementation rounds nothing. Repeated calls are bitwise equal.
-    Raises ValueError for mismatched shapes or devices or a softcap that is not positive, TypeError for mismatched dtypes, and
-    KernelRequestError (a ValueError) if the implementation named by impl does not support the call.
+    Raises ValueError for mismatched shapes or devices or a softcap that is not positive and finite, TypeError for mismatched
+    dtypes, and KernelRequestError (a ValueError) if the implementation named by impl does not support the call.
     """
     x, weight = autocast_products(x, weight)
     check_float("softcapped_logits", x=x, weight=weight)

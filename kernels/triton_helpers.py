@@ -144,9 +144,9 @@ def derivative(function: type[KernelFunction], *arguments):
 
 def _one_slice_after_another(function: type[KernelFunction], batch_size: int, in_dims: tuple, arguments: tuple):
     """The vmap rule of every KernelFunction: returns (results stacked along a new first axis, 0 for each of them)."""
-    if batch_size == 0:  # a slice of zeros tells the shapes of the results
+    if batch_size == 0:  # a slice of zeros tells the shapes of the results, and whether they have gradients
         arguments = [
-            x.new_zeros((*x.shape[:d], 1, *x.shape[d + 1 :])) if isinstance(d, int) else x
+            torch.cat((x, x.new_zeros((*x.shape[:d], 1, *x.shape[d + 1 :]))), d) if isinstance(d, int) else x
             for x, d in zip(arguments, in_dims, strict=True)
         ]
     results = []

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from nanochat.checkpoint import load_model
 from nanochat.inference.engine import Engine
 from nanochat.inference.session import Session, shown
-from nanochat.options.chat import ChatOptions
+from nanochat.options.chat import NO_PROMPT, ChatOptions
 from nanochat.platform.console import console, say
 from nanochat.platform.distributed import start_runtime
 from nanochat.platform.errors import UserError
@@ -24,7 +24,7 @@ def chat(options: ChatOptions, paths: Paths) -> None:
         model, tokenizer, _ = load_model(paths, options.source, runtime, options.impl)
     sampling = {"temperature": options.temperature, "top_k": options.top_k, "seed": options.seed}
     session = Session(Engine(model, tokenizer, frozen=True), options.max_tokens, **sampling)
-    if options.prompt is not None:
+    if options.prompt != NO_PROMPT:
         if not options.prompt.strip():
             raise UserError("the prompt is empty; give a text, or leave --prompt out to chat")
         if not print_answer(session, options.prompt):
@@ -90,6 +90,7 @@ def print_answer(session: Session, text: str) -> bool:
             console.print(piece, end="", markup=False)
             name = ""
     except KeyboardInterrupt:
+        console.print(name, end="")
         whole = False
         with contextlib.suppress(KeyboardInterrupt):
             answer.throw(

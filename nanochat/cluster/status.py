@@ -126,7 +126,7 @@ class Progress:
 
 def status(options: StatusOptions, paths: Paths) -> None:
     """Print a table of the stages, what works on the run or how it goes on, and the run's last jobs."""
-    if not paths.run.exists() and paths.runs and not any(job.get("run") == paths.run_name for job in _noted(paths)):
+    if not paths.run.exists() and paths.runs and not any(_run_of(job) == paths.run_name for job in _noted(paths)):
         raise UserError(f"there is no run {paths.run_name} in {paths.base}{paths.other_runs}")
     stages = [Progress.of(paths, stage) for stage in STAGES if stage.name != "data" or paths.embedded.exists()]
     stages = [progress for progress in stages if not progress.stage.optional or progress.has_begun]
@@ -181,11 +181,15 @@ def _noted(paths: Paths) -> list[dict]:
     return [job for job in noted if isinstance(job, dict) and "id" in job]  # a line may be cut off
 
 
+def _run_of(job: dict) -> str | None:
+    return job.get("run", job.get("preset"))
+
+
 def _jobs(paths: Paths) -> Iterator[SubmittedJob]:
     """The last jobs of the run that Slurm still knows; of all runs while the run has no files, as before its first job starts."""
     noted = _noted(paths)
     if paths.run.exists():
-        noted = [job for job in noted if job.get("run", job.get("preset")) == paths.run_name]
+        noted = [job for job in noted if _run_of(job) == paths.run_name]
     ids = [str(job["id"]) for job in noted[-SHOWN:]]
     if not ids or not shutil.which("squeue"):
         return

@@ -112,7 +112,7 @@ def _jobs(options: SubmitOptions, site: Site) -> list[Job]:
 
 
 def _asked_of(site: Site, job: Job) -> Site:
-    """The site with what a job asks of it: less than a node for a run on CPUs."""
+    """The site with what a job asks of it: less than a node for a run on CPUs and for the gate."""
     if job.name == "gate":
         return reduced(site, GATE_NEEDS)
     return reduced(site, ON_CPU_NEEDS) if job.name == "speedrun" and job.preset in ON_CPU else site

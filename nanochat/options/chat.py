@@ -9,12 +9,14 @@ from nanochat.options.model import Implementations
 from nanochat.options.presets import NewestRun
 from nanochat.options.ranges import AnyInteger, AtLeast, Between
 
+NO_PROMPT = "(none)"
+
 
 @dataclass(frozen=True)
 class ChatOptions(NewestRun):
     """Chat with a model: type to talk, /clear to start a new conversation, /quit to leave."""
 
-    prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
+    prompt: Annotated[str, tyro.conf.arg(aliases=["-p"])] = NO_PROMPT
     """answer only this prompt, without a chat"""
     source: Annotated[Literal["base", "mid", "sft", "rl"], tyro.conf.arg(aliases=["--stage"])] = "sft"
     """training stage whose newest checkpoint is used; --stage, as other commands call it, is the same"""

@@ -40,8 +40,8 @@ class SubmitOptions(NamedRun):
     tasks_per_node: Annotated[int, AtLeast(1)] = 1
     """torchrun launchers per node; more than one only without GPUs"""
     time: str = ""
-    """time limit in Slurm's notation; by default the site's, and an hour for the presets tiny and cpu. A run that does not finish
-    in time is queued again until it is done"""
+    """time limit in Slurm's notation; by default the site's, and an hour for the gate and for the presets tiny and cpu. A run that does
+    not finish in time is queued again until it is done"""
     signal_seconds: Annotated[int, AtLeast(0)] = SIGNAL_SECONDS
     """seconds before the time limit at which the run is told to save"""
     account: str = ""

@@ -64,7 +64,8 @@ class Paths:
                 path.stat().st_mtime for path in (run, *run.glob("[!.]*"), *run.glob("[!.]*/*")) if path.is_dir()
             )
             for run in (self.base / "runs").glob("[!.]*")
-            if any((run / part).exists() for part in ("embedded", *PARTS_OF_A_RUN))
+            # one that has begun has locks before it has anything else
+            if any((run / part).exists() for part in ("embedded", *PARTS_OF_A_RUN)) or any(run.glob("*.lock"))
         }
         return sorted(changed, key=lambda name: changed[name])
 

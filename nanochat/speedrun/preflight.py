@@ -20,7 +20,7 @@ from nanochat.platform.console import say
 from nanochat.platform.distributed import Runtime, compute_dtype, pick_device
 from nanochat.platform.environment import slurm_seconds_left
 from nanochat.platform.errors import UserError
-from nanochat.platform.files import all_files
+from nanochat.platform.files import MANIFEST, all_files, read_json
 from nanochat.platform.paths import TRAINING_STAGES, Paths, steps_in
 from nanochat.speedrun.assets import problems, remedy
 from nanochat.speedrun.records import count_start
@@ -48,7 +48,8 @@ def preflight(options: PreflightOptions, paths: Paths) -> None:
         else:
             say(f"ok   {asset.name}: {rows:,} {'shards' if asset.name == 'text' else 'rows'}")
     if options.preset in EMBEDDED:
-        unreadable = [problem for path in all_files(paths.embedded) if (problem := _problem_of(path))]
+        written = [paths.embedded / name for name in read_json(paths.embedded / MANIFEST) or {}]
+        unreadable = [problem for path in written if (problem := _problem_of(path, paths))]
         failures += unreadable
         if not unreadable:
             say(f"ok   data: {'the run generated them' if paths.embedded.exists() else 'the run generates them'}")
@@ -63,15 +64,18 @@ def preflight(options: PreflightOptions, paths: Paths) -> None:
     say(f"preflight of {options.preset}: everything is there")
 
 
-def _problem_of(path: Path) -> str:
+def _problem_of(path: Path, paths: Paths) -> str:
     """What is wrong with a file of generated data; empty for one that can be read."""
     try:
+        if not path.is_file():
+            raise FileNotFoundError("it is no file, or gone")
         if path.suffix == ".parquet":
             pq.ParquetFile(path).metadata.num_rows  # noqa: B018
         else:
             path.read_text("utf-8")
     except (OSError, ValueError, pa.ArrowException) as error:
-        return f"{path} cannot be read ({error}); write it again with: nanochat data generate --changed replace"
+        replace = f"nanochat data generate{paths.as_option} --changed replace"
+        return f"{path} cannot be read ({error}); correct it, or write all generated data again with: {replace}"
     return ""
 
 

@@ -55,7 +55,7 @@ def generate(options: GenerateOptions, paths: Paths) -> dict[str, int]:
     with fresh_directory(paths.embedded) as directory:
         counts = _write_data(options, directory)
         write_manifest(directory)
-        if read_json(paths.embedded / MANIFEST) not in (None, read_json(directory / MANIFEST)):
+        if foreign or read_json(paths.embedded / MANIFEST) not in (None, read_json(directory / MANIFEST)):
             _check_unused(paths)
     return counts
 

@@ -211,6 +211,12 @@ def test_bad_input_is_named():
         (ValueError, "must be", lambda: kernels.newton_schulz(x[0])),
         (ValueError, "integer of at least 0, got 2.5", lambda: kernels.newton_schulz(x, 2.5)),
         (ValueError, "one per step, got 3.0", lambda: kernels.newton_schulz(x, 5, 3.0)),
+        (ValueError, r"one per step, got \[\(1, 2, 3\), 4\]", lambda: kernels.newton_schulz(x, 5, [(1, 2, 3), 4])),
+        (TypeError, "update must be a tensor, got None", lambda: kernels.add_rms_norm(x, None)),
+        (TypeError, "lengths must be a tensor, got None", lambda: kernels.cache_append(*[randn(1, 2, 1, 4)] * 4, None)),
+        (ValueError, "positive and finite, got None", lambda: kernels.softcapped_logits(x, x, None)),
+        (ValueError, "positive and finite, got 1e[+]39", lambda: kernels.softcapped_logits(x, x, 1e39)),
+        (ValueError, "got that of the weight", lambda: kernels.linear(x.float(), weight, weight.detach())),
         (TypeError, "linear: x must be a tensor, got None", lambda: kernels.linear(None, x)),
         (TypeError, "rms_norm: x must be a tensor, got 1", lambda: kernels.rms_norm(1)),
         (ValueError, "linear: x must have shape .* got a single number", lambda: kernels.linear(x[0, 0], x)),
@@ -219,7 +225,7 @@ def test_bad_input_is_named():
             "loss_weight must be a tensor, got 0.5",
             lambda: kernels.softcap_cross_entropy(x, torch.zeros(4).long(), loss_weight=0.5),
         ),
-        (ValueError, "got the weight", lambda: kernels.linear(x.float(), weight, weight)),
+        (ValueError, "got that of the weight", lambda: kernels.linear(x.float(), weight, weight)),
         (
             ValueError,
             "requires no gradient, .* got a tensor that requires one",
@@ -250,6 +256,11 @@ def test_autocast_casts_floating_point_only():
         pytest.raises(TypeError, match="x must be floating point, got torch.int64"),
     ):
         kernels.linear(torch.ones(2, 4, dtype=torch.int64), torch.ones(3, 4))
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(TypeError, match="weight must be a tensor, got None"),
+    ):
+        kernels.linear(torch.ones(2, 4), None)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -258,11 +269,11 @@ def test_operations_can_be_pickled(operation):
     assert pickle.loads(pickle.dumps(function)) is function
 
 
-@pytest.mark.parametrize("call", [
-    lambda x: kernels.linear(x, x.new_ones(5, 4), torch.zeros(5, 4)), lambda x: kernels.newton_schulz(x, impl="triton"),
-])  # fmt: skip
-def test_vmap_over_nothing(call):
-    assert torch.vmap(call)(torch.ones(3, 2, 4).half()[:0]).shape[0] == 0
+def test_vmap_over_nothing():
+    x = torch.ones(0, 2, 4, requires_grad=True)
+    y = torch.vmap(lambda x: kernels.linear(x, torch.ones(5, 4), torch.zeros(5, 4)))(x)
+    assert y.shape == (0, 2, 5) and torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+    assert torch.vmap(lambda x: kernels.newton_schulz(x, impl="triton"))(x.detach().half()).shape == x.shape
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

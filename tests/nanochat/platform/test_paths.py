@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from nanochat.platform.errors import UserError
+from nanochat.platform.lock import locked
 from nanochat.platform.paths import Paths, base_paths
 from tests.conftest import assert_fails_with, environment, nanochat
 
@@ -103,4 +104,7 @@ def test_a_base_directory_of_an_unknown_user(monkeypatch):
 def test_a_directory_without_a_part_of_a_run_is_none(tmp_path):
     (tmp_path / "runs" / "typo").mkdir(parents=True)
     (tmp_path / "runs" / "mine" / "tokenizer").mkdir(parents=True)
+    assert Paths(tmp_path).runs == ["mine"]
+    with locked(Paths(tmp_path, "new").lock("speedrun"), "speedrun"):  # a run that begins
+        assert Paths(tmp_path).runs == ["mine", "new"]
     assert Paths(tmp_path).runs == ["mine"]

@@ -225,5 +225,6 @@ def test_generated_data_that_cannot_be_read(tmp_path, capsys):
     assert "ok   data: the run generated them" in capsys.readouterr().out
     shard = paths.text / "shard_00000.parquet"
     shard.write_bytes(shard.read_bytes()[:5000])
-    with pytest.raises(UserError, match=f"{shard} cannot be read .*data generate --changed replace"):
+    (paths.embedded / ".notes.swp").write_bytes(b"\xff")  # nothing that training reads
+    with pytest.raises(UserError, match=f"{shard} cannot be read .*data generate --run-name tiny --changed replace"):
         preflight(PreflightOptions("tiny", data_only=True), paths)

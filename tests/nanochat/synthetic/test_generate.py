@@ -90,5 +90,10 @@ def test_data_that_are_in_use_do_not_change(tmp_path):
     (paths.checkpoints("base") / "step_000003" / "meta.json").touch()
     with pytest.raises(UserError, match="would change, but checkpoints depend on them: base; give the new data a run"):
         generate(other, paths)
+    edited = paths.embedded / "chat" / "identity" / "conversations.jsonl"
+    edited.write_text("[]\n")
+    with pytest.raises(UserError, match="checkpoints depend on them: base"):
+        generate(replace(TINY_DATA, changed="replace"), paths)
+    edited.write_bytes(before[edited])
     generate(TINY_DATA, paths)
     assert before == {path: path.read_bytes() for path in paths.embedded.rglob("*") if path.is_file()}
