@@ -288,7 +288,7 @@ def test_the_check_finds_defects_and_missing_code(tmp_path):
 
 
 def test_what_cannot_be_exported_is_named(tmp_path):
-    with pytest.raises(export.CannotExport, match="architectures 80 and 90, not for sm75"):
+    with pytest.raises(export.CannotExport, match="architectures 80 and 90, not for 75"):
         export.export_all(["75", "90"], tmp_path)
     with pytest.raises(export.CannotExport, match="no kernel is called nothing; there are .*rms_norm_forward"):
         export.export_all(["80"], tmp_path, ("nothing",))

@@ -98,7 +98,7 @@ def test_calls_that_the_kernel_does_not_take():
 
 def test_wrong_arguments():
     x, weight = inputs([3], 16, 20, torch.bfloat16)
-    with pytest.raises(ValueError, match="softcap must be positive, got 0"):
+    with pytest.raises(ValueError, match="softcap must be positive and finite, got 0"):
         triton_logits(x, weight, 0.0)
     with pytest.raises(ValueError, match=r"weight must have shape \(V, 16\)"):
         triton_logits(x, weight[:, :8])
