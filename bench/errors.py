@@ -20,8 +20,8 @@ from nanochat.platform.console import say, show_table
 from nanochat.platform.errors import UserError
 from nanochat.platform.files import write_json
 from nanochat_kernels.dispatch import KernelRequestError
-from nanochat_kernels.gate import in_float64
-from nanochat_kernels.operation import Operation
+from nanochat_kernels.gate import in_float64, upstream_of
+from nanochat_kernels.operation import Operation, Trial
 from nanochat_kernels.oracle import evaluate
 
 
@@ -67,25 +67,24 @@ def errors(config: ErrorsConfig, command: str) -> None:
 
 def errors_of(operation: Operation, config: ErrorsConfig, device: torch.device) -> Iterator[dict]:
     """Yield for each variant that serves the call its errors, by the name of the result."""
-    benchmark, squares = operation.benchmark, {}
+    benchmark, variants, squares = operation.benchmark, functions(operation), {}
     for draw in range(config.draws):
         torch.manual_seed(draw)
         inputs = benchmark.inputs(config.shape, torch.bfloat16, device)
-        variants = functions(operation)
-        upstream = upstream_of(operation, variants["eager"], inputs)
+        trial = Trial(inputs, differentiable=benchmark.differentiable, is_loss=benchmark.is_loss)
+        upstream = upstream_of(trial, variants["eager"])
         above = [x.double() for x in upstream]
-        oracle = evaluate(variants["eager"], [in_float64(x) for x in inputs], above, benchmark.differentiable)
+        oracle = evaluate(variants["eager"], [in_float64(x) for x in inputs], above, trial.differentiable)
         for impl, function in variants.items():
             if impl in benchmark.bounds or (config.impl and impl not in config.impl):
                 continue
             given = [x.clone() if isinstance(x, Tensor) else x for x in inputs]  # a library may overwrite them
             try:
-                found = evaluate(function, given, upstream, benchmark.differentiable)
+                found = evaluate(function, given, upstream, trial.differentiable)
             except KernelRequestError:
                 continue
             errors = [float((a.double() - b).norm() / b.norm()) ** 2 for a, b in zip(found, oracle, strict=True)]
             squares.setdefault(impl, []).append(errors)
-            del found
     names = [f"result {i}" for i in range(len(upstream))]
     names += [f"gradient of input {i}" for i in benchmark.differentiable]
     for impl, drawn in squares.items():
@@ -96,11 +95,3 @@ def errors_of(operation: Operation, config: ErrorsConfig, device: torch.device) 
             "impl": impl,
             "errors": dict(zip(names, means, strict=True)),
         }
-
-
-def upstream_of(operation: Operation, function, inputs: tuple) -> list[Tensor]:
-    """Return the upstream gradients of all results: 1 for a loss, otherwise random."""
-    with torch.no_grad():
-        results = function(*inputs)
-    made = [torch.ones_like(x) for x in (results if isinstance(results, tuple) else (results,))]
-    return made if operation.benchmark.is_loss else [x.normal_() for x in made]

@@ -253,7 +253,7 @@ def check(q, k, v, lengths, cu_seqlens, bound, pages, return_lse) -> None:
     check_integers("attention", q, "cu_seqlens", cu_seqlens, "documents + 1")
     if cu_seqlens is not None and (lengths is not None or k.size(1) != tokens):
         raise ValueError("attention: packed documents have as many keys as queries, and no lengths")
-    if not isinstance(bound, int | float | None):
+    if bound is not None and not isinstance(bound, (int, float)):
         raise TypeError(f"attention: bound must be None or a number, got {bound!r}")
     if bound is not None and not bound > 0:
         raise ValueError(f"attention: bound must be positive, got {bound}")

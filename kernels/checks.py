@@ -7,6 +7,8 @@ from torch import Tensor
 
 from nanochat_kernels.tracing import constant_when_traced
 
+LARGEST = torch.finfo(torch.float32).max
+
 
 def check_float(operation: str, **tensors: Tensor) -> None:
     """Raise TypeError unless all tensors are floating point with one dtype, and ValueError unless all are on one device."""
@@ -77,8 +79,8 @@ def check_targets(
 
 
 def check_softcap(operation: str, softcap: float) -> None:
-    largest = torch.finfo(torch.float32).max
-    if not isinstance(softcap, int | float) or not 0 < softcap <= largest:  # true for NaN too
+    """Raise ValueError unless softcap is a number that float32 holds, above 0."""
+    if not isinstance(softcap, (int, float)) or not 0 < softcap <= LARGEST:  # true for NaN too
         raise ValueError(
             f"{operation}: softcap must be positive and finite, got {softcap!r}; one of 1e4 leaves logits almost unchanged"
         )

@@ -49,7 +49,7 @@ def coefficients_of(steps: int, coefficients: str | Sequence) -> Coefficients:
 
 
 def is_triple(step: object) -> bool:
-    return isinstance(step, Sequence) and len(step) == 3 and all(isinstance(number, int | float) for number in step)
+    return isinstance(step, Sequence) and len(step) == 3 and all(isinstance(number, (int, float)) for number in step)
 
 
 def conditions(coefficients: Coefficients) -> list[list[float]]:

@@ -280,8 +280,8 @@ def relu2_mlp(
     rstd. residual (…, C) is usually x itself: pass the same tensor, so that one product computes its whole gradient.
     rstd (…): that of x, if it is known.
     up_gradient, down_gradient: contiguous float32 buffers with the weights' shapes. Backward adds the weights' gradients to them in
-    place; a weight with a buffer gets no `.grad`. If none of x, w_up and w_down requires a gradient, the
-    buffers stay untouched. If w_down alone requires one, the reference leaves up_gradient untouched too.
+    place; a weight with a buffer gets no `.grad`. If none of x, w_up and w_down requires a gradient, the buffers stay untouched. If
+    w_down alone requires one, the reference leaves up_gradient untouched too.
     recompute: backward computes relu(z)² again in place of saving it, F numbers a row, which takes one more product and changes no
     bit; the reference computes all of forward again.
     Repeated calls are bitwise equal. Raises ValueError for mismatched shapes or devices, TypeError for mismatched dtypes (autocast
