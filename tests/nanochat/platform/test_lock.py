@@ -46,6 +46,15 @@ def test_an_error_releases_it(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_directories_that_it_made_are_removed_unless_one_has_files(tmp_path):
+    with locked(tmp_path / "runs" / "new" / "a.lock", "test"):
+        pass
+    assert not list(tmp_path.iterdir())
+    with locked(tmp_path / "runs" / "new" / "a.lock", "test"):
+        (tmp_path / "runs" / "kept").touch()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["kept"]
+
+
 @pytest.mark.parametrize("what", ["the directory", "the lock"])
 def test_what_is_removed_under_a_command_ends_it_with_an_error(tmp_path, what):
     """Also when the command ends before its next heartbeat: what it wrote is not there."""
